@@ -1,0 +1,51 @@
+"""ReDrafter speculative decoding for MLX: the same text, in fewer passes over the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mlx_redrafter import blas
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "load": "generate",
+    "generate": "generate",
+    "stream_generate": "generate",
+    "Model": "generate",
+    "GenerationResponse": "generate",
+    "Session": "decoding.engine",
+    "SamplingParams": "decoding.sampling",
+    "TreeShape": "decoding.tree",
+    "DraftStats": "stats",
+    "RedrafterError": "errors",
+}
+__all__ = [*_EXPORTS, "__version__"]
+
+if TYPE_CHECKING:
+    from mlx_redrafter.decoding.engine import Session
+    from mlx_redrafter.decoding.sampling import SamplingParams
+    from mlx_redrafter.decoding.tree import TreeShape
+    from mlx_redrafter.errors import RedrafterError
+    from mlx_redrafter.generate import (
+        GenerationResponse,
+        Model,
+        generate,
+        load,
+        stream_generate,
+    )
+    from mlx_redrafter.stats import DraftStats
+
+# The only work at import: on Linux the BLAS must be in place before mlx.core is loaded.
+blas.prepare()
+
+
+def __getattr__(name: str) -> Any:
+    """Import MLX and the rest only when a name is used, so that ``--help`` is instant."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,1 @@
+"""The decode step: draft, choose a tree, verify, accept, commit."""

@@ -1,0 +1,240 @@
+"""The token loop: prefill, steps, limits, statistics. It knows token ids only, no text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from mlx_redrafter.decoding.sampling import Arrays, SamplingParams
+from mlx_redrafter.decoding.step import Bucket, State, StepFunction, make_state, make_step
+from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.drafters import Drafter
+from mlx_redrafter.errors import OptionError
+from mlx_redrafter.models import Decoder, cache
+from mlx_redrafter.stats import DraftStats
+
+Progress = Callable[[int, int], None]
+# Room for tokens beyond the prompt that a cache gets at once; a larger answer grows it by buckets.
+HEADROOM = 512
+
+
+@dataclass
+class Session:
+    """The KV cache of a conversation and the tokens that are in it.
+
+    Give the same session to the next request: the beginning that both prompts share is not read
+    again. Not to be used by two requests at a time.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    kv: list[mx.array] = field(default_factory=list)
+
+    def trim(self, length: int) -> None:
+        """Forget everything from position ``length`` on."""
+        del self.tokens[length:]
+
+    def clear(self) -> None:
+        self.tokens.clear()
+        self.kv.clear()
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """What one step produced: accepted drafts, then the bonus token."""
+
+    tokens: list[int]
+
+
+class Engine:
+    """Runs steps of one target and drafter.
+
+    Args:
+        target: the model.
+        drafter: None: plain decoding only.
+        compiled: False runs the same steps uncompiled (no C++ compiler on Linux; debugging).
+    """
+
+    def __init__(self, target: Decoder, drafter: Drafter | None, compiled: bool = True) -> None:
+        self.target = target
+        self.drafter = drafter
+        self.compiled = compiled
+        self.traces = 0
+        self._steps: dict[Bucket, StepFunction] = {}
+
+    def step_function(self, bucket: Bucket) -> StepFunction:
+        """The compiled step of a bucket, made on first use."""
+        if bucket not in self._steps:
+            drafter = self.drafter if bucket.shape.drafts else None
+            step = make_step(self.target, drafter, bucket, self._count_trace)
+            self._steps[bucket] = mx.compile(step) if self.compiled else step
+        return self._steps[bucket]
+
+    def _count_trace(self) -> None:
+        self.traces += 1
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        shape: TreeShape,
+        max_tokens: int,
+        *,
+        session: Session | None = None,
+        stats: DraftStats | None = None,
+        prefill_step_size: int = 512,
+        progress: Progress | None = None,
+    ) -> Iterator[Emitted]:
+        """Yield the tokens after the prompt, a step at a time, until ``max_tokens`` or the end of
+        the context. Closing the iterator leaves the session consistent.
+
+        Raises:
+            OptionError: empty prompt, a token outside the vocabulary, a prompt that fills the
+                context.
+        """
+        session = session if session is not None else Session()
+        stats = stats if stats is not None else DraftStats()
+        if self.drafter is None:
+            shape = TreeShape.plain()
+        room = self._check(prompt, max_tokens)
+        start = time.perf_counter()
+        state = self._prefill(
+            prompt, shape, params, min(room, HEADROOM), session, prefill_step_size, progress
+        )
+        stats.prefill_seconds += time.perf_counter() - start
+        arrays = params.arrays(self.target.config.vocab_size)
+        yield from self._decode(state, arrays, params, shape, room, session, stats, list(prompt))
+
+    def _check(self, prompt: Sequence[int], max_tokens: int) -> int:
+        """How many tokens may be produced."""
+        if not prompt:
+            raise OptionError("the prompt is empty: give at least one token of text")
+        vocab, limit = self.target.config.vocab_size, self.target.config.max_positions
+        if not all(0 <= t < vocab for t in prompt):
+            raise OptionError(f"the prompt holds a token outside the model's vocabulary of {vocab}")
+        if max_tokens < 1:
+            raise OptionError(f"max_tokens {max_tokens} is not possible: use 1 or more")
+        if len(prompt) >= limit:
+            raise OptionError(
+                f"the prompt has {len(prompt)} tokens and the model's context {limit}: "
+                "shorten the prompt, or use a model with a longer context"
+            )
+        return min(max_tokens, limit - len(prompt))
+
+    def _prefill(
+        self,
+        prompt: Sequence[int],
+        shape: TreeShape,
+        params: SamplingParams,
+        headroom: int,
+        session: Session,
+        step_size: int,
+        progress: Progress | None,
+    ) -> State:
+        """Read all but the last prompt token; the last is the root of the first step."""
+        shared = _common_prefix(session.tokens, prompt[:-1])
+        # The drafter needs the hidden state before the root: one token is always read again.
+        shared = max(0, min(shared, len(prompt) - 2))
+        session.trim(shared)
+        needed = cache.bucket(len(prompt) + headroom + 2 * shape.nodes)
+        if not session.kv:
+            session.kv = cache.new_cache(self.target.config, needed, self.target.dtype)
+        elif session.kv[0].shape[2] < needed:
+            session.kv = cache.grow(session.kv, needed)
+        slots = mx.arange(session.kv[0].shape[2], dtype=mx.int32)
+        layers = self.drafter.context_layers if self.drafter is not None else ()
+        hidden = mx.zeros((1, self.target.config.hidden_size), self.target.dtype)
+        inner = tuple(hidden for _ in layers)
+        total = len(prompt) - 1
+        while len(session.tokens) < total:
+            done = len(session.tokens)
+            if progress is not None:
+                progress(done, len(prompt))
+            chunk = list(prompt[done : min(done + step_size, total)])
+            positions = mx.arange(done, done + len(chunk), dtype=mx.int32)
+            mask = slots[None] <= positions[:, None]
+            hidden, inner, session.kv = self.target(
+                mx.array(chunk, mx.int32), positions, mask, slots, session.kv,
+                mx.array([done], mx.int32), layers,
+            )
+            hidden, inner = hidden[-1:], tuple(x[-1:] for x in inner)
+            mx.eval(hidden, inner, session.kv)
+            session.tokens.extend(chunk)
+        if progress is not None:
+            progress(len(prompt), len(prompt))
+        context = hidden if self.drafter is None else self.drafter.context(hidden, inner)
+        history = None
+        if params.windows:
+            history = mx.array([*prompt[:-1], *[0] * (slots.shape[0] - total)], mx.int32)
+        root, position = mx.array([prompt[-1]], mx.int32), mx.array([total], mx.int32)
+        return make_state(root, context[0], position, session.kv, history)
+
+    def _decode(
+        self,
+        state: State,
+        arrays: Arrays,
+        params: SamplingParams,
+        shape: TreeShape,
+        room: int,
+        session: Session,
+        stats: DraftStats,
+        known: list[int],
+    ) -> Iterator[Emitted]:
+        """Steps, one in flight ahead of the one whose tokens are being read.
+
+        ``known`` holds the prompt and every token produced so far.
+        """
+        step = self.step_function(Bucket(shape, params.features, params.windows))
+        reach = shape.depth + 1  # the most tokens a step can produce
+        final = len(known) + room
+
+        def launch(furthest: int) -> mx.array:
+            """Start a step whose root is at position ``furthest`` at most."""
+            nonlocal state
+            session.kv = []  # the only reference to a slab must be the step's, or it is copied
+            needed = furthest + 1 + shape.nodes
+            if state["kv"][0].shape[2] < needed:
+                state = _grown(state, cache.bucket(needed + HEADROOM))
+            emitted, state = step(state, arrays)
+            mx.async_eval(emitted, state)
+            return emitted
+
+        mark = time.perf_counter()
+        try:
+            pending = launch(len(known) - 1)
+            while True:
+                following = launch(len(known) - 1 + reach) if len(known) + 1 < final else None
+                count, *tokens = pending.tolist()
+                now = time.perf_counter()
+                stats.decode_seconds += now - mark
+                tokens = tokens[: min(count, final - len(known))]
+                stats.record(len(tokens), shape.nodes - 1)
+                known.extend(tokens)
+                yield Emitted(tokens)
+                mark = time.perf_counter()
+                stats.host_seconds += mark - now
+                if following is None or len(known) >= final:
+                    return
+                pending = following
+        finally:
+            # Whatever was launched ahead wrote only rows past the tokens known so far.
+            session.kv = state["kv"]
+            session.tokens[:] = known[:-1]
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def _grown(state: State, capacity: int) -> State:
+    """The same state with more room in its slabs (and its history)."""
+    state = {**state, "kv": cache.grow(state["kv"], capacity)}
+    if "history" in state:
+        more = capacity - state["history"].shape[0]
+        state["history"] = mx.pad(state["history"], (0, more))
+    return state

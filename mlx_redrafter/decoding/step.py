@@ -1,0 +1,147 @@
+"""One decode step: draft, choose a tree, verify, accept, commit. One compiled graph per bucket.
+
+Everything that varies from step to step is an array; the tree's shape, the KV capacity and the
+active sampling features are the bucket. Only ``[count, tokens...]`` goes back to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_redrafter.decoding import beam, sampling
+from mlx_redrafter.decoding.accept import walk
+from mlx_redrafter.decoding.sampling import Arrays
+from mlx_redrafter.decoding.tree import DraftTree, TreeShape, best_nodes, chain, root_only
+from mlx_redrafter.drafters import Drafter
+from mlx_redrafter.models import Decoder, cache
+
+State = dict[str, Any]
+"""What stays on the device between steps: root (1,) int32, the last token, not yet in the cache;
+context (Dc,), the drafter's, of the position that predicted the root; position (1,) int32, the
+root's; kv, one slab per layer; history (C,) int32, the tokens by position (penalties only)."""
+
+
+def make_state(
+    root: mx.array,
+    context: mx.array,
+    position: mx.array,
+    kv: list[mx.array],
+    history: mx.array | None = None,
+) -> State:
+    """Always the same keys in the same order: another order is another graph to mx.compile."""
+    state: State = {"root": root, "context": context, "position": position, "kv": kv}
+    return state if history is None else {**state, "history": history}
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What a compiled step is specialised for (the KV capacity comes with the state's shapes)."""
+
+    shape: TreeShape
+    features: frozenset[str]
+    windows: tuple[tuple[str, int], ...]
+
+
+StepFunction = Callable[[State, Arrays], tuple[mx.array, State]]
+
+
+def make_step(
+    target: Decoder, drafter: Drafter | None, bucket: Bucket, on_trace: Callable[[], None]
+) -> StepFunction:
+    """The uncompiled step of a bucket.
+
+    Args:
+        target: the model that decides every token.
+        drafter: None for plain decoding, where ``bucket.shape.nodes`` is 1.
+        on_trace: called once per trace.
+
+    Returns:
+        step(state, arrays) -> (emitted (L+2,) int32: the count, then L+1 tokens of which the
+        first ``count`` are valid; the next state).
+    """
+    shape = bucket.shape
+    layers = drafter.context_layers if drafter is not None else ()
+
+    def step(state: State, arrays: Arrays) -> tuple[mx.array, State]:
+        on_trace()
+        root, position = state["root"], state["position"]
+        noise = None
+        if "sample" in bucket.features:
+            noise = sampling.gumbel(
+                arrays["seed"], position + 1, shape.depth + 1, target.config.vocab_size
+            )
+
+        tree = draft(drafter, state["context"], root, shape, arrays.get("temp"), noise)
+
+        hidden, inner, kv = verify(target, tree, position, state["kv"], layers)
+
+        windows = {
+            name: sampling.recent_tokens(tree, state["history"], position, size, shape.depth)
+            for name, size in bucket.windows
+        }
+        choices = sampling.choose(target.logits(hidden), tree, windows, arrays, noise)
+        path, count = walk(tree, choices, shape.depth)
+
+        if shape.width > 1:  # an accepted chain is already in its place
+            kv = [cache.keep(slab, position + path[1:], position + 1) for slab in kv]
+        emitted = mx.take(choices, path)  # (L+1,)
+        last = mx.take(path, count - 1)  # (1,)
+        context = state["context"]
+        if drafter is not None:
+            at_last = tuple(mx.take(x, last, axis=0) for x in inner)
+            context = drafter.context(mx.take(hidden, last, axis=0), at_last)[0]
+        history = None
+        if bucket.windows:
+            accepted = mx.take(tree.tokens, path)
+            history = mx.slice_update(state["history"], accepted, position, (0,))
+        root = mx.take(choices, last)
+        new = make_state(root, context, position + count, kv, history)
+        return mx.concatenate([count, emitted]), new
+
+    return step
+
+
+def draft(
+    drafter: Drafter | None,
+    context: mx.array,
+    root: mx.array,
+    shape: TreeShape,
+    temperature: mx.array | None,
+    noise: mx.array | None,
+) -> DraftTree:
+    """The tree that the target will check."""
+    if drafter is None or not shape.drafts:
+        return root_only(root)
+    candidates = beam.search(drafter, context, root, shape, temperature, noise)
+    if shape.width == 1:
+        return chain(root, candidates)
+    return best_nodes(root, candidates, shape.nodes, shape.depth)
+
+
+def verify(
+    target: Decoder,
+    tree: DraftTree,
+    position: mx.array,
+    kv: list[mx.array],
+    layers: tuple[int, ...],
+) -> tuple[mx.array, tuple[mx.array, ...], list[mx.array]]:
+    """One pass of the target over the whole tree.
+
+    Every node sees the prefix (slots below ``position``) and its own ancestors, whose rows are
+    written to the slots from ``position`` on.
+
+    Returns:
+        hidden (N, D), one (N, D) per layer in ``layers``, the slabs with N more rows.
+    """
+    slots = mx.arange(kv[0].shape[2], dtype=mx.int32)  # (C,)
+    positions = position + tree.depths  # (N,)
+    n = positions.shape[0]
+    prefix = mx.broadcast_to((slots < position)[None], (n, slots.shape[0]))
+    mask = mx.slice_update(prefix, tree.ancestors, position, (1,))
+    key_positions = mx.slice_update(slots, positions, position, (0,))
+    tokens = mx.maximum(tree.tokens, 0)  # fillers carry -1
+    return target(tokens, positions, mask, key_positions, kv, position, layers)

@@ -1,0 +1,170 @@
+"""The draft tree: which candidates the target checks in one pass, and who may see whom.
+
+Worked example, width 2, depth 2, four nodes. Beam search proposes a trellis of candidates; the
+best three join the root (scores are joint log-probabilities):
+
+    candidate   0 "a"    1 "the"    2 "a cat"    3 "the dog"
+    parent      root     root       0            1
+    score       -0.4     -1.5       -0.9         -2.0
+
+    slot        0 root   1 "a"      2 "the"      3 "cat"
+    parents     0        0          0            1
+    depths      0        1          1            2
+    ancestors   x...     xx..       x.x.         xx.x       (row i: what node i may attend to)
+
+The chosen set is closed under parents because a child's joint score never exceeds its parent's
+and ties go to the lower candidate number, which is the shallower one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_redrafter.errors import OptionError
+
+MODES = ("trellis", "beams")
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """How much is drafted in a step.
+
+    Args:
+        width: beam width ``W``; 1 is a chain.
+        depth: drafted tokens ``L`` along a path, the root not counted (Apple's ``beam_length``
+            counts it: theirs is ``depth + 1``).
+        nodes: tokens ``N`` that the target checks in one pass, root included. 1 is plain decoding.
+        mode: ``trellis`` keeps every token that beam search ever held as a candidate; ``beams``
+            only those on beams that survive to the last level (Apple's candidate set).
+    """
+
+    width: int = 3
+    depth: int = 4
+    nodes: int = 8
+    mode: str = "trellis"
+
+    def __post_init__(self) -> None:
+        limits = {"beam width": (self.width, 1, 16), "beam length": (self.depth, 1, 16)}
+        for name, (value, low, high) in limits.items():
+            if not low <= value <= high:
+                raise OptionError(f"{name} {value} is not possible: use {low} to {high}")
+        if self.mode not in MODES:
+            raise OptionError(f"candidate mode {self.mode!r} is unknown: use {' or '.join(MODES)}")
+        if not 1 <= self.nodes <= 1 + self.width * self.depth:
+            raise OptionError(
+                f"{self.nodes} nodes are not possible with beam width {self.width} and beam length "
+                f"{self.depth}: use 1 to {1 + self.width * self.depth} (1 + width x length)"
+            )
+        if self.nodes == 1:
+            object.__setattr__(self, "width", 1)
+            object.__setattr__(self, "depth", 0)
+        elif self.width == 1 or self.nodes <= self.depth:
+            # Deeper levels could never be chosen: a path of N nodes has N - 1 drafts.
+            object.__setattr__(self, "depth", min(self.depth, self.nodes - 1))
+
+    @classmethod
+    def plain(cls) -> TreeShape:
+        """N = 1: no drafting, one token a step, through the same code."""
+        return cls(width=1, depth=1, nodes=1)
+
+    @classmethod
+    def chain(cls, depth: int) -> TreeShape:
+        """``depth`` drafted tokens in a row."""
+        return cls(width=1, depth=depth, nodes=depth + 1)
+
+    @property
+    def drafts(self) -> bool:
+        return self.nodes > 1
+
+    def __str__(self) -> str:
+        if not self.drafts:
+            return "plain"
+        if self.width == 1:
+            return f"chain of {self.depth}"
+        kind = "" if self.mode == "trellis" else f", {self.mode}"
+        return f"beam {self.width}x{self.depth}, {self.nodes} nodes{kind}"
+
+
+class Candidates(NamedTuple):
+    """Proposed nodes, shallow ones first, from any source.
+
+    tokens (K,) int32; parents (K,) int32, another candidate's number or -1 for the root; scores
+    (K,) float32, joint log-probability along the path, never above the parent's; -inf: not valid.
+    """
+
+    tokens: mx.array
+    parents: mx.array
+    scores: mx.array
+
+
+class DraftTree(NamedTuple):
+    """tokens (N,) int32 (-1: filler that nothing matches); parents (N,) int32, the root is its own
+    parent; depths (N,) int32; ancestors (N, N) bool, self included. Slot 0 is the root."""
+
+    tokens: mx.array
+    parents: mx.array
+    depths: mx.array
+    ancestors: mx.array
+
+
+def root_only(root: mx.array) -> DraftTree:
+    """The tree of plain decoding. root (1,) int32."""
+    zero = mx.zeros((1,), mx.int32)
+    return DraftTree(root, zero, zero, mx.ones((1, 1), mx.bool_))
+
+
+def chain(root: mx.array, candidates: Candidates) -> DraftTree:
+    """Candidates that follow one another; everything but the tokens is known beforehand."""
+    n = candidates.tokens.shape[0] + 1
+    slots = mx.arange(n, dtype=mx.int32)
+    return DraftTree(
+        mx.concatenate([root, candidates.tokens]),
+        mx.maximum(slots - 1, 0),
+        slots,
+        slots[:, None] >= slots[None],
+    )
+
+
+def best_nodes(root: mx.array, candidates: Candidates, nodes: int, depth: int) -> DraftTree:
+    """The root and the ``nodes - 1`` candidates of highest joint score (OPT-Tree's rule: optimal
+    for a fixed N, since the expected tokens of a step are one plus the sum of path probabilities).
+
+    root (1,) int32; candidates of at most ``depth`` levels. Works on K x K and N x N arrays only.
+    """
+    tokens, parents, scores = candidates
+    k = tokens.shape[0]
+    number = mx.arange(k, dtype=mx.int32)
+    if k == nodes - 1:
+        slot = number + 1
+        chosen = number
+    else:
+        ahead = (scores[None] > scores[:, None]) | (
+            (scores[None] == scores[:, None]) & (number[None] < number[:, None])
+        )
+        picked = ahead.sum(-1) < nodes - 1  # (K,)
+        slot = mx.where(picked, mx.cumsum(picked.astype(mx.int32)), 0)
+        wanted = mx.arange(1, nodes, dtype=mx.int32)
+        chosen = mx.argmax(slot[None] == wanted[:, None], axis=-1)  # (N-1,)
+    valid = mx.take(scores, chosen) > -mx.inf
+    parent = mx.take(parents, chosen)
+    parent_slot = mx.where(valid & (parent >= 0), mx.take(slot, mx.maximum(parent, 0)), 0)
+    node_tokens = mx.concatenate([root, mx.where(valid, mx.take(tokens, chosen), -1)])
+    node_parents = mx.concatenate([mx.zeros((1,), mx.int32), parent_slot.astype(mx.int32)])
+    return _with_ancestors(node_tokens, node_parents, depth)
+
+
+def _with_ancestors(tokens: mx.array, parents: mx.array, depth: int) -> DraftTree:
+    """Transitive closure by pointer doubling: after k rounds a node sees 2^k ancestors."""
+    n = tokens.shape[0]
+    ancestors = mx.eye(n, dtype=mx.bool_)
+    jump = parents
+    reach = 1
+    while reach <= depth:
+        ancestors = ancestors | mx.take(ancestors, jump, axis=0)
+        jump = mx.take(jump, jump)
+        reach *= 2
+    depths = ancestors.astype(mx.int32).sum(-1) - 1
+    return DraftTree(tokens, parents, depths, ancestors)

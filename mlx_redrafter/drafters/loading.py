@@ -1,0 +1,121 @@
+"""Read a drafter folder, check that it fits the target model, and write one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import dequantize_model
+
+from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
+from mlx_redrafter.errors import DrafterError, ModelError
+from mlx_redrafter.models import Decoder
+from mlx_redrafter.models.weights import preview, read_json, read_weights, weight_files
+
+# Apple's trainer may leave a norm in the checkpoint that its forward pass never uses.
+_UNUSED = ("emb_norm.weight",)
+
+
+def load_drafter(folder: Path, target: Decoder) -> ReDrafter:
+    """The drafter in ``folder`` (Apple's layout or ours), bound to its target.
+
+    On a CPU the weights become float32, quantised ones included: 16-bit and packed weights are
+    several times slower there. Elsewhere they stay as stored, at the target's activation type.
+
+    Raises:
+        DrafterError: missing, broken or unknown files, or a drafter for another model.
+    """
+    try:
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} has no config.json: give the folder of a drafter")
+        raw = read_json(folder / "config.json")
+        config = ReDrafterConfig.from_dict(raw)
+        check_compatible(config, target, folder)
+        weights = read_weights(weight_files(folder))
+    except ModelError as error:
+        raise DrafterError(str(error)) from None
+    for name in _UNUSED:
+        weights.pop(name, None)
+    drafter = ReDrafter(config)
+    if quantization := raw.get("quantization"):
+        nn.quantize(
+            drafter,
+            group_size=quantization["group_size"],
+            bits=quantization["bits"],
+            class_predicate=lambda path, module: f"{path}.scales" in weights,
+        )
+    weights = {
+        name: value if value.dtype in (mx.uint32, mx.int32) else value.astype(target.dtype)
+        for name, value in weights.items()
+    }
+    _assign(drafter, weights, folder)
+    if quantization and mx.default_device() == mx.Device(mx.cpu):
+        drafter = dequantize_model(drafter)
+    return drafter.bind(target)
+
+
+def check_compatible(config: ReDrafterConfig, target: Decoder, folder: Path | str) -> None:
+    """Does the drafter fit the model? Sizes only: nothing is read but two configurations.
+
+    Raises:
+        DrafterError: naming both sizes.
+    """
+    for what, mine, theirs in [
+        ("hidden size", config.hidden_size, target.config.hidden_size),
+        ("vocabulary size", config.vocab_size, target.config.vocab_size),
+    ]:
+        if mine != theirs:
+            raise DrafterError(
+                f"the drafter in {folder} is for a model with {what} {mine}, but this model's is "
+                f"{theirs}: use the drafter that was trained for this model, or --no-draft"
+            )
+    beyond = [i for i in config.context_layers if not 0 <= i < target.config.num_layers]
+    if beyond:
+        raise DrafterError(
+            f"the drafter in {folder} reads layer {beyond[0]} of a model that has "
+            f"{target.config.num_layers}: use the drafter that was trained for this model"
+        )
+
+
+def save_drafter(folder: Path, drafter: ReDrafter, extra: dict[str, Any] | None = None) -> None:
+    """Write ``config.json`` and ``model.safetensors`` in our layout; ``extra`` joins the config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_type": "redrafter", **vars(drafter.config), **(extra or {})}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    weights = dict(tree_flatten(drafter.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+
+
+def _assign(drafter: ReDrafter, weights: dict[str, mx.array], folder: Path) -> None:
+    """Put the weights in; every tensor must be known, present, of its shape and finite."""
+    expected = {name: value.shape for name, value in tree_flatten(drafter.parameters())}
+    given = {name: value.shape for name, value in weights.items()}
+    if missing := [name for name in expected if name not in given]:
+        raise DrafterError(f"the drafter in {folder} lacks {preview(missing)}: get it again")
+    if unknown := [name for name in given if name not in expected]:
+        raise DrafterError(
+            f"the drafter in {folder} has tensors that no ReDrafter has: {preview(unknown)}"
+        )
+    wrong = [
+        f"{name} {tuple(given[name])} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if given[name] != shape
+    ]
+    if wrong:
+        raise DrafterError(f"tensors in {folder} do not fit its config.json: {preview(wrong)}")
+    drafter.load_weights(list(weights.items()))
+    finite = {
+        name: mx.isfinite(mx.abs(value.astype(mx.float32)).sum())
+        for name, value in weights.items()
+        if mx.issubdtype(value.dtype, mx.floating)
+    }
+    mx.eval(drafter.parameters(), finite)
+    if broken := [name for name, flag in finite.items() if not flag.item()]:
+        raise DrafterError(f"the drafter in {folder} holds NaN or infinity: {preview(broken)}")
+    ids = weights.get("draft_vocab")
+    if ids is not None and not 0 <= ids.min().item() <= ids.max().item() < drafter.config.vocab_size:
+        raise DrafterError(f"the draft vocabulary in {folder} holds tokens beyond the model's")

@@ -1,0 +1,236 @@
+"""ReDrafter: a recurrent drafter on the target's last hidden state (arXiv 2403.09919, section 3).
+
+Apple's architecture with its tensor names, and extensions that a configuration switches on:
+
+    context   h: the target's last hidden state, or a learned mix of several layers' outputs
+    state     s' = silu(W e + U s + b)  (elman) | e + s  (sum) | gated recurrent unit  (gru)
+    head      x = input_proj([h, s']); x = x + silu(A x + a) per residual block; then Apple's own
+              output matrix, or the target's frozen output rows
+    draft vocabulary   optionally a subset of the target's tokens
+
+e is the target's raw input embedding of the token; the first state is s = 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_redrafter.errors import DrafterError
+from mlx_redrafter.models import Decoder
+
+CELLS = ("sum", "elman", "gru")
+HEADS = ("own", "target")
+
+
+@dataclass(frozen=True)
+class ReDrafterConfig:
+    """Shape of a drafter.
+
+    Args:
+        hidden_size: ``D`` of the target.
+        vocab_size: ``V`` of the target.
+        exit_dim: width ``E`` of the head; a projection from ``2 D`` exists when it differs.
+        num_draft_layers: residual blocks.
+        cell: ``sum`` | ``elman`` | ``gru``.
+        context_layers: target layers mixed into the context; empty: the last hidden state alone.
+        head: ``own`` output matrix | ``target``: the target's frozen output rows.
+        draft_vocab_size: size of the draft vocabulary; None: the target's whole vocabulary.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    exit_dim: int
+    num_draft_layers: int = 1
+    cell: str = "elman"
+    context_layers: tuple[int, ...] = ()
+    head: str = "own"
+    draft_vocab_size: int | None = None
+
+    @property
+    def output_size(self) -> int:
+        return self.draft_vocab_size or self.vocab_size
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> ReDrafterConfig:
+        """From a checkpoint's config.json, Apple's or ours. Unknown keys are ignored.
+
+        Raises:
+            DrafterError: not a ReDrafter, or a value that no drafter can have.
+        """
+        kind = config.get("model_type")
+        if kind == "recurrent_drafting_drafter":
+            config = {**config, "cell": "elman" if config.get("rnn", False) else "sum"}
+        elif kind != "redrafter":
+            raise DrafterError(
+                f"model_type {kind!r} is not a drafter: a ReDrafter folder has model_type "
+                "redrafter or recurrent_drafting_drafter (Apple's) in its config.json"
+            )
+        known = {f.name for f in fields(cls)}
+        values = {k: v for k, v in config.items() if k in known and v is not None}
+        values["context_layers"] = tuple(values.get("context_layers", ()))
+        try:
+            result = cls(**values)
+        except TypeError as error:
+            raise DrafterError(f"the drafter's config.json is incomplete: {error}") from None
+        sizes = (result.hidden_size, result.vocab_size, result.exit_dim, result.output_size)
+        if not all(isinstance(n, int) and n > 0 for n in sizes) or result.num_draft_layers < 0:
+            raise DrafterError(f"the drafter's config.json holds an impossible size: {result}")
+        if result.cell not in CELLS or result.head not in HEADS:
+            raise DrafterError(
+                f"the drafter's cell {result.cell!r} or head {result.head!r} is unknown: "
+                f"cells are {', '.join(CELLS)}; heads are {', '.join(HEADS)}"
+            )
+        return result
+
+
+class ResBlock(nn.Module):
+    """x + silu(A x + a)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x + nn.silu(self.linear(x))
+
+
+class ReDrafter(nn.Module):
+    """The drafter as the decode step sees it; implements ``drafters.Drafter``."""
+
+    def __init__(self, config: ReDrafterConfig) -> None:
+        super().__init__()
+        size, width = config.hidden_size, config.exit_dim
+        self.config = config
+        if config.context_layers:
+            self.context_norm = [nn.RMSNorm(size) for _ in config.context_layers]
+            self.context_proj = nn.Linear(size * len(config.context_layers), size, bias=False)
+        if config.cell != "sum":
+            gates = 3 if config.cell == "gru" else 1
+            self.rnn_u = nn.Linear(size, gates * size)
+            self.rnn_w = nn.Linear(size, gates * size, bias=False)
+        if width != 2 * size:
+            self.input_proj = nn.Linear(2 * size, width)
+        self.lm_head: list[nn.Module] = [ResBlock(width) for _ in range(config.num_draft_layers)]
+        if config.head == "own":
+            self.lm_head.append(nn.Linear(width, config.output_size, bias=False))
+        elif width != size:
+            self.head_proj = nn.Linear(width, size, bias=False)
+        if config.draft_vocab_size:
+            self.draft_vocab = mx.zeros((config.draft_vocab_size,), mx.int32)
+            self.freeze(keys="draft_vocab", recurse=False)
+
+    def bind(self, target: Decoder) -> ReDrafter:
+        """Take what is shared from the target: input embedding, and frozen output rows."""
+        self._embed = target.embed
+        if self.config.head == "target":
+            every = mx.arange(target.config.vocab_size)
+            ids = self.draft_vocab if self.config.draft_vocab_size else every
+            self._rows = target.head_rows(ids)
+            mx.eval(self._rows)
+        if "input_proj" in self:
+            # h is the same for the whole draft: its half of the projection is computed once.
+            self._context_half, self._state_half = _halves(self.input_proj, self.config.hidden_size)
+        return self
+
+    @property
+    def context_layers(self) -> tuple[int, ...]:
+        return self.config.context_layers
+
+    @property
+    def context_size(self) -> int:
+        return self.config.hidden_size
+
+    def context(self, hidden: mx.array, inner: tuple[mx.array, ...]) -> mx.array:
+        """(M, D), one (M, D) per context layer -> (M, D)."""
+        if not inner:
+            return hidden
+        normed = [norm(x) for norm, x in zip(self.context_norm, inner, strict=True)]
+        return self.context_proj(mx.concatenate(normed, axis=-1))
+
+    def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
+        """(D,) -> state (1, D) of zeros, and h or its half of the projection (1, *)."""
+        context = context[None]
+        fixed = self._context_half(context) if "input_proj" in self else context
+        return mx.zeros_like(context), fixed
+
+    def step(
+        self, tokens: mx.array, state: mx.array, fixed: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """tokens (R,), state (R, D) -> logits (R, Vd), state (R, D)."""
+        state = self.advance(self._embed(tokens), state)
+        if "input_proj" in self:
+            x = fixed + self._state_half(state)
+        else:
+            x = mx.concatenate([mx.broadcast_to(fixed, state.shape), state], axis=-1)
+        return self.head(x), state
+
+    def advance(self, embedding: mx.array, state: mx.array) -> mx.array:
+        """The recurrent cell: (R, D), (R, D) -> (R, D)."""
+        if self.config.cell == "sum":
+            return embedding + state
+        if self.config.cell == "elman":
+            return nn.silu(self.rnn_w(embedding) + self.rnn_u(state))
+        w_reset, w_update, w_new = mx.split(self.rnn_w(embedding), 3, axis=-1)
+        u_reset, u_update, u_new = mx.split(self.rnn_u(state), 3, axis=-1)
+        update = mx.sigmoid(w_update + u_update)
+        new = mx.tanh(w_new + mx.sigmoid(w_reset + u_reset) * u_new)
+        return (1 - update) * new + update * state
+
+    def head(self, x: mx.array) -> mx.array:
+        """(R, E) -> (R, Vd)."""
+        for layer in self.lm_head:
+            x = layer(x)
+        if self.config.head == "own":
+            return x
+        if "head_proj" in self:
+            x = self.head_proj(x)
+        return x @ self._rows.T
+
+    def token_ids(self, picks: mx.array) -> mx.array:
+        return mx.take(self.draft_vocab, picks) if self.config.draft_vocab_size else picks
+
+    def select(self, values: mx.array) -> mx.array:
+        return mx.take(values, self.draft_vocab) if self.config.draft_vocab_size else values
+
+
+def _halves(linear: nn.Module, size: int) -> tuple[nn.Module, nn.Module]:
+    """Split a projection of [h, s] into one of h (with the bias) and one of s, as it is stored."""
+    if isinstance(linear, nn.QuantizedLinear) and size % linear.group_size == 0:
+        parts = [_quantized_part(linear, size, start) for start in (0, size)]
+    else:
+        if isinstance(linear, nn.QuantizedLinear):
+            linear = _dequantized(linear)
+        parts = [nn.Linear(size, linear.weight.shape[0], bias=False) for _ in range(2)]
+        for part, start in zip(parts, (0, size), strict=True):
+            part.weight = mx.contiguous(linear.weight[:, start : start + size])
+    if "bias" in linear:
+        parts[0].bias = linear.bias
+    mx.eval([part.parameters() for part in parts])
+    return parts[0], parts[1]
+
+
+def _quantized_part(linear: nn.QuantizedLinear, size: int, start: int) -> nn.QuantizedLinear:
+    part = nn.QuantizedLinear(
+        size, linear.scales.shape[0], False, group_size=linear.group_size, bits=linear.bits
+    )
+    words, groups = linear.bits * size // 32, size // linear.group_size
+    first_word, first_group = linear.bits * start // 32, start // linear.group_size
+    part.weight = mx.contiguous(linear.weight[:, first_word : first_word + words])
+    part.scales = mx.contiguous(linear.scales[:, first_group : first_group + groups])
+    part.biases = mx.contiguous(linear.biases[:, first_group : first_group + groups])
+    return part
+
+
+def _dequantized(linear: nn.QuantizedLinear) -> nn.Linear:
+    weight = mx.dequantize(
+        linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits
+    )
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in linear)
+    plain.weight = weight
+    if "bias" in linear:
+        plain.bias = linear.bias
+    return plain

@@ -1,0 +1,23 @@
+"""What a user can get wrong. A message says what was given, what is needed and what to run."""
+
+from __future__ import annotations
+
+
+class RedrafterError(ValueError):
+    """Base of all errors that the command line shows as one line (exit code 1)."""
+
+
+class ModelError(RedrafterError):
+    """A target model that cannot be loaded or is not supported."""
+
+
+class DrafterError(RedrafterError):
+    """A drafter that cannot be loaded or does not fit the target model."""
+
+
+class OptionError(RedrafterError):
+    """An option with an impossible value, or a prompt that cannot be answered."""
+
+
+class HubError(RedrafterError):
+    """A model or drafter that cannot be found, downloaded or stored."""

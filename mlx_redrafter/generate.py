@@ -1,0 +1,288 @@
+"""The Python API: load a model with its drafter, and generate text. Names follow mlx_lm."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_redrafter import hub
+from mlx_redrafter.decoding.engine import Engine, Progress, Session
+from mlx_redrafter.decoding.sampling import SamplingParams
+from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.drafters.loading import load_drafter
+from mlx_redrafter.drafters.redrafter import ReDrafter
+from mlx_redrafter.errors import OptionError
+from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.stats import DraftStats
+
+
+@dataclass(frozen=True)
+class Model:
+    """A target model, its drafter (or None), and the engine that runs both."""
+
+    name: str
+    folder: Path
+    target: Decoder
+    drafter: ReDrafter | None
+    drafter_folder: Path | None
+    engine: Engine
+
+
+@dataclass(frozen=True)
+class GenerationResponse:
+    """One token of an answer, as in mlx_lm, and what drafting did so far.
+
+    ``text`` is the next piece of text, possibly empty. ``from_draft`` tells an accepted draft from
+    a bonus token. ``peak_memory`` is in GB. ``finish_reason`` is None until the last response,
+    then ``stop`` (end token, stop string or stop token) or ``length``.
+    """
+
+    text: str
+    token: int
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: str | None
+    stats: DraftStats
+
+
+def load(
+    path_or_hf_repo: str = hub.BUILTIN,
+    drafter: str | None = "auto",
+    *,
+    revision: str | None = None,
+    dtype: mx.Dtype | None = None,
+) -> tuple[Model, TokenizerWrapper]:
+    """Load a model, its tokenizer and its drafter.
+
+    Args:
+        path_or_hf_repo: the built-in name, a local folder, or a hub id.
+        drafter: ``auto`` takes the one that is shipped with or beside the model, if any; a folder
+            or hub id; None for plain decoding.
+        revision: branch, tag or commit of a hub id.
+        dtype: type of the weights; None: float32 on a CPU, as stored on Metal.
+
+    Raises:
+        HubError, ModelError, DrafterError: with what was given and what is needed.
+    """
+    compiled = _compiler_present()
+    folder = hub.resolve(path_or_hf_repo, revision)
+    if drafter == "auto":
+        drafter_folder = hub.find_drafter(path_or_hf_repo, folder)
+    else:
+        drafter_folder = hub.resolve(drafter) if drafter is not None else None
+    target = load_model(folder, dtype)
+    loaded = load_drafter(drafter_folder, target) if drafter_folder is not None else None
+    engine = Engine(target, loaded, compiled)
+    model = Model(path_or_hf_repo, folder, target, loaded, drafter_folder, engine)
+    return model, hub.load_tokenizer(folder)
+
+
+def stream_generate(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    prompt: str | Sequence[int],
+    max_tokens: int = 256,
+    *,
+    draft: bool = True,
+    tree: TreeShape | None = None,
+    stop: Sequence[str] = (),
+    stop_tokens: Sequence[int] = (),
+    session: Session | None = None,
+    prefill_step_size: int = 512,
+    prompt_progress_callback: Progress | None = None,
+    **sampling: Any,
+) -> Iterator[GenerationResponse]:
+    """Generate an answer, one response per token.
+
+    Args:
+        prompt: text (no template is applied) or token ids.
+        max_tokens: at most so many tokens; fewer where the context ends.
+        draft: False decodes plainly, through the same code; the tokens are the same.
+        tree: how much to draft; None for the default shape.
+        stop: strings that end the answer; neither they nor what follows is emitted.
+        stop_tokens: token ids that end the answer besides the model's own.
+        session: keeps the KV cache for the next request; what follows a stop is not left in it.
+        prompt_progress_callback: called with (tokens read, tokens in the prompt).
+        sampling: see :class:`SamplingParams`: temp, top_p, top_k, min_p, penalties, seed, ...
+
+    Raises:
+        OptionError: an unknown or impossible option, an empty prompt, a prompt beyond the context.
+    """
+    try:
+        params = SamplingParams(**sampling)
+    except TypeError as error:
+        raise OptionError(f"unknown option: {error}") from None
+    if any(not s for s in stop):
+        raise OptionError("a stop string is empty: give at least one character")
+    if prefill_step_size < 1:
+        raise OptionError(f"prefill_step_size {prefill_step_size} is not possible: use 1 or more")
+    ids = _encode(tokenizer, prompt)
+    shape = (tree or TreeShape()) if draft else TreeShape.plain()
+    session = session if session is not None else Session()
+    answer = _Answer(tokenizer, len(ids), stop, {*tokenizer.eos_token_ids, *stop_tokens})
+    steps = model.engine.generate(
+        ids, params, shape, max_tokens,
+        session=session, stats=answer.stats, prefill_step_size=prefill_step_size,
+        progress=prompt_progress_callback,
+    )  # fmt: skip
+    with contextlib.closing(steps), _wired(model.target):
+        try:
+            for emitted in steps:
+                for i, token in enumerate(emitted.tokens):
+                    room = min(max_tokens, model.target.config.max_positions - len(ids))
+                    from_draft = i < len(emitted.tokens) - 1
+                    yield (response := answer.add(token, from_draft, room))
+                    if response.finish_reason is not None:
+                        return
+        finally:
+            steps.close()
+            session.trim(answer.kept)
+
+
+def generate(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    prompt: str | Sequence[int],
+    verbose: bool = False,
+    **kwargs: Any,
+) -> str:
+    """The whole answer as text. ``verbose`` prints it as it comes, and the statistics.
+
+    Other arguments and errors: see :func:`stream_generate`.
+    """
+    pieces = []
+    for response in stream_generate(model, tokenizer, prompt, **kwargs):
+        pieces.append(response.text)
+        if verbose:
+            print(response.text, end="", flush=True)
+    if verbose:
+        print(
+            f"\n\nPrompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s\n"
+            f"Answer: {response.generation_tokens} tokens, {response.generation_tps:.1f} tokens/s, "
+            f"{response.stats.tokens_per_step:.2f} tokens per step\n"
+            f"Peak memory: {response.peak_memory:.2f} GB"
+        )
+    return "".join(pieces)
+
+
+@dataclass
+class _Answer:
+    """Turns tokens into text, and decides where the answer ends."""
+
+    tokenizer: TokenizerWrapper
+    prompt_tokens: int
+    stop: Sequence[str]
+    end_tokens: set[int]
+    stats: DraftStats = field(default_factory=DraftStats)
+    count: int = 0
+    started: float = 0.0
+    pending: str = ""  # text that may be the beginning of a stop string
+
+    def __post_init__(self) -> None:
+        self.detokenizer = self.tokenizer.detokenizer
+        self.detokenizer.reset()
+        self.start = time.perf_counter()
+
+    @property
+    def kept(self) -> int:
+        """Tokens of prompt and answer that may stay in the cache."""
+        return self.prompt_tokens + self.count
+
+    def add(self, token: int, from_draft: bool, room: int) -> GenerationResponse:
+        """Take the next token; ``room`` is the most tokens that the answer can have."""
+        self.count += 1
+        if self.count == 1:
+            self.started = time.perf_counter()
+        reason = None
+        if token in self.end_tokens:
+            reason = "stop"
+        else:
+            self.detokenizer.add_token(token)
+            if self.count == room:
+                reason = "length"
+        if reason is not None:
+            self.detokenizer.finalize()
+        self.pending += self.detokenizer.last_segment
+        text, hit = _split_at_stop(self.pending, self.stop, final=reason is not None)
+        self.pending = "" if hit or reason else self.pending[len(text) :]
+        return self._response(text, token, from_draft, "stop" if hit else reason)
+
+    def _response(
+        self, text: str, token: int, from_draft: bool, reason: str | None
+    ) -> GenerationResponse:
+        now = time.perf_counter()
+        prefill = self.stats.prefill_seconds or (self.started - self.start)
+        return GenerationResponse(
+            text=text,
+            token=token,
+            from_draft=from_draft,
+            prompt_tokens=self.prompt_tokens,
+            prompt_tps=self.prompt_tokens / prefill if prefill else 0.0,
+            generation_tokens=self.count,
+            generation_tps=self.count / max(now - self.start - prefill, 1e-9),
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=reason,
+            stats=self.stats,
+        )
+
+
+def _split_at_stop(text: str, stop: Sequence[str], final: bool) -> tuple[str, bool]:
+    """What of ``text`` may be emitted now, and whether a stop string was found in it."""
+    found = [at for s in stop if (at := text.find(s)) >= 0]
+    if found:
+        return text[: min(found)], True
+    if final:
+        return text, False
+    held = max(
+        (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])),
+        default=0,
+    )
+    return text[: len(text) - held], False
+
+
+def _encode(tokenizer: TokenizerWrapper, prompt: str | Sequence[int]) -> list[int]:
+    if not isinstance(prompt, str):
+        return [int(t) for t in prompt]
+    if not prompt:
+        raise OptionError("the prompt is empty: give at least one token of text")
+    # A chat template has already put the first special token there.
+    bos = tokenizer.bos_token
+    return list(tokenizer.encode(prompt, add_special_tokens=not (bos and prompt.startswith(bos))))
+
+
+def _compiler_present() -> bool:
+    """MLX compiles CPU graphs with g++ on Linux; without it everything runs uncompiled."""
+    if sys.platform != "linux" or shutil.which("g++") is not None:
+        return True
+    mx.disable_compile()
+    warnings.warn(
+        "no C++ compiler found (g++): running uncompiled and slower; install g++ to change that",
+        stacklevel=2,
+    )
+    return False
+
+
+@contextlib.contextmanager
+def _wired(target: Decoder) -> Iterator[None]:
+    """On Metal keep the weights resident while generating, as mlx_lm does."""
+    if not mx.metal.is_available():
+        yield
+        return
+    from mlx_lm.generate import wired_limit
+
+    with wired_limit(target):
+        yield

@@ -1,0 +1,78 @@
+"""What drafting did for one answer: counts, acceptance, and where the time went."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class DraftStats:
+    """Statistics of one answer; all counts are integers, all times are seconds.
+
+    ``steps`` passes of the target, ``tokens`` they produced, ``drafted`` nodes they checked
+    (roots not counted), ``accepted`` drafted tokens that were kept, ``histogram`` steps by the
+    number of accepted drafts. A step always yields one token more than it accepts: the bonus.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    histogram: Counter[int] = field(default_factory=Counter)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0  # launching steps and waiting for them: draft, verify, commit
+    host_seconds: float = 0.0  # whoever consumes the tokens: text, printing
+
+    def record(self, produced: int, drafted: int) -> None:
+        """One step that produced ``produced`` tokens (accepted drafts and the bonus)."""
+        self.steps += 1
+        self.tokens += produced
+        self.drafted += drafted
+        self.accepted += produced - 1
+        self.histogram[produced - 1] += 1
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.tokens / self.steps if self.steps else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted drafts over checked drafts (0 without drafting)."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def per_depth(self) -> list[float]:
+        """Share of steps in which the draft at depth 1, 2, ... was accepted."""
+        deepest = max(self.histogram, default=0)
+        return [
+            sum(n for k, n in self.histogram.items() if k >= depth) / self.steps
+            for depth in range(1, deepest + 1)
+        ]
+
+    def add(self, other: DraftStats) -> None:
+        """Accumulate another answer's statistics into this one."""
+        for name in ("steps", "tokens", "drafted", "accepted"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("prefill_seconds", "decode_seconds", "host_seconds"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.histogram.update(other.histogram)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "tokens_per_step": round(self.tokens_per_step, 4),
+            "acceptance_rate": round(self.acceptance_rate, 4),
+            "histogram": {str(k): self.histogram[k] for k in sorted(self.histogram)},
+            "per_depth": [round(p, 4) for p in self.per_depth],
+            "seconds": {
+                "prefill": round(self.prefill_seconds, 4),
+                "draft_verify": round(self.decode_seconds, 4),
+                "host": round(self.host_seconds, 4),
+            },
+        }
