@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from mlx_redrafter.decoding.sampling import Arrays, SamplingParams
-from mlx_redrafter.decoding.step import Bucket, State, StepFunction, make_state, make_step
+from mlx_redrafter.decoding.step import Bucket, State, StepFunction, make_state, make_step, nothing_pending
 from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.errors import OptionError
@@ -138,7 +138,7 @@ class Engine:
         # The drafter needs the hidden state before the root: one token is always read again.
         shared = max(0, min(shared, len(prompt) - 2))
         session.trim(shared)
-        needed = cache.bucket(len(prompt) + headroom + 2 * shape.nodes)
+        needed = cache.bucket(len(prompt) + headroom + 3 * shape.nodes)
         if not session.kv:
             session.kv = cache.new_cache(self.target.config, needed, self.target.dtype)
         elif session.kv[0].shape[2] < needed:
@@ -157,8 +157,8 @@ class Engine:
             mask = slots[None] <= positions[:, None]
             hidden, inner, session.kv = self.target(
                 mx.array(chunk, mx.int32), positions, mask, slots, session.kv,
-                mx.array([done], mx.int32), layers,
-            )
+                cache.Append(mx.array([done], mx.int32)), layers,
+            )  # fmt: skip
             hidden, inner = hidden[-1:], tuple(x[-1:] for x in inner)
             mx.eval(hidden, inner, session.kv)
             session.tokens.extend(chunk)
@@ -169,7 +169,8 @@ class Engine:
         if params.windows:
             history = mx.array([*prompt[:-1], *[0] * (slots.shape[0] - total)], mx.int32)
         root, position = mx.array([prompt[-1]], mx.int32), mx.array([total], mx.int32)
-        return make_state(root, context[0], position, session.kv, history)
+        pending = nothing_pending(session.kv, shape)
+        return make_state(root, context[0], position, session.kv, history, pending)
 
     def _decode(
         self,
@@ -189,12 +190,13 @@ class Engine:
         step = self.step_function(Bucket(shape, params.features, params.windows))
         reach = shape.depth + 1  # the most tokens a step can produce
         final = len(known) + room
+        in_place = len(known) - 1  # tokens whose rows are in the slab where they belong
 
         def launch(furthest: int) -> mx.array:
             """Start a step whose root is at position ``furthest`` at most."""
             nonlocal state
             session.kv = []  # the only reference to a slab must be the step's, or it is copied
-            needed = furthest + 1 + shape.nodes
+            needed = furthest + reach + shape.nodes
             if state["kv"][0].shape[2] < needed:
                 state = _grown(state, cache.bucket(needed + HEADROOM))
             emitted, state = step(state, arrays)
@@ -209,9 +211,12 @@ class Engine:
                 count, *tokens = pending.tolist()
                 now = time.perf_counter()
                 stats.decode_seconds += now - mark
+                in_place = len(known)
                 tokens = tokens[: min(count, final - len(known))]
                 stats.record(len(tokens), shape.nodes - 1)
                 known.extend(tokens)
+                if following is not None or shape.width == 1:
+                    in_place = len(known) - 1
                 yield Emitted(tokens)
                 mark = time.perf_counter()
                 stats.host_seconds += mark - now
@@ -219,9 +224,10 @@ class Engine:
                     return
                 pending = following
         finally:
-            # Whatever was launched ahead wrote only rows past the tokens known so far.
+            # A step launched ahead has put the rows that were accepted before it into place, and
+            # its own behind them; without one, the last tree's rows are still in tree order.
             session.kv = state["kv"]
-            session.tokens[:] = known[:-1]
+            session.tokens[:] = known[:in_place]
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -20,9 +20,18 @@ from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.models import Decoder, cache
 
 State = dict[str, Any]
-"""What stays on the device between steps: root (1,) int32, the last token, not yet in the cache;
-context (Dc,), the drafter's, of the position that predicted the root; position (1,) int32, the
-root's; kv, one slab per layer; history (C,) int32, the tokens by position (penalties only)."""
+"""What stays on the device between steps:
+
+root (1,) int32     the last token: chosen, but not yet in the cache
+context (Dc,)       the drafter's, of the position that predicted the root
+position (1,) int32 the root's
+kv                  one slab per layer
+history (C,) int32  the tokens by position (penalties only)
+pending             (trees only) the last step's own rows, (1, 2*Hkv, N, Dh) per layer; the path
+                    (L+1,) and count (1,) that it accepted. The next step writes the accepted ones
+                    into the slab together with its own. Moving them at once would read and write
+                    a slab back to back, and MLX copies a buffer whose reader is still in flight.
+"""
 
 
 def make_state(
@@ -31,10 +40,24 @@ def make_state(
     position: mx.array,
     kv: list[mx.array],
     history: mx.array | None = None,
+    pending: tuple[list[mx.array], mx.array, mx.array] | None = None,
 ) -> State:
     """Always the same keys in the same order: another order is another graph to mx.compile."""
     state: State = {"root": root, "context": context, "position": position, "kv": kv}
-    return state if history is None else {**state, "history": history}
+    if history is not None:
+        state["history"] = history
+    if pending is not None:
+        state["pending"] = pending
+    return state
+
+
+def nothing_pending(kv: list[mx.array], shape: TreeShape) -> tuple | None:
+    """What the first step of an answer finds pending."""
+    if shape.width == 1:
+        return None  # an accepted chain is already in its place
+    _, heads, _, size = kv[0].shape
+    rows = [mx.zeros((1, heads, shape.nodes, size), slab.dtype) for slab in kv]
+    return rows, mx.zeros((shape.depth + 1,), mx.int32), mx.zeros((1,), mx.int32)
 
 
 @dataclass(frozen=True)
@@ -77,7 +100,8 @@ def make_step(
 
         tree = draft(drafter, state["context"], root, shape, arrays.get("temp"), noise)
 
-        hidden, inner, kv = verify(target, tree, position, state["kv"], layers)
+        write = writer(state, shape)
+        hidden, inner, kv = verify(target, tree, position, state["kv"], write, layers)
 
         windows = {
             name: sampling.recent_tokens(tree, state["history"], position, size, shape.depth)
@@ -86,20 +110,19 @@ def make_step(
         choices = sampling.choose(target.logits(hidden), tree, windows, arrays, noise)
         path, count = walk(tree, choices, shape.depth)
 
-        if shape.width > 1:  # an accepted chain is already in its place
-            kv = [cache.keep(slab, position + path[1:], position + 1) for slab in kv]
         emitted = mx.take(choices, path)  # (L+1,)
         last = mx.take(path, count - 1)  # (1,)
-        context = state["context"]
+        context, history, pending = state["context"], None, None
         if drafter is not None:
             at_last = tuple(mx.take(x, last, axis=0) for x in inner)
             context = drafter.context(mx.take(hidden, last, axis=0), at_last)[0]
-        history = None
         if bucket.windows:
             accepted = mx.take(tree.tokens, path)
             history = mx.slice_update(state["history"], accepted, position, (0,))
+        if isinstance(write, cache.Commit):
+            pending = (write.rows, path, count)
         root = mx.take(choices, last)
-        new = make_state(root, context, position + count, kv, history)
+        new = make_state(root, context, position + count, kv, history, pending)
         return mx.concatenate([count, emitted]), new
 
     return step
@@ -122,11 +145,24 @@ def draft(
     return best_nodes(root, candidates, shape.nodes, shape.depth)
 
 
+def writer(state: State, shape: TreeShape) -> cache.Write:
+    """How this step's keys and values get into the slabs."""
+    position = state["position"]
+    if "pending" not in state:
+        return cache.Append(position)
+    rows, path, count = state["pending"]
+    number = mx.arange(path.shape[0] + shape.nodes, dtype=mx.int32)
+    accepted = mx.take(path, mx.minimum(number, path.shape[0] - 1))
+    new = mx.minimum(number - count, shape.nodes - 1) + shape.nodes
+    return cache.Commit(position - count, mx.where(number < count, accepted, new), rows)
+
+
 def verify(
     target: Decoder,
     tree: DraftTree,
     position: mx.array,
     kv: list[mx.array],
+    write: cache.Write,
     layers: tuple[int, ...],
 ) -> tuple[mx.array, tuple[mx.array, ...], list[mx.array]]:
     """One pass of the target over the whole tree.
@@ -144,4 +180,4 @@ def verify(
     mask = mx.slice_update(prefix, tree.ancestors, position, (1,))
     key_positions = mx.slice_update(slots, positions, position, (0,))
     tokens = mx.maximum(tree.tokens, 0)  # fillers carry -1
-    return target(tokens, positions, mask, key_positions, kv, position, layers)
+    return target(tokens, positions, mask, key_positions, kv, write, layers)

@@ -1,0 +1,190 @@
+"""Is the drafted text the text of plain decoding, and that the text of mlx_lm? Token by token.
+
+    python -m mlx_redrafter.exactness [--drafter DIR] [--prompts FILE] [--count 40] [--sampled 200]
+
+Greedy: every prompt with mlx_lm, plain, and drafted with three tree shapes. Sampled: plain against
+drafted, with mixed temperatures, filters and penalties. Exit code 1 if a single token differs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import typer
+from mlx_lm.generate import generate_step
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_model as load_mlx_lm
+
+from mlx_redrafter import blas, console
+from mlx_redrafter.acceptance import SHAPES
+from mlx_redrafter.decoding.engine import Session
+from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.errors import RedrafterError
+from mlx_redrafter.generate import Model, load, stream_generate
+from mlx_redrafter.prompts import DEV, Prompt, read_prompts
+
+
+@dataclass
+class Report:
+    """Comparisons made and the differences found."""
+
+    compared: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+    differences: list[dict[str, Any]] = field(default_factory=list)
+
+    def compare(self, what: str, prompt: Prompt, expected: list[int], given: list[int]) -> None:
+        self.compared[what] += 1
+        self.tokens[what] += len(expected)
+        if expected == given:
+            return
+        pairs = itertools.zip_longest(expected, given)
+        at = next(i for i, (a, b) in enumerate(pairs) if a != b)
+        self.differences.append({"what": what, "prompt": prompt.text[:60], "first_at": at})
+
+
+def sampling_options() -> Iterator[dict[str, Any]]:
+    """An endless, fixed mixture of temperatures, filters, penalties and seeds."""
+    filters: list[dict[str, Any]] = [
+        {},
+        {"top_k": 40},
+        {"top_p": 0.9},
+        {"min_p": 0.05},
+        {"top_k": 20, "top_p": 0.95},
+        {"top_p": 0.8, "min_p": 0.02, "top_k": 100},
+    ]
+    penalties: list[dict[str, Any]] = [
+        {},
+        {"repetition_penalty": 1.15},
+        {"presence_penalty": 0.6, "frequency_penalty": 0.3, "frequency_context_size": 64},
+        {},
+        {"repetition_penalty": 1.3, "repetition_context_size": 50, "logit_bias": {198: -2.0}},
+    ]
+    temperatures = [0.3, 0.5, 0.7, 0.8, 1.0, 1.1, 1.2]
+    for seed in itertools.count():
+        yield {
+            "temp": temperatures[seed % len(temperatures)],
+            **filters[seed % len(filters)],
+            **penalties[seed % len(penalties)],
+            "seed": seed,
+        }
+
+
+def reference_tokens(
+    model: nn.Module, tokenizer: TokenizerWrapper, ids: list[int], max_tokens: int
+) -> list[int]:
+    """mlx_lm's greedy answer, its end token included."""
+    tokens = []
+    for token, _ in generate_step(mx.array(ids), model, max_tokens=max_tokens):
+        tokens.append(int(token))
+        if tokens[-1] in tokenizer.eos_token_ids:
+            break
+    return tokens
+
+
+def answer(
+    model: Model, tokenizer: TokenizerWrapper, ids: list[int], max_tokens: int, **options: Any
+) -> list[int]:
+    return [r.token for r in stream_generate(model, tokenizer, ids, max_tokens, **options)]
+
+
+def check_greedy(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    prompts: list[Prompt],
+    max_tokens: int,
+    report: Report,
+    shapes: tuple[TreeShape, ...] = SHAPES,
+) -> None:
+    """mlx_lm = plain = drafted, for every prompt."""
+    theirs, _ = load_mlx_lm(model.folder)
+    for done, prompt in enumerate(prompts, 1):
+        ids, session = prompt.encode(tokenizer), Session()
+        plain = answer(model, tokenizer, ids, max_tokens, draft=False, session=session)
+        reference = reference_tokens(theirs, tokenizer, ids, max_tokens)
+        report.compare("greedy: plain against mlx_lm", prompt, reference, plain)
+        for shape in shapes:
+            drafted = answer(model, tokenizer, ids, max_tokens, tree=shape, session=session)
+            report.compare(f"greedy: {shape} against plain", prompt, plain, drafted)
+        _say(f"greedy {done}/{len(prompts)}", report)
+
+
+def check_sampled(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    prompts: list[Prompt],
+    runs: int,
+    max_tokens: int,
+    report: Report,
+    shapes: tuple[TreeShape, ...] = SHAPES,
+) -> None:
+    """Same seed, same tokens: plain against one drafted shape per run, in turn."""
+    for i, options in zip(range(runs), sampling_options(), strict=False):
+        prompt, shape = prompts[i % len(prompts)], shapes[i % len(shapes)]
+        ids, session = prompt.encode(tokenizer), Session()
+        plain = answer(model, tokenizer, ids, max_tokens, draft=False, session=session, **options)
+        drafted = answer(model, tokenizer, ids, max_tokens, tree=shape, session=session, **options)
+        report.compare(f"sampled: {shape} against plain", prompt, plain, drafted)
+        _say(f"sampled {i + 1}/{runs}", report)
+
+
+def _say(progress: str, report: Report) -> None:
+    console.note(f"{progress}, {len(report.differences)} differences")
+
+
+def main(
+    model: str = "smollm2-135m",
+    drafter: str = "auto",
+    prompts: Path = DEV,
+    count: int = 40,
+    max_tokens: int = 128,
+    sampled: int = 200,
+    sampled_tokens: int = 48,
+    shard: Annotated[str, typer.Option(help="i/n: every n-th prompt and run only.")] = "0/1",
+    output: Annotated[Path | None, typer.Option("--json", help="Write the report there.")] = None,
+) -> None:
+    """Compare drafted, plain and mlx_lm decoding token by token."""
+    start = time.perf_counter()
+    part, parts = (int(n) for n in shard.split("/"))
+    loaded, tokenizer = load(model, drafter, dtype=mx.float32)
+    chosen = read_prompts(prompts, count)[part::parts]
+    report = Report()
+    check_greedy(loaded, tokenizer, chosen, max_tokens, report)
+    check_sampled(loaded, tokenizer, chosen, sampled // parts, sampled_tokens, report)
+    conditions = {
+        "model": model,
+        "drafter": str(loaded.drafter_folder),
+        "dtype": "float32",
+        "device": str(mx.default_device()),
+        "blas": blas.status().name,
+        "mlx": mx.__version__,
+        "shard": shard,
+        "seconds": round(time.perf_counter() - start),
+    }
+    summary = {**vars(report), **conditions}
+    if output is not None:
+        output.write_text(json.dumps(summary, indent=2) + "\n")
+    for what, runs in report.compared.items():
+        wrong = sum(d["what"] == what for d in report.differences)
+        print(f"{what}: {runs - wrong} of {runs} identical, {report.tokens[what]} tokens")
+    print(", ".join(f"{k} {v}" for k, v in conditions.items()))
+    if report.differences:
+        print(f"first difference: {report.differences[0]}")
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except RedrafterError as error:
+        console.error(str(error))
+        sys.exit(1)

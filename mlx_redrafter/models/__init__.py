@@ -1,0 +1,17 @@
+"""Target models, re-implemented so that a whole draft tree is verified in one pass."""
+
+from __future__ import annotations
+
+from .config import DecoderConfig, RopeConfig
+from .decoder import Decoder
+from .families import SUPPORTED, decoder_config
+from .loading import load_model
+
+__all__ = [
+    "SUPPORTED",
+    "Decoder",
+    "DecoderConfig",
+    "RopeConfig",
+    "decoder_config",
+    "load_model",
+]

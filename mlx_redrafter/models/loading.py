@@ -1,0 +1,206 @@
+"""A model folder -> Decoder, checked: whatever is wrong with it is one line of ModelError."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..errors import ModelError
+from .config import DecoderConfig
+from .decoder import Decoder
+from .families import decoder_config
+from .rope import fused_kernels
+from .weights import preview, read_json, read_weights, weight_files
+
+Weights = dict[str, mx.array]
+
+_DROPPED = ("vision_tower.", "multi_modal_projector.", "vision_model.")
+# mode -> the only (bits, group size) it allows, which also identifies it.
+_FLOAT_MODES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
+
+
+def load_model(folder: Path, dtype: mx.Dtype | None = None) -> Decoder:
+    """The target model in `folder` (config.json and *.safetensors, MLX or Hugging Face layout).
+
+    dtype of all floating arrays: as given; else float32 on a CPU device, where 16-bit arithmetic
+    is several times slower; else as stored. Raises ModelError.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder; needed: a folder with config.json and weights")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json; needed: a model in Hugging Face layout")
+    raw = read_json(folder / "config.json")
+    decoder_config(raw)  # an unsupported type is said before gigabytes are read
+    quantization = _quantization(raw)
+    weights = sanitize(read_weights(weight_files(folder)))
+    config = decoder_config(raw, weights.keys())
+    if config.tied:
+        weights = {k: v for k, v in weights.items() if not k.startswith("lm_head.")}
+    if dtype is None and not fused_kernels():
+        dtype = mx.float32
+    weights = _convert(weights, config, dtype)
+    model = Decoder(config)
+    if quantization:
+        _quantize(model, quantization, weights)
+    _assign(model, weights, folder)
+    del weights
+    _materialise(model, folder)
+    model.eval()
+    return model
+
+
+def sanitize(weights: Mapping[str, mx.array]) -> Weights:
+    """Names as Decoder has them: the text half only, without precomputed rotary frequencies."""
+    result = {}
+    for name, value in weights.items():
+        # Newer multimodal checkpoints put `model.` before `language_model.`, older ones after it.
+        name = (
+            name.removeprefix("model.")
+            if name.startswith(tuple("model." + part for part in ("language_model.", *_DROPPED)))
+            else name
+        )
+        if name.startswith(_DROPPED) or name.endswith("rotary_emb.inv_freq"):
+            continue
+        if name.startswith("language_model."):
+            name = name.removeprefix("language_model.")
+            if not name.startswith(("model.", "lm_head.")):
+                name = "model." + name
+        result[name] = value
+    return result
+
+
+def _convert(weights: Weights, config: DecoderConfig, dtype: mx.Dtype | None) -> Weights:
+    """Apply the dtype, and Gemma's offset of norm weights. Nothing is evaluated."""
+    result = {}
+    for name, value in weights.items():
+        if dtype is not None and mx.issubdtype(value.dtype, mx.floating):
+            value = value.astype(dtype)
+        if config.norm_offset and name.endswith("norm.weight"):
+            value = config.norm_offset + value
+        result[name] = value
+    return result
+
+
+def _quantization(raw: Mapping[str, Any]) -> dict[str, Any] | None:
+    """MLX's quantisation block with paths as Decoder has them, or None for a dense model."""
+    text = raw.get("text_config") or {}
+    block = (
+        raw.get("quantization")
+        or raw.get("quantization_config")
+        or text.get("quantization")
+        or text.get("quantization_config")
+    )
+    if not block:
+        return None
+    if (
+        "bits" not in block
+        or "group_size" not in block
+        or ("quant_method" in block and not raw.get("quantization"))
+    ):
+        method = block.get("quant_method", "unknown")
+        raise ModelError(
+            f"the weights are quantised by '{method}', a format that is not read here; "
+            "needed: an MLX model (mlx_lm.convert --quantize) or the unquantised one"
+        )
+    return {key.removeprefix("language_model."): value for key, value in block.items()}
+
+
+def _quantize(model: Decoder, block: dict[str, Any], weights: Weights) -> None:
+    """Turn into quantised layers what is stored so; overrides by path go before shapes."""
+
+    def params(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized"):
+            return False
+        if isinstance(override := block.get(path), bool | dict):
+            return override
+        scales = weights.get(f"{path}.scales")
+        if scales is None:
+            return False
+        inputs, packed = module.weight.shape[-1], weights[f"{path}.weight"].shape[-1]
+        bits, group_size = packed * 32 // inputs, inputs // scales.shape[-1]
+        affine = scales.dtype != mx.uint8
+        mode = "affine" if affine else _FLOAT_MODES.get((bits, group_size), "unknown")
+        return {"group_size": group_size, "bits": bits, "mode": mode}
+
+    try:
+        nn.quantize(
+            model,
+            group_size=block["group_size"],
+            bits=block["bits"],
+            mode=block.get("mode", "affine"),
+            class_predicate=params,
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"the quantisation in config.json does not fit the weights ({error}); "
+            "convert the model again with mlx_lm.convert"
+        ) from error
+
+
+def _assign(model: Decoder, weights: Weights, folder: Path) -> None:
+    """Put the weights into the model; names and shapes must be exactly the model's."""
+    expected = _parameters(model)
+    missing, extra = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    if missing or extra:
+        parts = [f"lacks {preview(missing)}"] if missing else []
+        parts += [f"has unknown {preview(extra)}"] if extra else []
+        raise ModelError(
+            f"the weights in {folder} do not fit its config.json: it {' and '.join(parts)}; "
+            "download the model again, or convert it with mlx_lm.convert"
+        )
+    wrong = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if weights[name].shape != value.shape
+    ]
+    if wrong:
+        raise ModelError(
+            f"tensors in {folder} have other shapes than config.json says: {preview(wrong, 3)}; "
+            "download config.json and weights of the same model"
+        )
+    model.update(tree_unflatten(list(weights.items())))
+
+
+def _materialise(model: Decoder, folder: Path) -> None:
+    """Read, check and fuse one layer after the other, so that no second copy of all exists."""
+    for index, layer in enumerate(model.model.layers):
+        finite = _finite(layer, f"model.layers.{index}.")
+        layer.self_attn.fuse()
+        layer.mlp.fuse()
+        _evaluate(layer, finite, folder)
+    rest = {"model.embed_tokens.": model.model.embed_tokens, "model.norm.": model.model.norm}
+    if "lm_head" in model:
+        rest["lm_head."] = model.lm_head
+    for prefix, module in rest.items():
+        _evaluate(module, _finite(module, prefix), folder)
+
+
+def _parameters(module: nn.Module) -> Weights:
+    return dict(cast("list[tuple[str, mx.array]]", tree_flatten(module.parameters())))
+
+
+def _finite(module: nn.Module, prefix: str) -> Weights:
+    """For each floating tensor a lazy flag: no NaN, no infinity. float32 sums cannot overflow."""
+    return {
+        prefix + name: mx.isfinite(mx.abs(value.astype(mx.float32)).sum())
+        for name, value in _parameters(module).items()
+        if mx.issubdtype(value.dtype, mx.floating)
+    }
+
+
+def _evaluate(module: nn.Module, finite: Weights, folder: Path) -> None:
+    try:
+        mx.eval(module.parameters(), finite)
+    except RuntimeError as error:
+        raise ModelError(f"weights in {folder} cannot be read ({error})") from error
+    broken = [name for name, flag in finite.items() if not flag.item()]
+    if broken:
+        raise ModelError(
+            f"weights in {folder} hold NaN or infinity: {preview(broken)}; download the model again"
+        )

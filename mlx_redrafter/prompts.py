@@ -1,0 +1,63 @@
+"""Prompt sets for measuring. Never to be trained on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_redrafter.errors import OptionError
+
+DEV = Path(__file__).parent / "assets" / "prompts_dev.jsonl"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A user turn and its group: chat, writing or code."""
+
+    text: str
+    group: str
+
+    def encode(self, tokenizer: TokenizerWrapper) -> list[int]:
+        """Token ids in the model's chat template, or of the bare text if it has none."""
+        if not tokenizer.has_chat_template:
+            return list(tokenizer.encode(self.text))
+        messages = [{"role": "user", "content": self.text}]
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
+
+def read_prompts(file: Path = DEV, count: int | None = None) -> list[Prompt]:
+    """The prompts of a jsonl file: objects with "prompt" and, if known, "category".
+
+    With a ``count`` the groups are taken in turn, so that a few prompts are of every kind.
+
+    Raises:
+        OptionError: no file, or a line that is not such an object.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+        prompts = [Prompt(row["prompt"], _group(row)) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OptionError(
+            f"{file} is not a prompt file ({error}): give one JSON object per line with a "
+            '"prompt" and, if you like, a "category"'
+        ) from None
+    groups = {group: [p for p in prompts if p.group == group] for group in _groups(prompts)}
+    mixed = [
+        members[i]
+        for i in range(len(prompts))
+        for members in groups.values()
+        if i < len(members)
+    ]
+    return mixed[:count]
+
+
+def _group(row: dict[str, str]) -> str:
+    return row.get("category", "prompts").split(":")[0]
+
+
+def _groups(prompts: list[Prompt]) -> list[str]:
+    return list(dict.fromkeys(p.group for p in prompts))

@@ -1,0 +1,256 @@
+"""Shared by the tests: a tiny random target, drafters that guess well or badly, a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
+
+import mlx.core as mx  # isort: skip
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model as load_mlx_lm
+
+from mlx_redrafter.decoding.engine import Engine, Session
+from mlx_redrafter.decoding.sampling import SamplingParams
+from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
+from mlx_redrafter.models import Decoder, cache, load_model
+from mlx_redrafter.stats import DraftStats
+
+V, D = 97, 32
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": D,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": V,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+
+
+def write_target(folder: Path, seed: int = 7, **changes: Any) -> Path:
+    """A model folder with random float32 weights, large enough that the context matters."""
+    from mlx_lm import utils
+
+    config = {**TINY, **changes}
+    model_class, args_class = utils._get_classes(config)
+    model = model_class(args_class.from_dict(json.loads(json.dumps(config))))
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name, value in tree_flatten(model.parameters()):
+        noise = rng.standard_normal(value.shape)
+        scale = 3.0 if name.startswith("lm_head") else 1.8
+        is_norm = name.endswith("norm.weight")
+        weights[name] = 1 + 0.2 * noise if is_norm else noise * scale / value.shape[-1] ** 0.5
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    arrays = {name: mx.array(value.astype(np.float32)) for name, value in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays, metadata={"format": "mlx"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="session")
+def target(target_folder: Path) -> Decoder:
+    return load_model(target_folder)
+
+
+@pytest.fixture(scope="session")
+def mlx_lm_model(target_folder: Path) -> nn.Module:
+    """The same weights in mlx_lm's own implementation."""
+    return load_mlx_lm(target_folder)[0]
+
+
+def random_drafter(target: Decoder, seed: int = 1, **config: Any) -> ReDrafter:
+    """A ReDrafter with random weights, bound to ``target``."""
+    size = target.config.hidden_size
+    values: dict[str, Any] = {"exit_dim": 2 * size, "num_draft_layers": 1, **config}
+    drafter = ReDrafter(ReDrafterConfig(size, target.config.vocab_size, **values))
+    rng = np.random.default_rng(seed)
+    weights = []
+    for name, value in tree_flatten(drafter.parameters()):
+        if name == "draft_vocab":
+            ids = np.sort(rng.permutation(target.config.vocab_size)[: value.size])
+            weights.append((name, mx.array(ids.astype(np.int32))))
+        else:
+            noise = rng.standard_normal(value.shape) * 1.5 / value.shape[-1] ** 0.5
+            weights.append((name, mx.array(noise.astype(np.float32))))
+    drafter.load_weights(weights)
+    return drafter.bind(target)
+
+
+@pytest.fixture(scope="session")
+def drafter(target: Decoder) -> ReDrafter:
+    return random_drafter(target)
+
+
+def hidden_states(target: Decoder, tokens: Sequence[int]) -> np.ndarray:
+    """Final hidden state after every token of a sequence, from one causal pass: (T, D)."""
+    n = len(tokens)
+    capacity = cache.bucket(n)
+    slots, zero = mx.arange(capacity, dtype=mx.int32), mx.array([0], mx.int32)
+    positions = slots[:n]
+    kv = cache.new_cache(target.config, capacity, target.dtype)
+    hidden, _, _ = target(
+        mx.array(list(tokens), mx.int32), positions, slots[None] <= positions[:, None], slots, kv,
+        cache.Append(zero),
+    )  # fmt: skip
+    return np.array(hidden)
+
+
+class Oracle:
+    """A drafter that knows how answers go on; it recognises the place by the hidden state.
+
+    Args:
+        target: the model.
+        texts: whole sequences, prompt and plain answer.
+        ranks: the right token of a place is the drafter's choice number ``ranks[i % len(ranks)]``
+            there, behind wrong ones; a number of ``FAN`` and more: not among its choices at all.
+    """
+
+    FAN = 6
+    context_layers = ()
+
+    def __init__(
+        self, target: Decoder, texts: Sequence[Sequence[int]], ranks: Sequence[int] = (0,)
+    ) -> None:
+        self.context_size = target.config.hidden_size
+        vocab = target.config.vocab_size
+        rng = np.random.default_rng(0)
+        hidden, rows = [], []
+        for text in texts:
+            hidden.append(hidden_states(target, text))
+            for place in range(len(text)):
+                right = text[place + 1] if place + 1 < len(text) else 0
+                order = [t for t in rng.permutation(vocab) if t != right][: self.FAN]
+                order.insert(ranks[len(rows) % len(ranks)], right)
+                row = np.full(vocab, -1000.0, np.float32)
+                # Gaps far above any noise: the ranks hold in sampled runs too.
+                row[order[: self.FAN]] = -60.0 * np.arange(min(self.FAN, len(order)))
+                rows.append(row)
+        self._hidden = mx.array(np.concatenate(hidden))
+        self._rows = mx.array(np.stack(rows))
+        mx.eval(self._hidden, self._rows)
+
+    def context(self, hidden: mx.array, inner: tuple[mx.array, ...]) -> mx.array:
+        return hidden
+
+    def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
+        place = mx.argmin(mx.square(self._hidden - context[None]).sum(-1))
+        return place.astype(mx.float32).reshape(1, 1), context
+
+    def step(
+        self, tokens: mx.array, state: mx.array, fixed: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        state = state + 1  # the root's own place
+        place = mx.clip(state[:, 0].astype(mx.int32), 0, self._rows.shape[0] - 1)
+        return mx.take(self._rows, place, axis=0), state
+
+    def token_ids(self, picks: mx.array) -> mx.array:
+        return picks
+
+    def select(self, values: mx.array) -> mx.array:
+        return values
+
+
+class Constant:
+    """A drafter with the same logits whatever happens: ties, infinities, NaN."""
+
+    context_layers = ()
+
+    def __init__(self, target: Decoder, row: np.ndarray) -> None:
+        self.context_size = target.config.hidden_size
+        self._row = mx.array(row.astype(np.float32))
+
+    def context(self, hidden: mx.array, inner: tuple[mx.array, ...]) -> mx.array:
+        return hidden
+
+    def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
+        return mx.zeros((1, 1)), context
+
+    def step(
+        self, tokens: mx.array, state: mx.array, fixed: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        return mx.broadcast_to(self._row[None], (tokens.shape[0], self._row.size)), state
+
+    def token_ids(self, picks: mx.array) -> mx.array:
+        return picks
+
+    def select(self, values: mx.array) -> mx.array:
+        return values
+
+
+def run(
+    engine: Engine,
+    prompt: Sequence[int],
+    params: SamplingParams | None = None,
+    shape: TreeShape | None = None,
+    max_tokens: int = 24,
+    session: Session | None = None,
+    stats: DraftStats | None = None,
+    **more: Any,
+) -> list[int]:
+    """All tokens of an answer."""
+    shape = TreeShape.plain() if shape is None else shape
+    params = SamplingParams() if params is None else params
+    steps = engine.generate(
+        prompt, params, shape, max_tokens, session=session, stats=stats, **more
+    )  # fmt: skip
+    return [token for step in steps for token in step.tokens]
+
+
+def prompt_of(length: int, seed: int = 0, vocab: int = V) -> list[int]:
+    return np.random.default_rng(seed).integers(0, vocab, length).tolist()
+
+
+class ByteTokenizer:
+    """One token per byte, three special ones behind; the slice of mlx_lm's wrapper we use."""
+
+    BOS, EOS, PAD = 256, 257, 258
+    vocab_size = 259
+    bos_token, eos_token_id = "<bos>", EOS
+
+    def __init__(self) -> None:
+        self.eos_token_ids = {self.EOS}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [self.BOS] * add_special_tokens + list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(t for t in tokens if t < 256).decode(errors="replace")
+
+    @property
+    def detokenizer(self) -> Any:
+        from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer
+
+        return NaiveStreamingDetokenizer(self)
+
+
+@pytest.fixture
+def tokenizer() -> ByteTokenizer:
+    return ByteTokenizer()
+
+
+@pytest.fixture(scope="session")
+def byte_target(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    folder = tmp_path_factory.mktemp("byte_target")
+    return load_model(write_target(folder, vocab_size=ByteTokenizer.vocab_size))
+
+
+Patch = Callable[..., None]
+Steps = Iterator[Any]

@@ -1,0 +1,152 @@
+"""The re-implemented targets against mlx-lm, and a tree against sequential decoding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm import utils as mlx_lm_utils
+from mlx_lm.models.cache import make_prompt_cache
+from tiny_models import CASES, PREFIX, TOLERANCE, C, Runner, assert_close, build, tokens_of
+
+from mlx_redrafter.models import SUPPORTED, Decoder, attention, load_model, rope
+from mlx_redrafter.models.cache import Append, new_cache
+
+WINDOWED = {"llama-window", "gemma3_text", "gemma3"}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def model(case: str, tmp_path: Path) -> Decoder:
+    build(tmp_path, case)
+    return load_model(tmp_path)
+
+
+def test_every_supported_type_is_tested() -> None:
+    assert {config["model_type"] for config in CASES.values()} == set(SUPPORTED)
+
+
+def test_logits_equal_mlx_lm(case: str, model: Decoder, tmp_path: Path) -> None:
+    reference, _ = mlx_lm_utils.load_model(tmp_path)
+    cache, ours, prompt = make_prompt_cache(reference), Runner(model), tokens_of(40)
+    whole = reference(prompt[None], cache=cache)[0]
+    assert_close(ours(prompt), whole, max(TOLERANCE, 1e-5))
+    chunks = Runner(model)
+    pieces = mx.concatenate([chunks(part) for part in mx.split(prompt, [1, 8, 15])])
+    assert_close(pieces, whole, max(TOLERANCE, 1e-5))
+    for token in tokens_of(6, seed=2):
+        theirs = reference(token[None, None], cache=cache)[0]
+        assert_close(ours(token[None]), theirs, max(TOLERANCE, 1e-5))
+
+
+class Tree:
+    """Twelve nodes with random parents (node 0 is the root) after a prefix of 37 tokens."""
+
+    def __init__(self, seed: int = 6):
+        rng = np.random.default_rng(seed)
+        self.parents = [-1] + [int(rng.integers(max(0, i - 3), i)) for i in range(1, 12)]
+        self.paths: list[list[int]] = []
+        for node, parent in enumerate(self.parents):
+            self.paths.append([*(self.paths[parent] if parent >= 0 else []), node])
+        self.tokens = tokens_of(12, seed=4)
+        self.depths = mx.array([len(path) - 1 for path in self.paths])
+        ancestors = np.zeros((12, C), bool)
+        ancestors[:, :PREFIX] = True
+        for node, path in enumerate(self.paths):
+            ancestors[node, [PREFIX + n for n in path]] = True
+        self.mask = mx.array(ancestors)
+
+    def arguments(self) -> list[mx.array]:
+        """tokens, positions, mask, key_positions of one verification pass."""
+        positions = PREFIX + self.depths
+        slots = mx.concatenate([mx.arange(PREFIX), positions, mx.zeros(C - PREFIX - 12, mx.int32)])
+        return [self.tokens, positions, self.mask, slots]
+
+    def leaves(self) -> list[int]:
+        return [n for n in range(12) if n not in self.parents]
+
+
+def test_tree_equals_sequential_decoding(case: str, model: Decoder) -> None:
+    tree, start = Tree(), Runner(model)
+    start(tokens_of(PREFIX))
+    offset = mx.array([PREFIX])
+    arguments = tree.arguments()
+    logits, slabs = start.forward(*arguments, start.copy().kv, offset)
+    for leaf in tree.leaves():
+        path, single = tree.paths[leaf], start.copy()
+        expected = mx.concatenate([single(tree.tokens[n : n + 1]) for n in path])
+        assert_close(logits[mx.array(path)], expected)
+        # The rows of the path are those of plain decoding.
+        rows = mx.array(path) + PREFIX
+        end = PREFIX + len(path)
+        for ours, theirs in zip(slabs, single.kv, strict=True):
+            assert_close(ours[:, :, rows], theirs[:, :, PREFIX:end])
+
+    def error(index: int, wrong: mx.array) -> float:
+        changed = [*arguments[:index], wrong, *arguments[index + 1 :]]
+        other, _ = start.forward(*changed, start.copy().kv, offset)
+        return float(mx.abs(other - logits).max())
+
+    slots = mx.arange(C)
+    sequential = PREFIX + mx.arange(12)
+    assert error(1, sequential) > 1e-3
+    assert error(2, slots <= sequential[:, None]) > 1e-3
+    assert (error(3, slots) > 1e-3) == (case in WINDOWED)
+
+
+def test_compiled_step_does_not_depend_on_the_number_of_rows(case: str, model: Decoder) -> None:
+    traces = 0
+
+    def forward(*args: Any) -> Any:
+        nonlocal traces
+        traces += 1
+        return Runner(model).forward(*args)
+
+    start = Runner(model)
+    start(tokens_of(PREFIX))
+    start.step = mx.compile(forward)
+    tokens = tokens_of(16, seed=5)
+    results = {}
+    for n in (1, 4, 8):
+        runner = start.copy()
+        results[n] = mx.concatenate([runner(tokens[i : i + n]) for i in range(0, 16, n)])
+    assert traces == 3
+    assert_close(results[4], results[1])
+    assert_close(results[8], results[1])
+    start.step = start.forward
+    assert_close(start(tokens), results[1], max(TOLERANCE, 1e-5))
+
+
+def test_inner_layers_and_embeddings(tmp_path: Path) -> None:
+    build(tmp_path, "granite")
+    model = load_model(tmp_path)
+    prompt, slots = tokens_of(9), mx.arange(C)
+    kv, offset = new_cache(model.config, C, model.dtype), mx.array([0])
+    mask = slots <= mx.arange(9)[:, None]
+    hidden, inner, _ = model(prompt, mx.arange(9), mask, slots, kv, Append(offset), (1, 0))
+    assert_close(model.model.norm(inner[0]), hidden, 0.0)
+    reference, _ = mlx_lm_utils.load_model(tmp_path)
+    h = reference.model.embed_tokens(prompt[None])
+    assert_close(model.embed(prompt), h[0], 0.0)
+    h = reference.model.layers[0](h * reference.model.embedding_multiplier, "causal")
+    assert_close(inner[1], h[0], max(TOLERANCE, 1e-5))
+
+
+def test_metal_path_computes_the_same(
+    case: str, model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mx.fast.rope with folded tokens and mx.fast attention, which the CPU can decompose."""
+    runner = Runner(model)
+    runner(tokens_of(PREFIX))
+    fast = runner.copy()
+    expected = runner(tokens_of(5, seed=6))
+    monkeypatch.setattr(rope, "fused_kernels", lambda: True)
+    monkeypatch.setattr(attention, "fused_kernels", lambda: True)
+    assert_close(fast(tokens_of(5, seed=6)), expected)
