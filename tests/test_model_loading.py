@@ -15,7 +15,7 @@ from tiny_models import C, Runner, assert_close, build, save, tokens_of
 
 from mlx_redrafter.errors import ModelError
 from mlx_redrafter.models import SUPPORTED, load_model
-from mlx_redrafter.models.cache import new_cache
+from mlx_redrafter.models.cache import Append, new_cache
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -80,7 +80,7 @@ def test_dtype_policy(tmp_path: Path) -> None:
         assert {v.dtype for _, v in tree_flatten(model.parameters())} == {model.dtype} == {dtype}
         hidden, _, kv = model(
             tokens_of(3), mx.arange(3), mx.ones((3, C), mx.bool_), mx.arange(C),
-            new_cache(model.config, C, dtype), mx.array([0]),
+            new_cache(model.config, C, dtype), Append(mx.array([0])),
         )  # fmt: skip
         assert hidden.dtype == model.logits(hidden).dtype == kv[0].dtype == dtype
 

@@ -13,7 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from tiny_models import CASES, PREFIX, TOLERANCE, C, Runner, assert_close, build, tokens_of
 
 from mlx_redrafter.models import SUPPORTED, Decoder, attention, load_model, rope
-from mlx_redrafter.models.cache import Append, new_cache
+from mlx_redrafter.models.cache import Append, Commit, new_cache
 
 WINDOWED = {"llama-window", "gemma3_text", "gemma3"}
 
@@ -78,16 +78,22 @@ def test_tree_equals_sequential_decoding(case: str, model: Decoder) -> None:
     start(tokens_of(PREFIX))
     offset = mx.array([PREFIX])
     arguments = tree.arguments()
-    logits, slabs = start.forward(*arguments, start.copy().kv, offset)
+    nothing = [mx.zeros((*slab.shape[:2], 12, slab.shape[3])) for slab in start.kv]
+    write = Commit(offset, mx.arange(12, 24), nothing)
+    hidden, _, slabs = model(*arguments, start.copy().kv, write)
+    logits = model.logits(hidden)
     for leaf in tree.leaves():
         path, single = tree.paths[leaf], start.copy()
         expected = mx.concatenate([single(tree.tokens[n : n + 1]) for n in path])
         assert_close(logits[mx.array(path)], expected)
-        # The rows of the path are those of plain decoding.
-        rows = mx.array(path) + PREFIX
-        end = PREFIX + len(path)
-        for ours, theirs in zip(slabs, single.kv, strict=True):
-            assert_close(ours[:, :, rows], theirs[:, :, PREFIX:end])
+        # The next pass writes the accepted path behind the prefix, and goes on as plain decoding.
+        bonus, at = tokens_of(1, seed=leaf), mx.array([single.used])
+        commit = Commit(offset, mx.array([*path, 12]), write.rows)
+        seen = (mx.arange(C) <= at)[None]
+        hidden, _, kept = model(bonus, at, seen, mx.arange(C), [s + 0 for s in slabs], commit)
+        assert_close(model.logits(hidden), single(bonus))
+        for ours, theirs in zip(kept, single.kv, strict=True):
+            assert_close(ours[:, :, : single.used], theirs[:, :, : single.used])
 
     def error(index: int, wrong: mx.array) -> float:
         changed = [*arguments[:index], wrong, *arguments[index + 1 :]]

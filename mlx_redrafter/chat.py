@@ -1,0 +1,253 @@
+"""The chat on a terminal, and line by line where there is none."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from mlx_redrafter import console
+from mlx_redrafter.conversation import Conversation, unfinished, unquoted
+from mlx_redrafter.errors import OptionError, RedrafterError
+from mlx_redrafter.options import DecodeOptions
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import History
+
+PROMPT = "> "
+
+
+class Interrupted(Exception):
+    """Ctrl-C while the prompt was being read: nothing of the answer exists yet."""
+
+
+class StopFlag:
+    """Set by the first Ctrl-C; the second one raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.set = False
+
+    def on_signal(self, *_: object) -> None:
+        if self.set:
+            raise KeyboardInterrupt
+        self.set = True
+
+    def on_progress(self, done: int, total: int) -> None:
+        console.progress(done, total)
+        if self.set:
+            console.progress(total, total)
+            raise Interrupted
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[StopFlag]:
+    """Within, Ctrl-C asks to stop after the running step, so that the cache stays whole."""
+    flag = StopFlag()
+    before = signal.signal(signal.SIGINT, flag.on_signal)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def silent_keys() -> Iterator[None]:
+    """Within, the terminal does not write ^C and what is typed ahead into the answer."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+class Chat:
+    """Answers questions of a conversation aloud."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        options: DecodeOptions,
+        *,
+        interactive: bool,
+        quiet: bool = False,
+        verbose: bool = False,
+    ) -> None:
+        from mlx_redrafter.decoding.engine import Session
+
+        if not tokenizer.has_chat_template:
+            raise OptionError(
+                f"{model.name} has no chat template; use: mlx-redrafter generate --raw"
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.interactive, self.quiet, self.verbose = interactive, quiet, verbose
+        self.session = Session()
+        self.conversation = Conversation(
+            tokenizer,
+            options,
+            context=model.target.config.max_positions,
+            drafter=model.drafter is not None,
+            model=model.name,
+        )
+
+    def say(self, line: str) -> bool:
+        """Take a message or a command; False: leave."""
+        if not line.strip():
+            return True
+        if not line.strip().startswith("/"):
+            self.answer(self.conversation.ask(unquoted(line)))
+            return True
+        reply = self.conversation.command(line)
+        if reply.text:
+            console.note(reply.text)
+        if reply.action == "retry":
+            self.answer(self.conversation.again())
+        return reply.action != "exit"
+
+    def answer(self, prompt: list[int]) -> None:
+        """Stream the answer to `prompt` and keep it; raises RedrafterError."""
+        if warning := self.conversation.warning(len(prompt)):
+            console.warn(warning)
+        pieces: list[str] = []
+        last, stopped = None, False
+        markers = (self.tokenizer.think_start, self.tokenizer.think_end)
+        writer = console.AnswerWriter(markers, dim=self.interactive)
+        try:
+            with silent_keys(), stoppable() as flag, self._stream(prompt, flag) as stream:
+                for last in stream:
+                    pieces.append(last.text)
+                    writer.write(last.text)
+                    if flag.set:
+                        stopped = last.finish_reason is None
+                        break
+        except Interrupted:
+            stopped = True
+        except (RedrafterError, KeyboardInterrupt):
+            self.conversation.unasked()
+            raise
+        writer.close()
+        console.write("\n")
+        if stopped:
+            console.note("[stopped]")
+        self.conversation.answered("".join(pieces), last and last.stats, stopped=stopped)
+        if last is not None and not self.quiet:
+            console.note(console.summary(last))
+            if self.verbose:
+                console.note(console.details(last.stats))
+
+    def _stream(self, prompt: list[int], flag: StopFlag) -> contextlib.closing[Any]:
+        from mlx_redrafter.generate import stream_generate
+
+        stream = stream_generate(
+            self.model,
+            self.tokenizer,
+            prompt,
+            session=self.session,
+            prompt_progress_callback=flag.on_progress,
+            **self.conversation.arguments(),
+        )
+        return contextlib.closing(stream)
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    options: DecodeOptions,
+    *,
+    history: bool = True,
+    quiet: bool = False,
+    verbose: bool = False,
+) -> int:
+    """Talk until the user leaves or the input ends; the exit code."""
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    chat = Chat(model, tokenizer, options, interactive=interactive, quiet=quiet, verbose=verbose)
+    if not interactive:
+        return read_lines(chat)
+    draft = "with a drafter" if model.drafter is not None else "without a drafter"
+    console.note(f"{model.name} {draft}. /help lists the commands, Ctrl-D leaves.")
+    return read_terminal(chat, prompt_session(history))
+
+
+def read_lines(chat: Chat) -> int:
+    """Every line of stdin is a message, a block in three quotes too; 1 if one went wrong."""
+    code, text = 0, ""
+    for line in sys.stdin:
+        text += line
+        if unfinished(text):
+            continue
+        message, text = text, ""
+        try:
+            if not chat.say(message):
+                return code
+        except RedrafterError as error:
+            console.error(str(error))
+            code = 1
+    return code
+
+
+def read_terminal(chat: Chat, lines: PromptSession[str]) -> int:
+    """The loop of a terminal. Ctrl-C clears the line, Ctrl-D leaves."""
+    while True:
+        try:
+            if not chat.say(lines.prompt(PROMPT)):
+                return 0
+        except KeyboardInterrupt:
+            console.note("Ctrl-D or /exit leaves")
+        except EOFError:
+            return 0
+        except RedrafterError as error:
+            console.error(str(error))
+
+
+def prompt_session(keep_history: bool) -> PromptSession[str]:
+    """A line editor: Enter sends, Alt-Enter and pasted line ends stay in the message."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        if unfinished(event.current_buffer.text):
+            event.current_buffer.insert_text("\n")
+        else:
+            event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return PromptSession(
+        multiline=True,
+        key_bindings=keys,
+        history=_history(keep_history),
+        prompt_continuation=lambda *_: ". ",
+    )
+
+
+def _history(keep: bool) -> History:
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    from mlx_redrafter.hub import cache_dir
+
+    if not keep:
+        return InMemoryHistory()
+    file = cache_dir() / "history"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+    except OSError as error:
+        console.warn(f"no history is kept: {file} cannot be written ({error.strerror})")
+        return InMemoryHistory()
+    return FileHistory(str(file))

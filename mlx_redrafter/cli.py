@@ -1,0 +1,283 @@
+"""The command line. A command imports what it needs inside itself, so that --help is instant."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+import mlx_redrafter
+from mlx_redrafter import blas as matrix_library
+from mlx_redrafter import console
+from mlx_redrafter.errors import OptionError, RedrafterError
+from mlx_redrafter.options import DecodeOptions, ModelOptions, flat_options
+
+BLAS_VARIABLE = "MLX_REDRAFTER_BLAS"
+DEBUG = "mlx_redrafter.debug"
+INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + the signal, as a shell has it
+
+
+class Commands(TyperGroup):
+    """Turns what a user can get wrong into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
+        except RedrafterError as error:
+            if ctx.meta.get(DEBUG):
+                raise
+            console.error(str(error))
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # Whoever read our output has left; the flush at exit must not complain either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(PIPE_CLOSED) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    console.warn(f"warning: {message}")
+
+
+def _use_blas(ctx: typer.Context, value: str | None) -> str | None:
+    """Start again with the BLAS asked for: it was chosen when the package was imported."""
+    chosen = os.environ.get(BLAS_VARIABLE, "auto")
+    if value and value != chosen and sys.platform == "linux" and not ctx.resilient_parsing:
+        os.environ[BLAS_VARIABLE] = value
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    return value
+
+
+def _set_debug(ctx: typer.Context, value: bool) -> bool:
+    ctx.meta[DEBUG] = value
+    return value
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"mlx-redrafter {mlx_redrafter.__version__}")
+        raise typer.Exit
+
+
+Blas = Annotated[
+    Literal["auto", "row-exact", "openblas", "reference"] | None,
+    typer.Option(
+        "--blas",
+        callback=_use_blas,
+        is_eager=True,
+        show_default="auto",
+        help=f"Matrix library on Linux; the same as setting {BLAS_VARIABLE}.",
+    ),
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No statistics on stderr.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="All statistics, on stderr.")]
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it, leave."),
+    ] = False,
+) -> None:
+    """Run a language model with ReDrafter: the same text in fewer passes over the model."""
+    matrix_library.status()  # a wrong MLX_REDRAFTER_BLAS is one line before any command
+
+
+@app.command()
+@flat_options
+def generate(
+    *,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The question; '-' or nothing reads a pipe.")
+    ] = None,
+    source: ModelOptions,
+    options: DecodeOptions,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text itself, without a chat template.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    blas: Blas = None,
+    debug: Debug = False,
+) -> None:
+    """Answer one prompt: the text alone on stdout, statistics on stderr."""
+    text = _read_prompt(prompt)
+    options.check()
+    model, tokenizer = source.load()
+    from mlx_redrafter.generate import stream_generate
+
+    ids = text if raw else _render(tokenizer, text, options.system_prompt)
+    writer = console.AnswerWriter(
+        (tokenizer.think_start, tokenizer.think_end), dim=sys.stdout.isatty()
+    )
+    pieces, tokens, last = [], [], None
+    try:
+        for last in stream_generate(
+            model, tokenizer, ids, prompt_progress_callback=console.progress, **options.arguments()
+        ):
+            pieces.append(last.text)
+            tokens.append(last.token)
+            if not as_json:
+                writer.write(last.text)
+    except KeyboardInterrupt:
+        writer.close()
+        console.write("\n")
+        raise
+    assert last is not None, "a generation yields at least one response"
+    if as_json:
+        typer.echo(json.dumps(_as_json(model, options, "".join(pieces), tokens, last)))
+        return
+    writer.close()
+    console.write("\n")
+    if not quiet:
+        console.note(console.summary(last))
+        if verbose:
+            console.note(console.details(last.stats))
+
+
+@app.command()
+@flat_options
+def chat(
+    *,
+    source: ModelOptions,
+    options: DecodeOptions,
+    no_history: Annotated[
+        bool, typer.Option("--no-history", help="Do not keep what is typed in a file.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    blas: Blas = None,
+    debug: Debug = False,
+) -> None:
+    """Talk with the model; /help lists the commands."""
+    options.check()
+    model, tokenizer = source.load()
+    from mlx_redrafter.chat import run
+
+    raise typer.Exit(
+        run(model, tokenizer, options, history=not no_history, quiet=quiet, verbose=verbose)
+    )
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str, typer.Argument(help="Built-in name, local folder or hub id.")
+    ] = "smollm2-135m",
+    drafter: Annotated[
+        str, typer.Option("--drafter", "-d", help="Local folder or hub id; 'auto' looks for one.")
+    ] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens to reckon the cache for.", show_default="longest")
+    ] = None,
+    as_json: Json = False,
+    blas: Blas = None,
+    debug: Debug = False,
+) -> None:
+    """Show a model, its drafter, whether they fit, and what they need of this machine."""
+    from mlx_redrafter import info as report
+
+    facts = report.collect(model, drafter, revision, context)
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        report.show(facts)
+
+
+@app.command()
+def doctor(as_json: Json = False, blas: Blas = None, debug: Debug = False) -> None:
+    """Test the installation on this machine; exit code 1 if something fails."""
+    from mlx_redrafter import doctor as tests
+
+    checks = tests.examine(report=None if as_json else tests.show)
+    if as_json:
+        typer.echo(json.dumps(tests.as_dict(checks)))
+    if any(check.mark == "fail" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+@flat_options
+def demo(
+    *,
+    prompt: Annotated[str | None, typer.Argument(help="The question.", show_default=False)] = None,
+    source: ModelOptions,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    blas: Blas = None,
+    debug: Debug = False,
+) -> None:
+    """Answer a question with and without drafting, and compare text and speed."""
+    from mlx_redrafter.demo import run
+
+    run(source, prompt, max_tokens)
+
+
+def _render(tokenizer: Any, text: str, system: str | None) -> str | list[int]:
+    """One question in the model's chat template; the text itself where it has none."""
+    from mlx_redrafter.conversation import render
+
+    if not tokenizer.has_chat_template:
+        console.warn("note: this model has no chat template; it continues the text itself (--raw)")
+        return text
+    messages = [{"role": "system", "content": system}] if system else []
+    return render(tokenizer, [*messages, {"role": "user", "content": text}])
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is None and sys.stdin.isatty():
+        raise typer.BadParameter("give it as an argument, or pipe it in", param_hint="PROMPT")
+    if prompt in (None, "-"):
+        prompt = sys.stdin.read().removesuffix("\n")
+    assert prompt is not None
+    if not prompt.strip():
+        raise OptionError("the prompt is empty: give it as an argument, or pipe it in")
+    return prompt
+
+
+def _as_json(
+    model: Any, options: DecodeOptions, text: str, tokens: list[int], last: Any
+) -> dict[str, Any]:
+    from mlx_redrafter.info import device
+
+    return {
+        "text": text,
+        "tokens": tokens,
+        "finish_reason": last.finish_reason,
+        "prompt_tokens": last.prompt_tokens,
+        "prompt_tps": round(last.prompt_tps, 2),
+        "generation_tps": round(last.generation_tps, 2),
+        "peak_memory_gb": round(last.peak_memory, 3),
+        "stats": last.stats.as_dict(),
+        "model": model.name,
+        "drafter": str(model.drafter_folder) if model.drafter_folder else None,
+        "device": device(),
+        "seed": options.seed,
+    }
+
+
+def main() -> None:
+    """Entry point of the console scripts."""
+    app()

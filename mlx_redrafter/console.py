@@ -1,0 +1,128 @@
+"""What a person reads beside the text: statistics, warnings and errors, all on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from mlx_redrafter.generate import GenerationResponse
+    from mlx_redrafter.stats import DraftStats
+
+LONG_PROMPT = 1024
+DIM_ON, DIM_OFF = "\x1b[2m", "\x1b[22m"
+
+
+def _say(text: str, style: str) -> None:
+    # Made anew each time, because stderr may have been replaced since.
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(text, style=style))
+
+
+def error(text: str) -> None:
+    """One red line on stderr."""
+    _say(f"error: {' '.join(text.split())}", "red")
+
+
+def warn(text: str) -> None:
+    """One yellow line on stderr."""
+    _say(text, "yellow")
+
+
+def note(text: str) -> None:
+    """One dim line on stderr."""
+    _say(text, "dim")
+
+
+def write(text: str) -> None:
+    """A piece of an answer, as it is, to stdout at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def progress(done: int, total: int) -> None:
+    """How much of a long prompt is read; one line on a terminal that the answer then replaces."""
+    if total > LONG_PROMPT and sys.stderr.isatty():
+        text = (
+            f"{DIM_ON}reading the prompt: {done} of {total} tokens{DIM_OFF}" if done < total else ""
+        )
+        sys.stderr.write(f"\r\x1b[2K{text}")
+        sys.stderr.flush()
+
+
+def summary(last: GenerationResponse) -> str:
+    """Tokens, tokens per second and tokens per step of an answer, in one line."""
+    parts = [
+        f"{last.generation_tokens} tokens",
+        f"{last.generation_tps:.1f} tokens/s",
+        f"{last.stats.tokens_per_step:.2f} tokens per step",
+        f"prompt {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s",
+    ]
+    if last.peak_memory:
+        parts.append(f"peak {last.peak_memory:.2f} GB")
+    if last.finish_reason == "length":
+        parts.append("ended by the token limit")
+    return " · ".join(parts)
+
+
+def details(stats: DraftStats) -> str:
+    """Counts, acceptance and time split of an answer, one fact a line."""
+    values = stats.as_dict()
+    histogram = " ".join(f"{k}:{n}" for k, n in values["histogram"].items())
+    depths = " ".join(f"{share:.0%}" for share in values["per_depth"])
+    seconds = " · ".join(f"{name} {value:.2f}" for name, value in values["seconds"].items())
+    rows = [
+        ("steps", f"{stats.steps} (passes of the model), {stats.tokens} tokens"),
+        ("tokens per step", f"{stats.tokens_per_step:.2f}"),
+        (
+            "drafts checked",
+            f"{stats.drafted}, accepted {stats.accepted} ({stats.acceptance_rate:.1%})",
+        ),
+        ("steps by accepted", histogram or "-"),
+        ("accepted by depth", depths or "-"),
+        ("seconds", seconds),
+    ]
+    return "\n".join(f"  {name:<18}{value}" for name, value in rows)
+
+
+class AnswerWriter:
+    """Streams an answer to stdout; on a terminal what a model thinks before it answers is dim.
+
+    `markers` are the texts that start and end the thinking, (None, None) where the model has none.
+    """
+
+    def __init__(self, markers: tuple[str | None, str | None], *, dim: bool) -> None:
+        start, end = markers
+        self.markers = (start, end) if dim and start and end else None
+        self.pending = ""
+        self.thinking = False
+
+    def write(self, text: str) -> None:
+        """Print a segment; what may be the first half of a marker waits for the next one."""
+        if self.markers is None:
+            write(text)
+            return
+        self.pending += text
+        while True:
+            marker = self.markers[self.thinking]
+            head, found, tail = self.pending.partition(marker)
+            if not found:
+                break
+            self.thinking = not self.thinking
+            write(f"{head}{DIM_ON}{marker}" if self.thinking else f"{head}{marker}{DIM_OFF}")
+            self.pending = tail
+        held = _overlap(self.pending, marker)
+        write(self.pending[: len(self.pending) - held])
+        self.pending = self.pending[len(self.pending) - held :]
+
+    def close(self) -> None:
+        """Print what waits and leave the terminal as it was."""
+        write(self.pending + (DIM_OFF if self.thinking else ""))
+        self.pending, self.thinking = "", False
+
+
+def _overlap(text: str, marker: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `marker`."""
+    return next((n for n in range(len(marker) - 1, 0, -1) if text.endswith(marker[:n])), 0)

@@ -1,0 +1,215 @@
+"""The options that commands share, declared once and handed around as dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
+
+import typer
+
+from mlx_redrafter.errors import OptionError
+
+if TYPE_CHECKING:
+    from mlx_redrafter.decoding.tree import TreeShape
+
+T = TypeVar("T")
+MODEL, SAMPLING, DRAFTING = "Model", "Sampling", "Drafting"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model and drafter to load."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", rich_help_panel=MODEL, help="Built-in name, local folder or hub id."
+        ),
+    ] = "smollm2-135m"
+    drafter: Annotated[
+        str,
+        typer.Option(
+            "--drafter",
+            "-d",
+            rich_help_panel=MODEL,
+            help="Local folder or hub id; 'auto' takes the one that came with the model, if any.",
+        ),
+    ] = "auto"
+    no_draft: Annotated[
+        bool,
+        typer.Option("--no-draft", rich_help_panel=MODEL, help="Plain decoding, no drafter."),
+    ] = False
+    revision: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=MODEL, help="Branch, tag or commit of a hub id."),
+    ] = None
+
+    def load(self) -> tuple[Any, Any]:
+        """(model, tokenizer) of `mlx_redrafter.load`; raises its errors."""
+        from mlx_redrafter.generate import load
+
+        drafter = None if self.no_draft else self.drafter
+        return load(self.model, drafter, revision=self.revision)
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How to continue the prompt: everything that `stream_generate` takes beside the prompt."""
+
+    max_tokens: Annotated[
+        int, typer.Option(rich_help_panel=SAMPLING, help="Longest answer, in tokens.")
+    ] = 512
+    temp: Annotated[
+        float, typer.Option(rich_help_panel=SAMPLING, help="Temperature; 0 is greedy.")
+    ] = 0.0
+    top_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING, help="0 is off.")] = 0.0
+    top_k: Annotated[int, typer.Option(rich_help_panel=SAMPLING, help="0 is off.")] = 0
+    min_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING, help="0 is off.")] = 0.0
+    repetition_penalty: Annotated[
+        float | None, typer.Option(rich_help_panel=SAMPLING, show_default="off")
+    ] = None
+    repetition_context_size: Annotated[
+        int, typer.Option(rich_help_panel=SAMPLING, help="Tokens back that it looks.")
+    ] = 20
+    presence_penalty: Annotated[
+        float | None, typer.Option(rich_help_panel=SAMPLING, show_default="off")
+    ] = None
+    presence_context_size: Annotated[
+        int, typer.Option(rich_help_panel=SAMPLING, help="Tokens back that it looks.")
+    ] = 20
+    frequency_penalty: Annotated[
+        float | None, typer.Option(rich_help_panel=SAMPLING, show_default="off")
+    ] = None
+    frequency_context_size: Annotated[
+        int, typer.Option(rich_help_panel=SAMPLING, help="Tokens back that it looks.")
+    ] = 20
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            rich_help_panel=SAMPLING, metavar="ID=VALUE", help="Added to a logit; repeatable."
+        ),
+    ] = None
+    seed: Annotated[
+        int, typer.Option(rich_help_panel=SAMPLING, help="Same seed, same text, drafted or not.")
+    ] = 0
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(rich_help_panel=SAMPLING, help="Text that ends the answer; repeatable."),
+    ] = None
+    system_prompt: Annotated[str | None, typer.Option(help="First message of the template.")] = None
+    beam_width: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=DRAFTING, help="Candidates per level; 1 drafts a chain."),
+    ] = None
+    beam_length: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=DRAFTING,
+            help="Drafted tokens on a branch; the root, which is already decided, not counted.",
+        ),
+    ] = None
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=DRAFTING, help="Tokens checked in one pass, the root counted."
+        ),
+    ] = None
+    candidates: Annotated[
+        Literal["trellis", "beams"] | None,
+        typer.Option(
+            rich_help_panel=DRAFTING,
+            help="Nodes from the whole beam search, or from its surviving beams (Apple's set).",
+        ),
+    ] = None
+    prefill_step_size: Annotated[int, typer.Option(help="Prompt tokens read in one pass.")] = 512
+
+    def tree(self) -> TreeShape | None:
+        """The tree asked for, None where no option says anything; raises OptionError."""
+        from mlx_redrafter.decoding.tree import TreeShape
+
+        asked: dict[str, Any] = {
+            "width": self.beam_width,
+            "depth": self.beam_length,
+            "nodes": self.nodes,
+            "mode": self.candidates,
+        }
+        given = {name: value for name, value in asked.items() if value is not None}
+        if not given:
+            return None
+        # A narrower or shorter tree than the default one holds fewer nodes.
+        width, depth = given.get("width", TreeShape.width), given.get("depth", TreeShape.depth)
+        given.setdefault("nodes", max(1, min(TreeShape.nodes, 1 + width * depth)))
+        return TreeShape(**given)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `stream_generate`; raises OptionError."""
+        own = ("system_prompt", "beam_width", "beam_length", "nodes", "candidates")
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name in own:
+            del given[name]
+        given["logit_bias"] = parse_logit_bias(self.logit_bias)
+        given["stop"] = tuple(self.stop or ())
+        given["tree"] = self.tree()
+        return given
+
+    def check(self) -> None:
+        """Refuse impossible values before a model is loaded; raises OptionError."""
+        from mlx_redrafter.decoding.sampling import SamplingParams
+
+        given = self.arguments()
+        known = {f.name for f in dataclasses.fields(SamplingParams)}
+        SamplingParams(**{name: value for name, value in given.items() if name in known})
+        for name in ("max_tokens", "prefill_step_size"):
+            if given[name] < 1:
+                raise OptionError(f"{name} {given[name]} is not possible: use 1 or more")
+
+
+def parse_logit_bias(items: Sequence[str] | None) -> dict[int, float]:
+    """["42=-5", ...] -> {42: -5.0, ...}; raises OptionError."""
+    bias: dict[int, float] = {}
+    for item in items or ():
+        token, _, value = item.partition("=")
+        try:
+            bias[int(token)] = float(value)
+        except ValueError:
+            raise OptionError(
+                f"--logit-bias {item}: needs TOKEN_ID=VALUE, for example --logit-bias 42=-5"
+            ) from None
+    return bias
+
+
+def flat_options(command: Callable[..., T]) -> Callable[..., T]:
+    """Show typer one option for every field of the dataclasses that `command` takes."""
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, type] = {}
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if not dataclasses.is_dataclass(parameter.annotation):
+            parameters.append(parameter)
+            continue
+        group: Any = parameter.annotation
+        groups[parameter.name] = group
+        hints = get_type_hints(group, include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=hints[field.name],
+            )
+            for field in dataclasses.fields(group)
+        ]
+
+    def flat(**given: Any) -> T:
+        for name, group in groups.items():
+            own = {field.name: given.pop(field.name) for field in dataclasses.fields(group)}
+            given[name] = group(**own)
+        return command(**given)
+
+    ordered = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    flat.__name__, flat.__doc__ = command.__name__, command.__doc__
+    flat.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+    flat.__annotations__ = {p.name: p.annotation for p in ordered}
+    return flat

@@ -1,0 +1,117 @@
+"""Imports point one way, and importing the package costs nothing."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx_redrafter
+
+PACKAGE = Path(mlx_redrafter.__file__).parent
+
+# A module may import those of its own row and of the rows above it.
+LAYERS = [
+    {"errors", "stats", "blas"},
+    {"models", "drafters"},
+    {"decoding"},
+    {"generate", "hub", "builtin", "gguf"},
+    {
+        "console",
+        "options",
+        "conversation",
+        "chat",
+        "info",
+        "doctor",
+        "demo",
+        "exactness",
+        "acceptance",
+        "prompts",
+        "bench",
+    },
+    {"cli"},
+    {"__main__"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def imported(source: str, package: str = "mlx_redrafter") -> set[str]:
+    """Our own top-level modules that `source`, a file of `package`, imports when it runs."""
+    tree = ast.parse(source)
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            parts = [*(above if node.level else []), *filter(None, (node.module or "").split("."))]
+            if parts == ["mlx_redrafter"]:
+                names |= {alias.name for alias in node.names}
+            elif parts[0] == "mlx_redrafter":
+                names.add(parts[1])
+        elif isinstance(node, ast.Import):
+            names |= {
+                a.name.split(".")[1] for a in node.names if a.name.startswith("mlx_redrafter.")
+            }
+    return names
+
+
+def violations(module: str, source: str, package: str = "mlx_redrafter") -> list[str]:
+    """Imports of `source`, the text of top-level module `module`, that point to a later layer."""
+    return [
+        f"{module} imports {name}"
+        for name in sorted(imported(source, package) & RANK.keys() - {module})
+        if RANK[name] > RANK[module]
+    ]
+
+
+def test_every_module_has_a_layer_and_imports_point_one_way() -> None:
+    found: list[str] = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if module != "__init__":  # the lazy exports
+            assert module in RANK, f"{path.name}: give {module} a row in LAYERS"
+            package = ".".join((PACKAGE.name, *path.relative_to(PACKAGE).parts[:-1]))
+            found += violations(module, path.read_text(), package)
+    assert found == []
+
+
+def test_the_layer_test_can_fail() -> None:
+    assert violations("models", "from mlx_redrafter.decoding.step import x") == [
+        "models imports decoding"
+    ]
+    assert violations("decoding", "def f():\n    from mlx_redrafter import cli") == [
+        "decoding imports cli"
+    ]
+    assert violations("models", "from ..decoding import x", "mlx_redrafter.models") == [
+        "models imports decoding"
+    ]
+    guarded = "if TYPE_CHECKING:\n    from mlx_redrafter.decoding import step"
+    assert violations("models", guarded) == []
+
+
+def test_import_is_quick_and_loads_no_mlx_torch_or_network() -> None:
+    code = (
+        "import json, sys, time\n"
+        "start = time.perf_counter()\n"
+        "import mlx_redrafter\n"
+        "took = time.perf_counter() - start\n"
+        "heavy = {'mlx', 'mlx_lm', 'torch', 'transformers', 'huggingface_hub', 'httpx'}\n"
+        "print(json.dumps([took, mlx_redrafter.__version__, sorted(heavy & sys.modules.keys())]))\n"
+    )
+    runs = []
+    for _ in range(3):  # the best of three: a busy machine is not the program's doing
+        out = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        runs.append(json.loads(out.stdout))
+    assert runs[0][1:] == [mlx_redrafter.__version__, []]
+    assert min(took for took, _, _ in runs) < 0.1
