@@ -28,8 +28,7 @@ from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
 
 def frequent_tokens(answers: Path, count: int) -> list[int]:
     """The ``count`` most frequent token ids, in rising order."""
-    opened = gzip.open(answers, "rt") if answers.suffix == ".gz" else answers.open()
-    with opened as lines:
+    with gzip.open(answers, "rt") if answers.suffix == ".gz" else answers.open() as lines:
         seen: Counter[int] = Counter()
         for line in lines:
             seen.update(json.loads(line)["answer"])

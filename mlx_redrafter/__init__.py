@@ -9,31 +9,43 @@ from mlx_redrafter import blas
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "load": "generate",
-    "generate": "generate",
-    "stream_generate": "generate",
-    "Model": "generate",
-    "GenerationResponse": "generate",
+    "load": "api",
+    "generate": "api",
+    "stream_generate": "api",
+    "Model": "api",
+    "GenerationResponse": "api",
     "Session": "decoding.engine",
     "SamplingParams": "decoding.sampling",
     "TreeShape": "decoding.tree",
     "DraftStats": "stats",
     "RedrafterError": "errors",
 }
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [
+    "DraftStats",
+    "GenerationResponse",
+    "Model",
+    "RedrafterError",
+    "SamplingParams",
+    "Session",
+    "TreeShape",
+    "__version__",
+    "generate",
+    "load",
+    "stream_generate",
+]
 
 if TYPE_CHECKING:
-    from mlx_redrafter.decoding.engine import Session
-    from mlx_redrafter.decoding.sampling import SamplingParams
-    from mlx_redrafter.decoding.tree import TreeShape
-    from mlx_redrafter.errors import RedrafterError
-    from mlx_redrafter.generate import (
+    from mlx_redrafter.api import (
         GenerationResponse,
         Model,
         generate,
         load,
         stream_generate,
     )
+    from mlx_redrafter.decoding.engine import Session
+    from mlx_redrafter.decoding.sampling import SamplingParams
+    from mlx_redrafter.decoding.tree import TreeShape
+    from mlx_redrafter.errors import RedrafterError
     from mlx_redrafter.stats import DraftStats
 
 # The only work at import: on Linux the BLAS must be in place before mlx.core is loaded.

@@ -8,9 +8,9 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_redrafter.api import Model, stream_generate
 from mlx_redrafter.decoding.engine import Session
 from mlx_redrafter.decoding.tree import TreeShape
-from mlx_redrafter.generate import Model, stream_generate
 from mlx_redrafter.prompts import Prompt
 from mlx_redrafter.stats import DraftStats
 

@@ -13,10 +13,10 @@ from mlx_lm.generate import generate_step
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
+from mlx_redrafter.api import Model
 from mlx_redrafter.decoding.engine import Session
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.decoding.tree import TreeShape
-from mlx_redrafter.generate import Model
 from mlx_redrafter.prompts import Prompt
 
 Decode = Callable[[list[int]], tuple[list[int], float]]

@@ -12,6 +12,7 @@ back to `reference`, and `status()` says why.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -54,14 +55,18 @@ class _Unavailable(Exception):
 def prepare() -> None:
     """Load the chosen BLAS; to be called before `mlx.core` is imported. Later calls do nothing.
 
-    Raises OptionError for an unknown value of MLX_REDRAFTER_BLAS.
+    An unknown value of MLX_REDRAFTER_BLAS is left to `status` to report: an import must not fail.
     """
-    status()
+    with contextlib.suppress(OptionError):
+        status()
 
 
 @functools.cache
 def status() -> BlasStatus:
-    """The BLAS in use, decided (and loaded) by the first call of this or of `prepare`."""
+    """The BLAS in use, decided (and loaded) by the first call of this or of `prepare`.
+
+    Raises OptionError for an unknown value of MLX_REDRAFTER_BLAS.
+    """
     choice = os.environ.get(VARIABLE) or "auto"
     if choice not in CHOICES:
         raise OptionError(

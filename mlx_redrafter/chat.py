@@ -147,7 +147,7 @@ class Chat:
                 console.note(console.details(last.stats))
 
     def _stream(self, prompt: list[int], flag: StopFlag) -> contextlib.closing[Any]:
-        from mlx_redrafter.generate import stream_generate
+        from mlx_redrafter.api import stream_generate
 
         stream = stream_generate(
             self.model,

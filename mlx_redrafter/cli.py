@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -89,6 +90,17 @@ Debug = Annotated[
     bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+ModelName = Annotated[
+    str, typer.Option("--model", "-m", help="Built-in name, local folder or hub id.")
+]
+DrafterName = Annotated[
+    str, typer.Option("--drafter", "-d", help="Local folder or hub id; 'auto' looks for one.")
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(help='jsonl with "prompt" and "category".', show_default="92 built-in"),
+]
+BUILTIN = "smollm2-135m"
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No statistics on stderr.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="All statistics, on stderr.")]
 
@@ -126,7 +138,7 @@ def generate(
     text = _read_prompt(prompt)
     options.check()
     model, tokenizer = source.load()
-    from mlx_redrafter.generate import stream_generate
+    from mlx_redrafter.api import stream_generate
 
     ids = text if raw else _render(tokenizer, text, options.system_prompt)
     writer = console.AnswerWriter(
@@ -233,6 +245,41 @@ def demo(
     from mlx_redrafter.demo import run
 
     run(source, prompt, max_tokens)
+
+
+@app.command()
+def acceptance(
+    model: ModelName = BUILTIN,
+    drafter: DrafterName = "auto",
+    prompts: PromptFile = None,
+    count: Annotated[int | None, typer.Option(help="So many prompts, of every group.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    as_json: Json = False,
+    blas: Blas = None,
+    debug: Debug = False,
+) -> None:
+    """Measure tokens per step of the drafter: by prompt group, tree and temperature."""
+    from mlx_redrafter import reports
+
+    reports.acceptance(model, drafter, prompts, count, max_tokens, as_json)
+
+
+@app.command()
+def bench(
+    model: ModelName = BUILTIN,
+    drafter: DrafterName = "auto",
+    prompts: PromptFile = None,
+    count: Annotated[int, typer.Option(help="So many prompts, of every group.")] = 6,
+    max_tokens: Annotated[int, typer.Option(help="Length of every answer, in tokens.")] = 64,
+    rounds: Annotated[int, typer.Option(help="How often every prompt is measured.")] = 3,
+    as_json: Json = False,
+    blas: Blas = None,
+    debug: Debug = False,
+) -> None:
+    """Time mlx_lm, plain and drafted decoding, in turns in one process."""
+    from mlx_redrafter import reports
+
+    reports.speed(model, drafter, prompts, count, max_tokens, rounds, as_json)
 
 
 def _render(tokenizer: Any, text: str, system: str | None) -> str | list[int]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from mlx_redrafter.generate import GenerationResponse
+    from mlx_redrafter.api import GenerationResponse
     from mlx_redrafter.stats import DraftStats
 
 LONG_PROMPT = 1024

@@ -61,7 +61,7 @@ def run(source: ModelOptions, question: str | None, max_tokens: int) -> None:
 
 
 def _stream(model: Any, tokenizer: Any, prompt: list[int], max_tokens: int, draft: bool) -> Any:
-    from mlx_redrafter.generate import stream_generate
+    from mlx_redrafter.api import stream_generate
 
     return stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, draft=draft)
 

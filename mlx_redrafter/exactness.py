@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,10 +28,9 @@ from mlx_lm.utils import load_model as load_mlx_lm
 
 from mlx_redrafter import blas, console
 from mlx_redrafter.acceptance import SHAPES
+from mlx_redrafter.api import Model, load, stream_generate
 from mlx_redrafter.decoding.engine import Session
-from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.errors import RedrafterError
-from mlx_redrafter.generate import Model, load, stream_generate
 from mlx_redrafter.prompts import DEV, Prompt, read_prompts
 
 
@@ -99,46 +99,50 @@ def answer(
 
 def check_greedy(
     model: Model,
+    reference: nn.Module,
     tokenizer: TokenizerWrapper,
-    prompts: list[Prompt],
+    prompt: Prompt,
     max_tokens: int,
     report: Report,
-    shapes: tuple[TreeShape, ...] = SHAPES,
 ) -> None:
-    """mlx_lm = plain = drafted, for every prompt."""
-    theirs, _ = load_mlx_lm(model.folder)
-    for done, prompt in enumerate(prompts, 1):
-        ids, session = prompt.encode(tokenizer), Session()
-        plain = answer(model, tokenizer, ids, max_tokens, draft=False, session=session)
-        reference = reference_tokens(theirs, tokenizer, ids, max_tokens)
-        report.compare("greedy: plain against mlx_lm", prompt, reference, plain)
-        for shape in shapes:
-            drafted = answer(model, tokenizer, ids, max_tokens, tree=shape, session=session)
-            report.compare(f"greedy: {shape} against plain", prompt, plain, drafted)
-        _say(f"greedy {done}/{len(prompts)}", report)
+    """mlx_lm = plain = drafted with every shape."""
+    ids, session = prompt.encode(tokenizer), Session()
+    plain = answer(model, tokenizer, ids, max_tokens, draft=False, session=session)
+    expected = reference_tokens(reference, tokenizer, ids, max_tokens)
+    report.compare("greedy: plain against mlx_lm", prompt, expected, plain)
+    for shape in SHAPES:
+        drafted = answer(model, tokenizer, ids, max_tokens, tree=shape, session=session)
+        report.compare(f"greedy: {shape} against plain", prompt, plain, drafted)
 
 
 def check_sampled(
     model: Model,
     tokenizer: TokenizerWrapper,
-    prompts: list[Prompt],
-    runs: int,
+    prompt: Prompt,
+    options: dict[str, Any],
     max_tokens: int,
     report: Report,
-    shapes: tuple[TreeShape, ...] = SHAPES,
 ) -> None:
-    """Same seed, same tokens: plain against one drafted shape per run, in turn."""
-    for i, options in zip(range(runs), sampling_options(), strict=False):
-        prompt, shape = prompts[i % len(prompts)], shapes[i % len(shapes)]
-        ids, session = prompt.encode(tokenizer), Session()
-        plain = answer(model, tokenizer, ids, max_tokens, draft=False, session=session, **options)
-        drafted = answer(model, tokenizer, ids, max_tokens, tree=shape, session=session, **options)
-        report.compare(f"sampled: {shape} against plain", prompt, plain, drafted)
-        _say(f"sampled {i + 1}/{runs}", report)
+    """Same seed, same tokens: plain against one shape, in turn."""
+    shape = SHAPES[options["seed"] % len(SHAPES)]
+    ids, session = prompt.encode(tokenizer), Session()
+    plain = answer(model, tokenizer, ids, max_tokens, draft=False, session=session, **options)
+    drafted = answer(model, tokenizer, ids, max_tokens, tree=shape, session=session, **options)
+    report.compare(f"sampled: {shape} against plain", prompt, plain, drafted)
 
 
-def _say(progress: str, report: Report) -> None:
-    console.note(f"{progress}, {len(report.differences)} differences")
+def summary(model: Model, report: Report, seconds: float) -> dict[str, Any]:
+    """The report with the conditions it was made under."""
+    return {
+        **vars(report),
+        "model": model.name,
+        "drafter": model.drafter_folder.name if model.drafter_folder else None,
+        "dtype": "float32",
+        "device": str(mx.default_device()),
+        "blas": blas.status().name,
+        "mlx": version("mlx"),
+        "seconds": round(seconds),
+    }
 
 
 def main(
@@ -156,26 +160,23 @@ def main(
     start = time.perf_counter()
     part, parts = (int(n) for n in shard.split("/"))
     loaded, tokenizer = load(model, drafter, dtype=mx.float32)
-    chosen = read_prompts(prompts, count)[part::parts]
+    reference, _ = load_mlx_lm(loaded.folder)
+    chosen = read_prompts(prompts, count)
+    runs_each = -(-sampled // len(chosen))
+    mixture = list(itertools.islice(sampling_options(), sampled))
     report = Report()
-    check_greedy(loaded, tokenizer, chosen, max_tokens, report)
-    check_sampled(loaded, tokenizer, chosen, sampled // parts, sampled_tokens, report)
-    conditions = {
-        "model": model,
-        "drafter": str(loaded.drafter_folder),
-        "dtype": "float32",
-        "device": str(mx.default_device()),
-        "blas": blas.status().name,
-        "mlx": mx.__version__,
-        "shard": shard,
-        "seconds": round(time.perf_counter() - start),
-    }
-    summary = {**vars(report), **conditions}
-    if output is not None:
-        output.write_text(json.dumps(summary, indent=2) + "\n")
+    for i, prompt in list(enumerate(chosen))[part::parts]:
+        check_greedy(loaded, reference, tokenizer, prompt, max_tokens, report)
+        for options in mixture[i * runs_each : (i + 1) * runs_each]:
+            check_sampled(loaded, tokenizer, prompt, options, sampled_tokens, report)
+        result = summary(loaded, report, time.perf_counter() - start)
+        console.note(f"prompt {i + 1} of {len(chosen)}, {len(report.differences)} differences")
+        if output is not None:  # after every prompt: a long run may be stopped
+            output.write_text(json.dumps(result, indent=2) + "\n")
     for what, runs in report.compared.items():
         wrong = sum(d["what"] == what for d in report.differences)
         print(f"{what}: {runs - wrong} of {runs} identical, {report.tokens[what]} tokens")
+    conditions = {k: v for k, v in result.items() if k not in vars(report)}
     print(", ".join(f"{k} {v}" for k, v in conditions.items()))
     if report.differences:
         print(f"first difference: {report.differences[0]}")

@@ -49,7 +49,7 @@ class ModelOptions:
 
     def load(self) -> tuple[Any, Any]:
         """(model, tokenizer) of `mlx_redrafter.load`; raises its errors."""
-        from mlx_redrafter.generate import load
+        from mlx_redrafter.api import load
 
         drafter = None if self.no_draft else self.drafter
         return load(self.model, drafter, revision=self.revision)

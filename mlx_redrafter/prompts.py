@@ -47,10 +47,7 @@ def read_prompts(file: Path = DEV, count: int | None = None) -> list[Prompt]:
         ) from None
     groups = {group: [p for p in prompts if p.group == group] for group in _groups(prompts)}
     mixed = [
-        members[i]
-        for i in range(len(prompts))
-        for members in groups.values()
-        if i < len(members)
+        members[i] for i in range(len(prompts)) for members in groups.values() if i < len(members)
     ]
     return mixed[:count]
 

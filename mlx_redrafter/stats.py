@@ -21,6 +21,7 @@ class DraftStats:
     drafted: int = 0
     accepted: int = 0
     histogram: Counter[int] = field(default_factory=Counter)
+    prefill_tokens: int = 0  # prompt tokens read, those of a reused prefix not counted
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0  # launching steps and waiting for them: draft, verify, commit
     host_seconds: float = 0.0  # whoever consumes the tokens: text, printing
@@ -53,7 +54,7 @@ class DraftStats:
 
     def add(self, other: DraftStats) -> None:
         """Accumulate another answer's statistics into this one."""
-        for name in ("steps", "tokens", "drafted", "accepted"):
+        for name in ("steps", "tokens", "drafted", "accepted", "prefill_tokens"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("prefill_seconds", "decode_seconds", "host_seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -67,6 +68,7 @@ class DraftStats:
             "drafted": self.drafted,
             "accepted": self.accepted,
             "tokens_per_step": round(self.tokens_per_step, 4),
+            "prefill_tokens": self.prefill_tokens,
             "acceptance_rate": round(self.acceptance_rate, 4),
             "histogram": {str(k): self.histogram[k] for k in sorted(self.histogram)},
             "per_depth": [round(p, 4) for p in self.per_depth],

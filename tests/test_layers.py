@@ -17,7 +17,7 @@ LAYERS = [
     {"errors", "stats", "blas"},
     {"models", "drafters"},
     {"decoding"},
-    {"generate", "hub", "builtin", "gguf"},
+    {"api", "hub", "builtin", "gguf"},
     {
         "console",
         "options",
@@ -30,6 +30,7 @@ LAYERS = [
         "acceptance",
         "prompts",
         "bench",
+        "reports",
     },
     {"cli"},
     {"__main__"},

@@ -37,14 +37,17 @@ def top_k(x: mx.array, k: int) -> tuple[mx.array, mx.array]:
         return mx.take_along_axis(x, order, axis=-1), order
     size = min(SORT_WIDTH // k, max(k, 2 ** round(math.log2(math.sqrt(width)))))
     count = -(-width // size)
+    chunks = x
     if count * size != width:
-        x = mx.pad(x, [(0, 0), (0, count * size - width)], constant_values=-mx.inf)
-    chunks = x.reshape(rows, count, size)
+        finite = mx.maximum(x, mx.finfo(x.dtype).min)  # so that padding is below everything
+        chunks = mx.pad(finite, [(0, 0), (0, count * size - width)], constant_values=-mx.inf)
+    chunks = chunks.reshape(rows, count, size)
     _, best_chunks = top_k(chunks.max(-1), k)  # (R, k)
     inside = mx.take_along_axis(chunks, best_chunks[..., None], axis=1)  # (R, k, size)
-    values, at = top_k(inside.reshape(rows, k * size), k)
+    _, at = top_k(inside.reshape(rows, k * size), k)
     chunk = mx.take_along_axis(best_chunks, at // size, axis=-1)
-    return values, (chunk * size + at % size).astype(mx.int32)
+    indices = (chunk * size + at % size).astype(mx.int32)
+    return mx.take_along_axis(x, indices, axis=-1), indices
 
 
 def search(
@@ -96,7 +99,7 @@ def search(
         levels.append(Candidates(tokens, parents.astype(mx.int32), scores))
     if shape.mode == "beams" and width > 1:
         levels = _surviving(levels, width)
-    return Candidates(*(mx.concatenate(part) for part in zip(*levels, strict=True)))
+    return Candidates(*(mx.concatenate(list(part)) for part in zip(*levels, strict=True)))
 
 
 def _best(joint: mx.array, width: int) -> tuple[mx.array, mx.array]:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import mlx.core as mx
 
 from mlx_redrafter.decoding.sampling import Arrays, SamplingParams
-from mlx_redrafter.decoding.step import Bucket, State, StepFunction, make_state, make_step, nothing_pending
+from mlx_redrafter.decoding.step import (
+    Bucket,
+    State,
+    StepFunction,
+    make_state,
+    make_step,
+    nothing_pending,
+)
 from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.errors import OptionError
@@ -86,7 +94,7 @@ class Engine:
         stats: DraftStats | None = None,
         prefill_step_size: int = 512,
         progress: Progress | None = None,
-    ) -> Iterator[Emitted]:
+    ) -> Generator[Emitted, None, None]:
         """Yield the tokens after the prompt, a step at a time, until ``max_tokens`` or the end of
         the context. Closing the iterator leaves the session consistent.
 
@@ -100,10 +108,13 @@ class Engine:
             shape = TreeShape.plain()
         room = self._check(prompt, max_tokens)
         start = time.perf_counter()
+        reuse = _shared(session, prompt)
+        session.trim(reuse)
         state = self._prefill(
             prompt, shape, params, min(room, HEADROOM), session, prefill_step_size, progress
         )
         stats.prefill_seconds += time.perf_counter() - start
+        stats.prefill_tokens += len(prompt) - reuse
         arrays = params.arrays(self.target.config.vocab_size)
         yield from self._decode(state, arrays, params, shape, room, session, stats, list(prompt))
 
@@ -133,11 +144,7 @@ class Engine:
         step_size: int,
         progress: Progress | None,
     ) -> State:
-        """Read all but the last prompt token; the last is the root of the first step."""
-        shared = _common_prefix(session.tokens, prompt[:-1])
-        # The drafter needs the hidden state before the root: one token is always read again.
-        shared = max(0, min(shared, len(prompt) - 2))
-        session.trim(shared)
+        """Read what the session lacks of all but the last prompt token, which is the first root."""
         needed = cache.bucket(len(prompt) + headroom + 3 * shape.nodes)
         if not session.kv:
             session.kv = cache.new_cache(self.target.config, needed, self.target.dtype)
@@ -154,9 +161,11 @@ class Engine:
                 progress(done, len(prompt))
             chunk = list(prompt[done : min(done + step_size, total)])
             positions = mx.arange(done, done + len(chunk), dtype=mx.int32)
-            mask = slots[None] <= positions[:, None]
+            # Slots past the chunk are empty: attention reads a bucket's worth and not all of them.
+            filled = slots[: min(cache.bucket(done + len(chunk)), slots.shape[0])]
+            mask = filled[None] <= positions[:, None]
             hidden, inner, session.kv = self.target(
-                mx.array(chunk, mx.int32), positions, mask, slots, session.kv,
+                mx.array(chunk, mx.int32), positions, mask, filled, session.kv,
                 cache.Append(mx.array([done], mx.int32)), layers,
             )  # fmt: skip
             hidden, inner = hidden[-1:], tuple(x[-1:] for x in inner)
@@ -182,7 +191,7 @@ class Engine:
         session: Session,
         stats: DraftStats,
         known: list[int],
-    ) -> Iterator[Emitted]:
+    ) -> Generator[Emitted, None, None]:
         """Steps, one in flight ahead of the one whose tokens are being read.
 
         ``known`` holds the prompt and every token produced so far.
@@ -208,7 +217,7 @@ class Engine:
             pending = launch(len(known) - 1)
             while True:
                 following = launch(len(known) - 1 + reach) if len(known) + 1 < final else None
-                count, *tokens = pending.tolist()
+                count, *tokens = cast(list[int], pending.tolist())
                 now = time.perf_counter()
                 stats.decode_seconds += now - mark
                 in_place = len(known)
@@ -230,11 +239,12 @@ class Engine:
             session.tokens[:] = known[:in_place]
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+def _shared(session: Session, prompt: Sequence[int]) -> int:
+    """How many tokens of the prompt need not be read again."""
+    # The drafter needs the hidden state before the root: one token is always read.
+    limit = max(0, min(len(session.tokens), len(prompt) - 2))
+    pairs = zip(session.tokens[:limit], prompt, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), limit)
 
 
 def _grown(state: State, capacity: int) -> State:

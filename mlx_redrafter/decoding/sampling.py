@@ -12,7 +12,7 @@ then top-p, min-p and top-k on the distribution at temperature 1; then the tempe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -53,7 +53,7 @@ class SamplingParams:
     presence_context_size: int = 20
     frequency_penalty: float | None = None
     frequency_context_size: int = 20
-    logit_bias: dict[int, float] = field(default_factory=dict)
+    logit_bias: dict[int, float] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class SamplingParams:
                 raise OptionError(f"{name} {value} is not possible: use {low} to {high}")
         if 0 < self.temp < 1e-3:
             raise OptionError(f"temp {self.temp} is too small: use 0 for greedy, or 0.001 and more")
-        if any(not math.isfinite(v) for v in self.logit_bias.values()):
+        if any(not math.isfinite(v) for v in (self.logit_bias or {}).values()):
             raise OptionError("logit_bias values must be finite numbers")
 
     @property
@@ -116,11 +116,12 @@ class SamplingParams:
     def arrays(self, vocab_size: int) -> Arrays:
         """The values as arrays, so that changing one does not trace a graph again."""
         values: Arrays = {}
-        if "bias" in self.features:
+        if self.logit_bias:
             bad = [t for t in self.logit_bias if not 0 <= t < vocab_size]
             if bad:
-                raise OptionError(f"logit_bias token {bad[0]} is not possible: vocabulary has "
-                                  f"{vocab_size} tokens")
+                raise OptionError(
+                    f"logit_bias token {bad[0]} is not possible: vocabulary has {vocab_size} tokens"
+                )
             ids = mx.array(list(self.logit_bias), mx.int32)
             amounts = mx.array(list(self.logit_bias.values()), mx.float32)
             values["bias"] = mx.zeros((vocab_size,), mx.float32).at[ids].add(amounts)

@@ -28,9 +28,7 @@ class Drafter(Protocol):
         """(Dc,) -> recurrent state (1, S), and what stays the same for the whole draft."""
         ...
 
-    def step(
-        self, tokens: mx.array, state: mx.array, fixed: mx.array
-    ) -> tuple[mx.array, mx.array]:
+    def step(self, tokens: mx.array, state: mx.array, fixed: mx.array) -> tuple[mx.array, mx.array]:
         """Consume tokens (R,) of the target's vocabulary: logits (R, Vd), state (R, S)."""
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -54,7 +54,8 @@ def load_drafter(folder: Path, target: Decoder) -> ReDrafter:
     }
     _assign(drafter, weights, folder)
     if quantization and mx.default_device() == mx.Device(mx.cpu):
-        drafter = dequantize_model(drafter)
+        drafter = cast(ReDrafter, dequantize_model(drafter))
+        mx.eval(drafter.parameters())  # or every compiled step would do it again
     return drafter.bind(target)
 
 
@@ -86,13 +87,17 @@ def save_drafter(folder: Path, drafter: ReDrafter, extra: dict[str, Any] | None 
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": "redrafter", **vars(drafter.config), **(extra or {})}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    weights = dict(tree_flatten(drafter.parameters()))
+    weights = _tensors(drafter)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+
+
+def _tensors(drafter: ReDrafter) -> dict[str, mx.array]:
+    return cast(dict[str, mx.array], dict(tree_flatten(drafter.parameters())))
 
 
 def _assign(drafter: ReDrafter, weights: dict[str, mx.array], folder: Path) -> None:
     """Put the weights in; every tensor must be known, present, of its shape and finite."""
-    expected = {name: value.shape for name, value in tree_flatten(drafter.parameters())}
+    expected = {name: value.shape for name, value in _tensors(drafter).items()}
     given = {name: value.shape for name, value in weights.items()}
     if missing := [name for name in expected if name not in given]:
         raise DrafterError(f"the drafter in {folder} lacks {preview(missing)}: get it again")
@@ -116,6 +121,6 @@ def _assign(drafter: ReDrafter, weights: dict[str, mx.array], folder: Path) -> N
     mx.eval(drafter.parameters(), finite)
     if broken := [name for name, flag in finite.items() if not flag.item()]:
         raise DrafterError(f"the drafter in {folder} holds NaN or infinity: {preview(broken)}")
-    ids = weights.get("draft_vocab")
-    if ids is not None and not 0 <= ids.min().item() <= ids.max().item() < drafter.config.vocab_size:
+    ids = cast(list[int], weights["draft_vocab"].tolist()) if "draft_vocab" in weights else [0]
+    if not 0 <= min(ids) <= max(ids) < drafter.config.vocab_size:
         raise DrafterError(f"the draft vocabulary in {folder} holds tokens beyond the model's")

@@ -157,9 +157,7 @@ class ReDrafter(nn.Module):
         fixed = self._context_half(context) if "input_proj" in self else context
         return mx.zeros_like(context), fixed
 
-    def step(
-        self, tokens: mx.array, state: mx.array, fixed: mx.array
-    ) -> tuple[mx.array, mx.array]:
+    def step(self, tokens: mx.array, state: mx.array, fixed: mx.array) -> tuple[mx.array, mx.array]:
         """tokens (R,), state (R, D) -> logits (R, Vd), state (R, D)."""
         state = self.advance(self._embed(tokens), state)
         if "input_proj" in self:
@@ -199,6 +197,7 @@ class ReDrafter(nn.Module):
 
 def _halves(linear: nn.Module, size: int) -> tuple[nn.Module, nn.Module]:
     """Split a projection of [h, s] into one of h (with the bias) and one of s, as it is stored."""
+    parts: list[nn.Module]
     if isinstance(linear, nn.QuantizedLinear) and size % linear.group_size == 0:
         parts = [_quantized_part(linear, size, start) for start in (0, size)]
     else:
@@ -221,6 +220,7 @@ def _quantized_part(linear: nn.QuantizedLinear, size: int, start: int) -> nn.Qua
     first_word, first_group = linear.bits * start // 32, start // linear.group_size
     part.weight = mx.contiguous(linear.weight[:, first_word : first_word + words])
     part.scales = mx.contiguous(linear.scales[:, first_group : first_group + groups])
+    assert linear.biases is not None, "drafters are quantised in affine mode"
     part.biases = mx.contiguous(linear.biases[:, first_group : first_group + groups])
     return part
 

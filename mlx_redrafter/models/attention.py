@@ -8,7 +8,12 @@ from .rope import fused_kernels
 
 
 def attend(q: mx.array, slab: mx.array, mask: mx.array, scale: float, softcap: float) -> mx.array:
-    """q (N, H, Dh) over slab (1, 2*Hkv, C, Dh) where mask (N, C) is True; returns (N, H*Dh)."""
+    """q (N, H, Dh) over slab (1, 2*Hkv, C, Dh) where mask (N, S) is True; returns (N, H*Dh).
+
+    Only the first S <= C slots are read.
+    """
+    if mask.shape[1] < slab.shape[2]:
+        slab = slab[:, :, : mask.shape[1]]
     if softcap == 0.0 and fused_kernels():
         half = slab.shape[1] // 2
         out = mx.fast.scaled_dot_product_attention(

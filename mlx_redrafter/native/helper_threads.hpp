@@ -16,7 +16,7 @@
 #include <system_error>
 #include <thread>
 
-// Covers back-to-back products. 50 us is 3% faster alone but half as fast when two processes compete.
+// Covers back-to-back products. 50 us is 3% faster alone, half as fast when two processes compete.
 constexpr std::chrono::microseconds SPIN{5};
 
 inline void relax() {

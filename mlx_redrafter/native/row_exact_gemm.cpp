@@ -6,7 +6,7 @@
 // another M: a verify pass rounds differently from plain decoding and may choose another token.
 // Here every output keeps the order of the reference, one running sum over k, and the speed comes
 // from computing many outputs side by side: columns in vector lanes, rows in registers, panels in
-// threads. The wheel's reference multiplies and then adds on x86-64 and fuses the two on aarch64, so
+// threads. The wheel's reference multiplies and then adds on x86-64, but fuses the two on aarch64:
 // the build says -ffp-contract=off on the one and =fast on the other.
 //   A W^T  (x @ W.T, Q @ K^T):  sum = 0; sum += A[m][l] * W[n][l]; C = alpha * sum + beta * C
 //   A B    (P @ V):             C = beta * C; C += (alpha * A[m][l]) * B[l][n]

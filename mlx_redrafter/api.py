@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter import hub
+from mlx_redrafter import blas, hub
 from mlx_redrafter.decoding.engine import Engine, Progress, Session
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.decoding.tree import TreeShape
@@ -43,7 +43,8 @@ class GenerationResponse:
     """One token of an answer, as in mlx_lm, and what drafting did so far.
 
     ``text`` is the next piece of text, possibly empty. ``from_draft`` tells an accepted draft from
-    a bonus token. ``peak_memory`` is in GB. ``finish_reason`` is None until the last response,
+    a bonus token. ``prompt_tps`` counts the prompt tokens that were read, not those that a session
+    held already. ``peak_memory`` is in GB. ``finish_reason`` is None until the last response,
     then ``stop`` (end token, stop string or stop token) or ``length``.
     """
 
@@ -78,6 +79,7 @@ def load(
     Raises:
         HubError, ModelError, DrafterError: with what was given and what is needed.
     """
+    blas.status()  # an unknown choice is said before anything is downloaded
     compiled = _compiler_present()
     folder = hub.resolve(path_or_hf_repo, revision)
     if drafter == "auto":
@@ -231,7 +233,7 @@ class _Answer:
             token=token,
             from_draft=from_draft,
             prompt_tokens=self.prompt_tokens,
-            prompt_tps=self.prompt_tokens / prefill if prefill else 0.0,
+            prompt_tps=self.stats.prefill_tokens / prefill if prefill else 0.0,
             generation_tokens=self.count,
             generation_tps=self.count / max(now - self.start - prefill, 1e-9),
             peak_memory=mx.get_peak_memory() / 1e9,
