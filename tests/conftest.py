@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +154,7 @@ class Oracle:
         place = mx.argmin(mx.square(self._hidden - context[None]).sum(-1))
         return place.astype(mx.float32).reshape(1, 1), context
 
-    def step(
-        self, tokens: mx.array, state: mx.array, fixed: mx.array
-    ) -> tuple[mx.array, mx.array]:
+    def step(self, tokens: mx.array, state: mx.array, fixed: mx.array) -> tuple[mx.array, mx.array]:
         state = state + 1  # the root's own place
         place = mx.clip(state[:, 0].astype(mx.int32), 0, self._rows.shape[0] - 1)
         return mx.take(self._rows, place, axis=0), state
@@ -183,9 +181,7 @@ class Constant:
     def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
         return mx.zeros((1, 1)), context
 
-    def step(
-        self, tokens: mx.array, state: mx.array, fixed: mx.array
-    ) -> tuple[mx.array, mx.array]:
+    def step(self, tokens: mx.array, state: mx.array, fixed: mx.array) -> tuple[mx.array, mx.array]:
         return mx.broadcast_to(self._row[None], (tokens.shape[0], self._row.size)), state
 
     def token_ids(self, picks: mx.array) -> mx.array:
@@ -250,7 +246,3 @@ def tokenizer() -> ByteTokenizer:
 def byte_target(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     folder = tmp_path_factory.mktemp("byte_target")
     return load_model(write_target(folder, vocab_size=ByteTokenizer.vocab_size))
-
-
-Patch = Callable[..., None]
-Steps = Iterator[Any]

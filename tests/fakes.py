@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from mlx_redrafter.generate import GenerationResponse
+from mlx_redrafter.api import GenerationResponse
 from mlx_redrafter.stats import DraftStats
 
 SUMMARY = "3 tokens · 20.0 tokens/s · 1.50 tokens per step · prompt 4 tokens, 100.0 tokens/s\n"
@@ -89,7 +89,7 @@ class FakeModel:
 def install(monkeypatch: pytest.MonkeyPatch, model: FakeModel) -> FakeModel:
     """Put the fake in the place of the real functions."""
     # By name: the package exports a function that is called as this module is.
-    module = importlib.import_module("mlx_redrafter.generate")
+    module = importlib.import_module("mlx_redrafter.api")
     monkeypatch.setattr(module, "load", model.load)
     monkeypatch.setattr(module, "stream_generate", model.stream_generate)
     return model

@@ -50,7 +50,7 @@ def test_one_trace_per_bucket(target: Decoder, drafter: ReDrafter, shape: TreeSh
 
 def test_a_larger_cache_is_one_more_trace(target: Decoder, drafter: ReDrafter) -> None:
     engine = Engine(target, drafter)
-    run(engine, SamplingParams(), TreeShape(3, 4, 8), 800)  # 768 slots at first, then 1536
+    run(engine, SamplingParams(), TreeShape(3, 4, 8), 200)  # 128 slots at first, then 256
     assert engine.traces == 2
 
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_redrafter.decoding.tree import Candidates, TreeShape
 from mlx_redrafter.drafters import Drafter
+from mlx_redrafter.errors import OptionError
 
 # On Metal a sort of up to this many values is one dispatch; wider ones are a merge sort in many.
 SORT_WIDTH = 2048
@@ -82,6 +83,11 @@ def search(
     for level in range(shape.depth):
         logits, state = drafter.step(tokens, state, fixed)  # (R, Vd), R = 1 at the first level
         logits = logits.astype(mx.float32)
+        if width > logits.shape[-1]:
+            raise OptionError(
+                f"beam width {width} is more than the drafter's {logits.shape[-1]} tokens: "
+                "use a smaller width"
+            )
         if noise is not None and temperature is not None:
             logits = logits / temperature + drafter.select(noise[level])
         if width == 1:

@@ -25,8 +25,6 @@ from mlx_redrafter.models import Decoder, cache
 from mlx_redrafter.stats import DraftStats
 
 Progress = Callable[[int, int], None]
-# Room for tokens beyond the prompt that a cache gets at once; a larger answer grows it by buckets.
-HEADROOM = 512
 
 
 @dataclass
@@ -110,9 +108,7 @@ class Engine:
         start = time.perf_counter()
         reuse = _shared(session, prompt)
         session.trim(reuse)
-        state = self._prefill(
-            prompt, shape, params, min(room, HEADROOM), session, prefill_step_size, progress
-        )
+        state = self._prefill(prompt, shape, params, session, prefill_step_size, progress)
         stats.prefill_seconds += time.perf_counter() - start
         stats.prefill_tokens += len(prompt) - reuse
         arrays = params.arrays(self.target.config.vocab_size)
@@ -139,13 +135,12 @@ class Engine:
         prompt: Sequence[int],
         shape: TreeShape,
         params: SamplingParams,
-        headroom: int,
         session: Session,
         step_size: int,
         progress: Progress | None,
     ) -> State:
         """Read what the session lacks of all but the last prompt token, which is the first root."""
-        needed = cache.bucket(len(prompt) + headroom + 3 * shape.nodes)
+        needed = cache.bucket(len(prompt) + 2 * shape.nodes)
         if not session.kv:
             session.kv = cache.new_cache(self.target.config, needed, self.target.dtype)
         elif session.kv[0].shape[2] < needed:
@@ -207,7 +202,7 @@ class Engine:
             session.kv = []  # the only reference to a slab must be the step's, or it is copied
             needed = furthest + reach + shape.nodes
             if state["kv"][0].shape[2] < needed:
-                state = _grown(state, cache.bucket(needed + HEADROOM))
+                state = _grown(state, cache.bucket(needed))
             emitted, state = step(state, arrays)
             mx.async_eval(emitted, state)
             return emitted

@@ -208,27 +208,31 @@ def restrict(logits: mx.array, arrays: Arrays) -> mx.array:
             floor = logp.max(-1, keepdims=True) + mx.log(arrays["min_p"])
             logp = mx.where(logp < floor, -mx.inf, logp)
             continue
-        p = mx.exp(logp)
-        weights = p if name == "top_p" else mx.array(1.0)
-        budget = arrays[name] * p.sum(-1, keepdims=True) if name == "top_p" else arrays[name]
-        logp = mx.where(p < _threshold(p, weights, budget), -mx.inf, logp)
+        surprise = mx.maximum(-logp, 0.0)  # rounding may put a logp just above 0
+        if name == "top_p":
+            p = mx.exp(logp)
+            limit = _threshold(surprise, p, arrays[name] * p.sum(-1, keepdims=True))
+        else:
+            limit = _threshold(surprise, mx.array(1.0), arrays[name])
+        logp = mx.where(surprise > limit, -mx.inf, logp)
     return logp
 
 
-def _threshold(p: mx.array, weights: mx.array, budget: mx.array) -> mx.array:
-    """The largest t per row for which the entries >= t weigh at least the budget: (N, 1).
+def _threshold(x: mx.array, weights: mx.array, budget: mx.array) -> mx.array:
+    """The smallest t per row for which the entries <= t weigh at least the budget: (N, 1).
 
-    Bisection over the bits of a float, which order as the floats do: exact after 30 halvings of
-    [0, 1], and no sort of the vocabulary (on Metal a merge sort of many passes).
+    Bisection over the bits of a non-negative float, which order as the floats do: exact after 31
+    halvings, and no sort of the vocabulary (on Metal a merge sort of many passes). Infinity where
+    all entries together weigh less.
     """
-    low = mx.zeros((*p.shape[:-1], 1), mx.int32)  # at 0 everything is in
-    high = mx.full(low.shape, 0x3F800001, mx.int32)  # the float after 1.0: nothing is in
-    for _ in range(30):
-        middle = (low + high) // 2
-        inside = mx.where(p >= mx.view(middle, mx.float32), weights, 0.0).sum(-1, keepdims=True)
+    low = mx.full((*x.shape[:-1], 1), -1, mx.int32)  # below 0: nothing is in
+    high = mx.full(low.shape, 0x7F800000, mx.int32)  # infinity: everything is in
+    for _ in range(31):
+        middle = low + (high - low) // 2  # the sum may overflow
+        inside = mx.where(x <= mx.view(middle, mx.float32), weights, 0.0).sum(-1, keepdims=True)
         enough = inside >= budget
-        low, high = mx.where(enough, middle, low), mx.where(enough, high, middle)
-    return mx.view(low, mx.float32)
+        low, high = mx.where(enough, low, middle), mx.where(enough, middle, high)
+    return mx.view(high, mx.float32)
 
 
 def _occurrences(window: mx.array, vocab_size: int) -> mx.array:

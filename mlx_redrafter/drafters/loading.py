@@ -42,12 +42,18 @@ def load_drafter(folder: Path, target: Decoder) -> ReDrafter:
         weights.pop(name, None)
     drafter = ReDrafter(config)
     if quantization := raw.get("quantization"):
-        nn.quantize(
-            drafter,
-            group_size=quantization["group_size"],
-            bits=quantization["bits"],
-            class_predicate=lambda path, module: f"{path}.scales" in weights,
-        )
+        try:
+            nn.quantize(
+                drafter,
+                group_size=quantization["group_size"],
+                bits=quantization["bits"],
+                class_predicate=lambda path, module: f"{path}.scales" in weights,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DrafterError(
+                f"the quantization of the drafter in {folder} cannot be read ({error}): "
+                "needed are group_size and bits that its layers can have"
+            ) from None
     weights = {
         name: value if value.dtype in (mx.uint32, mx.int32) else value.astype(target.dtype)
         for name, value in weights.items()

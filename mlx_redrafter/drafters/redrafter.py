@@ -71,14 +71,24 @@ class ReDrafterConfig:
             )
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in config.items() if k in known and v is not None}
-        values["context_layers"] = tuple(values.get("context_layers", ()))
+        layers = values.get("context_layers", [])
+        if not isinstance(layers, list | tuple) or not all(isinstance(i, int) for i in layers):
+            raise DrafterError(f"the drafter's context_layers {layers!r} is not a list of numbers")
+        values["context_layers"] = tuple(layers)
         try:
             result = cls(**values)
         except TypeError as error:
             raise DrafterError(f"the drafter's config.json is incomplete: {error}") from None
-        sizes = (result.hidden_size, result.vocab_size, result.exit_dim, result.output_size)
-        if not all(isinstance(n, int) and n > 0 for n in sizes) or result.num_draft_layers < 0:
-            raise DrafterError(f"the drafter's config.json holds an impossible size: {result}")
+        sizes = {
+            "hidden_size": (result.hidden_size, 1),
+            "vocab_size": (result.vocab_size, 1),
+            "exit_dim": (result.exit_dim, 1),
+            "draft_vocab_size": (result.output_size, 1),
+            "num_draft_layers": (result.num_draft_layers, 0),
+        }
+        for name, (value, least) in sizes.items():
+            if not isinstance(value, int) or value < least:
+                raise DrafterError(f"the drafter's {name} {value!r} is an impossible size")
         if result.cell not in CELLS or result.head not in HEADS:
             raise DrafterError(
                 f"the drafter's cell {result.cell!r} or head {result.head!r} is unknown: "

@@ -13,20 +13,17 @@ import mlx.core as mx
 
 from .config import DecoderConfig
 
-_STEP = 256
+_STEP = 128
 
 
 def bucket(n: int) -> int:
-    """The smallest capacity >= n: 256, 512, 768, 1024, then alternating 1.5x and 2x steps."""
-    if n <= 4 * _STEP:
-        return max(1, -(-n // _STEP)) * _STEP
-    power = 4 * _STEP
-    while True:
-        if n <= power * 3 // 2:
-            return power * 3 // 2
-        power *= 2
-        if n <= power:
-            return power
+    """The smallest capacity >= n: steps of 128 up to 2048, then an eighth of the power below.
+
+    A capacity is one more graph to trace (10 ms for 30 layers), but an empty slot is read by every
+    pass: for a tree of 8 nodes on a CPU 128 of them cost 3 ms.
+    """
+    step = max(_STEP, (1 << max(0, (n - 1).bit_length() - 1)) // 8)
+    return max(1, -(-n // step)) * step
 
 
 def new_cache(config: DecoderConfig, capacity: int, dtype: mx.Dtype) -> list[mx.array]:

@@ -1,0 +1,346 @@
+"""Drafter folders: Apple's layout against plain numpy, ours there and back, and every error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import D, V, prompt_of, random_drafter, run
+
+from mlx_redrafter.decoding import beam
+from mlx_redrafter.decoding.engine import Engine
+from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.drafters.loading import load_drafter, save_drafter
+from mlx_redrafter.drafters.redrafter import ReDrafter
+from mlx_redrafter.errors import DrafterError
+from mlx_redrafter.models import Decoder
+
+Weights = dict[str, np.ndarray]
+E = 24
+
+
+def write(folder: Path, config: dict[str, Any], weights: Weights) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    arrays = {name: mx.array(value) for name, value in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+    return folder
+
+
+def apple_folder(folder: Path, rnn: bool, exit_dim: int, blocks: int) -> Weights:
+    """A folder as Apple's `save_pretrained` leaves it, with random weights."""
+    config = {
+        "model_type": "recurrent_drafting_drafter", "architectures": ["Drafter"],
+        "vocab_size": V, "hidden_size": D, "exit_dim": exit_dim, "num_draft_layers": blocks,
+        "num_lookback_tokens": -1, "rnn": rnn, "emb_norm": True, "torch_dtype": "float32",
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {f"lm_head.{blocks}.weight": (V, exit_dim)}
+    for i in range(blocks):
+        shapes[f"lm_head.{i}.linear.weight"] = (exit_dim, exit_dim)
+        shapes[f"lm_head.{i}.linear.bias"] = (exit_dim,)
+    if exit_dim != 2 * D:
+        shapes |= {"input_proj.weight": (exit_dim, 2 * D), "input_proj.bias": (exit_dim,)}
+    if rnn:
+        shapes |= {"rnn_u.weight": (D, D), "rnn_u.bias": (D,), "rnn_w.weight": (D, D)}
+    rng = np.random.default_rng(blocks)
+    weights = {
+        name: (rng.standard_normal(shape) * 1.5 / shape[-1] ** 0.5).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    unused = {"emb_norm.weight": np.ones(D, np.float32)}
+    write(folder, config, {**weights, **unused})
+    return weights
+
+
+def apple_forward(
+    w: Weights, embedding: np.ndarray, h: np.ndarray, tokens: list[int]
+) -> list[np.ndarray]:
+    """Logits after every token, as rd/modeling_drafter.py computes them (facts 2.2), float64."""
+
+    def silu(x: np.ndarray) -> np.ndarray:
+        return x / (1 + np.exp(-x))
+
+    w = {name: value.astype(np.float64) for name, value in w.items()}
+    state, out = np.zeros(D), []
+    for token in tokens:
+        e = embedding[token]
+        if "rnn_u.weight" in w:
+            state = silu(w["rnn_w.weight"] @ e + w["rnn_u.weight"] @ state + w["rnn_u.bias"])
+        else:
+            state = e + state
+        x = np.concatenate([h, state])
+        if "input_proj.weight" in w:
+            x = w["input_proj.weight"] @ x + w["input_proj.bias"]
+        block = 0
+        while f"lm_head.{block}.linear.weight" in w:
+            linear = w[f"lm_head.{block}.linear.weight"], w[f"lm_head.{block}.linear.bias"]
+            x = x + silu(linear[0] @ x + linear[1])
+            block += 1
+        out.append(w[f"lm_head.{block}.weight"] @ x)
+    return out
+
+
+def logits_along(drafter: ReDrafter, h: np.ndarray, tokens: list[int]) -> list[np.ndarray]:
+    state, fixed = drafter.start(mx.array(h.astype(np.float32)))
+    out = []
+    for token in tokens:
+        logits, state = drafter.step(mx.array([token], mx.int32), state, fixed)
+        out.append(np.array(logits[0]))
+    return out
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3])
+@pytest.mark.parametrize("exit_dim", [2 * D, E], ids=["full", "projected"])
+@pytest.mark.parametrize("rnn", [True, False], ids=["elman", "sum"])
+def test_apples_folder_against_numpy(
+    target: Decoder, tmp_path: Path, rnn: bool, exit_dim: int, blocks: int
+) -> None:
+    weights = apple_folder(tmp_path, rnn, exit_dim, blocks)
+    drafter = load_drafter(tmp_path, target)
+    embedding = np.array(target.model.embed_tokens.weight).astype(np.float64)
+    h, tokens = np.random.default_rng(5).standard_normal(D), [3, 96, 3, 50]
+    expected = apple_forward(weights, embedding, h, tokens)
+    for mine, theirs in zip(logits_along(drafter, h, tokens), expected, strict=True):
+        assert np.allclose(mine, theirs, atol=2e-4 * np.abs(theirs).max())
+
+
+def test_apples_beam_search_against_numpy(target: Decoder, tmp_path: Path) -> None:
+    """Facts 2.3: joint log-probabilities, the best W of W x V at every level."""
+    weights = apple_folder(tmp_path, True, E, 2)
+    embedding = np.array(target.model.embed_tokens.weight).astype(np.float64)
+    h, width, depth = np.random.default_rng(6).standard_normal(D), 3, 4
+    beams: list[tuple[float, list[int]]] = [(0.0, [8])]
+    for _ in range(depth):
+        grown = []
+        for score, tokens in beams:
+            row = apple_forward(weights, embedding, h, tokens)[-1]
+            row = row - row.max() - np.log(np.exp(row - row.max()).sum())
+            grown += [(score + row[t], [*tokens, t]) for t in range(V)]
+        beams = sorted(grown, key=lambda b: -b[0])[:width]
+    context, root = mx.array(h.astype(np.float32)), mx.array([8], mx.int32)
+    shape = TreeShape(width, depth, 1 + width * depth)
+    found = beam.search(load_drafter(tmp_path, target), context, root, shape)
+    tokens, parents = found.tokens.tolist(), found.parents.tolist()
+    for i, (score, sequence) in enumerate(beams):
+        at, path = (depth - 1) * width + i, []
+        assert np.isclose(found.scores[at].item(), score, atol=1e-3)
+        while at >= 0:
+            path.insert(0, tokens[at])
+            at = parents[at]
+        assert [8, *path] == sequence
+
+
+OURS: dict[str, dict[str, Any]] = {
+    "elman": {"cell": "elman"},
+    "sum": {"cell": "sum", "exit_dim": 32, "num_draft_layers": 0},
+    "gru": {"cell": "gru", "num_draft_layers": 2},
+    "context-layers": {"cell": "gru", "context_layers": (0, 2)},
+    "reduced-own": {"draft_vocab_size": 40},
+    "reduced-target": {"draft_vocab_size": 40, "head": "target", "exit_dim": 96},
+    "target-head": {"head": "target", "exit_dim": D},
+    "everything": {
+        "cell": "gru", "context_layers": (1,), "draft_vocab_size": 64, "head": "target",
+        "exit_dim": 64, "num_draft_layers": 2,
+    },
+}  # fmt: skip
+
+
+def one_draft(drafter: ReDrafter) -> list[np.ndarray]:
+    """Everything a draft step reads: context, logits of two steps, token ids, a selection."""
+    rng = np.random.default_rng(7)
+    hidden = mx.array(rng.standard_normal((2, D)).astype(np.float32))
+    inner = tuple(
+        mx.array(rng.standard_normal((2, D)).astype(np.float32)) for _ in drafter.context_layers
+    )
+    context = drafter.context(hidden, inner)
+    assert context.shape == (2, drafter.context_size)
+    state, fixed = drafter.start(context[1])
+    first, state = drafter.step(mx.array([3], mx.int32), state, fixed)
+    state = mx.concatenate([state, state])
+    second, _ = drafter.step(mx.array([4, 90], mx.int32), state, fixed)
+    size = drafter.config.output_size
+    assert first.shape == (1, size) and second.shape == (2, size)
+    ids = drafter.token_ids(mx.arange(size))
+    chosen = drafter.select(mx.arange(V))
+    assert ids.tolist() == chosen.tolist()
+    return [np.array(x) for x in (context, first, second, ids)]
+
+
+@pytest.mark.parametrize("config", OURS.values(), ids=OURS)
+def test_saved_and_loaded_is_the_same(
+    target: Decoder, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    drafter = random_drafter(target, **config)
+    save_drafter(tmp_path, drafter, {"note": "ignored by the reader"})
+    loaded = load_drafter(tmp_path, target)
+    assert loaded.config == drafter.config
+    assert loaded.context_layers == config.get("context_layers", ())
+    for mine, theirs in zip(one_draft(drafter), one_draft(loaded), strict=True):
+        assert np.array_equal(mine, theirs)
+    steps = Engine(target, loaded, compiled=False)
+    prompt = prompt_of(7)
+    assert run(steps, prompt, None, TreeShape(), 6) == run(steps, prompt, max_tokens=6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "name", ["elman", "gru", "context-layers", "reduced-own", "reduced-target", "everything"]
+)
+def test_quantised_and_loaded(target: Decoder, tmp_path: Path, name: str, bits: int) -> None:
+    """The loaded drafter computes with the quantised weights, whatever it unpacks them to."""
+    config = {"exit_dim": 96, **OURS[name]}
+    drafter = random_drafter(target, **config)
+    exact = one_draft(drafter)
+    nn.quantize(drafter, group_size=32, bits=bits)
+    drafter.bind(target)
+    block = {"group_size": 32, "bits": bits}
+    save_drafter(tmp_path, drafter, {"quantization": block})
+    loaded = one_draft(load_drafter(tmp_path, target))
+    for packed, mine in zip(one_draft(drafter), loaded, strict=True):
+        assert np.allclose(packed, mine, atol=1e-3 * max(1, np.abs(packed).max()))
+    assert not np.allclose(loaded[1], exact[1], atol=1e-4)  # it was quantised
+    near = np.abs(loaded[1] - exact[1]).mean() / np.abs(exact[1]).mean()
+    assert near < (0.6 if bits == 4 else 0.06)
+
+
+def test_a_projection_whose_halves_share_a_group(target: Decoder) -> None:
+    """Hidden 32, groups of 64: the stored projection of [h, s] cannot be cut between words."""
+    drafter = random_drafter(target, exit_dim=64 + 64, draft_vocab_size=40)
+    nn.quantize(drafter, 64, 8, class_predicate=lambda path, _: path == "input_proj")
+    packed = one_draft(drafter.bind(target))
+    layer = drafter.input_proj
+    whole = mx.dequantize(layer.weight, layer.scales, layer.biases, group_size=64, bits=8)
+    plain = nn.Linear(2 * D, 128)
+    plain.weight, plain.bias = whole, layer.bias
+    drafter.input_proj = plain
+    for mine, theirs in zip(packed, one_draft(drafter.bind(target)), strict=True):
+        assert np.allclose(mine, theirs, atol=1e-4)
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(target: Decoder, tmp_path: Path) -> Path:
+    """A good drafter with a context layer and a draft vocabulary, to be broken by a test."""
+    config = {"context_layers": (0, 2), "draft_vocab_size": 40, "exit_dim": E}
+    save_drafter(tmp_path, random_drafter(target, **config))
+    return tmp_path
+
+
+def configured(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config.update(changes)
+        config = {k: v for k, v in config.items() if v != "absent"}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def weighted(change: Callable[[dict[str, mx.array]], None]) -> Callable[[Path], None]:
+    def rewrite(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        weights = dict(mx.load(str(file)).items())
+        mx.eval(weights)
+        change(weights)
+        mx.save_safetensors(str(file), weights)
+
+    return rewrite
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def garbage(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+
+
+def with_entry(name: str, value: float) -> Callable[[dict[str, mx.array]], None]:
+    def change(weights: dict[str, mx.array]) -> None:
+        array = np.array(weights[name])
+        array.flat[0] = value
+        weights[name] = mx.array(array)
+
+    return change
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "hidden size": (configured(hidden_size=64), "hidden size 64.*32"),
+    "vocabulary": (configured(vocab_size=98), "vocabulary size 98.*97"),
+    "layer beyond": (configured(context_layers=[0, 3]), "layer 3"),
+    "layer negative": (configured(context_layers=[-1, 2]), "layer -1"),
+    "layers no list": (configured(context_layers=2), "context_layers"),
+    "a base model": (configured(model_type="llama"), "'llama' is not a drafter"),
+    "no model type": (configured(model_type="absent"), "is not a drafter"),
+    "no exit_dim": (configured(exit_dim="absent"), "exit_dim"),
+    "zero size": (configured(exit_dim=0), "impossible"),
+    "size as text": (configured(exit_dim="24"), "impossible|exit_dim"),
+    "blocks as text": (configured(num_draft_layers="1"), "impossible|num_draft_layers"),
+    "blocks negative": (configured(num_draft_layers=-1), "impossible"),
+    "unknown cell": (configured(cell="lstm"), "'lstm'"),
+    "unknown head": (configured(head="shared"), "'shared'"),
+    "quantisation without bits": (configured(quantization={"group_size": 32}), "quantization|bits"),
+    "other width": (configured(exit_dim=48), "input_proj|lm_head"),
+    "other cell": (configured(cell="gru"), "rnn_"),
+    "fewer blocks": (configured(num_draft_layers=0), "lm_head"),
+    "more blocks": (configured(num_draft_layers=2), "lm_head"),
+    "missing": (weighted(lambda w: w.pop("rnn_u.bias")), "lacks.*rnn_u.bias"),
+    "unknown": (weighted(lambda w: w.update(extra=mx.zeros((2,)))), "extra"),
+    "wrong shape": (
+        weighted(lambda w: w.update({"rnn_w.weight": mx.zeros((8, 8))})),
+        r"rnn_w.weight \(8, 8\) instead of \(32, 32\)",
+    ),
+    "NaN": (weighted(with_entry("rnn_w.weight", np.nan)), "NaN.*rnn_w.weight"),
+    "infinity": (weighted(with_entry("context_proj.weight", np.inf)), "infinity.*context_proj"),
+    "truncated": (truncate, "truncated"),
+    "not safetensors": (garbage, "safetensors"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "safetensors"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    "config of a list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
+    "ids too large": (weighted(with_entry("draft_vocab", V)), "draft vocabulary|beyond"),
+    "ids negative": (weighted(with_entry("draft_vocab", -1)), "draft vocabulary|beyond"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_can_be_wrong_with_a_folder(target: Decoder, folder: Path, case: str) -> None:
+    load_drafter(folder, target)  # good before it is broken
+    spoil, said = BROKEN[case]
+    spoil(folder)
+    with pytest.raises(DrafterError, match=said) as caught:
+        load_drafter(folder, target)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_folder(target: Decoder, tmp_path: Path) -> None:
+    with pytest.raises(DrafterError, match="nothing"):
+        load_drafter(tmp_path / "nothing", target)
+
+
+def test_unused_keys_and_tensors_are_ignored(target: Decoder, tmp_path: Path) -> None:
+    apple_folder(tmp_path, True, E, 1)
+    configured(another=[1, 2], num_lookback_tokens=3)(tmp_path)
+    load_drafter(tmp_path, target)
+
+
+def test_half_precision_is_read(target: Decoder, tmp_path: Path) -> None:
+    apple_folder(tmp_path, True, E, 1)
+    exact = one_draft(load_drafter(tmp_path, target))
+
+    def halve(weights: dict[str, mx.array]) -> None:
+        weights.update({name: value.astype(mx.bfloat16) for name, value in weights.items()})
+
+    weighted(halve)(tmp_path)
+    halved = one_draft(load_drafter(tmp_path, target))
+    assert halved[1].dtype == np.float32
+    assert np.abs(halved[1] - exact[1]).mean() < 0.05 * np.abs(exact[1]).mean()
