@@ -29,6 +29,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.set = False
+        self.waiting = console.Waiting()
 
     def on_signal(self, *_: object) -> None:
         if self.set:
@@ -36,9 +37,9 @@ class StopFlag:
         self.set = True
 
     def on_progress(self, done: int, total: int) -> None:
-        console.progress(done, total)
+        self.waiting.on_progress(done, total)
         if self.set:
-            console.progress(total, total)
+            self.waiting.on_progress(total, total)
             raise Interrupted
 
 
@@ -50,6 +51,7 @@ def stoppable() -> Iterator[StopFlag]:
     try:
         yield flag
     finally:
+        flag.waiting.over()
         signal.signal(signal.SIGINT, before)
 
 
@@ -126,6 +128,7 @@ class Chat:
         try:
             with silent_keys(), stoppable() as flag, self._stream(prompt, flag) as stream:
                 for last in stream:
+                    flag.waiting.over()
                     pieces.append(last.text)
                     writer.write(last.text)
                     if flag.set:

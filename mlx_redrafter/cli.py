@@ -145,10 +145,11 @@ def generate(
         (tokenizer.think_start, tokenizer.think_end), dim=sys.stdout.isatty()
     )
     pieces, tokens, last = [], [], None
+    waiting = console.Waiting()
+    arguments = {"prompt_progress_callback": waiting.on_progress, **options.arguments()}
     try:
-        for last in stream_generate(
-            model, tokenizer, ids, prompt_progress_callback=console.progress, **options.arguments()
-        ):
+        for last in stream_generate(model, tokenizer, ids, **arguments):
+            waiting.over()
             pieces.append(last.text)
             tokens.append(last.token)
             if not as_json:
@@ -157,6 +158,8 @@ def generate(
         writer.close()
         console.write("\n")
         raise
+    finally:
+        waiting.over()
     assert last is not None, "a generation yields at least one response"
     if as_json:
         typer.echo(json.dumps(_as_json(model, options, "".join(pieces), tokens, last)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -42,14 +43,32 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def progress(done: int, total: int) -> None:
-    """How much of a long prompt is read; one line on a terminal that the answer then replaces."""
-    if total > LONG_PROMPT and sys.stderr.isatty():
-        text = (
-            f"{DIM_ON}reading the prompt: {done} of {total} tokens{DIM_OFF}" if done < total else ""
+class Waiting:
+    """Says why the first word is not there yet: a long prompt, or kernels being compiled."""
+
+    PATIENCE = 4.0  # seconds
+
+    def __init__(self) -> None:
+        self.timer = threading.Timer(
+            self.PATIENCE,
+            note,
+            ["compiling for this machine, only the first time: please wait ..."],
         )
-        sys.stderr.write(f"\r\x1b[2K{text}")
-        sys.stderr.flush()
+        self.timer.daemon = True
+
+    def on_progress(self, done: int, total: int) -> None:
+        """How much of the prompt is read; one line on a terminal that the answer then replaces."""
+        if total > LONG_PROMPT and sys.stderr.isatty():
+            text = f"{DIM_ON}reading the prompt: {done} of {total} tokens{DIM_OFF}"
+            sys.stderr.write(f"\r\x1b[2K{text if done < total else ''}")
+            sys.stderr.flush()
+        # MLX compiles fused kernels with g++ on Linux, some ten seconds for a first answer.
+        if done >= total and sys.platform == "linux" and not self.timer.ident:
+            self.timer.start()
+
+    def over(self) -> None:
+        """The first word is there, or will never be."""
+        self.timer.cancel()
 
 
 def summary(last: GenerationResponse) -> str:

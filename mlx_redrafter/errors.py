@@ -21,3 +21,7 @@ class OptionError(RedrafterError):
 
 class HubError(RedrafterError):
     """A model or drafter that cannot be found, downloaded or stored."""
+
+
+class ConvertError(RedrafterError):
+    """A checkpoint that cannot be read, recognised or written in another format."""

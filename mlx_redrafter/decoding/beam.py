@@ -79,7 +79,7 @@ def search(
     width = shape.width
     state, fixed = drafter.start(context)
     tokens, scores = root, mx.zeros((1,), mx.float32)
-    levels: list[Candidates] = []
+    levels: list[Candidates] = []  # with parents numbered within the level above
     for level in range(shape.depth):
         logits, state = drafter.step(tokens, state, fixed)  # (R, Vd), R = 1 at the first level
         logits = logits.astype(mx.float32)
@@ -91,25 +91,30 @@ def search(
         if noise is not None and temperature is not None:
             logits = logits / temperature + drafter.select(noise[level])
         if width == 1:
-            best = mx.argmax(logits, axis=-1).astype(mx.int32)
-            tokens = drafter.token_ids(best)
-            levels.append(Candidates(tokens, mx.array([level - 1], mx.int32), scores))
-            continue
-        values, picks = top_k(logits, width)  # (R, W)
-        joint = scores[:, None] + values - mx.logsumexp(logits, axis=-1, keepdims=True)
-        scores, order = (joint[0], mx.arange(width)) if level == 0 else _best(joint, width)
-        beam = order // width  # (W,) which of the previous level's beams
-        tokens = drafter.token_ids(mx.take(picks.reshape(-1), order))
-        state = mx.take(state, beam, axis=0)
-        parents = beam + (level - 1) * width if level else mx.full((width,), -1, mx.int32)
-        levels.append(Candidates(tokens, parents.astype(mx.int32), scores))
+            picks, beam = mx.argmax(logits, axis=-1).astype(mx.int32), mx.zeros((1,), mx.int32)
+        else:
+            values, picks = top_k(logits, width)  # (R, W)
+            joint = scores[:, None] + values - mx.logsumexp(logits, axis=-1, keepdims=True)
+            scores, order = _best(joint, width)
+            beam = order // width  # (W,)
+            picks = mx.take(picks.reshape(-1), order)
+            state = mx.take(state, beam, axis=0)
+        tokens = drafter.token_ids(picks)
+        levels.append(Candidates(tokens, beam, scores))
     if shape.mode == "beams" and width > 1:
         levels = _surviving(levels, width)
-    return Candidates(*(mx.concatenate(list(part)) for part in zip(*levels, strict=True)))
+    return _numbered(levels, width)
+
+
+def _numbered(levels: list[Candidates], width: int) -> Candidates:
+    """All levels in one list: candidate ``level * W + beam``; the root is -1."""
+    tokens, beams, scores = (mx.concatenate(list(part)) for part in zip(*levels, strict=True))
+    above = [(level - 1) * width if level else -1 for level in range(len(levels))]
+    return Candidates(tokens, beams + mx.repeat(mx.array(above, mx.int32), width), scores)
 
 
 def _best(joint: mx.array, width: int) -> tuple[mx.array, mx.array]:
-    """The W best of W x W joint scores, in falling order, and where they were."""
+    """The W best of R x W joint scores, in falling order, and where they were."""
     flat = joint.reshape(-1)
     order = mx.argsort(-flat)[:width]
     return mx.take(flat, order), order.astype(mx.int32)
@@ -120,7 +125,7 @@ def _surviving(levels: list[Candidates], width: int) -> list[Candidates]:
     kept = [levels[-1]]
     alive = mx.ones((width,), mx.bool_)
     for level in range(len(levels) - 2, -1, -1):
-        below = levels[level + 1].parents - level * width  # (W,)
+        below = levels[level + 1].parents  # (W,)
         alive = mx.any((below[None] == mx.arange(width)[:, None]) & alive[None], axis=-1)
         tokens, parents, scores = levels[level]
         kept.append(Candidates(tokens, parents, mx.where(alive, scores, -mx.inf)))

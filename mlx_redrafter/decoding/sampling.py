@@ -142,14 +142,9 @@ def gumbel(seed: mx.array, position: mx.array, count: int, vocab_size: int) -> m
 
     seed (1,) uint32, position (1,) int32. The key of position t is the pair (seed, t) itself.
     """
-    rows = [
-        mx.random.gumbel(
-            (vocab_size,),
-            key=mx.concatenate([seed, (position + i).astype(mx.uint32)]),
-        )
-        for i in range(count)
-    ]
-    return mx.stack(rows)
+    positions = position.astype(mx.uint32) + mx.arange(count, dtype=mx.uint32)
+    keys = mx.stack([mx.broadcast_to(seed, (count,)), positions], axis=-1)  # (count, 2)
+    return mx.stack([mx.random.gumbel((vocab_size,), key=keys[i]) for i in range(count)])
 
 
 def choose(
