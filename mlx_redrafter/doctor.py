@@ -25,6 +25,20 @@ SIZES = range(2, 17)
 # A pass over N rows may round otherwise than one row; beyond this share of the logits' size it is
 # not rounding.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
 PROMPT = "The three states of matter are solid, liquid and"
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -92,6 +106,7 @@ def _all() -> Iterator[Check]:
         yield _guarded("verify, tiny model", lambda: _tiny_check(Path(folder)))
     yield _guarded("verify, built-in", _builtin_check)
     yield _guarded("attention", attention)
+    yield _guarded("KV cache", in_place)
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
@@ -211,24 +226,10 @@ def tiny_model(folder: Path) -> Decoder:
 
     from mlx_redrafter.models import load_model
 
-    config = {
-        "model_type": "llama",
-        "hidden_size": 128,
-        "num_hidden_layers": 2,
-        "intermediate_size": 256,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "rms_norm_eps": 1e-5,
-        "vocab_size": 512,
-        "max_position_embeddings": 512,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
-    }
     mx.random.seed(0)
-    weights = dict(tree_flatten(llama.Model(llama.ModelArgs.from_dict(config)).parameters()))
+    weights = dict(tree_flatten(llama.Model(llama.ModelArgs.from_dict(TINY)).parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(TINY))
     return load_model(folder)
 
 
@@ -298,3 +299,41 @@ def _runs(path: dict[int, str]) -> str:
 
 def _dtype(model: Decoder) -> str:
     return str(model.dtype).removeprefix("mlx.core.")
+
+
+def in_place() -> Check:
+    """Are the KV slabs written where they are while a step is in flight ahead?
+
+    MLX copies a buffer that an unfinished operation still reads: the memory of a drafted answer,
+    beyond what was there before it, counted in slabs.
+    """
+    import mlx.core as mx
+
+    from mlx_redrafter.decoding.engine import Engine, Session
+    from mlx_redrafter.decoding.sampling import SamplingParams
+    from mlx_redrafter.decoding.tree import TreeShape
+    from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
+    from mlx_redrafter.models import Decoder, cache, decoder_config
+
+    layers, capacity = 16, 16384
+    mx.random.seed(0)
+    target = Decoder(decoder_config({**TINY, "num_hidden_layers": layers}))
+    drafter = ReDrafter(ReDrafterConfig(target.config.hidden_size, target.config.vocab_size, 64))
+    engine = Engine(target, drafter.bind(target))
+    mx.eval(target.parameters(), drafter.parameters())
+    session = Session(kv=cache.new_cache(target.config, capacity, target.dtype))
+    mx.eval(session.kv)
+    slab = session.kv[0].nbytes
+    extra = 0.0
+    for count in (4, 32):  # the first answer compiles
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        prompt = [1, 2, 3, 4]
+        for _ in engine.generate(prompt, SamplingParams(), TreeShape(), count, session=session):
+            pass
+        extra = (mx.get_peak_memory() - before) / slab
+    text = f"a step ahead needs the memory of {extra:.1f} of {layers} layers' slabs"
+    if extra > layers / 2:
+        return Check("KV cache", "warn", f"{text}: most are copied in every step", {"slabs": extra})
+    return Check("KV cache", "ok", text, {"slabs": round(extra, 2)})

@@ -66,16 +66,17 @@ def test_doctor_reports_and_its_exit_code_is_that_of_the_worst(
         "verify, tiny model",
         "verify, built-in",
         "attention",
+        "KV cache",
     ]
     assert "not in the cache" in report["checks"][5]["detail"]
 
     def broken() -> Check:
         raise RuntimeError("kernel\nlost")
 
-    monkeypatch.setattr(doctor, "attention", broken)
+    monkeypatch.setattr(doctor, "in_place", broken)
     result = CliRunner().invoke(cli.app, ["doctor"])
     assert result.exit_code == 1
-    assert result.stdout.splitlines()[-1] == "fail attention           RuntimeError: kernel lost"
+    assert result.stdout.splitlines()[-1] == "fail KV cache            RuntimeError: kernel lost"
 
 
 def test_a_missing_compiler_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from mlx_redrafter.decoding.engine import Engine, Session
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.decoding.step import Bucket, make_state, make_step
 from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.doctor import TINY
 from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
 from mlx_redrafter.models import Decoder, DecoderConfig, cache, decoder_config
 from mlx_redrafter.stats import DraftStats
@@ -154,6 +155,27 @@ def test_no_copy_of_a_slab(wide: tuple[Decoder, ReDrafter], shape: TreeShape) ->
     small = peak_of_a_step(*wide, shape, hold=False)
     assert small < 0.5
     assert peak_of_a_step(*wide, shape, hold=True) > small + 0.9, "a second reference does copy"
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_a_running_answer_copies_no_slab(hold: bool) -> None:
+    """With a step in flight ahead; of 16 layers, so that few are still read when it starts."""
+    target = Decoder(decoder_config({**TINY, "num_hidden_layers": 16}))
+    drafter = ReDrafter(ReDrafterConfig(target.config.hidden_size, target.config.vocab_size, 64))
+    engine = Engine(target, drafter.bind(target))
+    session = Session(kv=cache.new_cache(target.config, 16384, mx.float32))
+    mx.eval(target.parameters(), drafter.parameters(), session.kv)
+    slab, shape = session.kv[0].nbytes, TreeShape(3, 4, 8)
+    run(engine, SamplingParams(), shape, 4, session=session)  # compiles
+    held = list(session.kv) if hold else []
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    run(engine, SamplingParams(), shape, 24, session=session)
+    extra = (mx.get_peak_memory() - before) / slab
+    del held
+    assert (extra > 15) == hold, extra
+    assert hold or extra < 4, extra
 
 
 def primitives(function: Any, *args: Any) -> Iterator[dict[str, Any]]:

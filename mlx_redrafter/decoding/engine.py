@@ -105,14 +105,13 @@ class Engine:
         if self.drafter is None:
             shape = TreeShape.plain()
         room = self._check(prompt, max_tokens)
-        start = time.perf_counter()
-        reuse = _shared(session, prompt)
-        session.trim(reuse)
-        state = self._prefill(prompt, shape, params, session, prefill_step_size, progress)
-        stats.prefill_seconds += time.perf_counter() - start
-        stats.prefill_tokens += len(prompt) - reuse
         arrays = params.arrays(self.target.config.vocab_size)
-        yield from self._decode(state, arrays, params, shape, room, session, stats, list(prompt))
+        # The state goes straight through: a name for it here would keep the first slabs alive,
+        # and the first step would have to copy them all.
+        yield from self._decode(
+            self._prefill(prompt, shape, params, session, stats, prefill_step_size, progress),
+            arrays, params, shape, room, session, stats, list(prompt),
+        )  # fmt: skip
 
     def _check(self, prompt: Sequence[int], max_tokens: int) -> int:
         """How many tokens may be produced."""
@@ -136,10 +135,14 @@ class Engine:
         shape: TreeShape,
         params: SamplingParams,
         session: Session,
+        stats: DraftStats,
         step_size: int,
         progress: Progress | None,
     ) -> State:
         """Read what the session lacks of all but the last prompt token, which is the first root."""
+        start = time.perf_counter()
+        session.trim(_shared(session, prompt))
+        stats.prefill_tokens += len(prompt) - len(session.tokens)
         needed = cache.bucket(len(prompt) + 2 * shape.nodes)
         if not session.kv:
             session.kv = cache.new_cache(self.target.config, needed, self.target.dtype)
@@ -172,6 +175,7 @@ class Engine:
         history = None
         if params.windows:
             history = mx.array([*prompt[:-1], *[0] * (slots.shape[0] - total)], mx.int32)
+        stats.prefill_seconds += time.perf_counter() - start
         root, position = mx.array([prompt[-1]], mx.int32), mx.array([total], mx.int32)
         pending = nothing_pending(session.kv, shape)
         return make_state(root, context[0], position, session.kv, history, pending)

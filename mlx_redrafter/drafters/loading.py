@@ -8,13 +8,20 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model
 
 from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import DrafterError, ModelError
 from mlx_redrafter.models import Decoder
-from mlx_redrafter.models.weights import preview, read_json, read_weights, weight_files
+from mlx_redrafter.models.weights import (
+    finite,
+    misshapen,
+    parameters,
+    preview,
+    read_json,
+    read_weights,
+    weight_files,
+)
 
 # Apple's trainer may leave a norm in the checkpoint that its forward pass never uses.
 _UNUSED = ("emb_norm.weight",)
@@ -93,39 +100,25 @@ def save_drafter(folder: Path, drafter: ReDrafter, extra: dict[str, Any] | None 
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": "redrafter", **vars(drafter.config), **(extra or {})}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    weights = _tensors(drafter)
+    weights = parameters(drafter)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-
-
-def _tensors(drafter: ReDrafter) -> dict[str, mx.array]:
-    return cast(dict[str, mx.array], dict(tree_flatten(drafter.parameters())))
 
 
 def _assign(drafter: ReDrafter, weights: dict[str, mx.array], folder: Path) -> None:
     """Put the weights in; every tensor must be known, present, of its shape and finite."""
-    expected = {name: value.shape for name, value in _tensors(drafter).items()}
-    given = {name: value.shape for name, value in weights.items()}
-    if missing := [name for name in expected if name not in given]:
+    expected = parameters(drafter)
+    if missing := expected.keys() - weights.keys():
         raise DrafterError(f"the drafter in {folder} lacks {preview(missing)}: get it again")
-    if unknown := [name for name in given if name not in expected]:
+    if unknown := weights.keys() - expected.keys():
         raise DrafterError(
             f"the drafter in {folder} has tensors that no ReDrafter has: {preview(unknown)}"
         )
-    wrong = [
-        f"{name} {tuple(given[name])} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if given[name] != shape
-    ]
-    if wrong:
+    if wrong := misshapen(expected, weights):
         raise DrafterError(f"tensors in {folder} do not fit its config.json: {preview(wrong)}")
     drafter.load_weights(list(weights.items()))
-    finite = {
-        name: mx.isfinite(mx.abs(value.astype(mx.float32)).sum())
-        for name, value in weights.items()
-        if mx.issubdtype(value.dtype, mx.floating)
-    }
-    mx.eval(drafter.parameters(), finite)
-    if broken := [name for name, flag in finite.items() if not flag.item()]:
+    flags = finite(weights)
+    mx.eval(drafter.parameters(), flags)
+    if broken := [name for name, flag in flags.items() if not flag.item()]:
         raise DrafterError(f"the drafter in {folder} holds NaN or infinity: {preview(broken)}")
     ids = cast(list[int], weights["draft_vocab"].tolist()) if "draft_vocab" in weights else [0]
     if not 0 <= min(ids) <= max(ids) < drafter.config.vocab_size:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from ..errors import ModelError
 from .config import DecoderConfig
 from .decoder import Decoder
 from .families import decoder_config
 from .rope import fused_kernels
-from .weights import preview, read_json, read_weights, weight_files
+from .weights import (
+    finite,
+    misshapen,
+    parameters,
+    preview,
+    read_json,
+    read_weights,
+    weight_files,
+)
 
 Weights = dict[str, mx.array]
 
@@ -145,7 +153,7 @@ def _quantize(model: Decoder, block: dict[str, Any], weights: Weights) -> None:
 
 def _assign(model: Decoder, weights: Weights, folder: Path) -> None:
     """Put the weights into the model; names and shapes must be exactly the model's."""
-    expected = _parameters(model)
+    expected = parameters(model)
     missing, extra = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     if missing or extra:
         parts = [f"lacks {preview(missing)}"] if missing else []
@@ -154,12 +162,7 @@ def _assign(model: Decoder, weights: Weights, folder: Path) -> None:
             f"the weights in {folder} do not fit its config.json: it {' and '.join(parts)}; "
             "download the model again, or convert it with mlx_lm.convert"
         )
-    wrong = [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in expected.items()
-        if weights[name].shape != value.shape
-    ]
-    if wrong:
+    if wrong := misshapen(expected, weights):
         raise ModelError(
             f"tensors in {folder} have other shapes than config.json says: {preview(wrong, 3)}; "
             "download config.json and weights of the same model"
@@ -170,36 +173,23 @@ def _assign(model: Decoder, weights: Weights, folder: Path) -> None:
 def _materialise(model: Decoder, folder: Path) -> None:
     """Read, check and fuse one layer after the other, so that no second copy of all exists."""
     for index, layer in enumerate(model.model.layers):
-        finite = _finite(layer, f"model.layers.{index}.")
+        flags = finite(parameters(layer), f"model.layers.{index}.")
         layer.self_attn.fuse()
         layer.mlp.fuse()
-        _evaluate(layer, finite, folder)
+        _evaluate(layer, flags, folder)
     rest = {"model.embed_tokens.": model.model.embed_tokens, "model.norm.": model.model.norm}
     if "lm_head" in model:
         rest["lm_head."] = model.lm_head
     for prefix, module in rest.items():
-        _evaluate(module, _finite(module, prefix), folder)
+        _evaluate(module, finite(parameters(module), prefix), folder)
 
 
-def _parameters(module: nn.Module) -> Weights:
-    return dict(cast("list[tuple[str, mx.array]]", tree_flatten(module.parameters())))
-
-
-def _finite(module: nn.Module, prefix: str) -> Weights:
-    """For each floating tensor a lazy flag: no NaN, no infinity. float32 sums cannot overflow."""
-    return {
-        prefix + name: mx.isfinite(mx.abs(value.astype(mx.float32)).sum())
-        for name, value in _parameters(module).items()
-        if mx.issubdtype(value.dtype, mx.floating)
-    }
-
-
-def _evaluate(module: nn.Module, finite: Weights, folder: Path) -> None:
+def _evaluate(module: nn.Module, flags: Weights, folder: Path) -> None:
     try:
-        mx.eval(module.parameters(), finite)
+        mx.eval(module.parameters(), flags)
     except RuntimeError as error:
         raise ModelError(f"weights in {folder} cannot be read ({error})") from error
-    broken = [name for name, flag in finite.items() if not flag.item()]
+    broken = [name for name, flag in flags.items() if not flag.item()]
     if broken:
         raise ModelError(
             f"weights in {folder} hold NaN or infinity: {preview(broken)}; download the model again"

@@ -1,13 +1,15 @@
-"""Reading safetensors files, with one clear line for each way they can be broken."""
+"""Reading and checking weights, with one clear line for each way their files can be broken."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..errors import ModelError
 
@@ -52,7 +54,7 @@ def read_weights(files: Iterable[Path]) -> dict[str, mx.array]:
     """All tensors of the files, not evaluated yet."""
     weights: dict[str, mx.array] = {}
     for file in files:
-        _check_length(file)
+        read_header(file)  # MLX reads lazily and would fail much later
         try:
             weights.update(cast(dict[str, mx.array], mx.load(str(file))))
         except (RuntimeError, ValueError) as error:
@@ -62,6 +64,29 @@ def read_weights(files: Iterable[Path]) -> dict[str, mx.array]:
     return weights
 
 
+def parameters(module: nn.Module) -> dict[str, mx.array]:
+    """The tensors of a module by their names in a checkpoint."""
+    return dict(cast("list[tuple[str, mx.array]]", tree_flatten(module.parameters())))
+
+
+def misshapen(expected: Mapping[str, mx.array], given: Mapping[str, mx.array]) -> list[str]:
+    """What has another shape than expected, with both shapes; every name must be given."""
+    return [
+        f"{name} {tuple(given[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if given[name].shape != value.shape
+    ]
+
+
+def finite(tensors: Mapping[str, mx.array], prefix: str = "") -> dict[str, mx.array]:
+    """For each floating tensor a lazy flag: no NaN, no infinity. float32 sums cannot overflow."""
+    return {
+        prefix + name: mx.isfinite(mx.abs(value.astype(mx.float32)).sum())
+        for name, value in tensors.items()
+        if mx.issubdtype(value.dtype, mx.floating)
+    }
+
+
 def preview(names: Iterable[str], limit: int = 4) -> str:
     """The first few names, and how many more."""
     listed = sorted(names)
@@ -69,8 +94,11 @@ def preview(names: Iterable[str], limit: int = 4) -> str:
     return ", ".join(listed[:limit]) + more
 
 
-def _check_length(file: Path) -> None:
-    """Compare the header with the file's length: MLX reads lazily and would fail much later."""
+def read_header(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file, name -> dtype, shape and data_offsets; no data is read.
+
+    Raises ModelError: another kind of file, or one that ends before its last tensor.
+    """
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
@@ -78,16 +106,15 @@ def _check_length(file: Path) -> None:
             if not 2 <= length <= size - 8:
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(stream.read(length))
-        needed = 8 + length
-        needed += max(
-            (v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0
-        )
+        header.pop("__metadata__", None)
+        needed = 8 + length + max((v["data_offsets"][1] for v in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(
             f"{file} is not a safetensors file ({_one_line(error)}); download it again"
         ) from error
     if size < needed:
         raise ModelError(f"{file} is truncated: {size} bytes of {needed}; download it again")
+    return cast(dict[str, Any], header)
 
 
 def _one_line(error: Exception) -> str:

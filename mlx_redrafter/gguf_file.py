@@ -1,0 +1,160 @@
+"""The GGUF container: metadata, the list of tensors, and their bytes, read piece by piece.
+
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from mlx_redrafter.errors import ConvertError
+from mlx_redrafter.gguf_blocks import BLOCKS
+
+# value type -> numpy's name; 8 is a string and 9 an array.
+_SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
+            10: "<u8", 11: "<i8", 12: "<f8"}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+_MAX_DIMENSIONS = 4
+
+
+class GgufTensor(NamedTuple):
+    """Where a tensor lies. `shape` is in MLX's order (rows first), `kind` a type of BLOCKS."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row; blocks never cross a row."""
+        block = BLOCKS[self.kind]
+        return self.shape[-1] // block.elements * block.bytes
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+
+class GgufFile:
+    """A GGUF file whose header is read; tensors stay on the disk until `read`.
+
+    Raises ConvertError for a file that is no GGUF, is truncated, or holds other block types.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, GgufTensor] = {}
+        try:
+            with self.path.open("rb") as stream:
+                self._read_header(_Reader(stream))
+        except (OSError, ValueError, KeyError, OverflowError, struct.error) as error:
+            if isinstance(error, ConvertError):
+                raise
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise ConvertError(
+                f"{self.path} is not a readable GGUF file ({reason}); download it again"
+            ) from error
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A metadata value, or `default`."""
+        return self.metadata.get(key, default)
+
+    def read(self, tensor: GgufTensor, first: int = 0, rows: int | None = None) -> np.ndarray:
+        """Rows of a tensor as stored: uint8 (rows, row_bytes). Raises ConvertError."""
+        rows = tensor.rows - first if rows is None else rows
+        size = rows * tensor.row_bytes
+        with self.path.open("rb") as stream:
+            stream.seek(tensor.offset + first * tensor.row_bytes)
+            data = np.fromfile(stream, np.uint8, size)
+        if data.size < size:
+            raise ConvertError(f"{self.path} ends within {tensor.name}; download it again")
+        return data.reshape(rows, tensor.row_bytes)
+
+    def _read_header(self, reader: _Reader) -> None:
+        if reader.take(4) != b"GGUF":
+            raise ValueError("it does not begin with 'GGUF'")
+        version = reader.number("<u4")
+        if version not in (2, 3):
+            raise ValueError(f"version {version:#x}; needed: 2 or 3, little-endian")
+        tensors, pairs = reader.number("<u8"), reader.number("<u8")
+        for _ in range(pairs):
+            key = reader.text()
+            self.metadata[key] = reader.value(reader.number("<u4"))
+        if self.get("split.count", 1) > 1:
+            raise ConvertError(
+                f"{self.path} is one of {self.get('split.count')} parts of a split GGUF file; "
+                "join them first: llama-gguf-split --merge FIRST_PART OUT"
+            )
+        found = [self._tensor(reader) for _ in range(tensors)]
+        alignment = int(self.get("general.alignment", 32))
+        start = -(-reader.stream.tell() // alignment) * alignment
+        for tensor in found:
+            end = start + tensor.offset + tensor.rows * tensor.row_bytes
+            if end > reader.size:
+                raise ConvertError(
+                    f"{self.path} is truncated: {tensor.name} ends at byte {end} of a file of "
+                    f"{reader.size}; download it again"
+                )
+            self.tensors[tensor.name] = tensor._replace(offset=start + tensor.offset)
+        if len(self.tensors) != tensors:
+            raise ValueError("two tensors have the same name")
+
+    def _tensor(self, reader: _Reader) -> GgufTensor:
+        name, dimensions = reader.text(), reader.number("<u4")
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
+            raise ValueError(f"{name} has {dimensions} dimensions")
+        shape = tuple(reader.number("<u8") for _ in range(dimensions))[::-1]
+        number, offset = reader.number("<u4"), reader.number("<u8")
+        kind = next((kind for kind, block in BLOCKS.items() if block.number == number), None)
+        if kind is None:
+            raise ConvertError(
+                f"{self.path} stores {name} in GGUF type {number}, which is not read; "
+                f"needed: one of {', '.join(BLOCKS)}"
+            )
+        if shape[-1] % BLOCKS[kind].elements or 0 in shape:
+            raise ValueError(f"{name} of shape {shape} cannot be {kind}")
+        return GgufTensor(name, kind, shape, offset)
+
+
+class _Reader:
+    """Little-endian values one after the other; whatever exceeds the file is a ValueError."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.size = os.fstat(stream.fileno()).st_size
+
+    def take(self, size: int) -> bytes:
+        data = self.stream.read(size) if size <= self.size else b""
+        if len(data) < size:
+            raise ValueError("it ends within the header")
+        return data
+
+    def number(self, kind: str) -> int:
+        return int.from_bytes(self.take(np.dtype(kind).itemsize), "little")
+
+    def text(self) -> str:
+        # Some vocabularies hold pieces that are no UTF-8: they must not stop the conversion.
+        return self.take(self.number("<u8")).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.text()
+        if kind == _ARRAY:
+            inner, count = self.number("<u4"), self.number("<u8")
+            if inner in _SCALARS:
+                size = np.dtype(_SCALARS[inner]).itemsize
+                return np.frombuffer(self.take(count * size), _SCALARS[inner]).tolist()
+            if inner != _STRING:
+                raise ValueError(f"an array of values of type {inner}")
+            return [self.text() for _ in range(count)]
+        if kind not in _SCALARS:
+            raise ValueError(f"a value of type {kind}")
+        return np.frombuffer(self.take(np.dtype(_SCALARS[kind]).itemsize), _SCALARS[kind])[0].item()
