@@ -101,7 +101,7 @@ def stream_generate(
     *,
     draft: bool = True,
     tree: TreeShape | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     stop_tokens: Sequence[int] = (),
     session: Session | None = None,
     prefill_step_size: int = 512,
@@ -127,7 +127,8 @@ def stream_generate(
     try:
         params = SamplingParams(**sampling)
     except TypeError as error:
-        raise OptionError(f"unknown option: {error}") from None
+        raise OptionError(f"unknown option: {str(error).split('argument ')[-1]}") from None
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if any(not s for s in stop):
         raise OptionError("a stop string is empty: give at least one character")
     if prefill_step_size < 1:
@@ -261,6 +262,10 @@ def _encode(tokenizer: TokenizerWrapper, prompt: str | Sequence[int]) -> list[in
         return [int(t) for t in prompt]
     if not prompt:
         raise OptionError("the prompt is empty: give at least one token of text")
+    try:
+        prompt.encode()
+    except UnicodeError:
+        raise OptionError("the prompt is not valid text: give it in UTF-8") from None
     # A chat template has already put the first special token there.
     bos = tokenizer.bos_token
     return list(tokenizer.encode(prompt, add_special_tokens=not (bos and prompt.startswith(bos))))

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mlx_redrafter.stats import DraftStats
 
 LONG_PROMPT = 1024
+# Where the command line keeps, in its context, whether an error shows its traceback.
+DEBUG = "mlx_redrafter.debug"
 DIM_ON, DIM_OFF = "\x1b[2m", "\x1b[22m"
 
 
@@ -52,7 +54,7 @@ class Waiting:
         self.timer = threading.Timer(
             self.PATIENCE,
             note,
-            ["compiling for this machine, only the first time: please wait ..."],
+            ["still working: what is used for the first time here has to be compiled ..."],
         )
         self.timer.daemon = True
 
@@ -73,11 +75,13 @@ class Waiting:
 
 def summary(last: GenerationResponse) -> str:
     """Tokens, tokens per second and tokens per step of an answer, in one line."""
+    read = last.stats.prefill_tokens
+    new = f" ({read} new)" if 0 < read < last.prompt_tokens else ""
     parts = [
-        f"{last.generation_tokens} tokens",
+        f"{last.generation_tokens} token{'' if last.generation_tokens == 1 else 's'}",
         f"{last.generation_tps:.1f} tokens/s",
         f"{last.stats.tokens_per_step:.2f} tokens per step",
-        f"prompt {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s",
+        f"prompt {last.prompt_tokens} tokens{new}, {last.prompt_tps:.1f} tokens/s",
     ]
     if last.peak_memory:
         parts.append(f"peak {last.peak_memory:.2f} GB")
@@ -93,6 +97,7 @@ def details(stats: DraftStats) -> str:
     depths = " ".join(f"{share:.0%}" for share in values["per_depth"])
     seconds = " · ".join(f"{name} {value:.2f}" for name, value in values["seconds"].items())
     rows = [
+        ("prompt read", f"{stats.prefill_tokens} tokens"),
         ("steps", f"{stats.steps} (passes of the model), {stats.tokens} tokens"),
         ("tokens per step", f"{stats.tokens_per_step:.2f}"),
         (

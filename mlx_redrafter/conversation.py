@@ -203,7 +203,7 @@ class Conversation:
         if not key:
             width = max(map(len, fields))
             rows = [
-                f"  {f.name:<{width}}  {_shown(getattr(self.options, f.name))}"
+                f"  {f.name:<{width}}  {_shown(f.name, self.options)}"
                 for f in dataclasses.fields(self.options)
                 if f.name in fields
             ]
@@ -211,11 +211,11 @@ class Conversation:
         if key not in fields:
             return Reply(f"unknown option {key}: /set lists them")
         if not value.strip():
-            return Reply(f"/set {key} needs a value; it is {_shown(getattr(self.options, key))}")
+            return Reply(f"/set {key} needs a value; it is {_shown(key, self.options)}")
         changed = dataclasses.replace(self.options, **{key: _parsed(key, value.strip())})
         changed.check()
         self.options = changed
-        return Reply(f"{key} = {_shown(getattr(changed, key))}")
+        return Reply(f"{key} = {_shown(key, changed)}")
 
     def _stats(self, _: str) -> Reply:
         if self.last is None:
@@ -283,7 +283,10 @@ def _count(messages: Sequence[Message]) -> str:
     return f"{len(messages)} message{'' if len(messages) == 1 else 's'}"
 
 
-def _shown(value: object) -> str:
+def _shown(name: str, options: DecodeOptions) -> str:
+    value = getattr(options, name)
+    if value is None and name in ("beam_width", "beam_length", "nodes", "candidates"):
+        return "default"
     return "off" if value is None or value == [] else str(value)
 
 

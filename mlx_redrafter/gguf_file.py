@@ -17,8 +17,11 @@ from mlx_redrafter.errors import ConvertError
 from mlx_redrafter.gguf_blocks import BLOCKS
 
 # value type -> numpy's name; 8 is a string and 9 an array.
-_SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
-            10: "<u8", 11: "<i8", 12: "<f8"}  # fmt: skip
+_SCALARS: dict[int, np.dtype[Any]] = {
+    0: np.dtype("<u1"), 1: np.dtype("<i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"),
+    4: np.dtype("<u4"), 5: np.dtype("<i4"), 6: np.dtype("<f4"), 7: np.dtype("?"),
+    10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8"),
+}  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
 
@@ -81,13 +84,13 @@ class GgufFile:
     def _read_header(self, reader: _Reader) -> None:
         if reader.take(4) != b"GGUF":
             raise ValueError("it does not begin with 'GGUF'")
-        version = reader.number("<u4")
+        version = reader.u32()
         if version not in (2, 3):
             raise ValueError(f"version {version:#x}; needed: 2 or 3, little-endian")
-        tensors, pairs = reader.number("<u8"), reader.number("<u8")
+        tensors, pairs = reader.u64(), reader.u64()
         for _ in range(pairs):
             key = reader.text()
-            self.metadata[key] = reader.value(reader.number("<u4"))
+            self.metadata[key] = reader.value(reader.u32())
         if self.get("split.count", 1) > 1:
             raise ConvertError(
                 f"{self.path} is one of {self.get('split.count')} parts of a split GGUF file; "
@@ -108,11 +111,11 @@ class GgufFile:
             raise ValueError("two tensors have the same name")
 
     def _tensor(self, reader: _Reader) -> GgufTensor:
-        name, dimensions = reader.text(), reader.number("<u4")
+        name, dimensions = reader.text(), reader.u32()
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
             raise ValueError(f"{name} has {dimensions} dimensions")
-        shape = tuple(reader.number("<u8") for _ in range(dimensions))[::-1]
-        number, offset = reader.number("<u4"), reader.number("<u8")
+        shape = tuple(reader.u64() for _ in range(dimensions))[::-1]
+        number, offset = reader.u32(), reader.u64()
         kind = next((kind for kind, block in BLOCKS.items() if block.number == number), None)
         if kind is None:
             raise ConvertError(
@@ -137,24 +140,27 @@ class _Reader:
             raise ValueError("it ends within the header")
         return data
 
-    def number(self, kind: str) -> int:
-        return int.from_bytes(self.take(np.dtype(kind).itemsize), "little")
+    def u32(self) -> int:
+        return int.from_bytes(self.take(4), "little")
+
+    def u64(self) -> int:
+        return int.from_bytes(self.take(8), "little")
 
     def text(self) -> str:
         # Some vocabularies hold pieces that are no UTF-8: they must not stop the conversion.
-        return self.take(self.number("<u8")).decode("utf-8", errors="replace")
+        return self.take(self.u64()).decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.text()
         if kind == _ARRAY:
-            inner, count = self.number("<u4"), self.number("<u8")
+            inner, count = self.u32(), self.u64()
             if inner in _SCALARS:
-                size = np.dtype(_SCALARS[inner]).itemsize
-                return np.frombuffer(self.take(count * size), _SCALARS[inner]).tolist()
+                data = self.take(count * _SCALARS[inner].itemsize)
+                return np.frombuffer(data, _SCALARS[inner]).tolist()
             if inner != _STRING:
                 raise ValueError(f"an array of values of type {inner}")
             return [self.text() for _ in range(count)]
         if kind not in _SCALARS:
             raise ValueError(f"a value of type {kind}")
-        return np.frombuffer(self.take(np.dtype(_SCALARS[kind]).itemsize), _SCALARS[kind])[0].item()
+        return np.frombuffer(self.take(_SCALARS[kind].itemsize), _SCALARS[kind])[0].item()

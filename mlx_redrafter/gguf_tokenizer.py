@@ -39,7 +39,7 @@ class GgufTokenizer:
     """The `tokenizer.ggml.*` values of a file. Raises ConvertError for kinds that are not read."""
 
     def __init__(self, metadata: Mapping[str, Any], file_name: str) -> None:
-        self._metadata = metadata
+        self._metadata, self._file = metadata, file_name
         kind, splitter = self._get("model"), self._get("pre")
         splitter = _SAME_AS.get(splitter, splitter)
         self.tokens: list[str] = self._get("tokens") or []
@@ -88,14 +88,17 @@ class GgufTokenizer:
         return None if number is None else self.tokens[number]
 
     def build(self) -> Tokenizer:
-        """The tokenizer itself."""
+        """The tokenizer itself. Raises ConvertError."""
         from tokenizers import AddedToken
 
         vocabulary = {token: i for i, token in enumerate(self.tokens)}
-        if self.style == "spm":
-            tokenizer = self._sentencepiece(vocabulary)
-        else:
-            tokenizer = self._byte_level(vocabulary)
+        make = self._sentencepiece if self.style == "spm" else self._byte_level
+        try:
+            tokenizer = make(vocabulary)
+        except Exception as error:  # the library raises nothing more precise
+            raise ConvertError(
+                f"the tokenizer in {self._file} makes no sense ({error}); download it again"
+            ) from error
         tokenizer.add_special_tokens(
             [AddedToken(t, special=True, normalized=False) for t in self._of_kind(_CONTROL)]
         )
@@ -118,9 +121,7 @@ class GgufTokenizer:
             steps.append(pre_tokenizers.Digits(individual_digits=True))
         if expression is not None:
             steps.append(pre_tokenizers.Split(Regex(expression), "isolated"))
-        steps.append(
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression is None)
-        )
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression is None))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
         if self.style == "qwen2":
             tokenizer.normalizer = normalizers.NFC()

@@ -83,7 +83,8 @@ def load_tokenizer(folder: Path, options: dict[str, Any] | None = None) -> Token
     from mlx_lm.utils import load_tokenizer as load
 
     # Without an answer given here, transformers would ask on the terminal whether to run code.
-    options = {"trust_remote_code": False, **(options or {})}
+    # The context's length is ours to check: transformers would warn of errors that cannot happen.
+    options = {"trust_remote_code": False, "model_max_length": 10**9, **(options or {})}
     try:
         return load(folder, options, eos_token_ids=_end_ids(folder) or None)
     except Exception as error:
@@ -116,7 +117,7 @@ def _checked_folder(path: Path) -> Path:
         raise HubError(f"{path} is a file; give the folder that holds config.json and the weights.")
     if not (path / "config.json").is_file():
         raise HubError(
-            f"{path} has no config.json; give a model folder in MLX or Hugging Face layout "
+            f"{path} has no config.json; give a folder in MLX or Hugging Face layout "
             "(other formats: mlx-redrafter convert)."
         )
     return path

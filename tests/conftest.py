@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model as load_mlx_lm
+from tiny_gguf import write_gguf
 
 from mlx_redrafter.decoding.engine import Engine, Session
 from mlx_redrafter.decoding.sampling import SamplingParams
@@ -37,6 +38,21 @@ TINY: dict[str, Any] = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
+
+SHAPES = {
+    "chain": TreeShape.chain(4),
+    "beam-3x4-8": TreeShape(3, 4, 8),
+    "beam-4x5-16": TreeShape(4, 5, 16),
+    "beams-3x4-8": TreeShape(3, 4, 8, "beams"),
+    "beams-all": TreeShape(3, 3, 10, "beams"),
+}
+# The right token is first, second or third choice, or none: long runs, side branches, rejections.
+RANKS = (0, 1, 0, 0, 2, 0, 0, 0, 1, 9, 0)
+PENALTIES = SamplingParams(
+    repetition_penalty=1.4, repetition_context_size=7, presence_penalty=0.8,
+    presence_context_size=30, frequency_penalty=0.6, frequency_context_size=12,
+    logit_bias={3: 2.5, 40: -3.0},
+)  # fmt: skip
 
 
 def write_target(folder: Path, seed: int = 7, **changes: Any) -> Path:
@@ -143,8 +159,11 @@ class Oracle:
                 # Gaps far above any noise: the ranks hold in sampled runs too.
                 row[order[: self.FAN]] = -60.0 * np.arange(min(self.FAN, len(order)))
                 rows.append(row)
-        self._hidden = mx.array(np.concatenate(hidden))
-        self._rows = mx.array(np.stack(rows))
+        # One size for all, as it is a constant of the compiled step: kernels serve every oracle.
+        more = -len(rows) % 512
+        places = np.pad(np.concatenate(hidden), ((0, more), (0, 0)), constant_values=np.inf)
+        self._hidden = mx.array(places)
+        self._rows = mx.array(np.pad(np.stack(rows), ((0, more), (0, 0)), mode="edge"))
         mx.eval(self._hidden, self._rows)
 
     def context(self, hidden: mx.array, inner: tuple[mx.array, ...]) -> mx.array:
@@ -214,6 +233,35 @@ def prompt_of(length: int, seed: int = 0, vocab: int = V) -> list[int]:
     return np.random.default_rng(seed).integers(0, vocab, length).tolist()
 
 
+def plainly(
+    target: Decoder, prompt: list[int], n: int = 24, params: SamplingParams | None = None
+) -> list[int]:
+    """The answer without a drafter; uncompiled, which for a few tokens is quicker."""
+    return run(Engine(target, None, compiled=False), prompt, params, None, n)
+
+
+@pytest.fixture(scope="session")
+def texts(target: Decoder) -> list[tuple[list[int], list[int]]]:
+    """A few prompts and their plain greedy answers."""
+    prompts = [prompt_of(n, seed=n) for n in (2, 3, 9, 20, 33)]
+    return [(prompt, plainly(target, prompt, 40)) for prompt in prompts]
+
+
+@pytest.fixture(scope="session")
+def oracle(target: Decoder, texts: list[tuple[list[int], list[int]]]) -> Oracle:
+    return Oracle(target, [p + a for p, a in texts], RANKS)
+
+
+def assert_holds(session: Session, target: Decoder, tokens: list[int]) -> None:
+    """The session says it holds ``tokens``, and its slabs are those of reading them afresh."""
+    assert session.tokens == tokens
+    fresh = Session()
+    run(Engine(target, None, compiled=False), [*tokens, 0], max_tokens=1, session=fresh)
+    for mine, theirs in zip(session.kv, fresh.kv, strict=True):
+        rows = np.array(mine)[:, :, : len(tokens)], np.array(theirs)[:, :, : len(tokens)]
+        assert np.allclose(*rows, atol=1e-4)
+
+
 class ByteTokenizer:
     """One token per byte, three special ones behind; the slice of mlx_lm's wrapper we use."""
 
@@ -246,3 +294,16 @@ def tokenizer() -> ByteTokenizer:
 def byte_target(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     folder = tmp_path_factory.mktemp("byte_target")
     return load_model(write_target(folder, vocab_size=ByteTokenizer.vocab_size))
+
+
+@pytest.fixture(name="cache")
+def models_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_REDRAFTER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    return path

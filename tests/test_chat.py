@@ -82,7 +82,7 @@ def test_commands_change_the_next_answer() -> None:
     assert talk.command("/set repetition_penalty off") == Reply("repetition_penalty = off")
     assert talk.command("/set beam_width 2").text == "beam_width = 2"
     assert talk.command("/set candidates beams") == Reply("candidates = beams")
-    assert talk.command("/set candidates off") == Reply("candidates = off")
+    assert talk.command("/set candidates off") == Reply("candidates = default")
     assert talk.command("/set logit_bias 42=-5") == Reply("logit_bias = ['42=-5']")
     assert talk.command("/drafter off") == Reply("drafting is off")
     arguments = talk.arguments()

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -76,6 +75,7 @@ def test_generate_reads_a_pipe(runner: CliRunner, model: FakeModel, arguments: l
 def test_generate_verbose_adds_what_drafting_did(runner: CliRunner, model: FakeModel) -> None:
     result = runner.invoke(cli.app, ["generate", "-v", "Capital?"])
     assert result.stderr == SUMMARY + (
+        "  prompt read       0 tokens\n"
         "  steps             2 (passes of the model), 3 tokens\n"
         "  tokens per step   1.50\n"
         "  drafts checked    8, accepted 1 (12.5%)\n"
@@ -301,7 +301,7 @@ def test_version_and_help(runner: CliRunner) -> None:
         assert runner.invoke(cli.app, [command, "--help"]).exit_code == 0
 
 
-def test_help_is_quick_and_loads_no_mlx() -> None:
+def test_help_loads_no_mlx() -> None:
     code = (
         "import sys\n"
         "from mlx_redrafter.cli import main\n"
@@ -309,12 +309,7 @@ def test_help_is_quick_and_loads_no_mlx() -> None:
         "try:\n    main()\n"
         "except SystemExit:\n    sys.exit('mlx.core' in sys.modules)\n"
     )
-    runs = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        runs.append(time.perf_counter() - start)
-    assert min(runs) < 1.0
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_the_tree_is_left_to_the_program_until_an_option_names_it() -> None:

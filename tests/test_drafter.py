@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import D, V, prompt_of, random_drafter, run
+from edits import Edit, edit_config, edit_file, edit_weights
 
 from mlx_redrafter.decoding import beam
 from mlx_redrafter.decoding.engine import Engine
@@ -234,36 +235,6 @@ def folder(target: Decoder, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def configured(**changes: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        config.update(changes)
-        config = {k: v for k, v in config.items() if v != "absent"}
-        (folder / "config.json").write_text(json.dumps(config))
-
-    return change
-
-
-def weighted(change: Callable[[dict[str, mx.array]], None]) -> Callable[[Path], None]:
-    def rewrite(folder: Path) -> None:
-        file = folder / "model.safetensors"
-        weights = dict(mx.load(str(file)).items())
-        mx.eval(weights)
-        change(weights)
-        mx.save_safetensors(str(file), weights)
-
-    return rewrite
-
-
-def truncate(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def garbage(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-
-
 def with_entry(name: str, value: float) -> Callable[[dict[str, mx.array]], None]:
     def change(weights: dict[str, mx.array]) -> None:
         array = np.array(weights[name])
@@ -273,42 +244,46 @@ def with_entry(name: str, value: float) -> Callable[[dict[str, mx.array]], None]
     return change
 
 
-BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
-    "hidden size": (configured(hidden_size=64), "hidden size 64.*32"),
-    "vocabulary": (configured(vocab_size=98), "vocabulary size 98.*97"),
-    "layer beyond": (configured(context_layers=[0, 3]), "layer 3"),
-    "layer negative": (configured(context_layers=[-1, 2]), "layer -1"),
-    "layers no list": (configured(context_layers=2), "context_layers"),
-    "a base model": (configured(model_type="llama"), "'llama' is not a drafter"),
-    "no model type": (configured(model_type="absent"), "is not a drafter"),
-    "no exit_dim": (configured(exit_dim="absent"), "exit_dim"),
-    "zero size": (configured(exit_dim=0), "impossible"),
-    "size as text": (configured(exit_dim="24"), "impossible|exit_dim"),
-    "blocks as text": (configured(num_draft_layers="1"), "impossible|num_draft_layers"),
-    "blocks negative": (configured(num_draft_layers=-1), "impossible"),
-    "unknown cell": (configured(cell="lstm"), "'lstm'"),
-    "unknown head": (configured(head="shared"), "'shared'"),
-    "quantisation without bits": (configured(quantization={"group_size": 32}), "quantization|bits"),
-    "other width": (configured(exit_dim=48), "input_proj|lm_head"),
-    "other cell": (configured(cell="gru"), "rnn_"),
-    "fewer blocks": (configured(num_draft_layers=0), "lm_head"),
-    "more blocks": (configured(num_draft_layers=2), "lm_head"),
-    "missing": (weighted(lambda w: w.pop("rnn_u.bias")), "lacks.*rnn_u.bias"),
-    "unknown": (weighted(lambda w: w.update(extra=mx.zeros((2,)))), "extra"),
+WEIGHTS, POINTER = "model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"
+BROKEN: dict[str, tuple[Edit, str]] = {
+    "hidden size": (edit_config(hidden_size=64), "hidden size 64.*32"),
+    "vocabulary": (edit_config(vocab_size=98), "vocabulary size 98.*97"),
+    "layer beyond": (edit_config(context_layers=[0, 3]), "layer 3"),
+    "layer negative": (edit_config(context_layers=[-1, 2]), "layer -1"),
+    "layers no list": (edit_config(context_layers=2), "context_layers"),
+    "a base model": (edit_config(model_type="llama"), "'llama' is not a drafter"),
+    "no model type": (edit_config(model_type=None), "is not a drafter"),
+    "no exit_dim": (edit_config(exit_dim=None), "exit_dim"),
+    "zero size": (edit_config(exit_dim=0), "impossible"),
+    "size as text": (edit_config(exit_dim="24"), "impossible|exit_dim"),
+    "blocks as text": (edit_config(num_draft_layers="1"), "impossible|num_draft_layers"),
+    "blocks negative": (edit_config(num_draft_layers=-1), "impossible"),
+    "unknown cell": (edit_config(cell="lstm"), "'lstm'"),
+    "unknown head": (edit_config(head="shared"), "'shared'"),
+    "quantisation without bits": (
+        edit_config(quantization={"group_size": 32}),
+        "quantization|bits",
+    ),
+    "other width": (edit_config(exit_dim=48), "input_proj|lm_head"),
+    "other cell": (edit_config(cell="gru"), "rnn_"),
+    "fewer blocks": (edit_config(num_draft_layers=0), "lm_head"),
+    "more blocks": (edit_config(num_draft_layers=2), "lm_head"),
+    "missing": (edit_weights(lambda w: w.pop("rnn_u.bias")), "lacks.*rnn_u.bias"),
+    "unknown": (edit_weights(lambda w: w.update(extra=mx.zeros((2,)))), "extra"),
     "wrong shape": (
-        weighted(lambda w: w.update({"rnn_w.weight": mx.zeros((8, 8))})),
+        edit_weights(lambda w: w.update({"rnn_w.weight": mx.zeros((8, 8))})),
         r"rnn_w.weight \(8, 8\) instead of \(32, 32\)",
     ),
-    "NaN": (weighted(with_entry("rnn_w.weight", np.nan)), "NaN.*rnn_w.weight"),
-    "infinity": (weighted(with_entry("context_proj.weight", np.inf)), "infinity.*context_proj"),
-    "truncated": (truncate, "truncated"),
-    "not safetensors": (garbage, "safetensors"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "safetensors"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
-    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json"),
-    "config of a list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
-    "ids too large": (weighted(with_entry("draft_vocab", V)), "draft vocabulary|beyond"),
-    "ids negative": (weighted(with_entry("draft_vocab", -1)), "draft vocabulary|beyond"),
+    "NaN": (edit_weights(with_entry("rnn_w.weight", np.nan)), "NaN.*rnn_w.weight"),
+    "infinity": (edit_weights(with_entry("context_proj.weight", np.inf)), "infinity.*context_proj"),
+    "truncated": (edit_file(WEIGHTS, lambda b: b[:-100]), "truncated"),
+    "not safetensors": (edit_file(WEIGHTS, lambda b: POINTER), "safetensors"),
+    "no weights": (edit_file(WEIGHTS, lambda b: None), "safetensors"),
+    "no config": (edit_file("config.json", lambda b: None), "config.json"),
+    "broken config": (edit_file("config.json", lambda b: b"{"), "config.json"),
+    "config of a list": (edit_file("config.json", lambda b: b"[]"), "config.json"),
+    "ids too large": (edit_weights(with_entry("draft_vocab", V)), "draft vocabulary|beyond"),
+    "ids negative": (edit_weights(with_entry("draft_vocab", -1)), "draft vocabulary|beyond"),
 }  # fmt: skip
 
 
@@ -329,7 +304,7 @@ def test_no_folder(target: Decoder, tmp_path: Path) -> None:
 
 def test_unused_keys_and_tensors_are_ignored(target: Decoder, tmp_path: Path) -> None:
     apple_folder(tmp_path, True, E, 1)
-    configured(another=[1, 2], num_lookback_tokens=3)(tmp_path)
+    edit_config(another=[1, 2], num_lookback_tokens=3)(tmp_path)
     load_drafter(tmp_path, target)
 
 
@@ -340,7 +315,7 @@ def test_half_precision_is_read(target: Decoder, tmp_path: Path) -> None:
     def halve(weights: dict[str, mx.array]) -> None:
         weights.update({name: value.astype(mx.bfloat16) for name, value in weights.items()})
 
-    weighted(halve)(tmp_path)
+    edit_weights(halve)(tmp_path)
     halved = one_draft(load_drafter(tmp_path, target))
     assert halved[1].dtype == np.float32
     assert np.abs(halved[1] - exact[1]).mean() < 0.05 * np.abs(exact[1]).mean()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ByteTokenizer, Oracle, run, write_target
+from conftest import ByteTokenizer, Oracle, plainly, write_target
 
 from mlx_redrafter.api import GenerationResponse, Model, generate, stream_generate
 from mlx_redrafter.decoding.engine import Engine, Session
@@ -24,14 +24,15 @@ TREES = {"chain": TreeShape.chain(4), "beam": TreeShape(3, 4, 8)}
 
 
 def model_of(target: Decoder, drafter: Any) -> Model:
-    return Model("tiny", Path("."), target, drafter, None, Engine(target, drafter))
+    engine = Engine(target, drafter, compiled=False)
+    return Model("tiny", Path("."), target, drafter, None, engine)
 
 
 @pytest.fixture(scope="module")
 def answer(byte_target: Decoder) -> str:
     ids = ByteTokenizer().encode(PROMPT)
     params = SamplingParams(logit_bias=LETTERS)
-    return bytes(run(Engine(byte_target, None), ids, params, None, LENGTH)).decode()
+    return bytes(plainly(byte_target, ids, LENGTH, params)).decode()
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +203,7 @@ def test_characters_of_several_bytes(byte_target: Decoder, tokenizer: ByteTokeni
     ids = tokenizer.encode(PROMPT)
     bytes_of = list(word.encode())
     allowed = {t: -1000.0 for t in range(tokenizer.vocab_size) if t not in (0xC3, *bytes_of)}
-    leads = run(Engine(byte_target, None), ids, SamplingParams(logit_bias=allowed), None, 20)
+    leads = plainly(byte_target, ids, 20, SamplingParams(logit_bias=allowed))
     model = model_of(byte_target, Oracle(byte_target, [ids + leads]))
     responses = stream(model, tokenizer, logit_bias=allowed, max_tokens=20)
     assert [r.token for r in responses] == leads

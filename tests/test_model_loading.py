@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
+from edits import Edit, edit_config, edit_file, edit_weights
 from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 from tiny_models import C, Runner, assert_close, build, save, tokens_of
@@ -131,38 +131,9 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path: Path) -> None
     assert mx.get_peak_memory() - before < 1.3 * size
 
 
-def edit_config(**changes: Any) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        for key, value in changes.items():
-            config.pop(key) if value is None else config.update({key: value})
-        (folder / "config.json").write_text(json.dumps(config))
-
-    return edit
-
-
-def edit_weights(change: Callable[[dict[str, mx.array]], Any]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        weights = {k: v + 0 for k, v in mx.load(str(folder / "model.safetensors")).items()}
-        mx.eval(weights)
-        change(weights)
-        mx.save_safetensors(str(folder / "model.safetensors"), weights)
-
-    return edit
-
-
-def edit_file(name: str, change: Callable[[bytes], bytes | None]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        path = folder / name
-        data = change(path.read_bytes() if path.exists() else b"")
-        path.unlink() if data is None else path.write_bytes(data)
-
-    return edit
-
-
 NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
 INDEX = b'{"weight_map": {"a": "model-1.safetensors", "b": "model.safetensors"}}'
-BROKEN: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+BROKEN: dict[str, tuple[Edit, list[str]]] = {
     "no config": (edit_file("config.json", lambda b: None), ["config.json"]),
     "config not JSON": (edit_file("config.json", lambda b: b[:9]), ["config.json", "JSON"]),
     "config a list": (edit_file("config.json", lambda b: b"[1]"), ["list", "object"]),

@@ -1,0 +1,45 @@
+"""Ways to spoil a folder of a model or drafter: each returns what changes it in place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+Edit = Callable[[Path], None]
+
+
+def edit_config(**changes: Any) -> Edit:
+    """New values by key; None takes the key away."""
+
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        for key, value in changes.items():
+            config.pop(key) if value is None else config.update({key: value})
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
+def edit_weights(change: Callable[[dict[str, mx.array]], Any]) -> Edit:
+    def edit(folder: Path) -> None:
+        weights = {k: v + 0 for k, v in mx.load(str(folder / "model.safetensors")).items()}
+        mx.eval(weights)
+        change(weights)
+        mx.save_safetensors(str(folder / "model.safetensors"), weights)
+
+    return edit
+
+
+def edit_file(name: str, change: Callable[[bytes], bytes | None]) -> Edit:
+    """The file's new bytes; None removes it. A file that is not there has none."""
+
+    def edit(folder: Path) -> None:
+        path = folder / name
+        data = change(path.read_bytes() if path.exists() else b"")
+        path.unlink() if data is None else path.write_bytes(data)
+
+    return edit
