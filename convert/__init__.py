@@ -1,6 +1,277 @@
-"""Checkpoints of other programs; installed as `mlx_redrafter.convert`.
+"""Checkpoints of other programs in, and back out; installed as `mlx_redrafter.convert`.
 
-Apple's drafter folders (`config.json` and `model.safetensors` with Apple's tensor names) need no
-conversion: `mlx_redrafter.drafters` loads them as they are. Readers and writers of other formats
-belong here; none is read or written yet.
+    from mlx_redrafter.convert import convert
+    print(convert("pytorch-drafter", "drafter").files)
+
+docs/checkpoint_format.md lists every format, tensor by tensor.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_redrafter.errors import ConvertError, OptionError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from mlx_redrafter.convert.checkpoint import Checkpoint
+    from mlx_redrafter.convert.formats import Format
+    from mlx_redrafter.convert.mapping import Mapping
+    from mlx_redrafter.convert.writer import OutputFolder, Written
+
+__all__ = ["ConvertError", "Summary", "convert"]
+
+BITS, GROUP_SIZES, DTYPES = (4, 8), (32, 64, 128), ("float16", "bfloat16", "float32")
+LAYOUTS = ("mlx", "apple", "tensorrt-llm")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was converted, or would be.
+
+    Attributes:
+        source: as given.
+        format: what the source was recognised as, or declared to be.
+        to: layout of the output.
+        out: the new folder; None after a dry run.
+        mapping: every tensor.
+        files: of the output, with size and SHA-256.
+        notes: what a person should know.
+        url: where it was uploaded to.
+    """
+
+    source: str
+    format: Format
+    to: str
+    out: Path | None
+    mapping: list[Mapping]
+    files: list[Written] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    url: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the output."""
+        return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True)
+class _Options:
+    to: str
+    target: str | None
+    bits: int | None
+    group_size: int
+    dtype: str | None
+
+    def check(self, kind: Format) -> None:
+        """Refuse combinations that mean nothing for this source."""
+        if self.to not in LAYOUTS:
+            raise OptionError(f"--to {self.to!r} is unknown; needed: {', '.join(LAYOUTS)}")
+        if self.bits is not None and self.bits not in BITS:
+            raise OptionError(f"--q-bits {self.bits} is not possible; needed: 4 or 8")
+        if self.group_size not in GROUP_SIZES:
+            raise OptionError(
+                f"--q-group-size {self.group_size} is not possible; needed: 32, 64 or 128"
+            )
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise OptionError(f"--dtype {self.dtype!r} is unknown; needed: {', '.join(DTYPES)}")
+        if self.bits and self.to != "mlx":
+            raise OptionError(f"{self.to} has no quantised drafters; drop -q, or --to {self.to}")
+        if not kind.is_drafter and self.to != "mlx":
+            raise OptionError(f"--to {self.to} is for drafters, and this is a {kind.label}")
+        if not kind.is_drafter and self.target:
+            raise OptionError(f"--target is for drafters, and this is a {kind.label}; drop it")
+
+    @property
+    def mlx_dtype(self) -> mx.Dtype | None:
+        import mlx.core as mx
+
+        return getattr(mx, self.dtype) if self.dtype else None
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: str = "auto",
+    to: str = "mlx",
+    target: str | Path | None = None,
+    bits: int | None = None,
+    group_size: int = 64,
+    dtype: str | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    upload_repo: str | None = None,
+    progress: Progress | None = None,
+) -> Summary:
+    """Convert a checkpoint and write it as a new folder, whole or not at all.
+
+    Args:
+        source: folder, file or Hugging Face id of a drafter or a base model.
+        out: the folder to make.
+        format: of the source: auto | apple | mlx | tensorrt-llm | modelopt | base | gguf.
+        to: layout of the output: mlx | apple | tensorrt-llm (the last two for drafters).
+        target: base model that a drafter must fit: folder, hub id or built-in name.
+        bits: quantise to 4 or 8 bits, in groups of ``group_size``. None: no quantisation, but
+            a GGUF file's own 4 and 8 bits are kept unless a dtype is given.
+        dtype: float16 | bfloat16 | float32; None: as stored.
+        dry_run: read headers and account for every tensor, write nothing.
+        force: replace a model folder that exists.
+        upload_repo: Hugging Face repository to upload the result to, with a model card.
+        progress: called with tensors done and tensors in all.
+
+    Raises:
+        ConvertError, OptionError, DrafterError, HubError: one line each; nothing is left behind.
+    """
+    from mlx_redrafter.convert import card
+    from mlx_redrafter.convert.writer import check_output, output_folder
+
+    options = _Options(to, str(target) if target else None, bits, group_size, dtype)
+    if upload_repo and not dry_run:
+        card.check_upload(upload_repo)
+    path = _locate(str(source))
+    try:
+        job = _plan(path, format, options)
+    except OSError as error:
+        raise ConvertError(f"{path} cannot be read ({error})") from error
+    out = Path(out).expanduser()
+    if dry_run:
+        return Summary(str(source), job.kind, to, None, job.mapping, notes=job.notes)
+    check_output(out, path, force)
+    with output_folder(out, path, force) as folder:
+        job.write(folder, progress or (lambda done, total: None))
+        files = folder.files()
+        summary = Summary(str(source), job.kind, to, out, job.mapping, files, job.notes)
+        if upload_repo:
+            text = card.render(summary, upload_repo, options.target)
+            (folder.path / "README.md").write_text(text, encoding="utf-8")
+    if upload_repo:
+        summary = card.upload(summary, upload_repo)
+    return summary
+
+
+@dataclass(frozen=True)
+class _Job:
+    kind: Format
+    mapping: list[Mapping]
+    notes: list[str]
+    write: Callable[[OutputFolder, Progress], None]
+
+
+def _plan(path: Path, format: str, options: _Options) -> _Job:
+    from mlx_redrafter.convert.checkpoint import open_checkpoint, weight_files
+    from mlx_redrafter.convert.formats import Format, recognise
+    from mlx_redrafter.convert.shards import GGUF, kind_of
+
+    if format != "auto" and format not in [kind.value for kind in Format]:
+        known = ", ".join(kind.value for kind in Format)
+        raise OptionError(f"--format {format!r} is unknown; needed: auto, {known}")
+    files = weight_files(path)
+    found_gguf = any(kind_of(file) == GGUF for file in files)
+    if found_gguf or format == Format.GGUF.value:
+        if format not in ("auto", Format.GGUF.value) or not found_gguf or len(files) > 1:
+            raise ConvertError(f"{path}: needed for --format gguf, and only for it, one GGUF file")
+        return _plan_gguf(files[0], options)
+    checkpoint = open_checkpoint(path)
+    kind = recognise(checkpoint) if format == "auto" else Format(format)
+    options.check(kind)
+    return (
+        _plan_drafter(checkpoint, kind, options)
+        if kind.is_drafter
+        else _plan_base(checkpoint, options)
+    )
+
+
+def _plan_drafter(checkpoint: Checkpoint, kind: Format, options: _Options) -> _Job:
+    from mlx_redrafter.convert import drafters
+    from mlx_redrafter.convert.formats import Format
+
+    plan = drafters.plan_drafter(checkpoint, kind)
+    to = Format(options.to)
+    if to is not Format.MLX:
+        drafters.check_layout(plan, to)
+    if options.bits and plan.quantization:
+        raise OptionError(f"{checkpoint.path} is quantised already; drop -q")
+    if options.target:
+        _check_fit(plan.config, options.target, checkpoint.path)
+    table = drafters.mappings(plan, checkpoint, options.bits, options.group_size)
+    notes = [*plan.notes]
+    if to is not Format.MLX or kind is not Format.MLX:
+        notes.append(
+            "beam_length: drafted tokens here and in TensorRT-LLM (draft_len_per_beam); Apple "
+            "counts the root too, its 5 is 4 here"
+        )
+
+    def write(folder: OutputFolder, progress: Progress) -> None:
+        drafters.write_drafter(
+            plan, checkpoint, folder, to=to, bits=options.bits, group_size=options.group_size,
+            dtype=options.mlx_dtype, progress=progress,
+        )  # fmt: skip
+
+    return _Job(kind, table, notes, write)
+
+
+def _plan_base(checkpoint: Checkpoint, options: _Options) -> _Job:
+    from mlx_redrafter.convert.base import convert_base, plan_base
+    from mlx_redrafter.convert.formats import Format
+
+    def write(folder: OutputFolder, progress: Progress) -> None:
+        convert_base(
+            checkpoint, folder, bits=options.bits, group_size=options.group_size,
+            dtype=options.mlx_dtype, progress=progress,
+        )  # fmt: skip
+
+    return _Job(Format.BASE, plan_base(checkpoint), [], write)
+
+
+def _plan_gguf(path: Path, options: _Options) -> _Job:
+    from mlx_redrafter.convert.formats import Format
+    from mlx_redrafter.convert.gguf import convert_gguf, plan_gguf
+
+    options.check(Format.GGUF)
+    if options.bits:
+        raise OptionError(
+            f"{path} is quantised in its own way: without -q its 4 and 8 bits are kept, with "
+            "--dtype all is dequantised"
+        )
+
+    def write(folder: OutputFolder, progress: Progress) -> None:
+        convert_gguf(
+            path, folder, keep_quantized=options.dtype is None, dtype=options.mlx_dtype,
+            progress=progress,
+        )  # fmt: skip
+
+    return _Job(Format.GGUF, plan_gguf(path), [], write)
+
+
+def _locate(source: str) -> Path:
+    """A local folder or file, else a hub id; pickles are fetched only where nothing else is."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    from mlx_redrafter import hub
+
+    folder = hub.resolve(source)
+    if any(folder.glob("*.safetensors")):
+        return folder
+    return hub.resolve(source, also=("*.bin", "*.pt"))
+
+
+def _check_fit(config: object, target: str, path: Path) -> None:
+    from types import SimpleNamespace
+    from typing import Any, cast
+
+    from mlx_redrafter import hub
+    from mlx_redrafter.drafters.loading import check_compatible
+    from mlx_redrafter.models.families import decoder_config
+    from mlx_redrafter.models.weights import read_json
+
+    raw = read_json(hub.resolve(target) / "config.json")
+    given: Any = SimpleNamespace(config=decoder_config(raw))
+    check_compatible(cast(Any, config), given, path)

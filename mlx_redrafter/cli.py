@@ -15,11 +15,11 @@ from typer.core import TyperGroup
 import mlx_redrafter
 from mlx_redrafter import blas as matrix_library
 from mlx_redrafter import console
+from mlx_redrafter.console import DEBUG
 from mlx_redrafter.errors import OptionError, RedrafterError
 from mlx_redrafter.options import DecodeOptions, ModelOptions, flat_options
 
 BLAS_VARIABLE = "MLX_REDRAFTER_BLAS"
-DEBUG = "mlx_redrafter.debug"
 INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + the signal, as a shell has it
 
 
@@ -285,6 +285,20 @@ def bench(
     reports.speed(model, drafter, prompts, count, max_tokens, rounds, as_json)
 
 
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def convert(ctx: typer.Context) -> None:
+    """Convert a drafter or a base model: PyTorch, TensorRT-LLM or GGUF to MLX, and back."""
+    from mlx_redrafter.convert import command
+
+    command.run(ctx)
+
+
 def _render(tokenizer: Any, text: str, system: str | None) -> str | list[int]:
     """One question in the model's chat template; the text itself where it has none."""
     from mlx_redrafter.conversation import render
@@ -300,10 +314,17 @@ def _read_prompt(prompt: str | None) -> str:
     if prompt is None and sys.stdin.isatty():
         raise typer.BadParameter("give it as an argument, or pipe it in", param_hint="PROMPT")
     if prompt in (None, "-"):
-        prompt = sys.stdin.read().removesuffix("\n")
+        try:
+            prompt = sys.stdin.read().removesuffix("\n")
+        except UnicodeError:
+            raise OptionError("the input is not UTF-8 text: convert it first (iconv)") from None
     assert prompt is not None
     if not prompt.strip():
         raise OptionError("the prompt is empty: give it as an argument, or pipe it in")
+    try:
+        prompt.encode()
+    except UnicodeError:
+        raise OptionError("the prompt is not UTF-8 text: convert it first (iconv)") from None
     return prompt
 
 

@@ -34,6 +34,8 @@ def weight_files(folder: Path) -> list[Path]:
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise ModelError(f"{index} has no 'weight_map'; download it again")
+        if outside := [name for name in names.values() if Path(name).name != name]:
+            raise ModelError(f"{index} names {outside[0]!r}, a file outside its folder")
         files = [folder / name for name in sorted(set(names.values()))]
         missing = [file.name for file in files if not file.exists()]
         if missing:

@@ -1,0 +1,328 @@
+"""Base models in Hugging Face layout -> MLX: the names, shapes and quantisation of mlx_lm.convert.
+
+Tensors pass one by one, in the order of the source's files, so that one of them is in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_redrafter.convert.base_files import copy_tokenizer, generation_config, write_config
+from mlx_redrafter.convert.checkpoint import Checkpoint
+from mlx_redrafter.convert.mapping import Mapping
+from mlx_redrafter.convert.writer import OutputFolder, ShardWriter
+from mlx_redrafter.errors import ConvertError, ModelError
+from mlx_redrafter.hub import one_line
+from mlx_redrafter.models import Decoder, DecoderConfig
+from mlx_redrafter.models.families import decoder_config
+from mlx_redrafter.models.loading import sanitize
+from mlx_redrafter.models.weights import preview
+
+Progress = Callable[[int, int], None]
+Config = dict[str, Any]
+Shape = tuple[int, ...]
+
+# Their config.json may leave out tie_word_embeddings; transformers then has a head of its own,
+# where mlx-lm would drop the one that is stored.
+_UNTIED_BY_DEFAULT = ("granite", "llama", "mistral", "olmo2", "qwen2", "qwen3")
+_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A tensor of the output: rows [first, first + shape[0]) of a source tensor."""
+
+    source: str
+    target: str
+    shape: Shape
+    first: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Every source tensor is the source of pieces, or is dropped for a reason."""
+
+    config: Config
+    pieces: dict[str, list[_Piece]]
+    dropped: dict[str, str]
+
+    def mappings(self, shape: Callable[[str], Shape]) -> list[Mapping]:
+        kept = [Mapping(p.source, p.target, p.shape, p.note) for p in self.all_pieces()]
+        return kept + [Mapping(name, "", shape(name), why) for name, why in self.dropped.items()]
+
+    def all_pieces(self) -> Iterator[_Piece]:
+        for pieces in self.pieces.values():
+            yield from pieces
+
+
+def plan_base(checkpoint: Checkpoint) -> list[Mapping]:
+    """What convert_base would do with each tensor. Raises ConvertError."""
+    return _plan(checkpoint).mappings(checkpoint.shape)
+
+
+def convert_base(
+    checkpoint: Checkpoint,
+    out: OutputFolder,
+    *,
+    bits: int | None,
+    group_size: int,
+    dtype: mx.Dtype | None,
+    progress: Progress,
+) -> list[Mapping]:
+    """Write a base model as an MLX folder that mlx_lm and this package load.
+
+    Args:
+        checkpoint: tensors and config.json of a supported model type.
+        out: folder under construction; gets weights, config.json, tokenizer, generation config.
+        bits, group_size: of the quantisation, as in mlx_lm.convert; bits None: none.
+        dtype: of the weights; None: config.json's `torch_dtype`, else as stored, as in
+            mlx_lm.convert.
+        progress: called with source tensors done and in all.
+
+    Raises:
+        ConvertError: unsupported or already quantised model; missing, left-over or misshapen
+            tensors.
+    """
+    plan = _plan(checkpoint)
+    chosen = _Quantisation(plan.config, list(plan.all_pieces()), bits, group_size)
+    stored_as = dtype or _DTYPES.get(str(_config_dtype(plan.config)))
+    writer = ShardWriter(out)
+    for done, (name, pieces) in enumerate(plan.pieces.items()):
+        progress(done, len(plan.pieces))
+        value = checkpoint.load(name)
+        if stored_as is not None or value.dtype == mx.float64:
+            value = value.astype(stored_as or mx.float32)
+        for piece in pieces:
+            rows = value[piece.first : piece.first + piece.shape[0]] if len(pieces) > 1 else value
+            for target, array in chosen.apply(piece.target, rows):
+                _evaluate(array, name)
+                writer.add(target, array)
+        del value, rows, array
+    writer.close()
+    progress(len(plan.pieces), len(plan.pieces))
+    write_config(_with_dtype(chosen.config, dtype), out)
+    copy_tokenizer(checkpoint.folder, out)
+    return plan.mappings(checkpoint.shape)
+
+
+def expected_shapes(config: Config, names: Sequence[str]) -> dict[str, Shape]:
+    """Names and shapes of the Decoder's parameters; ``names`` decide on Gemma 3's head."""
+    try:
+        model = Decoder(decoder_config(config, names))
+    except ModelError as error:
+        raise ConvertError(str(error)) from error
+    parameters = cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
+    return {name: tuple(value.shape) for name, value in parameters}
+
+
+def check_fit(expected: dict[str, Shape], found: dict[str, Shape], where: Path) -> None:
+    """ConvertError that lists tensors which are missing, left over or of another shape."""
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+    if missing or extra:
+        parts = [f"lacks {preview(missing)}"] if missing else []
+        parts += [f"has {preview(extra)} left over"] if extra else []
+        raise ConvertError(
+            f"{where} does not fit its configuration: it {' and '.join(parts)}; "
+            "download the model again"
+        )
+    wrong = [
+        f"{name} {found[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if found[name] != shape
+    ]
+    if wrong:
+        raise ConvertError(
+            f"tensors in {where} have other shapes than its configuration says: "
+            f"{preview(wrong, 3)}; download configuration and weights of the same model"
+        )
+
+
+def _plan(checkpoint: Checkpoint) -> _Plan:
+    """Name every tensor as Decoder does, cut fused projections, and account for all of them."""
+    config = _config(checkpoint)
+    pieces: dict[str, list[_Piece]] = {}
+    dropped: dict[str, str] = {}
+    targets = {name: _decoder_name(name) for name in checkpoint.names()}
+    try:
+        shape = decoder_config(config, [t for t in targets.values() if t])
+    except ModelError as error:
+        raise ConvertError(str(error)) from error
+    for name, target in targets.items():
+        if target is None:
+            dropped[name] = _reason(name)
+        elif shape.tied and target == "lm_head.weight":
+            dropped[name] = "tied to the embedding"
+        else:
+            pieces[name] = _cut(name, target, checkpoint.shape(name), shape)
+    plan = _Plan(config, pieces, dropped)
+    found: dict[str, Shape] = {}
+    for piece in plan.all_pieces():
+        if piece.target in found:
+            raise ConvertError(f"{checkpoint.path} holds {piece.target} under two names")
+        found[piece.target] = piece.shape
+    check_fit(expected_shapes(config, list(found)), found, checkpoint.path)
+    for piece in plan.all_pieces():
+        if not mx.issubdtype(checkpoint.dtype(piece.source), mx.floating):
+            raise ConvertError(
+                f"{piece.source} in {checkpoint.path} is of type {checkpoint.dtype(piece.source)}: "
+                "the model is quantised by another program; needed: the unquantised model"
+            )
+    return plan
+
+
+def _config(checkpoint: Checkpoint) -> Config:
+    """config.json as mlx-lm reads it, and as what is stored means it."""
+    config = {**checkpoint.config, **_end_tokens(checkpoint.folder)}
+    if not checkpoint.config:
+        raise ConvertError(f"{checkpoint.folder} has no config.json; download it with the model")
+    text = config.get("text_config") or {}
+    blocks = ("quantization", "quantization_config")
+    block = next((c[b] for c in (config, text) for b in blocks if c.get(b)), None)
+    if block:
+        method = block.get("quant_method", "MLX") if isinstance(block, dict) else block
+        raise ConvertError(
+            f"{checkpoint.path} is quantised already ({method}); needed: the unquantised model"
+        )
+    untied = config.get("model_type") in _UNTIED_BY_DEFAULT
+    if untied and "lm_head.weight" in checkpoint.names():
+        config.setdefault("tie_word_embeddings", False)
+    return config
+
+
+def _end_tokens(folder: Path) -> Config:
+    found = generation_config(folder).get("eos_token_id")
+    return {"eos_token_id": found} if found else {}
+
+
+def _decoder_name(name: str) -> str | None:
+    """The name that loading gives a tensor; None for what a text model does not have."""
+    # `sanitize` looks at names only.
+    renamed = list(sanitize(cast(Any, {name: name})))
+    return None if not renamed or name.startswith("drafter.") else renamed[0]
+
+
+def _reason(name: str) -> str:
+    if name.startswith("drafter."):
+        return "a drafter; convert it with --format modelopt"
+    return "computed from config.json" if name.endswith("inv_freq") else "not of the text model"
+
+
+def _cut(name: str, target: str, shape: Shape, config: DecoderConfig) -> list[_Piece]:
+    """The pieces of one tensor: several for q/k/v or gate/up stored as one, if not Phi-3's."""
+    base, _, last = target.rpartition(".")
+    module, _, projection = base.rpartition(".")
+    head = config.head_dim
+    sizes = {
+        "qkv_proj": {
+            "q_proj": config.num_heads * head,
+            "k_proj": config.num_kv_heads * head,
+            "v_proj": config.num_kv_heads * head,
+        },
+        "gate_up_proj": dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size),
+    }.get(projection)
+    if config.stored_fused or sizes is None or not shape or shape[0] != sum(sizes.values()):
+        return [_Piece(name, target, shape, note="" if name == target else "renamed")]
+    pieces, first = [], 0
+    for part, rows in sizes.items():
+        note = f"rows {first} to {first + rows - 1}"
+        pieces.append(_Piece(name, f"{module}.{part}.{last}", (rows, *shape[1:]), first, note))
+        first += rows
+    return pieces
+
+
+class _Quantisation:
+    """mlx-lm's choice of what is quantised and how, and its names.
+
+    mlx-lm decides on a model; it gets one whose weights are never evaluated. The weights
+    themselves are then quantised one by one, by the call that its layers make.
+
+    Attributes:
+        config: config.json with the `quantization` block.
+    """
+
+    def __init__(
+        self, config: Config, pieces: Sequence[_Piece], bits: int | None, group_size: int
+    ) -> None:
+        from mlx_lm.utils import quantize_model
+
+        self.config = config
+        # mlx-lm keeps Gemma 3's text half under the name it has in the multimodal model.
+        self._prefix = "language_model." if config["model_type"] == "gemma3" else ""
+        self._chosen: dict[str, tuple[int, int, str]] = {}
+        if bits is None:
+            return
+        model = _mlx_lm_model(config, [self._prefix + piece.target for piece in pieces])
+        try:
+            # It prints how many bits came out.
+            with contextlib.redirect_stdout(io.StringIO()):
+                model, self.config = quantize_model(model, config, group_size, bits)
+        except (ValueError, RuntimeError) as error:
+            raise ConvertError(
+                f"{bits} bits in groups of {group_size} do not fit this model "
+                f"({one_line(error)}); choose another --q-group-size"
+            ) from error
+        self._chosen = {
+            path: (module.group_size, module.bits, module.mode)
+            for path, module in model.named_modules()
+            if hasattr(module, "scales")
+        }
+
+    def apply(self, target: str, value: mx.array) -> Iterator[tuple[str, mx.array]]:
+        """The arrays to store for one weight, under mlx-lm's names."""
+        target = self._prefix + target
+        base, _, last = target.rpartition(".")
+        if last != "weight" or base not in self._chosen:
+            yield target, value
+            return
+        group_size, bits, mode = self._chosen[base]
+        packed = mx.quantize(value, group_size, bits, mode=mode)
+        for part, array in zip(("weight", "scales", "biases"), packed, strict=False):
+            yield f"{base}.{part}", array
+
+
+def _mlx_lm_model(config: Config, names: Sequence[str]) -> Any:
+    """mlx-lm's model of this configuration; its arrays are promises and must stay so."""
+    from mlx_lm.utils import _get_classes
+
+    model_class, arguments = _get_classes(config)
+    model = model_class(arguments.from_dict(config))
+    if hasattr(model, "sanitize"):
+        # Gemma 3 drops its head here if the weights hold none.
+        model.sanitize({name: mx.array(0) for name in names})
+    return model
+
+
+def _evaluate(array: mx.array, name: str) -> None:
+    """Now, not in the writer: what waits there would keep its source, which is larger."""
+    try:
+        mx.eval(array)
+    except RuntimeError as error:
+        raise ConvertError(f"{name} cannot be read ({one_line(error)})") from error
+
+
+def _config_dtype(config: Config) -> str | None:
+    return config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+
+
+def _with_dtype(config: Config, dtype: mx.Dtype | None) -> Config:
+    """config.json must not go on naming a dtype that the weights no longer have."""
+    if dtype is None:
+        return config
+    name = next(name for name, known in _DTYPES.items() if known == dtype)
+    text = config.get("text_config")
+    if text:
+        config = {**config, "text_config": {**text, **_named(text, name)}}
+    return {**config, **_named(config, name)}
+
+
+def _named(config: Config, name: str) -> Config:
+    return {key: name for key in ("torch_dtype", "dtype") if key in config}

@@ -1,0 +1,67 @@
+"""What a model folder holds beside its weights: configuration, tokenizer, licence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mlx_redrafter.convert.writer import OutputFolder
+from mlx_redrafter.errors import ConvertError, ModelError
+from mlx_redrafter.models.weights import read_json
+
+_COPIED = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
+    "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+# transformers >= 5 builds the splitter of these classes anew instead of taking tokenizer.json's.
+_REBUILT = ("GPT2Tokenizer", "GPT2TokenizerFast")
+_REBUILT_UNLESS_BYTES = ("LlamaTokenizer", "LlamaTokenizerFast")
+
+
+def generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json, {} if there is none that can be read (as mlx-lm takes it)."""
+    try:
+        return read_json(folder / "generation_config.json")
+    except ModelError:
+        return {}
+
+
+def write_config(config: dict[str, Any], out: OutputFolder) -> None:
+    """config.json as mlx-lm writes it: sorted, without what text models do not read."""
+    from mlx_lm.utils import save_config
+
+    save_config(dict(config), out.path / "config.json")
+
+
+def copy_tokenizer(folder: Path, out: OutputFolder) -> None:
+    """Tokenizer, chat templates, generation config and licence of a folder; never its code."""
+    found = {path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()}
+    for path in sorted(found):
+        shutil.copyfile(path, out.path / path.name)
+    templates = folder / "additional_chat_templates"
+    if templates.is_dir():
+        (out.path / templates.name).mkdir()
+        for path in sorted(templates.glob("*.jinja")):
+            shutil.copyfile(path, out.path / templates.name / path.name)
+    _keep_splitter(out.path)
+
+
+def _keep_splitter(folder: Path) -> None:
+    """Name the class that takes tokenizer.json as it is, where the named one would not."""
+    config, tokenizer = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if not (config.is_file() and tokenizer.is_file()):
+        return
+    try:
+        content = read_json(config)
+        splitter = json.dumps(read_json(tokenizer).get("pre_tokenizer"))
+    except ModelError as error:
+        raise ConvertError(str(error)) from error
+    name = content.get("tokenizer_class")
+    if name in _REBUILT or (name in _REBUILT_UNLESS_BYTES and "ByteLevel" in splitter):
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        config.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,189 @@
+"""`mlx-redrafter convert`, also `python -m mlx_redrafter.convert`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mlx_redrafter import console
+from mlx_redrafter.convert import Progress, Summary
+from mlx_redrafter.convert import convert as convert_checkpoint
+from mlx_redrafter.errors import OptionError
+
+app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+BITS, GROUP_SIZE = 4, 64
+
+
+def run(ctx: typer.Context) -> None:
+    """The command with the arguments of the context that `mlx-redrafter convert` got."""
+    command = typer.main.get_command(app)
+    with command.make_context("convert", list(ctx.args), parent=ctx.parent) as inner:
+        command.invoke(inner)
+
+
+def _set_debug(ctx: typer.Context, value: bool) -> bool:
+    ctx.meta[console.DEBUG] = value
+    return value
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Folder, file or hub id of a drafter or model.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
+    format: Annotated[
+        str,
+        typer.Option(help="Of SRC: auto, apple, mlx, tensorrt-llm, modelopt, base or gguf."),
+    ] = "auto",
+    to: Annotated[
+        str, typer.Option(help="Layout to write: mlx; a drafter also as apple or tensorrt-llm.")
+    ] = "mlx",
+    target: Annotated[
+        str | None, typer.Option(help="Model that the drafter must fit: built-in, folder, hub id.")
+    ] = None,
+    quantize: Annotated[bool, typer.Option("--quantize", "-q", help="Quantise.")] = False,
+    q_bits: Annotated[int | None, typer.Option(help="4 or 8.", show_default=str(BITS))] = None,
+    q_group_size: Annotated[
+        int | None, typer.Option(help="32, 64 or 128.", show_default=str(GROUP_SIZE))
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float16, bfloat16 or float32.", show_default="as stored"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what becomes of every tensor, write nothing.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the model folder that --out names.")
+    ] = False,
+    upload_repo: Annotated[
+        str | None, typer.Option(help="Then upload to this hub repository, with a model card.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    """Convert a drafter or a base model: PyTorch, TensorRT-LLM or GGUF to MLX, and back.
+
+    The format of SRC is told from its tensor names and config.json.
+    """
+    if not quantize and (q_bits is not None or q_group_size is not None):
+        raise OptionError("--q-bits and --q-group-size say how to quantise; add -q")
+    with _stoppable(), _progress_bar() as progress:
+        summary = convert_checkpoint(
+            source,
+            out,
+            format=format,
+            to=to,
+            target=target,
+            bits=(q_bits or BITS) if quantize else None,
+            group_size=q_group_size or GROUP_SIZE,
+            dtype=dtype,
+            dry_run=dry_run,
+            force=force,
+            upload_repo=upload_repo,
+            progress=progress,
+        )
+    if as_json:
+        typer.echo(json.dumps(_as_dict(summary)))
+    else:
+        _show(summary)
+
+
+def _show(summary: Summary) -> None:
+    kept = [row for row in summary.mapping if row.target]
+    typer.echo(f"{summary.source}: {summary.format.label}, {len(kept)} tensors, to {summary.to}")
+    if summary.out is None:
+        rows = [(m.source, m.target or "-", _shape(m.shape), m.note) for m in summary.mapping]
+        _table(("source", "target", "shape", "note"), rows)
+    for note in summary.notes:
+        typer.echo(f"note: {note}")
+    if summary.out is not None:
+        rows_of_files = [(f.name, _size(f.size), f.sha256) for f in summary.files]
+        _table(("file", "size", "SHA-256"), rows_of_files)
+        typer.echo(f"wrote {summary.out}: {_size(summary.size)}")
+    if summary.url:
+        typer.echo(f"uploaded to {summary.url}")
+
+
+def _table(titles: tuple[str, ...], rows: list[Any]) -> None:
+    """Columns as wide as they need on a pipe, as wide as there is room on a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*titles, box=None, pad_edge=False, header_style="bold")
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 1000, markup=False, highlight=False).print(table)
+
+
+def _as_dict(summary: Summary) -> dict[str, Any]:
+    return {
+        "source": summary.source,
+        "format": summary.format.value,
+        "to": summary.to,
+        "out": str(summary.out) if summary.out else None,
+        "size": summary.size,
+        "files": [file._asdict() for file in summary.files],
+        "mapping": [row._asdict() for row in summary.mapping],
+        "notes": summary.notes,
+        "url": summary.url,
+    }
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _size(size: int) -> str:
+    units = iter(("kB", "MB", "GB"))
+    value, unit = float(size), "B"
+    while value >= 1000 and unit != "GB":
+        value, unit = value / 1000, next(units)
+    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let a polite kill or a closed terminal unwind, so that the half-made folder is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    kinds = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = [(kind, signal.signal(kind, leave)) for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, handler in before:
+            signal.signal(kind, handler)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    """Tensors done, on stderr; nothing if that is not a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("converting"), BarColumn(), MofNCompleteColumn(), TextColumn("tensors"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

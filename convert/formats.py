@@ -1,0 +1,119 @@
+"""Which format a checkpoint is in, told from its tensor names and config.json alone."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from typing import Any
+
+from mlx_redrafter.convert.checkpoint import Checkpoint
+from mlx_redrafter.errors import ConvertError
+from mlx_redrafter.models import SUPPORTED
+from mlx_redrafter.models.weights import preview
+
+
+class Format(str, Enum):
+    """What can be read."""
+
+    APPLE = "apple"
+    MLX = "mlx"
+    TENSORRT_LLM = "tensorrt-llm"
+    MODELOPT = "modelopt"
+    BASE = "base"
+    GGUF = "gguf"
+
+    @property
+    def is_drafter(self) -> bool:
+        return self not in (Format.BASE, Format.GGUF)
+
+    @property
+    def label(self) -> str:
+        return _TITLES[self]
+
+
+_TITLES = {
+    Format.APPLE: "ReDrafter of Apple's PyTorch code",
+    Format.MLX: "ReDrafter of mlx-redrafter",
+    Format.TENSORRT_LLM: "ReDrafter for TensorRT-LLM",
+    Format.MODELOPT: "ReDrafter of NVIDIA ModelOpt, inside its base model",
+    Format.BASE: "base model",
+    Format.GGUF: "base model in GGUF",
+}
+
+# A tensor name (or a key of config.json) -> what has it. None of these is a ReDrafter: other
+# functions of other inputs, which no renaming turns into one.
+_LOOK_ALIKES = (
+    (
+        r"(.*\.)?(gru|token_embed)\..*",
+        "a GRU drafter with an embedding of its own: it computes something else than ReDrafter's "
+        "cell on the target's embedding",
+    ),
+    (
+        r"medusa_num_heads|blocks\.\d+\.layers\..*|[1-9]\d*\.\d+\.linear\..*",
+        "a set of Medusa heads",
+    ),
+    (r"hydra_\w+(\..*)?", "a set of Hydra heads"),
+    (r"fc\.weight|midlayer\..*|d2t", "an EAGLE drafter"),
+    (
+        r"drafter\.layers\..*",
+        "a checkpoint that TensorRT-LLM made for its own engine (give the drafter folder that it "
+        "was made from)",
+    ),
+)
+_HEAD = re.compile(r"(lm_head|lm_heads|0)\.\d+\.(?:linear\.)?(?:weight|bias)")
+
+
+def recognise(checkpoint: Checkpoint) -> Format:
+    """The format of a checkpoint.
+
+    Raises:
+        ConvertError: a look-alike, an unsupported model type, or nothing known; the line says
+            what was found.
+    """
+    names, config = checkpoint.names(), checkpoint.config
+    kind = config.get("model_type")
+    if kind == "redrafter":
+        return Format.MLX
+    _refuse_look_alikes(checkpoint)
+    if kind in SUPPORTED and not any(name.startswith("drafter.") for name in names):
+        _refuse_mlx(checkpoint)
+        return Format.BASE
+    if any(name.startswith("drafter.lm_head.") for name in names):
+        return Format.MODELOPT
+    heads = {match[1] for match in map(_HEAD.fullmatch, names) if match}
+    if heads & {"lm_heads", "0"} or any(name.startswith("input_projs.") for name in names):
+        if heads == {"0"} and not _says_redrafter(names, config):
+            raise ConvertError(
+                f"{checkpoint.path} cannot be told from a Medusa head: nothing in it is "
+                "ReDrafter's alone; put a config.json with hidden_size and exit_dim beside it, or "
+                "give --format tensorrt-llm"
+            )
+        return Format.TENSORRT_LLM
+    if heads:
+        return Format.APPLE
+    raise ConvertError(
+        f"{checkpoint.path} is in no format that is read here: model_type "
+        f"{kind or '(none)'}, tensors {preview(names, 3)}; needed: a ReDrafter of Apple, "
+        f"TensorRT-LLM or ModelOpt, or a base model of type {', '.join(SUPPORTED)}"
+    )
+
+
+def _says_redrafter(names: list[str], config: dict[str, Any]) -> bool:
+    return "rnn_w.weight" in names or {"hidden_size", "exit_dim"} <= config.keys()
+
+
+def _refuse_look_alikes(checkpoint: Checkpoint) -> None:
+    marks = [*checkpoint.names(), *checkpoint.config]
+    for pattern, what in _LOOK_ALIKES:
+        if found := [name for name in marks if re.fullmatch(pattern, name)]:
+            raise ConvertError(
+                f"{checkpoint.path} is not a ReDrafter but {what}: it holds {preview(found, 3)}"
+            )
+
+
+def _refuse_mlx(checkpoint: Checkpoint) -> None:
+    if "bits" in (checkpoint.config.get("quantization") or {}):
+        raise ConvertError(
+            f"{checkpoint.path} is a quantised MLX model already: run it as it is, or convert the "
+            "unquantised model"
+        )
