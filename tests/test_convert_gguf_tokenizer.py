@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from gguf_files import run
-from tiny_gguf import BOOL, F32, I32, STRING, U32, metadata, write_gguf
+from tiny_gguf import BOOL, I32, STRING, U32, metadata, write_gguf
 
 from mlx_redrafter import hub
 from mlx_redrafter.errors import ConvertError
@@ -86,38 +86,38 @@ def trained():
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
-def spm_metadata(sp, **changed):
-    kinds = []
-    for i in range(sp.vocab_size()):
-        kind = 2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1
-        kinds.append(kind)
+def spm_metadata(sp, order, **changed):
+    """The metadata with the pieces in another order; their scores alone say how to merge."""
+
+    def kind(i):
+        return 2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1
+
     given = {
-        "tokenizer.ggml.model": (STRING, "llama"),
-        "tokenizer.ggml.pre": (STRING, "default"),
-        "tokenizer.ggml.tokens": (STRING, [sp.id_to_piece(i) for i in range(sp.vocab_size())]),
-        "tokenizer.ggml.scores": (F32, [sp.get_score(i) for i in range(sp.vocab_size())]),
-        "tokenizer.ggml.token_type": (I32, kinds),
-        "tokenizer.ggml.bos_token_id": (U32, sp.bos_id()),
-        "tokenizer.ggml.eos_token_id": (U32, sp.eos_id()),
-        "tokenizer.ggml.unknown_token_id": (U32, sp.unk_id()),
-        **changed,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [sp.id_to_piece(i) for i in order],
+        "tokenizer.ggml.scores": [sp.get_score(i) for i in order],
+        "tokenizer.ggml.token_type": [kind(i) for i in order],
+        "tokenizer.ggml.bos_token_id": order.index(sp.bos_id()),
+        "tokenizer.ggml.eos_token_id": order.index(sp.eos_id()),
+        "tokenizer.ggml.unknown_token_id": order.index(sp.unk_id()),
     }
-    return {key: value[1] for key, value in given.items()}
+    return {**given, **{f"tokenizer.ggml.{key}": value for key, value in changed.items()}}
 
 
-def test_sentencepiece_from_its_scores(trained):
-    tokenizer = GgufTokenizer(spm_metadata(trained), "x").build()
-    bare = GgufTokenizer(
-        spm_metadata(trained, **{"tokenizer.ggml.add_bos_token": (BOOL, False)}), "x"
-    ).build()
+@pytest.mark.parametrize("step", [1, -1], ids=["as trained", "reversed"])
+def test_sentencepiece_from_its_scores(trained, step):
+    order = list(range(trained.vocab_size()))[::step]
+    tokenizer = GgufTokenizer(spm_metadata(trained, order), "x").build()
+    bare = GgufTokenizer(spm_metadata(trained, order, add_bos_token=False), "x").build()
     texts = [
         "the fox and the crow", " two  spaces ", "def f(x):\n\treturn x  # 3.14", "naïve 你好 🦊",
         "assert tokenizer.encode(text).ids == expected", "1234567890", "",
     ]  # fmt: skip
     for text in [*texts, *Path(__file__).read_text().splitlines()[:80]]:
-        expected = trained.encode(text)
+        expected = [order.index(i) for i in trained.encode(text)]
         assert bare.encode(text).ids == expected, text
-        assert tokenizer.encode(text).ids == [trained.bos_id(), *expected]
+        assert tokenizer.encode(text).ids == [order.index(trained.bos_id()), *expected]
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 

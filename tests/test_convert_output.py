@@ -105,7 +105,12 @@ def test_interrupted(number: int, code: int, source: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(command, "_progress_bar", bar)
     out = source.parent / "new" / "out"
-    result = CliRunner().invoke(cli.app, ["convert", str(source), "--out", str(out)])
+    # A shell starts background jobs with SIGINT ignored, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = CliRunner().invoke(cli.app, ["convert", str(source), "--out", str(out)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == code
     assert sorted(path.name for path in source.parent.iterdir()) == ["source"]
 
