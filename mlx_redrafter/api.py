@@ -142,11 +142,11 @@ def stream_generate(
         session=session, stats=answer.stats, prefill_step_size=prefill_step_size,
         progress=prompt_progress_callback,
     )  # fmt: skip
-    with contextlib.closing(steps), _wired(model.target):
+    room = min(max_tokens, model.target.config.max_positions - len(ids))
+    with _wired(model.target):
         try:
             for emitted in steps:
                 for i, token in enumerate(emitted.tokens):
-                    room = min(max_tokens, model.target.config.max_positions - len(ids))
                     from_draft = i < len(emitted.tokens) - 1
                     yield (response := answer.add(token, from_draft, room))
                     if response.finish_reason is not None:

@@ -206,12 +206,6 @@ class Decoder(nn.Module):
         """Dtype of the activations."""
         return self.model.norm.weight.dtype
 
-    def fuse(self) -> None:
-        """Join projections that share their input (after the weights are loaded)."""
-        for layer in self.model.layers:
-            layer.self_attn.fuse()
-            layer.mlp.fuse()
-
     def __call__(
         self,
         tokens: mx.array,
