@@ -23,6 +23,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_redrafter import kernels
 from mlx_redrafter.errors import OptionError
 
 VARIABLE = "MLX_REDRAFTER_BLAS"
@@ -57,6 +58,8 @@ def prepare() -> None:
 
     An unknown value of MLX_REDRAFTER_BLAS is left to `status` to report: an import must not fail.
     """
+    with contextlib.suppress(RuntimeError):  # no home directory
+        kernels.prepare(_cache_folder())
     with contextlib.suppress(OptionError):
         status()
 

@@ -17,7 +17,7 @@ CONVERT = Path(mlx_redrafter.convert.__file__).parent
 
 # A module may import those of its own row and of the rows above it.
 LAYERS = [
-    {"errors", "stats", "blas"},
+    {"errors", "stats", "blas", "kernels"},
     {"models", "drafters"},
     {"decoding"},
     {"api", "hub", "builtin", "gguf", "gguf_blocks", "gguf_file", "gguf_model", "gguf_tokenizer"},
@@ -35,7 +35,7 @@ LAYERS = [
         "bench",
         "reports",
     },
-    {"convert"},
+    {"convert", "training"},
     {"cli"},
     {"__main__"},
 ]
