@@ -3,12 +3,13 @@
 Apple's architecture with its tensor names, and extensions that a configuration switches on:
 
     context   h: the target's last hidden state, or a learned mix of several layers' outputs
-    state     s' = silu(W e + U s + b)  (elman) | e + s  (sum) | gated recurrent unit  (gru)
+    state     s' = silu(W e + U s + b)  (elman) | e + s  (sum) | gated recurrent unit  (gru);
+              the first s is 0 (Apple's) or h
     head      x = input_proj([h, s']); x = x + silu(A x + a) per residual block; then Apple's own
               output matrix, or the target's frozen output rows
     draft vocabulary   optionally a subset of the target's tokens
 
-e is the target's raw input embedding of the token; the first state is s = 0.
+e is the target's raw input embedding of the token.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mlx_redrafter.models import Decoder
 
 CELLS = ("sum", "elman", "gru")
 HEADS = ("own", "target")
+STARTS = ("zero", "context")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class ReDrafterConfig:
         exit_dim: width ``E`` of the head; a projection from ``2 D`` exists when it differs.
         num_draft_layers: residual blocks.
         cell: ``sum`` | ``elman`` | ``gru``.
+        initial_state: ``zero`` | ``context``.
         context_layers: target layers mixed into the context; empty: the last hidden state alone.
         head: ``own`` output matrix | ``target``: the target's frozen output rows.
         draft_vocab_size: size of the draft vocabulary; None: the target's whole vocabulary.
@@ -46,6 +49,7 @@ class ReDrafterConfig:
     exit_dim: int
     num_draft_layers: int = 1
     cell: str = "elman"
+    initial_state: str = "zero"
     context_layers: tuple[int, ...] = ()
     head: str = "own"
     draft_vocab_size: int | None = None
@@ -93,6 +97,11 @@ class ReDrafterConfig:
             raise DrafterError(
                 f"the drafter's cell {result.cell!r} or head {result.head!r} is unknown: "
                 f"cells are {', '.join(CELLS)}; heads are {', '.join(HEADS)}"
+            )
+        if result.initial_state not in STARTS:
+            raise DrafterError(
+                f"the drafter's initial_state {result.initial_state!r} is unknown: it is "
+                f"{' or '.join(STARTS)}"
             )
         return result
 
@@ -162,10 +171,14 @@ class ReDrafter(nn.Module):
         return self.context_proj(mx.concatenate(normed, axis=-1))
 
     def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
-        """(D,) -> state (1, D) of zeros, and h or its half of the projection (1, *)."""
+        """(D,) -> the first state (1, D), and h or its half of the projection (1, *)."""
         context = context[None]
         fixed = self._context_half(context) if "input_proj" in self else context
-        return mx.zeros_like(context), fixed
+        return self.first_state(context), fixed
+
+    def first_state(self, context: mx.array) -> mx.array:
+        """(R, D) -> (R, D)."""
+        return context if self.config.initial_state == "context" else mx.zeros_like(context)
 
     def step(self, tokens: mx.array, state: mx.array, fixed: mx.array) -> tuple[mx.array, mx.array]:
         """tokens (R,), state (R, D) -> logits (R, Vd), state (R, D)."""
@@ -180,9 +193,13 @@ class ReDrafter(nn.Module):
         """The recurrent cell: (R, D), (R, D) -> (R, D)."""
         if self.config.cell == "sum":
             return embedding + state
+        return self.cell(self.rnn_w(embedding), state)
+
+    def cell(self, gates: mx.array, state: mx.array) -> mx.array:
+        """Elman or GRU cell on the projected embedding: (R, D or 3 D), (R, D) -> (R, D)."""
         if self.config.cell == "elman":
-            return nn.silu(self.rnn_w(embedding) + self.rnn_u(state))
-        w_reset, w_update, w_new = mx.split(self.rnn_w(embedding), 3, axis=-1)
+            return nn.silu(gates + self.rnn_u(state))
+        w_reset, w_update, w_new = mx.split(gates, 3, axis=-1)
         u_reset, u_update, u_new = mx.split(self.rnn_u(state), 3, axis=-1)
         update = mx.sigmoid(w_update + u_update)
         new = mx.tanh(w_new + mx.sigmoid(w_reset + u_reset) * u_new)
@@ -190,13 +207,18 @@ class ReDrafter(nn.Module):
 
     def head(self, x: mx.array) -> mx.array:
         """(R, E) -> (R, Vd)."""
-        for layer in self.lm_head:
+        x = self.blocks(x)
+        return self.lm_head[-1](x) if self.config.head == "own" else x @ self._rows.T
+
+    def blocks(self, x: mx.array) -> mx.array:
+        """The head up to its output rows: (R, E) -> (R, E), or (R, D) for the target's rows."""
+        for layer in self.lm_head[: self.config.num_draft_layers]:
             x = layer(x)
-        if self.config.head == "own":
-            return x
-        if "head_proj" in self:
-            x = self.head_proj(x)
-        return x @ self._rows.T
+        return self.head_proj(x) if "head_proj" in self else x
+
+    def output_rows(self) -> mx.array:
+        """(Vd, E) own, or (Vd, D) of the target."""
+        return self.lm_head[-1].weight if self.config.head == "own" else self._rows
 
     def token_ids(self, picks: mx.array) -> mx.array:
         return mx.take(self.draft_vocab, picks) if self.config.draft_vocab_size else picks

@@ -2,47 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from .rope import fused_kernels
 
 
-def attend(q: mx.array, slab: mx.array, mask: mx.array, scale: float, softcap: float) -> mx.array:
-    """q (N, H, Dh) over slab (1, 2*Hkv, C, Dh) where mask (N, S) is True; returns (N, H*Dh).
+def softmax(scores: mx.array) -> mx.array:
+    """Over the last axis, summed in float32."""
+    return mx.softmax(scores, axis=-1, precise=True)
 
-    Only the first S <= C slots are read.
+
+def attend(
+    q: mx.array,
+    slab: mx.array,
+    mask: mx.array,
+    scale: float,
+    softcap: float,
+    softmax: Callable[[mx.array], mx.array] = softmax,
+) -> mx.array:
+    """q (B*n, H, Dh) over slabs (B, 2*Hkv, C, Dh) where mask (B*n, S) is True; (B*n, H*Dh).
+
+    Decoding has one sequence, B = 1. Only the first S <= C slots are read.
     """
     if mask.shape[1] < slab.shape[2]:
         slab = slab[:, :, : mask.shape[1]]
     if softcap == 0.0 and fused_kernels():
-        half = slab.shape[1] // 2
+        rows, half = slab.shape[0], slab.shape[1] // 2
+        queries = q.reshape(rows, -1, *q.shape[1:]).transpose(0, 2, 1, 3)
         out = mx.fast.scaled_dot_product_attention(
-            q.transpose(1, 0, 2)[None], slab[:, :half], slab[:, half:], scale=scale, mask=mask
+            queries, slab[:, :half], slab[:, half:], scale=scale, mask=_by_row(mask, rows)
         )
-        return out[0].transpose(1, 0, 2).reshape(q.shape[0], -1)
-    return _attend_unfused(q, slab, mask, scale, softcap)
+        return out.transpose(0, 2, 1, 3).reshape(q.shape[0], -1)
+    return _attend_unfused(q, slab, mask, scale, softcap, softmax)
+
+
+def _by_row(mask: mx.array, rows: int) -> mx.array:
+    """(B*n, S) -> (B, 1, n, S); one sequence keeps its two axes."""
+    return mask if rows == 1 else mask.reshape(rows, 1, -1, mask.shape[1])
 
 
 def _attend_unfused(
-    q: mx.array, slab: mx.array, mask: mx.array, scale: float, softcap: float
+    q: mx.array,
+    slab: mx.array,
+    mask: mx.array,
+    scale: float,
+    softcap: float,
+    softmax: Callable[[mx.array], mx.array],
 ) -> mx.array:
     """The operations of MLX's own fallback (mlx/fast.cpp), in that order.
 
     The query heads of one key/value head are folded into the rows of one matrix, so that keys
     and values are read once per key/value head and not once per query head.
     """
-    n, heads, dim = q.shape
-    kv_heads = slab.shape[1] // 2
-    repeats, capacity = heads // kv_heads, slab.shape[2]
-    keys, values = slab[0, :kv_heads], slab[0, kv_heads:]  # (Hkv, C, Dh)
+    total, heads, dim = q.shape
+    rows, kv_heads = slab.shape[0], slab.shape[1] // 2
+    n, repeats, capacity = total // rows, heads // kv_heads, slab.shape[2]
+    keys, values = slab[:, :kv_heads], slab[:, kv_heads:]  # (B, Hkv, C, Dh)
     q = q * mx.array(scale, q.dtype)
-    q = q.reshape(n, kv_heads, repeats, dim).transpose(1, 2, 0, 3)
-    scores = q.reshape(kv_heads, repeats * n, dim) @ keys.swapaxes(-1, -2)
+    q = q.reshape(rows, n, kv_heads, repeats, dim).transpose(0, 2, 3, 1, 4)
+    scores = q.reshape(rows, kv_heads, repeats * n, dim) @ keys.swapaxes(-1, -2)
     if softcap:
         scores = mx.tanh(scores / softcap) * softcap
-    scores = scores.reshape(kv_heads, repeats, n, capacity)
+    scores = scores.reshape(rows, kv_heads, repeats, n, capacity)
     lowest = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
-    scores = mx.softmax(mx.where(mask, scores, lowest), axis=-1, precise=True)
-    out = scores.reshape(kv_heads, repeats * n, capacity) @ values
-    out = out.reshape(kv_heads, repeats, n, dim).transpose(2, 0, 1, 3)
-    return out.reshape(n, heads * dim)
+    scores = mx.where(mask.reshape(rows, 1, 1, n, capacity), scores, lowest)
+    scores = softmax(scores)
+    out = scores.reshape(rows, kv_heads, repeats * n, capacity) @ values
+    out = out.reshape(rows, kv_heads, repeats, n, dim).transpose(0, 3, 1, 2, 4)
+    return out.reshape(total, heads * dim)

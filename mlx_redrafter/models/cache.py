@@ -26,9 +26,14 @@ def bucket(n: int) -> int:
     return max(1, -(-n // step)) * step
 
 
-def new_cache(config: DecoderConfig, capacity: int, dtype: mx.Dtype) -> list[mx.array]:
-    """Zeroed slabs, one per layer. Zeros matter: a masked slot still enters 0 x value."""
-    shape = (1, 2 * config.num_kv_heads, capacity, config.head_dim)
+def new_cache(
+    config: DecoderConfig, capacity: int, dtype: mx.Dtype, rows: int = 1
+) -> list[mx.array]:
+    """Zeroed slabs, one per layer, for so many sequences (decoding has one).
+
+    Zeros matter: a masked slot still enters 0 x value.
+    """
+    shape = (rows, 2 * config.num_kv_heads, capacity, config.head_dim)
     return [mx.zeros(shape, dtype) for _ in range(config.num_layers)]
 
 

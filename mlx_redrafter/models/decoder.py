@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
 
-from .attention import attend
+from . import vectorised
+from .attention import attend, softmax
 from .cache import Write
 from .config import DecoderConfig
 from .fuse import fuse
-from .rope import Rope, Rotation
+from .rope import Rope, Rotation, fused_kernels
 
 LayerWrite = Callable[[mx.array, mx.array, mx.array], mx.array]
 
@@ -36,6 +38,7 @@ class Attention(nn.Module):
         )
         self._scale, self._softcap = config.attention_scale, config.attention_softcap
         self._qk_norm = config.qk_norm
+        self._softmax = softmax
         q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
         self._splits = [q_size, q_size + kv_size]
         if config.stored_fused:
@@ -91,7 +94,8 @@ class Attention(nn.Module):
         qk = rotate(qk)
         q, k = qk[:, : self._heads], qk[:, self._heads :]
         slab = write(slab, k.transpose(1, 0, 2)[None], v.transpose(1, 0, 2)[None])
-        return self.o_proj(attend(q, slab, mask, self._scale, self._softcap)), slab
+        attended = attend(q, slab, mask, self._scale, self._softcap, self._softmax)
+        return self.o_proj(attended), slab
 
 
 class MLP(nn.Module):
@@ -262,12 +266,34 @@ class Decoder(nn.Module):
             out = self.model.embed_tokens.as_linear(hidden)
         else:
             out = self.lm_head(hidden)
+        return self.scaled(out)
+
+    def scaled(self, out: mx.array) -> mx.array:
+        """Products with output rows (M, *) -> logits, scaled and soft-capped."""
         if self.config.logits_divisor != 1.0:
             out = out / self.config.logits_divisor
         if self.config.logits_softcap:
             cap = self.config.logits_softcap
             out = mx.tanh(out / cap) * cap
         return out
+
+    @contextlib.contextmanager
+    def vectorised(self) -> Iterator[None]:
+        """Within it a CPU uses faster element-wise functions, equal to decoding's up to 1e-6."""
+        if fused_kernels() or self.dtype != mx.float32:
+            yield
+            return
+        fast_activation = vectorised.swiglu if self.config.activation == "silu" else geglu
+        activation = self.model.layers[0].mlp._activation
+        try:
+            self._use(vectorised.softmax, fast_activation)
+            yield
+        finally:
+            self._use(softmax, activation)
+
+    def _use(self, softmax: Callable[..., mx.array], activation: Callable[..., mx.array]) -> None:
+        for block in self.model.layers:
+            block.self_attn._softmax, block.mlp._activation = softmax, activation
 
     def embed(self, tokens: mx.array) -> mx.array:
         """tokens (...,) -> rows of the input embedding (..., D), without the embedding scale."""

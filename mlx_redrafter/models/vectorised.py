@@ -1,0 +1,44 @@
+"""Element-wise functions that a C++ compiler can vectorise, for many rows on a CPU.
+
+MLX's exponential calls a library function per term on x86 (11 ns per element); the same polynomial
+without fused multiply-add takes 2.5 ns and differs by at most 1.2e-7. Reading and writing training
+text may differ by that; decoding may not, and uses MLX's own functions.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+_POLYNOMIAL = (  # of 2**x on [-0.5, 0.5], from Cephes, as in mlx/backend/cpu/simd/math.h
+    1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2,
+    2.402264791363012e-1, 6.931472028550421e-1, 1.0,
+)  # fmt: skip
+
+
+def exp(x: mx.array) -> mx.array:
+    """e**x for float32 x <= 88."""
+    powers = mx.maximum(x, -87.0) * 1.442695 + 0.5
+    whole = powers.astype(mx.int32)  # towards zero
+    whole = whole - (whole.astype(mx.float32) > powers).astype(mx.int32)
+    rest = powers - 0.5 - whole.astype(mx.float32)
+    value = mx.full((), 1.535336188319500e-4)
+    for coefficient in _POLYNOMIAL:
+        value = value * rest + coefficient
+    return ((whole + 127) * (1 << 23)).view(mx.float32) * value
+
+
+@mx.compile
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up."""
+    return gate / (1.0 + exp(mx.minimum(-gate, 80.0))) * up
+
+
+@mx.compile
+def _exp_below(x: mx.array, top: mx.array) -> mx.array:
+    return exp(x - top)
+
+
+def softmax(x: mx.array) -> mx.array:
+    """Over the last axis."""
+    mass = _exp_below(x, mx.max(x, axis=-1, keepdims=True))
+    return mass / mx.sum(mass, axis=-1, keepdims=True)

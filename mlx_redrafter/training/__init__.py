@@ -1,0 +1,1 @@
+"""Training a drafter on text that the target model wrote itself."""

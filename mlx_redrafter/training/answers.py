@@ -1,0 +1,47 @@
+"""The target answers the prompts, in batches, and its hidden states are kept on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import mlx.core as mx
+
+from .batched import BatchedTarget, Request
+from .shards import Shard, batched, save_features, write_lines
+
+TEMPERATURES = (0.0, 0.8, 0.6, 0.0, 1.0, 0.8, 0.6, 0.0, 1.0, 0.8)  # 30 % greedy
+_POOL = 8  # batches whose prompts are sorted by length together
+
+
+def plan(prompts: Sequence[Sequence[int]], batch: int, seed: int) -> Iterator[list[Request]]:
+    """Requests in batches of like prompt length; a prompt's temperature and seed never change."""
+    for start in range(0, len(prompts), _POOL * batch):
+        pool = [
+            Request(prompt, TEMPERATURES[i % len(TEMPERATURES)], seed + i)
+            for i, prompt in enumerate(prompts[start : start + _POOL * batch], start)
+        ]
+        pool.sort(key=lambda r: len(r.prompt))
+        yield from (list(part) for part in batched(pool, batch))
+
+
+def write_shard(
+    target: BatchedTarget,
+    requests: Sequence[Request],
+    shard: Shard,
+    *,
+    max_tokens: int,
+    end_tokens: Collection[int],
+) -> int:
+    """Answer a batch and write its shard; returns the number of answer tokens."""
+    answers = target.write(requests, max_tokens, end_tokens)
+    if target.layers:
+        save_features(shard.features_file, [a.features for a in answers])
+    write_lines(
+        shard.file,
+        (
+            {"prompt": list(r.prompt), "answer": a.tokens, "temp": r.temp}
+            for r, a in zip(requests, answers, strict=True)
+        ),
+    )
+    mx.clear_cache()
+    return sum(len(a.tokens) for a in answers)

@@ -1,0 +1,254 @@
+"""The target over many sequences at once: writing answers, and reading them again.
+
+The decoder itself is the one of decoding. Sequences are padded on the left to one length, so that
+all of them write the same KV slot in a pass; a mask keeps the padding out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_redrafter import kernels
+from mlx_redrafter.models import Decoder, vectorised
+from mlx_redrafter.models.cache import Append, bucket, new_cache
+
+ROWS_PER_PASS = 4096  # bounds the activations of a pass
+_SHRINK = 0.6  # sequences that are left, as a share of the batch, when it is made smaller
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to answer: token ids, temperature (0 is greedy), seed of this answer alone."""
+
+    prompt: Sequence[int]
+    temp: float
+    seed: int
+
+
+@dataclass
+class Answer:
+    """Token ids, the end token included if it was reached, and features (n, L, D) float16.
+
+    ``features[i]`` are the hidden states that predicted ``tokens[i]``; L is the number of layers
+    asked for.
+    """
+
+    tokens: list[int]
+    features: np.ndarray
+
+
+class BatchedTarget:
+    """A target that runs B sequences per pass and returns features of chosen layers.
+
+    A feature is a layer's output divided by its root mean square: what every norm after it reads,
+    and small enough for 16 bits.
+
+    Args:
+        layers: indices of the layers whose outputs are wanted.
+    """
+
+    def __init__(self, target: Decoder, layers: Sequence[int]) -> None:
+        self.target, self.layers = target, tuple(layers)
+        kernels.keep_memory()
+        self._pass = mx.compile(self._run)
+        self._sample = mx.compile(_sample)
+
+    def _run(
+        self,
+        tokens: mx.array,
+        positions: mx.array,
+        mask: mx.array,
+        key_positions: mx.array,
+        offset: mx.array,
+        kv: list[mx.array],
+    ) -> tuple[mx.array, mx.array, list[mx.array]]:
+        """tokens (B, n) -> hidden (B, n, D), features (B, n, L, D) float16, slabs."""
+        rows, n = tokens.shape
+        write = _AppendRows(offset, rows)
+        with self.target.vectorised():
+            hidden, inner, kv = self.target(
+                tokens.reshape(-1), positions.reshape(-1), mask.reshape(rows * n, -1),
+                mx.repeat(key_positions, n, axis=0), kv, write, self.layers,
+            )  # fmt: skip
+        features = [_normalised(x) for x in inner] or [mx.zeros((rows * n, 0), mx.float16)]
+        stacked = mx.stack(features, axis=1) if inner else features[0][:, None][:, :0]
+        return hidden.reshape(rows, n, -1), stacked.reshape(rows, n, *stacked.shape[1:]), kv
+
+    def write(
+        self, requests: Sequence[Request], max_tokens: int, end_tokens: Collection[int]
+    ) -> list[Answer]:
+        """Answer every request with at most ``max_tokens`` tokens.
+
+        An answer depends on its own request; to the bit where matrix products do not depend on
+        their number of rows, else up to rounding.
+        """
+        batch = _Batch(self, requests, max_tokens)
+        hidden, features = batch.read_prompts()
+        for step in range(max_tokens):
+            logits = self.target.logits(hidden)
+            tokens = self._sample(logits, batch.temps, batch.uniform(step))
+            mx.eval(tokens, features)
+            batch.record(step, np.array(tokens), np.array(features), end_tokens)
+            if not batch.shrink() or step + 1 == max_tokens:
+                break
+            hidden, features = batch.advance()
+        return batch.answers()
+
+    def read(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
+        """Features (n, L, D) of (prompt, answer) pairs with n answer tokens, as ``write`` makes.
+
+        Pairs of like length should come together: all are padded to the longest.
+        """
+        rows = [list(prompt) + list(answer)[:-1] for prompt, answer in sequences]
+        tokens, pads = _padded(rows)
+        _, features = self._read(tokens, pads, new_cache_for(self.target, *tokens.shape))
+        result = np.concatenate(features, axis=1)
+        return [
+            result[i, tokens.shape[1] - len(answer) :] for i, (_, answer) in enumerate(sequences)
+        ]
+
+    def _read(
+        self, tokens: np.ndarray, pads: np.ndarray, kv: list[mx.array]
+    ) -> tuple[mx.array, list[np.ndarray]]:
+        """Run left-padded tokens (B, P) into ``kv``: hidden (B, D) of the last, all features."""
+        rows, length = tokens.shape
+        chunk = max(1, ROWS_PER_PASS // rows)
+        features = []
+        for start in range(0, length, chunk):
+            stop = min(start + chunk, length)
+            hidden, part = self.run(tokens[:, start:stop], start, pads, kv)
+            features.append(np.array(part))
+        return hidden[:, -1], features
+
+    def run(
+        self, tokens: np.ndarray, start: int, pads: np.ndarray, kv: list[mx.array]
+    ) -> tuple[mx.array, mx.array]:
+        """One pass of tokens (B, n) that go to the slots from ``start``; ``kv`` is replaced."""
+        n = tokens.shape[1]
+        slots = np.arange(min(bucket(start + n), kv[0].shape[2]), dtype=np.int32)
+        queries = np.arange(start, start + n, dtype=np.int32)
+        seen = (slots <= queries[:, None])[None] & (slots >= pads[:, None])[:, None]
+        positions = np.maximum(queries - pads[:, None], 0)
+        hidden, features, new = self._pass(
+            mx.array(tokens), mx.array(positions), mx.array(seen),
+            mx.array(slots - pads[:, None]), mx.array([start], mx.int32), kv,
+        )  # fmt: skip
+        kv[:] = new
+        return hidden, features
+
+
+class _Batch:
+    """The state of a batch of answers while they are written."""
+
+    def __init__(self, batched: BatchedTarget, requests: Sequence[Request], max_tokens: int):
+        self.batched, self.max_tokens = batched, max_tokens
+        self.tokens, self.pads = _padded([r.prompt for r in requests])
+        self.length = self.tokens.shape[1]
+        self.rows = np.arange(len(requests))  # which request every row of the batch answers
+        self.temps = mx.array([r.temp for r in requests], mx.float32)
+        self.draws = np.stack([np.random.default_rng(r.seed).random(max_tokens) for r in requests])
+        self.written = np.zeros((len(requests), max_tokens), np.int32)
+        self.lengths = np.zeros(len(requests), np.int32)
+        self.done = np.zeros(len(requests), bool)
+        capacity = self.length + max_tokens
+        self.kv = new_cache_for(batched.target, len(requests), capacity)
+        shape = (len(requests), max_tokens, len(batched.layers), batched.target.config.hidden_size)
+        self.features = np.zeros(shape if batched.layers else (*shape[:3], 0), np.float16)
+
+    def read_prompts(self) -> tuple[mx.array, mx.array]:
+        """Hidden (B, D) and features (B, L, D) of the last prompt tokens."""
+        hidden, features = self.batched._read(self.tokens, self.pads, self.kv)
+        return hidden, mx.array(features[-1][:, -1])
+
+    def uniform(self, step: int) -> mx.array:
+        return mx.array(self.draws[self.rows, step], mx.float32)
+
+    def record(
+        self, step: int, tokens: np.ndarray, features: np.ndarray, end_tokens: Collection[int]
+    ) -> None:
+        """Keep the tokens of the sequences that are not finished."""
+        self.last = tokens
+        going = ~self.done[self.rows]
+        rows = self.rows[going]
+        self.written[rows, step] = tokens[going]
+        self.features[rows, step] = features[going]
+        self.lengths[rows] = step + 1
+        self.done[rows] = np.isin(tokens[going], list(end_tokens))
+
+    def shrink(self) -> bool:
+        """Drop the finished sequences when enough are; False when none is left."""
+        going = ~self.done[self.rows]
+        if not going.any():
+            return False
+        if going.sum() <= _SHRINK * len(going):
+            kept = np.flatnonzero(going)
+            index = mx.array(kept)
+            for layer, slab in enumerate(self.kv):
+                self.kv[layer] = slab[index]
+                del slab
+                mx.eval(self.kv[layer])
+            self.rows, self.pads, self.last = self.rows[kept], self.pads[kept], self.last[kept]
+            self.temps = self.temps[index]
+        return True
+
+    def advance(self) -> tuple[mx.array, mx.array]:
+        """Run the last tokens: hidden (B, D) and features (B, L, D)."""
+        hidden, features = self.batched.run(self.last[:, None], self.length, self.pads, self.kv)
+        self.length += 1
+        return hidden[:, 0], features[:, 0]
+
+    def answers(self) -> list[Answer]:
+        return [
+            Answer(self.written[i, :n].tolist(), self.features[i, :n].copy())
+            for i, n in enumerate(self.lengths)
+        ]
+
+
+class _AppendRows(Append):
+    """Appends n rows to each of B slabs."""
+
+    def __init__(self, offset: mx.array, rows: int) -> None:
+        super().__init__(offset)
+        self.rows = rows
+
+    def __call__(self, layer: int, slab: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return super().__call__(layer, slab, self._by_row(k), self._by_row(v))
+
+    def _by_row(self, x: mx.array) -> mx.array:
+        """(1, Hkv, B*n, Dh) -> (B, Hkv, n, Dh)."""
+        heads, _, dim = x.shape[1:]
+        return x[0].reshape(heads, self.rows, -1, dim).transpose(1, 0, 2, 3)
+
+
+def new_cache_for(target: Decoder, rows: int, capacity: int) -> list[mx.array]:
+    return new_cache(target.config, capacity, target.dtype, rows)
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Left-padded tokens (B, P) and the padding of each row (B,)."""
+    length = max(map(len, rows))
+    pads = np.array([length - len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), length), np.int32)
+    for line, row in zip(tokens, rows, strict=True):
+        line[length - len(row) :] = row
+    return tokens, pads
+
+
+def _normalised(x: mx.array) -> mx.array:
+    x = x.astype(mx.float32)
+    return (x * mx.rsqrt(mx.mean(x * x, axis=-1, keepdims=True) + 1e-12)).astype(mx.float16)
+
+
+def _sample(logits: mx.array, temps: mx.array, draws: mx.array) -> mx.array:
+    """logits (B, V), temps (B,), draws (B,) in [0, 1) -> tokens (B,), by the quantile."""
+    logits = logits.astype(mx.float32)
+    best = mx.argmax(logits, axis=-1)
+    top = mx.max(logits, axis=-1, keepdims=True)
+    mass = mx.cumsum(vectorised.exp((logits - top) / mx.maximum(temps, 1e-3)[:, None]), axis=-1)
+    below = mass <= draws[:, None] * mass[:, -1:]
+    sampled = mx.minimum(mx.sum(below, axis=-1), logits.shape[-1] - 1)
+    return mx.where(temps > 0, sampled.astype(mx.uint32), best)

@@ -1,0 +1,118 @@
+"""What a training run is made of: one frozen dataclass, from flags or a YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_redrafter.errors import OptionError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of ``mlx-redrafter train``. Tokens and positions are counts, times are seconds.
+
+    Data:
+        prompts: jsonl of prompts; None: the model writes its own.
+        answers: jsonl(.gz) of token ids, made by this program, to train on besides.
+        answer_tokens: answer tokens to have in all; those of ``answers`` count.
+        max_tokens: at most so many tokens per answer.
+        batch: answers written at once.
+    Drafter:
+        cell, initial_state, context_layers, head, exit_dim, num_draft_layers, draft_vocab_size: see
+            ``ReDrafterConfig``; context_layers "auto" takes three, exit_dim None is the target's
+            hidden size, draft_vocab_size 0 is the whole vocabulary.
+        warm_start: a drafter folder of the same shape to start from.
+    Fit:
+        positions: positions processed, those seen twice count twice.
+        batch_positions: positions per optimiser step, in runs of ``segment`` neighbours.
+        rollout: draft steps that are trained per position (K).
+        candidates: draft tokens whose logits are computed per step; a quarter is drawn at random.
+        learning_rate, warmup: peak, and share of the steps until it; then cosine to a tenth.
+        head_rate: learning rate of an own output matrix, as a share of the others'.
+        step_decay: weight of draft step k is step_decay**k.
+        hard: share of cross-entropy on the tokens themselves; the rest on the distribution.
+        acceptance: weight of the acceptance loss, after the share ``acceptance_after`` of steps.
+        cache_gb: disk for hidden states; beyond it they are computed again in every epoch.
+    Result:
+        bits: of the written drafter's weights: 4, 8 or 16.
+    """
+
+    model: str = "smollm2-135m"
+    out: Path = Path("drafter")
+    prompts: Path | None = None
+    answers: Path | None = None
+    answer_tokens: int = 2_000_000
+    max_tokens: int = 256
+    prompt_tokens: int = 96
+    system_prompt: str | None = None
+    batch: int = 64
+    seed: int = 0
+
+    cell: str = "gru"
+    initial_state: str = "context"
+    context_layers: str = "auto"
+    head: str = "own"
+    exit_dim: int | None = None
+    num_draft_layers: int = 2
+    draft_vocab_size: int = 8192
+    warm_start: Path | None = None
+
+    positions: int = 12_000_000
+    batch_positions: int = 1024
+    segment: int = 32
+    rollout: int = 3
+    candidates: int = 2048
+    learning_rate: float = 1e-3
+    warmup: float = 0.02
+    head_rate: float = 0.3
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    step_decay: float = 0.8
+    hard: float = 0.1
+    acceptance: float = 1.0
+    acceptance_after: float = 0.5
+    cache_gb: float = 20.0
+    bits: int = 8
+
+    def check(self) -> None:
+        """Refuse impossible values before anything is loaded; raises OptionError."""
+        least = {
+            "answer_tokens": 1, "max_tokens": 2, "prompt_tokens": 4, "batch": 1, "positions": 1,
+            "batch_positions": 1, "segment": 2, "rollout": 1, "candidates": 4,
+            "num_draft_layers": 0, "draft_vocab_size": 0,
+        }  # fmt: skip
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise OptionError(
+                    f"{name} {getattr(self, name)} is not possible: use {minimum} or more"
+                )
+        for name in ("warmup", "step_decay", "hard", "acceptance_after", "head_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise OptionError(f"{name} {getattr(self, name)} is not possible: use 0 to 1")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise OptionError(f"{name} {getattr(self, name)} is not possible: use more than 0")
+        if self.bits not in (4, 8, 16):
+            raise OptionError(f"bits {self.bits} is not possible: use 4, 8 or 16")
+
+
+def from_mapping(values: dict[str, Any], source: str) -> TrainConfig:
+    """A configuration from a file's values. Raises OptionError on an unknown key or wrong type."""
+    known = {f.name: f for f in fields(TrainConfig)}
+    if unknown := sorted(set(values) - set(known)):
+        raise OptionError(
+            f"{source} has an unknown option {unknown[0]!r}: options are {', '.join(known)}"
+        )
+    config = TrainConfig()
+    for name, value in values.items():
+        default, kind = getattr(config, name), known[name].type
+        if value is not None and "Path" in str(kind):
+            value = Path(str(value))
+        elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        elif default is not None and type(value) is not type(default):
+            raise OptionError(f"{name} in {source} is {value!r}: needed is a {kind}")
+        config = replace(config, **{name: value})
+    return config

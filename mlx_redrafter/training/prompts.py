@@ -1,0 +1,138 @@
+"""Where training prompts come from: a file, or the model itself.
+
+An instruct model that is given only the opening of a user turn in its chat template writes the user
+turn (Magpie, arXiv 2406.08464). A model without a template continues from its first token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_redrafter.conversation import render
+from mlx_redrafter.errors import OptionError
+from mlx_redrafter.prompts import read_prompts
+
+from .batched import BatchedTarget, Request
+from .shards import read_lines, write_lines
+
+_MARK = "\u2402MARK\u2402"
+_SHORTEST = 3  # tokens of a prompt
+
+
+class KnownPrompts:
+    """Which prompts were seen: evaluation prompts first, so that none of them is trained on."""
+
+    def __init__(self) -> None:
+        self.seen = {_key(p.text) for p in read_prompts()}
+
+    def add(self, text: str) -> bool:
+        """True the first time."""
+        key = _key(text)
+        if not key or key in self.seen:
+            return False
+        self.seen.add(key)
+        return True
+
+
+def _key(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def from_file(file: Path) -> list[list[dict[str, str]]]:
+    """Conversations that end with a user turn.
+
+    A line is a string, {"prompt"}, {"messages"} or ShareGPT's {"conversations"}; what follows the
+    last user turn is dropped, for the model answers itself. Duplicates and evaluation prompts too.
+
+    Raises:
+        OptionError: an unreadable file, or a line of another form.
+    """
+    known, result = KnownPrompts(), []
+    for number, row in enumerate(read_lines(file), 1):
+        messages = _messages(row)
+        if messages is None:
+            raise OptionError(
+                f'line {number} of {file} is no prompt: give a string, {{"prompt": ...}}, '
+                '{"messages": [...]} or {"conversations": [...]}'
+            )
+        while messages and messages[-1]["role"] != "user":
+            messages.pop()
+        if messages and known.add(messages[-1]["content"]):
+            result.append(messages)
+    if not result:
+        raise OptionError(f"{file} holds no prompt that could be trained on")
+    return result
+
+
+_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
+
+
+def _messages(row: Any) -> list[dict[str, str]] | None:
+    if isinstance(row, str):
+        return [{"role": "user", "content": row}]
+    if not isinstance(row, dict):
+        return None
+    if isinstance(row.get("prompt"), str):
+        return [{"role": "user", "content": row["prompt"]}]
+    turns = row.get("messages", row.get("conversations"))
+    if not isinstance(turns, list):
+        return None
+    try:
+        pairs = [(t.get("role", t.get("from")), t.get("content", t.get("value"))) for t in turns]
+    except AttributeError:
+        return None
+    if not all(isinstance(text, str) and isinstance(role, str) for role, text in pairs):
+        return None
+    return [{"role": _ROLES.get(role, role), "content": text} for role, text in pairs]
+
+
+def user_header(tokenizer: TokenizerWrapper) -> tuple[list[int], set[int]]:
+    """Token ids that open a user turn, and the ids that end one."""
+    ends = set(tokenizer.eos_token_ids)
+    if not tokenizer.has_chat_template:
+        first = tokenizer.bos_token_id
+        return [first if first is not None else min(ends)], ends
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=False
+    )
+    head, _, tail = text.partition(_MARK)
+    closing = tokenizer.encode(tail.strip(), add_special_tokens=False)
+    return list(tokenizer.encode(head, add_special_tokens=False)), ends | set(closing[:1])
+
+
+def encode(tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids with the opening of the answer, in the template if there is one."""
+    if tokenizer.has_chat_template:
+        return render(tokenizer, messages)
+    return list(tokenizer.encode(messages[-1]["content"]))
+
+
+def write_own(
+    target: BatchedTarget,
+    tokenizer: TokenizerWrapper,
+    *,
+    count: int,
+    batch: int,
+    max_tokens: int,
+    temp: float,
+    seed: int,
+) -> list[str]:
+    """``count`` user turns in the model's own words; those cut off or too short are left out."""
+    head, ends = user_header(tokenizer)
+    requests = [Request(head, temp, seed + i) for i in range(batch)]
+    texts = []
+    for answer in target.write(requests, max_tokens, ends):
+        whole = answer.tokens[-1] in ends
+        tokens = answer.tokens[:-1] if whole else answer.tokens
+        if len(tokens) >= _SHORTEST and (whole or not tokenizer.has_chat_template):
+            texts.append(tokenizer.decode(tokens).strip())
+    return texts[:count]
+
+
+def save(file: Path, texts: Iterable[str]) -> None:
+    write_lines(file, ({"prompt": text} for text in texts))

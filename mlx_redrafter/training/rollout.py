@@ -1,0 +1,73 @@
+"""The drafter over recorded text: contexts from features, several draft steps on true tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
+from mlx_redrafter.models import Decoder
+
+Embed = Callable[[mx.array], mx.array]
+
+
+def feature_layers(target: Decoder, config: ReDrafterConfig) -> tuple[int, ...]:
+    """The layers whose outputs training needs: the drafter's and the last, in rising order."""
+    return tuple(sorted({*config.context_layers, target.config.num_layers - 1}))
+
+
+def final_hidden(target: Decoder, features: mx.array) -> mx.array:
+    """features (..., L, D) -> the hidden states after the target's final norm (..., D)."""
+    return target.model.norm(features[..., -1, :].astype(target.dtype))
+
+
+def contexts(drafter: ReDrafter, target: Decoder, features: mx.array) -> mx.array:
+    """features (R, L, D) -> the drafter's contexts (R, D)."""
+    layers = feature_layers(target, drafter.config)
+    inner = tuple(
+        features[:, layers.index(i)].astype(target.dtype) for i in drafter.config.context_layers
+    )
+    return drafter.context(final_hidden(target, features), inner)
+
+
+def head_inputs(
+    drafter: ReDrafter, context: mx.array, embeddings: mx.array, steps: int
+) -> list[mx.array]:
+    """What the output rows are multiplied with at every draft step.
+
+    Args:
+        context: (B, T, D) of T neighbouring positions of B runs.
+        embeddings: (B, T + steps - 1, D); position t consumes t, t + 1, ...
+
+    Returns:
+        (B * T, E) per step.
+    """
+    rows, length, size = context.shape
+    state = drafter.first_state(context.reshape(-1, size))
+    has_input_projection = "input_proj" in drafter
+    weight = drafter.input_proj.weight if has_input_projection else None
+    if weight is not None:
+        fixed = context.reshape(-1, size) @ weight[:, :size].T + drafter.input_proj.bias
+    else:
+        fixed = context.reshape(-1, size)
+    recurrent = drafter.config.cell != "sum"
+    inputs = drafter.rnn_w(embeddings) if recurrent else embeddings
+    result = []
+    for k in range(steps):
+        part = inputs[:, k : k + length].reshape(rows * length, -1)
+        state = drafter.cell(part, state) if recurrent else part + state
+        if weight is not None:
+            x = fixed + state @ weight[:, size:].T
+        else:
+            x = mx.concatenate([fixed, state], axis=-1)
+        result.append(drafter.blocks(x))
+    return result
+
+
+def logits(drafter: ReDrafter, context: mx.array, tokens: mx.array) -> list[mx.array]:
+    """context (R, D), true tokens (R, K) -> K arrays (R, Vd); the k-th predicts what follows it."""
+    steps = tokens.shape[1]
+    inputs = head_inputs(drafter, context[:, None], drafter._embed(tokens), steps)
+    rows = drafter.output_rows()
+    return [x @ rows.T for x in inputs]

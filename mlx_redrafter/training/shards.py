@@ -1,0 +1,110 @@
+"""What training keeps on disk: shards of conversations, and the target's features beside them.
+
+    DIR/prompts/00000.jsonl    {"prompt": text} | {"messages": [...]}
+    DIR/answers/00000.jsonl    {"prompt": token ids, "answer": token ids, "temp": t}
+    DIR/features/00000.npy     (answer tokens of the shard, L, D) float16
+    DIR/features/layers.json   indices of those L layers
+
+A file is written under another name and renamed, so that whatever exists is complete: a run that
+was stopped goes on with the first file that is missing.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_redrafter.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Token ids of a prompt in the chat template and of its answer; the answer's temperature."""
+
+    prompt: list[int]
+    answer: list[int]
+    temp: float
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of conversations and the file of their features, which may not exist yet."""
+
+    file: Path
+    features_file: Path
+
+    def conversations(self) -> list[Conversation]:
+        return read_conversations(self.file)
+
+
+def shards(folder: Path) -> list[Shard]:
+    """The shards of a training folder, in order."""
+    files = sorted((folder / "answers").glob("*.jsonl"))
+    return [Shard(f, folder / "features" / f"{f.stem}.npy") for f in files]
+
+
+def read_lines(file: Path) -> list[Any]:
+    """The JSON values of a .jsonl or .jsonl.gz file. Raises OptionError."""
+    try:
+        with gzip.open(file, "rt") if file.suffix == ".gz" else file.open(encoding="utf-8") as f:
+            return [json.loads(line) for line in f if line.strip()]
+    except (OSError, ValueError, EOFError) as error:
+        raise OptionError(
+            f"{file} cannot be read ({error}): give one JSON value per line"
+        ) from None
+
+
+def write_lines(file: Path, rows: Iterable[Any]) -> None:
+    """Write a .jsonl file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    partial.replace(file)
+
+
+def read_conversations(file: Path) -> list[Conversation]:
+    """Conversations in token ids. Raises OptionError."""
+    try:
+        rows = [
+            Conversation(list(r["prompt"]), list(r["answer"]), float(r.get("temp", 0.0)))
+            for r in read_lines(file)
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        rows = []
+    if not rows or not all(isinstance(t, int) for r in rows for t in r.prompt + r.answer):
+        raise OptionError(
+            f'{file} holds no answers: give lines of {{"prompt": token ids, "answer": token ids}}'
+        )
+    return rows
+
+
+def save_features(file: Path, parts: Sequence[np.ndarray]) -> None:
+    """Write the features (n, L, D) of a shard's answers one after the other."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    with partial.open("wb") as f:
+        np.save(f, np.concatenate(parts))
+    partial.replace(file)
+
+
+def recorded_layers(folder: Path) -> tuple[int, ...] | None:
+    """Which layers the features of a training folder are of; None if there are none yet."""
+    file = folder / "features" / "layers.json"
+    return tuple(json.loads(file.read_text())) if file.is_file() else None
+
+
+def record_layers(folder: Path, layers: Sequence[int]) -> None:
+    file = folder / "features" / "layers.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(list(layers)) + "\n")
+
+
+def batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
