@@ -59,7 +59,7 @@ def prepare() -> None:
     An unknown value of MLX_REDRAFTER_BLAS is left to `status` to report: an import must not fail.
     """
     with contextlib.suppress(RuntimeError):  # no home directory
-        kernels.prepare(_cache_folder())
+        kernels.prepare(_cache_folder().parent / "kernels")
     with contextlib.suppress(OptionError):
         status()
 
@@ -104,7 +104,7 @@ def _use(name: str) -> BlasStatus:
     _open(path, ctypes.RTLD_GLOBAL)
     if name == "openblas":
         return BlasStatus(name, str(openblas))
-    return BlasStatus(name, f"{path}; transposed A: {openblas or 'own loops'}")
+    return BlasStatus(name, str(path))
 
 
 def _open(path: Path, mode: int) -> ctypes.CDLL:

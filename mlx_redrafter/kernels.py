@@ -11,7 +11,6 @@ import ctypes
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -58,6 +57,8 @@ def _level() -> str | None:
 
 def _works(compiler: str, folder: Path, cache: Path) -> bool:
     """Does this compiler know the level? Asked once per compiler."""
+    import subprocess
+
     stat = os.stat(os.path.realpath(compiler))
     mark = cache / f"{folder.name}-{stat.st_size}-{stat.st_mtime_ns}"
     try:

@@ -10,7 +10,7 @@
 // the build says -ffp-contract=off on the one and =fast on the other.
 //   A W^T  (x @ W.T, Q @ K^T):  sum = 0; sum += A[m][l] * W[n][l]; C = alpha * sum + beta * C
 //   A B    (P @ V):             C = beta * C; C += (alpha * A[m][l]) * B[l][n]
-// A transposed A occurs in training only; OpenBLAS gets it if it is there.
+// A transposed A occurs in training only and is copied first.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -228,17 +228,18 @@ EXPORT void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float al
   if (m <= 0 || n <= 0) return;
   // MLX calls one row with unit strides "transposed"; it must round as every other row does.
   if (ta != NO_TRANS && m == 1 && lda == 1) ta = NO_TRANS;
-  if (ta != NO_TRANS && openblas())
-    return openblas()(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
   Gemm g{tb != NO_TRANS, m, n, alpha == 0 ? 0 : k, alpha, a, lda, b, ldb, beta, c, ldc};
   std::vector<float> copy;
   if (ta != NO_TRANS || (!g.dot && alpha != 1)) {
     copy.resize(g.m * g.k);
-    for (long i = 0; i < g.m; ++i)
-      for (long l = 0; l < g.k; ++l) {
-        const float x = ta != NO_TRANS ? a[l * lda + i] : a[i * lda + l];
-        copy[i * g.k + l] = g.dot ? x : alpha * x;
-      }
+    constexpr long TILE = 32;  // both sides of a tile stay in the L1 cache
+    for (long i0 = 0; i0 < g.m; i0 += TILE)
+      for (long l0 = 0; l0 < g.k; l0 += TILE)
+        for (long i = i0; i < std::min(g.m, i0 + TILE); ++i)
+          for (long l = l0; l < std::min(g.k, l0 + TILE); ++l) {
+            const float x = ta != NO_TRANS ? a[l * lda + i] : a[i * lda + l];
+            copy[i * g.k + l] = g.dot ? x : alpha * x;
+          }
     g.a = copy.data(), g.lda = g.k;
   }
   run(g);
