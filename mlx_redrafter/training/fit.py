@@ -195,9 +195,9 @@ class Fit:
             return optim.join_schedules([rise, fall], [warm])
 
         def adam(peak: float) -> optim.Optimizer:
+            # Bias correction would be a power per weight and step on a CPU; the warm-up does it.
             return optim.AdamW(
                 schedule(peak), betas=[0.9, 0.98], weight_decay=config.weight_decay,
-                bias_correction=True,
             )  # fmt: skip
 
         if self.drafter.config.head != "own":
