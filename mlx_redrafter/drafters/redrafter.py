@@ -172,9 +172,12 @@ class ReDrafter(nn.Module):
 
     def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
         """(D,) -> the first state (1, D), and h or its half of the projection (1, *)."""
-        context = context[None]
-        fixed = self._context_half(context) if "input_proj" in self else context
-        return self.first_state(context), fixed
+        return self.begin(context[None])
+
+    def begin(self, contexts: mx.array) -> tuple[mx.array, mx.array]:
+        """The same for several contexts: (R, D) -> (R, D), (R, *)."""
+        fixed = self._context_half(contexts) if "input_proj" in self else contexts
+        return self.first_state(contexts), fixed
 
     def first_state(self, context: mx.array) -> mx.array:
         """(R, D) -> (R, D)."""

@@ -36,7 +36,7 @@ class TrainConfig:
         acceptance: weight of the acceptance loss, after the share ``acceptance_after`` of steps.
         cache_gb: disk for hidden states; beyond it they are computed again in every epoch.
     Result:
-        bits: of the written drafter's weights: 4, 8 or 16.
+        bits: of the written drafter's weights: 4, 5, 6, 8 or 16.
     """
 
     model: str = "smollm2-135m"
@@ -94,8 +94,8 @@ class TrainConfig:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise OptionError(f"{name} {getattr(self, name)} is not possible: use more than 0")
-        if self.bits not in (4, 8, 16):
-            raise OptionError(f"bits {self.bits} is not possible: use 4, 8 or 16")
+        if self.bits not in (4, 5, 6, 8, 16):
+            raise OptionError(f"bits {self.bits} is not possible: use 4, 5, 6, 8 or 16")
 
 
 def from_mapping(values: dict[str, Any], source: str) -> TrainConfig:

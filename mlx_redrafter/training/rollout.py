@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import mlx.core as mx
 
 from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
 from mlx_redrafter.models import Decoder
-
-Embed = Callable[[mx.array], mx.array]
 
 
 def feature_layers(target: Decoder, config: ReDrafterConfig) -> tuple[int, ...]:
@@ -34,7 +30,7 @@ def contexts(drafter: ReDrafter, target: Decoder, features: mx.array) -> mx.arra
 def head_inputs(
     drafter: ReDrafter, context: mx.array, embeddings: mx.array, steps: int
 ) -> list[mx.array]:
-    """What the output rows are multiplied with at every draft step.
+    """What the output rows are multiplied with at every draft step, for training.
 
     Args:
         context: (B, T, D) of T neighbouring positions of B runs.
@@ -66,8 +62,13 @@ def head_inputs(
 
 
 def logits(drafter: ReDrafter, context: mx.array, tokens: mx.array) -> list[mx.array]:
-    """context (R, D), true tokens (R, K) -> K arrays (R, Vd); the k-th predicts what follows it."""
-    steps = tokens.shape[1]
-    inputs = head_inputs(drafter, context[:, None], drafter._embed(tokens), steps)
-    rows = drafter.output_rows()
-    return [x @ rows.T for x in inputs]
+    """What a drafter as it is loaded says over true tokens.
+
+    context (R, D), tokens (R, K) -> K arrays (R, Vd): what follows the k-th token.
+    """
+    state, fixed = drafter.begin(context)
+    result = []
+    for k in range(tokens.shape[1]):
+        out, state = drafter.step(tokens[:, k], state, fixed)
+        result.append(out)
+    return result
