@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -17,9 +17,8 @@ from mlx_redrafter import blas as matrix_library
 from mlx_redrafter import console
 from mlx_redrafter.console import DEBUG
 from mlx_redrafter.errors import OptionError, RedrafterError
-from mlx_redrafter.options import DecodeOptions, ModelOptions, flat_options
+from mlx_redrafter.options import Blas, Debug, DecodeOptions, ModelOptions, flat_options
 
-BLAS_VARIABLE = "MLX_REDRAFTER_BLAS"
 INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + the signal, as a shell has it
 
 
@@ -56,39 +55,12 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     console.warn(f"warning: {message}")
 
 
-def _use_blas(ctx: typer.Context, value: str | None) -> str | None:
-    """Start again with the BLAS asked for: it was chosen when the package was imported."""
-    chosen = os.environ.get(BLAS_VARIABLE, "auto")
-    if value and value != chosen and sys.platform == "linux" and not ctx.resilient_parsing:
-        os.environ[BLAS_VARIABLE] = value
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    return value
-
-
-def _set_debug(ctx: typer.Context, value: bool) -> bool:
-    ctx.meta[DEBUG] = value
-    return value
-
-
 def _print_version(value: bool) -> None:
     if value:
         typer.echo(f"mlx-redrafter {mlx_redrafter.__version__}")
         raise typer.Exit
 
 
-Blas = Annotated[
-    Literal["auto", "row-exact", "openblas", "reference"] | None,
-    typer.Option(
-        "--blas",
-        callback=_use_blas,
-        is_eager=True,
-        show_default="auto",
-        help=f"Matrix library on Linux; the same as setting {BLAS_VARIABLE}.",
-    ),
-]
-Debug = Annotated[
-    bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 ModelName = Annotated[
     str, typer.Option("--model", "-m", help="Built-in name, local folder or hub id.")
@@ -295,6 +267,20 @@ def bench(
 def convert(ctx: typer.Context) -> None:
     """Convert a drafter or a base model: PyTorch, TensorRT-LLM or GGUF to MLX, and back."""
     from mlx_redrafter.convert import command
+
+    command.run(ctx)
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def train(ctx: typer.Context) -> None:
+    """Train a drafter for any model on this machine: prompts, answers, fit, evaluation."""
+    from mlx_redrafter.training import command
 
     command.run(ctx)
 

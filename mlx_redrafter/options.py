@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
+from mlx_redrafter import blas
+from mlx_redrafter.console import DEBUG
 from mlx_redrafter.errors import OptionError
 
 if TYPE_CHECKING:
@@ -17,6 +21,35 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MODEL, SAMPLING, DRAFTING = "Model", "Sampling", "Drafting"
+
+
+def _use_blas(ctx: typer.Context, value: str | None) -> str | None:
+    """Start again with the BLAS asked for: it was chosen when the package was imported."""
+    chosen = os.environ.get(blas.VARIABLE, "auto")
+    if value and value != chosen and sys.platform == "linux" and not ctx.resilient_parsing:
+        os.environ[blas.VARIABLE] = value
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    return value
+
+
+def _set_debug(ctx: typer.Context, value: bool) -> bool:
+    ctx.meta[DEBUG] = value
+    return value
+
+
+Blas = Annotated[
+    Literal["auto", "row-exact", "openblas", "reference"] | None,
+    typer.Option(
+        "--blas",
+        callback=_use_blas,
+        is_eager=True,
+        show_default="auto",
+        help=f"Matrix library on Linux; the same as setting {blas.VARIABLE}.",
+    ),
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")
+]
 
 
 @dataclass(frozen=True)

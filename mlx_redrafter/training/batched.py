@@ -6,7 +6,7 @@ all of them write the same KV slot in a pass; a mask keeps the padding out.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -105,24 +105,20 @@ class BatchedTarget:
         """
         rows = [list(prompt) + list(answer)[:-1] for prompt, answer in sequences]
         tokens, pads = _padded(rows)
-        _, features = self._read(tokens, pads, new_cache_for(self.target, *tokens.shape))
-        result = np.concatenate(features, axis=1)
+        parts = self._read(tokens, pads, new_cache_for(self.target, *tokens.shape))
+        result = np.concatenate([np.array(features) for _, features in parts], axis=1)
         return [
             result[i, tokens.shape[1] - len(answer) :] for i, (_, answer) in enumerate(sequences)
         ]
 
     def _read(
         self, tokens: np.ndarray, pads: np.ndarray, kv: list[mx.array]
-    ) -> tuple[mx.array, list[np.ndarray]]:
-        """Run left-padded tokens (B, P) into ``kv``: hidden (B, D) of the last, all features."""
+    ) -> Iterator[tuple[mx.array, mx.array]]:
+        """Run left-padded tokens (B, P) into ``kv``: hidden and features, part after part of P."""
         rows, length = tokens.shape
         chunk = max(1, ROWS_PER_PASS // rows)
-        features = []
         for start in range(0, length, chunk):
-            stop = min(start + chunk, length)
-            hidden, part = self.run(tokens[:, start:stop], start, pads, kv)
-            features.append(np.array(part))
-        return hidden[:, -1], features
+            yield self.run(tokens[:, start : start + chunk], start, pads, kv)
 
     def run(
         self, tokens: np.ndarray, start: int, pads: np.ndarray, kv: list[mx.array]
@@ -161,8 +157,9 @@ class _Batch:
 
     def read_prompts(self) -> tuple[mx.array, mx.array]:
         """Hidden (B, D) and features (B, L, D) of the last prompt tokens."""
-        hidden, features = self.batched._read(self.tokens, self.pads, self.kv)
-        return hidden, mx.array(features[-1][:, -1])
+        for hidden, features in self.batched._read(self.tokens, self.pads, self.kv):
+            mx.eval(hidden, features)
+        return hidden[:, -1], features[:, -1]
 
     def uniform(self, step: int) -> mx.array:
         return mx.array(self.draws[self.rows, step], mx.float32)

@@ -112,7 +112,12 @@ def from_mapping(values: dict[str, Any], source: str) -> TrainConfig:
             value = Path(str(value))
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        elif default is not None and type(value) is not type(default):
+        elif value is not None and type(value) is not _type(name, default):
             raise OptionError(f"{name} in {source} is {value!r}: needed is a {kind}")
         config = replace(config, **{name: value})
     return config
+
+
+def _type(name: str, default: object) -> type:
+    """Of an option's value; those without a default have it by their name."""
+    return {"exit_dim": int, "system_prompt": str}.get(name, type(default))

@@ -131,14 +131,16 @@ class Positions:
         """Up to ``count`` batches of conversations that are never trained on."""
         blocks = [
             (i, first)
-            for i, row in enumerate(self.rows)
+            for i, row in enumerate(self.rows[: self.group])  # those that are in the cache at once
             for first in range(row.cut, len(row.tokens) - 1, self.segment)
         ]
         every = max(1, len(blocks) // max(1, size * count))
         chosen = blocks[::every][: size * count]
         parts = [p for p in batched(chosen, size) if len(p) == size or len(chosen) < size]
         parts = [[p[i % len(p)] for i in range(size)] for p in parts]
-        return [self._batch(part, held_out=True) for part in parts]
+        result = [self._batch(part, held_out=True) for part in parts]
+        self._forget(range(self.group))
+        return result
 
     def sample(self, count: int) -> np.ndarray:
         """Features (<= count, L, D) of the first shard, to take scales from."""

@@ -30,6 +30,9 @@ class KnownPrompts:
     def __init__(self) -> None:
         self.seen = {_key(p.text) for p in read_prompts()}
 
+    def __contains__(self, text: str) -> bool:
+        return _key(text) in self.seen
+
     def add(self, text: str) -> bool:
         """True the first time."""
         key = _key(text)

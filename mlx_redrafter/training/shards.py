@@ -70,10 +70,11 @@ def write_lines(file: Path, rows: Iterable[Any]) -> None:
 
 def read_conversations(file: Path) -> list[Conversation]:
     """Conversations in token ids. Raises OptionError."""
+    lines = read_lines(file)
     try:
         rows = [
             Conversation(list(r["prompt"]), list(r["answer"]), float(r.get("temp", 0.0)))
-            for r in read_lines(file)
+            for r in lines
         ]
     except (KeyError, TypeError, ValueError, AttributeError):
         rows = []

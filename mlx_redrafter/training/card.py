@@ -1,0 +1,299 @@
+"""The model card of a trained drafter: what it is, how it was made, and what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mlx_redrafter.builtin import REPO
+from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
+from mlx_redrafter.hub import BUILTIN
+from mlx_redrafter.models.weights import parameters, read_json, weight_files
+
+from . import evaluate, plots
+from .config import TrainConfig
+from .shards import Conversation
+
+FILE = "README.md"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a drafter was trained on.
+
+    Args:
+        prompts: different prompts.
+        answers: number of answers by their temperature.
+        answer_tokens: tokens of all answers.
+        positions: positions processed by the fit; those seen twice count twice.
+    """
+
+    prompts: int
+    answers: dict[float, int]
+    answer_tokens: int
+    positions: int
+
+    @classmethod
+    def of(cls, conversations: Iterable[Conversation], positions: int) -> Recipe:
+        prompts, answers, tokens = set(), Counter[float](), 0
+        for conversation in conversations:
+            prompts.add(hash(tuple(conversation.prompt)))
+            answers[conversation.temp] += 1
+            tokens += len(conversation.answer)
+        return cls(len(prompts), dict(sorted(answers.items())), tokens, positions)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of the weight files; parameters in them, read once per draft and per draft step.
+
+    With the target's own output rows as head, these rows are read but are not in the file.
+    """
+
+    file_bytes: int
+    stored: int
+    per_draft: int
+    per_step: int
+
+
+def size(folder: Path) -> Size:
+    """What a drafter takes, from its configuration and its files; nothing is loaded."""
+    config = ReDrafterConfig.from_dict(read_json(folder / "config.json"))
+    found = parameters(ReDrafter(config))  # lazy arrays: their sizes are all that is asked for
+    counts = {name: value.size for name, value in found.items() if name != "draft_vocab"}
+    once = sum(n for name, n in counts.items() if name.startswith("context_"))
+    if "input_proj.weight" in counts:  # the half of the context, and the bias
+        once += config.hidden_size * config.exit_dim + config.exit_dim
+    stored = sum(counts.values())
+    rows = config.output_size * config.hidden_size if config.head == "target" else 0
+    file_bytes = sum(file.stat().st_size for file in weight_files(folder))
+    return Size(file_bytes, stored, once, stored - once + rows)
+
+
+def write(
+    folder: Path, config: TrainConfig, recipe: Recipe, *, made_by: str, measured_by: str
+) -> Path:
+    """Write README.md beside the drafter and its ``evaluation.json``.
+
+    Args:
+        folder: of the drafter: config.json, weights, evaluation.json and perhaps plots.
+        made_by, measured_by: the exact command lines.
+
+    Raises:
+        OptionError: the drafter was not evaluated.
+    """
+    file = folder / FILE
+    text = render(folder, config, recipe, made_by=made_by, measured_by=measured_by)
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def render(
+    folder: Path, config: TrainConfig, recipe: Recipe, *, made_by: str, measured_by: str
+) -> str:
+    """The card; arguments and errors as for ``write``."""
+    found = evaluate.read(folder)
+    model = evaluate.short_name(config.model)
+    sections = [
+        _front_matter(config.model),
+        f"# ReDrafter for {model}\n\n{_summary(model, folder)}",
+        f"## Tokens per step\n\n{_live(found, folder)}",
+        f"## Draft by draft\n\n{_by_position(found, folder)}",
+        f"## Drafter\n\n{_drafter(folder)}",
+        f"## Training\n\n{_training(config, recipe, folder)}",
+        f"## Commands\n\nMade by\n\n{_code(made_by)}\n\nMeasured by\n\n{_code(measured_by)}",
+        f"## Conditions\n\n{_conditions(found['conditions'])}",
+        f"## Limits\n\n{_limits(model, config, found['conditions'])}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(model: str) -> str:
+    base = REPO if model == BUILTIN else model
+    lines = ["---", "library_name: mlx"]
+    # A path on somebody's disk is no model of the hub.
+    if base.count("/") == 1 and evaluate.short_name(base) == base:
+        lines.append(f"base_model: {base}")
+    tags = ("mlx", "mlx-redrafter", "speculative-decoding", "redrafter")
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+
+
+def _summary(model: str, folder: Path) -> str:
+    command = (
+        f"pip install mlx-redrafter\nmlx-redrafter chat --model {model} --drafter {folder.name}"
+    )
+    return (
+        f"A drafter for speculative decoding with {model} (ReDrafter, arXiv 2403.09919). It "
+        f"proposes tokens that {model} checks, several in one pass. The text is that of {model} "
+        f"alone, token for token; how good the drafter is decides only how fast it comes.\n\n"
+        f"{_code(command)}"
+    )
+
+
+def _live(found: Mapping[str, Any], folder: Path) -> str:
+    """Two tables: tokens per step by group, and acceptance by depth over all prompts."""
+    rows = found["live"]
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    cells: dict[tuple[str, float], dict[str, Any]] = {}
+    for row in rows:
+        cells.setdefault((row["shape"], row["temp"]), {})[row["group"]] = row
+    body = [
+        [shape, f"{temp:g}", *(f"{by[g]['tokens_per_step']:.2f}" for g in groups)]
+        for (shape, temp), by in cells.items()
+    ]
+    deepest = max(len(row["per_depth"]) for row in rows)
+    depths = [
+        [shape, f"{temp:g}", *(f"{p:.0%}" for p in by["all"]["per_depth"])]
+        + ["0%"] * (deepest - len(by["all"]["per_depth"]))
+        for (shape, temp), by in cells.items()
+    ]
+    parts = [
+        f"Decoded live with {_prompts(found['conditions'])} that were kept out of training. Plain "
+        "decoding yields 1 token per step.",
+        _table(["tree", "temperature", *groups], body),
+        "Share of the steps in which the draft at a depth was accepted, all prompts:",
+        _table(["tree", "temperature", *(f"depth {k + 1}" for k in range(deepest))], depths),
+        *_pictures(folder, {"Acceptance by depth": plots.ACCEPTANCE}),
+    ]
+    return "\n\n".join(parts)
+
+
+def _by_position(found: Mapping[str, Any], folder: Path) -> str:
+    """Agreement by draft position, and how far the drafter's probabilities can be trusted."""
+    rows = found["teacher_forced"]
+    count = len(rows[0]["agreement"])
+    body = [
+        [
+            row["group"], f"{row['temp']:g}", str(row["positions"][0]),
+            _number(row["agreement"][0]), _numbers(row["agreement"]),
+            _numbers(row["conditional"]), _number(row["ece"], 3),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    titles = [
+        "answers", "temperature", "positions", "position 1", f"positions 1-{count}",
+        f"positions 1-{count}, conditional", "ECE",
+    ]  # fmt: skip
+    ece = [
+        f"temperature {row['temp']:g}: {_numbers(row['ece_by_depth'], 3)}"
+        for row in rows
+        if row["group"] == "all"
+    ]
+    parts = [
+        f"Along the model's own answers to {_prompts(found['conditions'])}: the share of the "
+        "drafter's first choices that are the answer's token, all earlier tokens being true; "
+        "conditional: where its earlier choices were right too. ECE is the expected calibration "
+        "error of the first choice's probability (10 bins, weighted over the positions). The "
+        f"tables behind it are in `{evaluate.FILE}`.",
+        _table(titles, body),
+        f"ECE by draft position, {'; '.join(ece)}.",
+        *_pictures(folder, {"Calibration": plots.CALIBRATION}),
+    ]
+    return "\n\n".join(parts)
+
+
+def _drafter(folder: Path) -> str:
+    shape = ReDrafterConfig.from_dict(read_json(folder / "config.json"))
+    own = size(folder)
+    layers = ", ".join(map(str, shape.context_layers))
+    bits = (read_json(folder / "config.json").get("quantization") or {}).get("bits", "none")
+    head = "own output matrix" if shape.head == "own" else "the target's output rows, frozen"
+    rows = [
+        ["cell", f"{shape.cell}, first state: {shape.initial_state}"],
+        ["context", f"layers {layers}" if layers else "the last hidden state"],
+        ["head", f"{head}, width {shape.exit_dim}, {shape.num_draft_layers} residual blocks"],
+        ["draft vocabulary", f"{shape.output_size:,} of {shape.vocab_size:,} tokens"],
+        ["quantisation (bits)", str(bits)],
+        ["weights in the file", f"{own.file_bytes:,} bytes, {own.stored:,} parameters"],
+        ["read per draft step", f"{own.per_step:,} parameters"],
+        ["read once per draft", f"{own.per_draft:,} parameters"],
+    ]
+    return _table(["", ""], rows)
+
+
+def _training(config: TrainConfig, recipe: Recipe, folder: Path) -> str:
+    origin = "from a file" if config.prompts else "written by the model itself"
+    if config.answers:
+        origin += f", besides those of {config.answers.name}"
+    total = sum(recipe.answers.values())
+    temps = ", ".join(f"{t:g} ({n / total:.0%})" for t, n in recipe.answers.items())
+    rows = [
+        ["prompts", f"{recipe.prompts:,} ({origin})"],
+        ["answers", f"{total:,}, written by {evaluate.short_name(config.model)} itself"],
+        ["answer temperatures", temps],
+        ["answer tokens", f"{recipe.answer_tokens:,}"],
+        ["positions processed", f"{recipe.positions:,}"],
+    ]
+    lines = [f"{f.name}: {_value(getattr(config, f.name))}" for f in fields(config)]
+    return "\n\n".join(
+        [
+            _table(["", ""], rows),
+            "Configuration:",
+            _code("\n".join(lines), "yaml"),
+            *_pictures(folder, {"Loss and agreement": plots.CURVES}),
+        ]
+    )
+
+
+def _conditions(facts: Mapping[str, Any]) -> str:
+    rows = [
+        [name, _prompts(facts) if name == "prompts" else str(value)]
+        for name, value in facts.items()
+        if value is not None
+    ]
+    return _table(["", ""], rows)
+
+
+def _limits(model: str, config: TrainConfig, facts: Mapping[str, Any]) -> str:
+    bits = f"{facts['model_bits']}-bit weights" if facts.get("model_bits") else "these weights"
+    own = config.system_prompt is not None
+    prompt = "the system prompt of the configuration" if own else "no system prompt of one's own"
+    lines = [
+        f"For exactly this model: {model} with {bits}, its chat template and {prompt}. With a "
+        "fine-tune, another quantisation or another template the text stays right, for every "
+        "draft is checked, but fewer drafts are accepted.",
+        f"Measured{' without that system prompt,' * own} on answers of at most "
+        f"{facts['max_tokens']} tokens, trained on answers of at "
+        f"most {config.max_tokens}: longer ones, and other languages and subjects than those of "
+        "the prompts, are not measured.",
+        "Tokens per step is not speed: a step that drafts takes longer than a plain one, by how "
+        "much depends on the machine (`mlx-redrafter bench`).",
+        "Agreement along given answers is not acceptance, and its probabilities are without the "
+        "noise of sampled drafting: the live table is what decoding gets.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _prompts(facts: Mapping[str, Any]) -> str:
+    groups = facts["prompts"]
+    return f"{sum(groups.values())} prompts ({', '.join(f'{n} {g}' for g, n in groups.items())})"
+
+
+def _pictures(folder: Path, files: Mapping[str, str]) -> list[str]:
+    return [f"![{text}]({name})" for text, name in files.items() if (folder / name).is_file()]
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _code(text: str, language: str = "") -> str:
+    return f"```{language}\n{text}\n```"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _numbers(values: Sequence[float | None], digits: int = 2) -> str:
+    return " ".join(_number(v, digits) for v in values)
+
+
+def _value(value: Any) -> str:
+    """As YAML; of a path the last part, for the rest is the user's own."""
+    return json.dumps(value.name if isinstance(value, Path) else value, ensure_ascii=False)

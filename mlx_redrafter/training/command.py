@@ -1,0 +1,233 @@
+"""`mlx-redrafter train`: all stages, or one of them."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from mlx_redrafter import console
+from mlx_redrafter.errors import OptionError, RedrafterError
+from mlx_redrafter.options import Blas, Debug
+
+from . import folder
+from .config import TrainConfig
+
+OPTIONS: dict[str, dict[str, str]] = {
+    "Data": {
+        "model": "Built-in name, local folder or hub id.",
+        "out": "Folder of the run; the drafter goes to its subfolder drafter.",
+        "prompts": "jsonl of prompts, messages or ShareGPT; without it the model writes its own.",
+        "answers": "jsonl(.gz) of token ids from an earlier run, to train on besides.",
+        "answer_tokens": "Answer tokens to have in all; those of --answers count.",
+        "max_tokens": "Longest answer, in tokens.",
+        "prompt_tokens": "Longest prompt that the model writes, in tokens.",
+        "system_prompt": "First message of the template, in every conversation.",
+        "batch": "Answers written at once; lowered by itself to fit in memory.",
+        "seed": "Same seed, same data and drafter.",
+    },
+    "Drafter": {
+        "cell": "sum or elman (Apple's), or gru.",
+        "initial_state": "zero (Apple's) or context.",
+        "context_layers": "Layers the drafter reads, as 2,15,29; auto: three; '': the last state.",
+        "head": "own output matrix, or the target's rows.",
+        "exit_dim": "Width of the head; without it the model's hidden size.",
+        "num_draft_layers": "Residual blocks of the head.",
+        "draft_vocab_size": "Tokens that can be drafted, the most frequent; 0: all.",
+        "warm_start": "Drafter folder of the same shape to start from.",
+    },
+    "Fit": {
+        "positions": "Positions processed; those seen twice count twice.",
+        "batch_positions": "Positions of an optimiser step.",
+        "segment": "Neighbouring positions taken together.",
+        "rollout": "Draft steps trained per position.",
+        "candidates": "Tokens whose logits are computed per step.",
+        "learning_rate": "Peak of the schedule.",
+        "warmup": "Share of the steps until the peak.",
+        "head_rate": "Learning rate of an own output matrix, as a share of the others'.",
+        "weight_decay": "Of AdamW.",
+        "clip": "Largest norm of a gradient.",
+        "step_decay": "Weight of draft step k is this to the power of k.",
+        "hard": "Share of the loss on the tokens themselves, not on the distribution.",
+        "acceptance": "Weight of the acceptance loss.",
+        "acceptance_after": "Share of the steps before the acceptance loss begins.",
+        "cache_gb": "Disk for hidden states; beyond it they are computed in every epoch.",
+    },
+    "Result": {"bits": "Of the drafter's weights: 4, 5, 6, 8 or 16."},
+}
+_SHORT = {"model": "-m", "out": "-o"}
+_RESULT = "Result"
+
+app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+File = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="YAML file of these options; flags win over it."),
+]
+Estimate = Annotated[
+    bool,
+    typer.Option("--estimate", help="Measure for half a minute how long all will take; no more."),
+]
+EvalPrompts = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=_RESULT, help="Prompts of the evaluation.", show_default="92 built-in"
+    ),
+]
+EvalTokens = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=_RESULT, help="Longest answer in the evaluation.", show_default="128"
+    ),
+]
+
+
+def run(ctx: typer.Context) -> None:
+    """The command with the arguments of the context that `mlx-redrafter train` got."""
+    command = typer.main.get_command(app)
+    with command.make_context("train", list(ctx.args), parent=ctx.parent) as inner:
+        command.invoke(inner)
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Show typer an option for every field of TrainConfig, None where it is not given.
+
+    ``command`` gets those that are given as its first argument.
+    """
+    own = [
+        p
+        for p in inspect.signature(command, eval_str=True).parameters.values()
+        if p.name != "given"
+    ]
+    hints = get_type_hints(TrainConfig)
+    panels = {name: panel for panel, names in OPTIONS.items() for name in names}
+    names = [name for names in OPTIONS.values() for name in names]
+    defaults = {f.name: f.default for f in fields(TrainConfig)}
+    options = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                hints[name] | None,
+                typer.Option(
+                    f"--{name.replace('_', '-')}", *([_SHORT[name]] if name in _SHORT else []),
+                    help=OPTIONS[panels[name]][name],
+                    rich_help_panel=panels[name],
+                    show_default=str(defaults[name]) if defaults[name] is not None else False,
+                ),
+            ],
+        )
+        for name in names
+    ]  # fmt: skip
+
+    def flat(**values: Any) -> None:
+        given = {name: values.pop(name) for name in names}
+        command({k: v for k, v in given.items() if v is not None}, **values)
+
+    parameters = [*options, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own)]
+    flat.__name__, flat.__doc__ = command.__name__, command.__doc__
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flat.__annotations__ = {p.name: p.annotation for p in parameters}
+    return flat
+
+
+@app.callback(invoke_without_command=True)
+@_with_options
+def train(
+    given: dict[str, Any],
+    ctx: typer.Context,
+    config: File = None,
+    estimate: Estimate = False,
+    eval_prompts: EvalPrompts = None,
+    eval_tokens: EvalTokens = None,
+    blas: Blas = None,
+    debug: Debug = False,
+) -> None:
+    """Train a drafter for any model, on this machine, from nothing but the model.
+
+    It writes prompts and answers them; the drafter learns to foretell the answers.
+
+    Ctrl-C stops; the same command, or --out alone, goes on.
+    """
+    evaluating = {"prompts": eval_prompts, "max_tokens": eval_tokens}
+    if ctx.invoked_subcommand is not None:
+        if estimate:
+            raise OptionError("--estimate is for all stages: leave out the stage")
+        ctx.obj = (given, config, evaluating)
+    elif estimate:
+        _estimate(given, config)
+    else:
+        _stages(given, config, evaluating)
+
+
+def _stage(name: str, text: str) -> None:
+    """Add the subcommand of one stage."""
+
+    def command(
+        given: dict[str, Any],
+        ctx: typer.Context,
+        config: File = None,
+        eval_prompts: EvalPrompts = None,
+        eval_tokens: EvalTokens = None,
+        blas: Blas = None,
+        debug: Debug = False,
+    ) -> None:
+        before, file, asked = ctx.obj
+        for key, value in (("prompts", eval_prompts), ("max_tokens", eval_tokens)):
+            asked[key] = asked[key] if value is None else value
+        _stages({**before, **given}, config or file, asked, name)
+
+    command.__doc__ = text
+    app.command(name)(_with_options(command))
+
+
+_stage("prompts", "Write the prompts, or take them from a file.")
+_stage("answers", "Answer the prompts, until there are tokens enough.")
+_stage("fit", "Train the drafter on the answers.")
+_stage("evaluate", "Measure the drafter live, and write its model card.")
+
+
+def _stages(
+    given: dict[str, Any],
+    file: Path | None,
+    evaluating: dict[str, int | None],
+    only: str | None = None,
+) -> None:
+    asked = {name: value for name, value in evaluating.items() if value is not None}
+    if any(value < 1 for value in asked.values()):
+        raise OptionError("--eval-prompts and --eval-tokens are 1 or more")
+    config, before = folder.settle(given, file)
+    with folder.alone(config.out):
+        try:
+            from . import stages
+
+            run = stages.open_run(config, before, stages.Evaluating(**asked))
+            for name, stage in stages.STAGES.items():
+                if only in (None, name):
+                    stage(run)
+        except RedrafterError:
+            if before is None and not folder.decided(config.out):
+                (config.out / folder.FILE).unlink(missing_ok=True)  # nothing was begun
+            raise
+        except KeyboardInterrupt:
+            stage_name = f" {only}" if only else ""
+            console.note(
+                "stopped; what is done is kept. To go on: "
+                f"mlx-redrafter train{stage_name} --out {shlex.quote(str(config.out))}"
+            )
+            raise
+    if only in (None, "fit", "evaluate"):
+        place = config.out / "drafter"
+        console.note(f"wrote {place}; use it: mlx-redrafter chat -m {config.model} -d {place}")
+
+
+def _estimate(given: dict[str, Any], file: Path | None) -> None:
+    from . import estimate
+
+    config, _ = folder.settle(given, file)
+    estimate.show(estimate.measure(config))

@@ -1,0 +1,170 @@
+"""The folder of a training run: the configuration in effect, and which of it is decided by now."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from mlx_redrafter.errors import OptionError
+
+from .config import TrainConfig, from_mapping
+
+FILE = "train.yaml"
+# What the text in the folder depends on, and what may change at any time.
+DATA = (
+    "model", "seed", "max_tokens", "prompt_tokens", "system_prompt", "prompts", "answers", "batch",
+)  # fmt: skip
+FREE = ("out", "answer_tokens", "cache_gb", "bits")
+FIT = tuple(f.name for f in fields(TrainConfig) if f.name not in DATA + FREE)
+_PLACES = ("model", "prompts", "answers", "warm_start")
+_EXPONENT = re.compile(r"[-+]?\d[\d_]*[eE][-+]?\d+$")
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The options in a YAML file. Raises OptionError."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.1 takes 1e-3 for text; nobody who writes it does."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("+-0123456789"))
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader)
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())
+        raise OptionError(
+            f"{file} cannot be read ({problem}): give lines of `option: value`"
+        ) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise OptionError(f"{file} is no configuration: give lines of `option: value`")
+    layers = values.get("context_layers")
+    if isinstance(layers, list):
+        values["context_layers"] = ",".join(map(str, layers))
+    return {str(name): value for name, value in values.items()}
+
+
+def settle(
+    flags: Mapping[str, Any], file: Path | None = None
+) -> tuple[TrainConfig, TrainConfig | None]:
+    """The configuration of a run, and the one stored in its folder by an earlier start, if any.
+
+    Flags win over the file, the file over what the folder was begun with, that over the defaults.
+    Raises OptionError: an unknown option, an impossible value, or a change of what is decided.
+    """
+    asked = {**(read_yaml(file) if file else {}), **flags}
+    asked = _values(from_mapping(asked, str(file or "the command line")), asked)
+    out = Path(asked.get("out", TrainConfig.out))
+    before = stored(out)
+    config = from_mapping({**(_all(before) if before else {}), **asked, "out": str(out)}, "train")
+    config.check()
+    if before is not None:
+        # The batch may have been lowered to fit in memory: that is compared when this is known.
+        refuse(before, config, [name for name in decided(out) if name != "batch"])
+    return config, before
+
+
+def stored(folder: Path) -> TrainConfig | None:
+    """What the folder was begun with; None for a new one. Raises OptionError."""
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    return from_mapping({**read_yaml(file), "out": str(folder)}, str(file))
+
+
+def decided(folder: Path) -> tuple[str, ...]:
+    """Options that cannot change any more, as there is text or a fit made with them."""
+    text = any(any((folder / part).glob("*.jsonl")) for part in ("prompts", "answers"))
+    return (DATA if text else ()) + (FIT if fitting(folder) else ())
+
+
+def fitting(folder: Path) -> bool:
+    """Has the fit begun?"""
+    return (folder / "fit" / "checkpoint.safetensors").is_file()
+
+
+def refuse(before: TrainConfig, config: TrainConfig, names: tuple[str, ...] | list[str]) -> None:
+    """Raise OptionError if one of the options has another value than before."""
+    for name in names:
+        old, new = getattr(before, name), getattr(config, name)
+        if old == new or (name in _PLACES and _same_place(old, new)):
+            continue
+        if name in DATA:
+            way = "leave it out, or begin in another --out"
+        else:
+            way = (
+                f"leave it out, or delete {config.out / 'fit'} to fit anew (--warm-start goes on "
+                "from a drafter)"
+            )
+        what = "text" if name in DATA else "fit"
+        raise OptionError(
+            f"{name} {_shown(new)} was given, but the {what} in {config.out} was begun with "
+            f"{name} {_shown(old)}: {way}"
+        )
+
+
+def write(config: TrainConfig) -> Path:
+    """Write the configuration in effect into the folder it names."""
+    import yaml
+
+    import mlx_redrafter
+
+    values = _all(config)
+    del values["out"]  # the folder may be moved
+    file = config.out / FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    head = f"# mlx-redrafter train, version {mlx_redrafter.__version__}\n"
+    partial = file.with_suffix(".partial")
+    partial.write_text(
+        head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+    partial.replace(file)
+    return file
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep a second run out of the folder. Raises OptionError if there is one, or no folder."""
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise OptionError(
+            f"another run works in {folder}: wait for it, or choose another --out"
+        ) from None
+    except OSError as error:
+        raise OptionError(f"{folder} cannot be written ({error}): choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _all(config: TrainConfig) -> dict[str, Any]:
+    return _values(config, [f.name for f in fields(config)])
+
+
+def _values(config: TrainConfig, names: Any) -> dict[str, Any]:
+    """The named options as YAML has them."""
+    found = {name: getattr(config, name) for name in names}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in found.items()}
+
+
+def _same_place(old: Any, new: Any) -> bool:
+    """A model or a file under another spelling of its path."""
+    if not all(isinstance(x, str | Path) for x in (old, new)):
+        return False
+    a, b = Path(old).expanduser(), Path(new).expanduser()
+    return a.exists() and b.exists() and a.samefile(b)
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else repr(str(value)) if isinstance(value, str) else str(value)

@@ -1,0 +1,146 @@
+"""The memory of a training run, by arithmetic: before a model is loaded, and for the guide.
+
+Symbols: V vocabulary, D hidden size, B answers at once, P prompt tokens, T answer tokens, R
+positions of an optimiser step, K its draft steps, S candidates, L layers whose outputs are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
+from mlx_redrafter.info import machine
+from mlx_redrafter.models import Decoder, DecoderConfig
+from mlx_redrafter.models.weights import parameters
+
+from .batched import ROWS_PER_PASS
+from .config import TrainConfig
+
+LONGEST = 1024  # tokens of a prompt from a file, at most
+USABLE = 0.75  # share of a machine's memory that a run may fill
+_WAVE, _WAVE_BATCHES = 192, 3
+_TEMPLATE = 64  # tokens that a chat template puts around a prompt, at most
+_READING_TOKENS = 4096  # of a pass that computes features again
+_SUPPORT = 8192  # tokens that targets are computed on where the drafter has them all
+WRITING = ("keys and values", "pass over prompts", "sampling", "features of a batch")
+FITTING = ("drafter", "gradients and Adam", "optimiser step", "target rows", "reading features")
+
+
+def usable_bytes() -> float:
+    """Memory of this machine that a run may fill."""
+    return float(USABLE * machine()["memory_gb"] * 2**30)
+
+
+def weights_of(target: Decoder) -> int:
+    """Bytes of the target's weights as they are loaded."""
+    return sum(value.nbytes for value in parameters(target).values())
+
+
+def wave(config: TrainConfig) -> int:
+    """Prompts that the model writes at once: they are short, and take as much as a batch."""
+    return min(_WAVE, _WAVE_BATCHES * config.batch)
+
+
+def target_parameters(target: DecoderConfig) -> int:
+    """Weights of the target, without the norms."""
+    size, heads = target.hidden_size, target.num_heads + 2 * target.num_kv_heads
+    attention = size * target.head_dim * (heads + target.num_heads)
+    layer = attention + 3 * size * target.intermediate_size
+    return layer * target.num_layers + (1 if target.tied else 2) * target.vocab_size * size
+
+
+def longest_prompt(config: TrainConfig) -> int:
+    """P, the most tokens of a prompt in its template."""
+    if config.prompts is not None:
+        return LONGEST
+    return _TEMPLATE + config.prompt_tokens + len((config.system_prompt or "").encode()) // 2
+
+
+def memory(
+    config: TrainConfig,
+    target: DecoderConfig,
+    shape: ReDrafterConfig,
+    *,
+    weights: float,
+    on_gpu: bool = True,
+) -> dict[str, int]:
+    """Bytes by part: the target's weights, then the parts of WRITING and those of FITTING.
+
+    Args:
+        shape: of the drafter.
+        weights: bytes of the target's weights as loaded; 4-bit ones take about 4.5 bits each.
+        on_gpu: 16-bit activations and fused attention; on a CPU neither.
+    """
+    item, size, batch = (2 if on_gpu else 4), target.hidden_size, config.batch
+    layers = len({*shape.context_layers, target.num_layers - 1})
+    prompt = longest_prompt(config)
+    per_token = target.num_layers * 2 * target.num_kv_heads * target.head_dim * item
+    slots = prompt + config.max_tokens
+    most = batch * slots
+    if config.prompts is None:
+        most = max(most, wave(config) * prompt)
+    # One layer's slab exists twice while finished answers are dropped.
+    slabs = most * per_token * (1 + 1 / target.num_layers)
+    drafter = sum(p.size for p in parameters(ReDrafter(shape)).values())
+    rows = config.batch_positions * config.rollout
+    support = shape.draft_vocab_size or min(_SUPPORT, shape.vocab_size)
+    reading = _READING_TOKENS * per_token + _pass(target, layers, slots, on_gpu)
+    return {
+        "target": round(weights),
+        "keys and values": round(slabs),
+        "pass over prompts": _pass(target, layers, prompt, on_gpu),
+        # float32: logits, exponentials, their sums, and what is compared.
+        "sampling": batch * target.vocab_size * 4 * 4,
+        # float16; once while written and once in one piece for the file.
+        "features of a batch": batch * max(prompt, 2 * config.max_tokens) * layers * size * 2,
+        "drafter": 4 * drafter,
+        "gradients and Adam": 3 * 4 * drafter,
+        # Per draft step: gates, states and blocks; logits, both distributions, two gradients.
+        "optimiser step": rows * 4 * (10 * size + 4 * shape.exit_dim + 5 * config.candidates)
+        + 2 * config.batch_positions * 4 * support
+        + config.batch_positions * layers * size * (2 + 4) * 2,
+        "target rows": support * size * item,
+        "reading features": reading,
+    }
+
+
+def of_stage(parts: dict[str, int], names: tuple[str, ...]) -> int:
+    """Bytes of writing (WRITING) or of fitting (FITTING), with the target."""
+    return parts["target"] + sum(parts[name] for name in names)
+
+
+def peak(parts: dict[str, int]) -> int:
+    """Bytes of the stage that needs most."""
+    return max(of_stage(parts, names) for names in (WRITING, FITTING))
+
+
+def fitting_batch(
+    config: TrainConfig,
+    target: DecoderConfig,
+    shape: ReDrafterConfig,
+    available: float,
+    *,
+    weights: float,
+    on_gpu: bool = True,
+) -> int:
+    """The largest batch of answers, up to ``config.batch``, that fits in so many bytes, or 1."""
+
+    def fits(batch: int) -> bool:
+        parts = memory(replace(config, batch=batch), target, shape, weights=weights, on_gpu=on_gpu)
+        return of_stage(parts, WRITING) <= available
+
+    low, high = 1, config.batch
+    while low < high:  # the memory grows with the batch
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _pass(target: DecoderConfig, layers: int, slots: int, on_gpu: bool) -> int:
+    """Activations of ROWS_PER_PASS tokens: one layer's, and the outputs that are kept."""
+    item, size = (2 if on_gpu else 4), target.hidden_size
+    heads = target.num_heads + target.num_kv_heads
+    row = item * (6 * size + 2 * heads * target.head_dim + 3 * target.intermediate_size)
+    row += layers * size * (item + 4 + 2)
+    scores = 0 if on_gpu else 3 * target.num_heads * slots * item
+    return ROWS_PER_PASS * (row + scores)

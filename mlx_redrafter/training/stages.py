@@ -1,0 +1,384 @@
+"""The four stages of training a drafter: prompts, answers, fit, evaluation.
+
+All that a stage makes is in the folder, written whole file by whole file: each stage can run alone
+and be stopped at any time, and goes on with what is missing. The result is the same either way.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_redrafter import console, hub
+from mlx_redrafter.drafters.redrafter import ReDrafterConfig
+from mlx_redrafter.errors import OptionError
+from mlx_redrafter.info import device
+from mlx_redrafter.models import Decoder, load_model
+
+from . import agreement, folder, imports, initialise, memory
+from .answers import write_shard
+from .batched import BatchedTarget, Request
+from .config import TrainConfig
+from .data import compute_features
+from .progress import Bar
+from .rollout import feature_layers
+from .shards import Shard, read_conversations, record_layers, recorded_layers, shards
+from .supply import Supply
+
+_EXPECTED = 0.75  # length of an answer, as a share of the longest, before any is known
+_FROM_MEASURED = 1.02  # prompts more than the answers so far say are needed
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """How much the evaluation measures: prompts (None: all) and tokens of an answer."""
+
+    prompts: int | None = None
+    max_tokens: int = 128
+
+
+@dataclass
+class Run:
+    """A training run: its configuration and what is loaded for it.
+
+    Raises OptionError, DrafterError: options that do not go with the model.
+    """
+
+    config: TrainConfig
+    target: Decoder
+    tokenizer: TokenizerWrapper
+    evaluating: Evaluating = field(default_factory=Evaluating)
+
+    def __post_init__(self) -> None:
+        config, context = self.config, self.target.config.max_positions
+        if memory.longest_prompt(replace(config, prompts=None)) + config.max_tokens > context:
+            raise OptionError(
+                f"prompts of {config.prompt_tokens} and answers of {config.max_tokens} tokens do "
+                f"not fit in this model's context of {context}: lower max_tokens or prompt_tokens"
+            )
+        self.shape: ReDrafterConfig = initialise.drafter_config(config, self.target)
+        if config.warm_start is not None and not folder.fitting(config.out):
+            initialise.warm_start(config.warm_start, self.shape, self.target, None)
+        self.writer = BatchedTarget(self.target, ())
+        self._supply: Supply | None = None
+
+    @property
+    def supply(self) -> Supply:
+        if self._supply is None:
+            self._supply = Supply(self.config, self.writer, self.tokenizer)
+        return self._supply
+
+    def forget(self) -> None:
+        """Give the memory of the model back; the run can do nothing more with it."""
+        del self.target, self.writer
+        self._supply = None
+        mx.clear_cache()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers whose outputs the fit needs."""
+        return feature_layers(self.target, self.shape)
+
+
+def open_run(
+    config: TrainConfig, before: TrainConfig | None, evaluating: Evaluating | None = None
+) -> Run:
+    """Load the model, lower the batch to what fits in memory, and write the configuration down."""
+    place = hub.resolve(config.model)
+    target, tokenizer = load_model(place), hub.load_tokenizer(place)
+    config = replace(config, batch=_batch(config, before, target))
+    run = Run(config, target, tokenizer, evaluating or Evaluating())
+    if before != config:
+        folder.write(config)
+    return run
+
+
+def _batch(config: TrainConfig, before: TrainConfig | None, target: Decoder) -> int:
+    """The batch as given, or as low as the memory needs; once there is text, as it was.
+
+    Warns of a drafter that is too large.
+    """
+    if before is not None and before.batch == config.batch:
+        return config.batch
+    shape, on_gpu = initialise.drafter_config(config, target), device() == "gpu"
+    available, weights = memory.usable_bytes(), memory.weights_of(target)
+    fitting = memory.fitting_batch(
+        config, target.config, shape, available, weights=weights, on_gpu=on_gpu
+    )
+    parts = memory.memory(config, target.config, shape, weights=weights, on_gpu=on_gpu)
+    if memory.of_stage(parts, memory.FITTING) > available:
+        console.warn(
+            f"warning: the fit of this drafter needs about "
+            f"{memory.of_stage(parts, memory.FITTING) / 2**30:.0f} GB, this machine has "
+            f"{available / 2**30:.0f} GB to spare: lower draft_vocab_size or exit_dim"
+        )
+    if before is not None and "batch" in folder.decided(config.out):
+        folder.refuse(before, replace(config, batch=fitting), ["batch"])
+    elif fitting < config.batch:
+        console.note(
+            f"note: batch lowered from {config.batch} to {fitting}, which needs about "
+            f"{available / 2**30:.0f} GB"
+        )
+    return fitting
+
+
+def prompts(run: Run) -> None:
+    """Take in earlier answers, and have prompts enough for the others."""
+    config = run.config
+    if config.answers is not None:
+        imports.take(config.answers, config.out, run.target.config, run.tokenizer)
+    missing = config.answer_tokens - _imported_tokens(config.out)
+    if missing <= 0:
+        return
+    _extend(run, math.ceil(missing / (_EXPECTED * config.max_tokens)))
+
+
+def _extend(run: Run, count: int) -> None:
+    """Have at least so many prompts, in whole batches of answers."""
+    count, have = _whole(run, count), len(run.supply.rows)
+    if have < count and run.config.prompts is not None:
+        run.supply.extend(count)
+    elif have < count:
+        with Bar("prompts", count, "prompts", have) as bar:
+            run.supply.extend(count, bar.to)
+
+
+def _whole(run: Run, count: int) -> int:
+    return math.ceil(count / run.config.batch) * run.config.batch
+
+
+def answers(run: Run) -> None:
+    """Answer prompts until there are tokens enough; more prompts are written if they run out."""
+    config = run.config
+    prompts(run)
+    imported = _imported_tokens(config.out)
+    if imported >= config.answer_tokens:
+        return
+    target = _feature_writer(run)
+    tokens, done = imported, 0
+    with Bar("answers", config.answer_tokens, "tokens", _all_tokens(config.out)) as bar:
+        while True:
+            for start, stop in run.supply.batches(config.batch):
+                if stop <= done:
+                    continue
+                tokens = _answer_pool(run, target, (start, stop), tokens, bar)
+                done = stop
+                if tokens >= config.answer_tokens:
+                    return
+            # The answers are shorter than was expected.
+            each = max(1.0, (tokens - imported) / max(done, 1))
+            count = math.ceil((config.answer_tokens - imported) / each * _FROM_MEASURED)
+            run.supply.extend(_whole(run, max(count, done + 1)), partial(_wrote, bar))
+
+
+def _wrote(bar: Bar, prompts: int) -> None:
+    bar.to(bar.done, f"{prompts} prompts")
+
+
+def _answer_pool(
+    run: Run, target: BatchedTarget, pool: tuple[int, int], tokens: int, bar: Bar
+) -> int:
+    """Answer what is not answered in a pool of prompts; answer tokens so far, ``tokens`` before."""
+    config, size = run.config, run.config.batch
+    files = [_shard(config.out, i) for i in range(pool[0] // size, pool[1] // size)]
+    batches: list[list[Request]] = []
+    for number, shard in enumerate(files):
+        if tokens >= config.answer_tokens:
+            break
+        if shard.file.is_file():
+            tokens += _tokens(shard.file)
+            continue
+        batches = batches or run.supply.requests(*pool, size)
+        tokens += write_shard(
+            target, batches[number], shard, max_tokens=config.max_tokens,
+            end_tokens=run.tokenizer.eos_token_ids,
+        )  # fmt: skip
+        bar.to(tokens)
+    return tokens
+
+
+def _feature_writer(run: Run) -> BatchedTarget:
+    """A target that keeps the features of its answers, if there is room for all of them."""
+    if not _cached(run):
+        return run.writer
+    return BatchedTarget(run.target, _settled_layers(run))
+
+
+def _settled_layers(run: Run) -> tuple[int, ...]:
+    """Layers of the features in the folder; if others are needed now, what is there is removed."""
+    found = recorded_layers(run.config.out)
+    if found is not None and set(run.layers) <= set(found):
+        return found
+    for shard in shards(run.config.out):
+        shard.features_file.unlink(missing_ok=True)
+    record_layers(run.config.out, run.layers)
+    return run.layers
+
+
+def _cached(run: Run) -> bool:
+    """Do the features of all answers fit on the disk that may be used?"""
+    tokens = max(run.config.answer_tokens, _all_tokens(run.config.out))
+    size = tokens * len(run.layers) * run.target.config.hidden_size * 2
+    return size <= run.config.cache_gb * 1e9
+
+
+def fit(run: Run) -> None:
+    """Train the drafter on the answers in the folder, and write it to ``drafter``."""
+    config = run.config
+    if not shards(config.out):
+        raise OptionError(
+            f"{config.out} has no answers to train on: run `mlx-redrafter train answers "
+            f"--out {config.out}` first"
+        )
+    from .fit import fit as fit_drafter
+
+    agreement.warn(run.supply)
+    if _cached(run):
+        _read_features(run)
+    _note_new_answers(config.out)
+    steps = max(1, -(-config.positions // config.batch_positions))
+    with Bar("fit", steps, "steps", _fitted_steps(config.out)) as bar:
+        fit_drafter(run.target, config, config.out, lambda row: bar.to(row["step"], _state(row)))
+
+
+def _read_features(run: Run) -> None:
+    """Compute the features of answers that were taken in, where the progress can be seen."""
+    layers = _settled_layers(run)
+    missing = [s for s in shards(run.config.out) if not s.features_file.is_file()]
+    if not missing:
+        return
+    reader = BatchedTarget(run.target, layers)
+    with Bar("reading answers", sum(_tokens(s.file) for s in missing), "tokens") as bar:
+        for shard in missing:
+            compute_features(reader, layers, shard)
+            mx.clear_cache()
+            bar.add(_tokens(shard.file))
+
+
+def _note_new_answers(out: Path) -> None:
+    """Remember what the fit began with; say so if it goes on with more."""
+    file, now = out / "fit" / "answers.json", {"answer_tokens": _all_tokens(out)}
+    if not folder.fitting(out) or not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(now) + "\n")
+        return
+    began = json.loads(file.read_text())["answer_tokens"]
+    if began != now["answer_tokens"]:
+        console.warn(
+            f"warning: the fit in {out / 'fit'} began with {began:,} answer tokens and goes on "
+            f"with {now['answer_tokens']:,}: delete it to fit anew"
+        )
+
+
+def _fitted_steps(out: Path) -> int:
+    file = out / "fit" / "checkpoint.safetensors"
+    if not file.is_file():
+        return 0
+    loaded: Any = mx.load(str(file), return_metadata=True)
+    return int(loaded[1]["step"])
+
+
+def _state(row: dict[str, Any]) -> str:
+    if "loss" not in row:
+        return ""
+    return f"loss {row['loss']:.2f}, first draft right {row['agreement'][0]:.0%}"
+
+
+def evaluate(run: Run) -> None:
+    """Measure the drafter live on prompts kept out of training; write plots and its model card."""
+    from mlx_redrafter.api import load
+    from mlx_redrafter.prompts import read_prompts
+
+    from . import card, plots
+    from . import evaluate as measuring
+
+    config, asked = run.config, run.evaluating
+    place = config.out / "drafter"
+    if not (place / "config.json").is_file():
+        raise OptionError(
+            f"{config.out} has no drafter yet: run `mlx-redrafter train fit --out {config.out}` "
+            "first"
+        )
+    # Anew: for training, functions of the target were replaced by faster ones that round otherwise.
+    run.forget()
+    model, tokenizer = load(config.model, str(place))
+    chosen = read_prompts(count=asked.prompts)
+    with Bar("evaluation", measuring.answers(len(chosen)), "answers") as bar:
+        result = measuring.evaluate(
+            model, tokenizer, chosen, max_tokens=asked.max_tokens, on_answer=bar.add
+        )
+    measuring.write(place, result)
+    plots.write_all(place, config.out / "fit" / "log.jsonl")
+    conversations = [c for s in shards(config.out) for c in s.conversations()]
+    positions = _fitted_steps(config.out) * config.batch_positions
+    card.write(
+        place, config, card.Recipe.of(conversations, positions),
+        made_by=command_line(config), measured_by=_evaluation_line(config, asked),
+    )  # fmt: skip
+    for row in result.live:
+        if row.group == "all":
+            console.note(
+                f"{row.shape}, temperature {row.temp:g}: {row.stats.tokens_per_step:.2f} tokens "
+                "per step"
+            )
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    "prompts": prompts, "answers": answers, "fit": fit, "evaluate": evaluate,
+}  # fmt: skip
+
+
+def command_line(config: TrainConfig) -> str:
+    """The command that makes this run; of paths the last part, for the rest is the user's own."""
+    words = ["mlx-redrafter train"]
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name in ("model", "out") or value != f.default:
+            words.append(f"--{f.name.replace('_', '-')} {_quoted(f.name, value)}")
+    return " ".join(words)
+
+
+def _quoted(name: str, value: Any) -> str:
+    import shlex
+
+    from .evaluate import short_name
+
+    if name == "model":
+        value = short_name(value)
+    return shlex.quote(value.name if isinstance(value, Path) else str(value))
+
+
+def _evaluation_line(config: TrainConfig, asked: Evaluating) -> str:
+    count = f" --eval-prompts {asked.prompts}" if asked.prompts is not None else ""
+    return (
+        f"mlx-redrafter train evaluate --out {_quoted('out', config.out)}{count} "
+        f"--eval-tokens {asked.max_tokens}"
+    )
+
+
+def _shard(out: Path, number: int) -> Shard:
+    return Shard(out / "answers" / f"{number:05d}.jsonl", out / "features" / f"{number:05d}.npy")
+
+
+def _tokens(file: Path) -> int:
+    return sum(len(c.answer) for c in read_conversations(file))
+
+
+def _imported_tokens(out: Path) -> int:
+    return sum(map(_tokens, imports.split(out)[0]))
+
+
+def _own_tokens(out: Path) -> int:
+    return sum(map(_tokens, imports.split(out)[1]))
+
+
+def _all_tokens(out: Path) -> int:
+    return _imported_tokens(out) + _own_tokens(out)

@@ -1,0 +1,158 @@
+"""The prompts of a training folder, in one endless order: from a file, or in the model's words.
+
+Every file below ``prompts`` is whole, and each depends on those before it alone. So the prompt with
+a number, and the batch of answers with a number, are the same wherever a run was stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_redrafter import console
+from mlx_redrafter.errors import OptionError
+
+from . import prompts
+from .answers import plan
+from .batched import BatchedTarget, Request
+from .config import TrainConfig
+from .memory import LONGEST, wave
+from .shards import read_lines, write_lines
+
+_POOL = 8  # batches whose prompts are sorted by length together
+_FIRST_SEED, _SEEDS = 5_000_000, 1000  # seeds of the prompts, apart from those of the answers
+_OWN_TEMP = 1.0
+_AGAIN_TEMP = 0.8  # instead of greedy, where a prompt is answered again
+_FRUITLESS = 3  # waves in a row without a new prompt
+
+Row = dict[str, Any]
+
+
+class Supply:
+    """Prompts as they are needed.
+
+    Args:
+        target: to write prompts with.
+    """
+
+    def __init__(
+        self, config: TrainConfig, target: BatchedTarget, tokenizer: TokenizerWrapper
+    ) -> None:
+        self.config, self.target, self.tokenizer = config, target, tokenizer
+        self.folder = config.out / "prompts"
+        self.sizes: list[int] = []  # prompts per file
+        self.rows: list[Row] = []
+        for file in sorted(self.folder.glob("*.jsonl")):
+            self._take(read_lines(file))
+        self.known = prompts.KnownPrompts()
+        if config.prompts is None:
+            for row in self.rows:
+                self.known.add(row["prompt"])
+
+    def extend(self, count: int, on_more: Callable[[int], None] = lambda n: None) -> None:
+        """Have at least so many prompts; ``on_more`` gets their number.
+
+        Raises OptionError: no usable prompt in the file, or a model that writes none.
+        """
+        while len(self.rows) < count:
+            if self.config.prompts is None:
+                rows = self._own()
+            elif not self.rows:
+                rows = self._given(self.config.prompts)
+                if len(rows) < count:
+                    console.note(
+                        f"note: {self.config.prompts} holds {len(rows)} prompts and {count} are "
+                        "needed: they are answered several times, with other seeds"
+                    )
+            else:
+                rows = self._again()
+            write_lines(self.folder / f"{len(self.sizes):05d}.jsonl", rows)
+            self._take(rows)
+            on_more(len(self.rows))
+
+    def batches(self, batch: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of the pools of whole batches that the prompts of now make."""
+        start = total = 0
+        for size in self.sizes:
+            total += size
+            whole = total // batch * batch
+            while start < whole:
+                stop = min(start + _POOL * batch, whole)
+                yield start, stop
+                start = stop
+
+    def requests(self, start: int, stop: int, batch: int) -> list[list[Request]]:
+        """The batches of a pool, prompts of like length together."""
+        ids = [self.encode(row) for row in self.rows[start:stop]]
+        found = [list(part) for part in plan(ids, batch, self.config.seed + start)]
+        for part in found:
+            for i, request in enumerate(part):
+                row = self.rows[request.seed - self.config.seed]
+                if row.get("again") and request.temp == 0:
+                    part[i] = replace(request, temp=_AGAIN_TEMP)
+        return found
+
+    def encode(self, row: Row) -> list[int]:
+        """Token ids in the model's template, with the system prompt unless there is one."""
+        return prompts.encode(self.tokenizer, conversation(row, self.config.system_prompt))
+
+    def _take(self, rows: list[Row]) -> None:
+        self.sizes.append(len(rows))
+        self.rows += rows
+
+    def _own(self) -> list[Row]:
+        """A wave of new prompts in the model's words."""
+        if self.sizes[-_FRUITLESS:] == [0] * _FRUITLESS:
+            raise OptionError(
+                f"{self.config.model} writes no new prompts by itself (see {self.folder}): give "
+                "some with --prompts FILE"
+            )
+        config = self.config
+        size = wave(config)
+        texts = prompts.write_own(
+            self.target, self.tokenizer, count=size, batch=size, max_tokens=config.prompt_tokens,
+            temp=_OWN_TEMP, seed=config.seed + _FIRST_SEED + _SEEDS * len(self.sizes),
+        )  # fmt: skip
+        return [{"prompt": text} for text in texts if self.known.add(text)]
+
+    def _given(self, file: Path) -> list[Row]:
+        """The prompts of a file that are not too long."""
+        limit = min(LONGEST, self.target.target.config.max_positions - self.config.max_tokens)
+        found = [
+            {"prompt": messages[0]["content"]} if len(messages) == 1 else {"messages": messages}
+            for messages in prompts.from_file(file)
+        ]
+        rows = [row for row in found if self._fits(row, limit)]
+        if len(rows) < len(found):
+            console.note(
+                f"note: {len(found) - len(rows)} of {len(found)} prompts in {file} are left out: "
+                f"they have more than {limit} tokens"
+            )
+        if not rows:
+            raise OptionError(f"no prompt in {file} has {limit} tokens or less")
+        return rows
+
+    def _fits(self, row: Row, limit: int) -> bool:
+        # A token is a byte or more: most prompts need no look.
+        size = sum(len(m["content"].encode()) for m in conversation(row, None))
+        return size < limit // 2 or len(self.encode(row)) <= limit
+
+    def _again(self) -> list[Row]:
+        """The prompts of the file once more, so often that they fill a batch."""
+        first = self.rows[: self.sizes[0]]
+        times = -(-self.config.batch // len(first))
+        return [{**row, "again": True} for row in first] * times
+
+
+def conversation(row: Row, system: str | None) -> list[dict[str, str]]:
+    """The messages of a prompt file's line."""
+    messages = (
+        row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+    )
+    if system and messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    return messages
