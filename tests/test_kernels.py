@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
+
+import mlx.core as mx  # isort: skip
 from mlx_redrafter import kernels
+from mlx_redrafter.models.attention import softmax
 
 PROGRAM = """
 import mlx_redrafter, os, sys
@@ -66,3 +70,13 @@ def test_a_users_include_path_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Path(first).parent.name == "native" and last == "/opt/include"
     kernels.prepare(tmp_path)
     assert os.environ["CPLUS_INCLUDE_PATH"].count("native") == 1
+
+
+@pytest.mark.parametrize("length", [1, 7, 64, 128, 129, 384, 1000, 2048])
+def test_softmax_has_the_bits_of_mlx(length: int) -> None:
+    scores = mx.random.normal((3, 5, length), key=mx.random.key(length)) * 6
+    seen = mx.random.uniform(shape=(5, length), key=mx.random.key(1)) > 0.3
+    scores = mx.where(seen, scores, mx.finfo(mx.float32).min)
+    expected = mx.softmax(scores, axis=-1, precise=True)
+    for function in (softmax, mx.compile(softmax)):
+        assert mx.array_equal(function(scores), expected).item()
