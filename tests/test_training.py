@@ -322,6 +322,26 @@ def test_interrupted_at_three_points_the_weights_are_the_same(
         assert mx.array_equal(value, parts[name]).item(), name
 
 
+def test_more_answers_later_change_neither_vocabulary_nor_scales(
+    folder: Path, target: Decoder, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    write_answers(target, own, parts=1)
+    config = replace(SMALL, draft_vocab_size=12)
+    run_fit(target, own, config)
+    before = Fit(target, config, own)
+    batches = [next(before.data.batches(16, 1, 0))]
+    for kind in ("answers", "features"):
+        for file in (folder / kind).glob("00001.*"):
+            # The first in order, and other tokens are frequent in it.
+            (own / kind / f"0-{file.name}").write_bytes(file.read_bytes())
+    after = Fit(target, config, own)
+    assert len(after.data.rows) == 2
+    assert after.support.tolist() == before.support.tolist()
+    assert after.scales == before.scales
+    assert after.score(batches) == before.score(batches)
+
+
 def test_a_warm_start_goes_on_where_the_drafter_was(
     folder: Path, target: Decoder, tmp_path: Path
 ) -> None:

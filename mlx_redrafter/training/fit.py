@@ -15,13 +15,14 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_redrafter.drafters.loading import save_drafter
-from mlx_redrafter.drafters.redrafter import ReDrafter
+from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
 from mlx_redrafter.models import Decoder
 
 from .batched import BatchedTarget
 from .config import TrainConfig
 from .data import Batch, Positions
 from .initialise import (
+    Scales,
     drafter_config,
     fold,
     frequent,
@@ -60,6 +61,23 @@ class Fit:
             folder, BatchedTarget(target, layers), config.segment, config.rollout,
             config.cache_gb * 1e9,
         )  # fmt: skip
+        self.step, self.seconds = 0, 0.0
+        saved = self._saved()
+        if saved is None:
+            self._begin(shape)
+        else:
+            self._go_on(shape, *saved)
+        if shape.head == "target":
+            self.drafter.bind(target)
+        self._prepare_candidates()
+        state = [self.drafter.state, self.optimizer.state]
+        self._update = mx.compile(self._train_step, inputs=state, outputs=state)
+        self._score = mx.compile(self._measure, inputs=[self.drafter.state])
+
+    def _begin(self, shape: ReDrafterConfig) -> None:
+        """A new drafter, or the one of a warm start."""
+        config, target = self.config, self.target
+        self.log_file.unlink(missing_ok=True)
         counts = self.data.frequencies(shape.vocab_size)
         self.support = frequent(counts, min(shape.draft_vocab_size or SUPPORT, shape.vocab_size))
         vocabulary = self.support if shape.draft_vocab_size else None
@@ -72,16 +90,31 @@ class Fit:
             if vocabulary is not None:
                 self.support = np.array(self.drafter.draft_vocab)
             fold(self.drafter, self.scales.inverse())
-        if shape.head == "target":
-            self.drafter.bind(target)
-        self._prepare_candidates()
         self.optimizer = self._optimizer()
         self.optimizer.init(self.drafter.trainable_parameters())
-        self.step, self.seconds = 0, 0.0
-        self._resume()
-        state = [self.drafter.state, self.optimizer.state]
-        self._update = mx.compile(self._train_step, inputs=state, outputs=state)
-        self._score = mx.compile(self._measure, inputs=[self.drafter.state])
+
+    def _go_on(
+        self, shape: ReDrafterConfig, arrays: dict[str, mx.array], facts: dict[str, str]
+    ) -> None:
+        """All as it was: also the draft vocabulary and the scales, were there more answers now."""
+        self.step, self.seconds = int(facts["step"]), float(facts["seconds"])
+        self.scales = Scales(float(facts["embedding_scale"]), float(facts["context_scale"]))
+        parts: dict[str, list[tuple[str, mx.array]]] = {"drafter": [], "optimizer": []}
+        for name, value in arrays.items():
+            part, _, rest = name.partition(".")
+            if part in parts:
+                parts[part].append((rest, value))
+        self.support = np.array(arrays["support"])
+        self.drafter = ReDrafter(shape)
+        self.drafter.update(tree_unflatten(parts["drafter"]))
+        self.optimizer = self._optimizer()
+        self.optimizer.init(self.drafter.trainable_parameters())
+        self.optimizer.state = tree_unflatten(parts["optimizer"])
+        mx.eval(self.drafter.state, self.optimizer.state)
+        if self.log_file.is_file():
+            rows = [json.loads(line) for line in self.log_file.read_text().splitlines()]
+            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.step]
+            self.log_file.write_text("".join(kept))
 
     # Candidates
 
@@ -289,31 +322,20 @@ class Fit:
         arrays |= {f"optimizer.{k}": v for k, v in _flat(self.optimizer.state)}
         self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
         partial = self._checkpoint.with_name("partial.safetensors")
-        facts = {"step": str(self.step), "seconds": str(self.seconds)}
+        arrays["support"] = mx.array(self.support, mx.int32)
+        facts = {
+            "step": str(self.step), "seconds": str(self.seconds),
+            "embedding_scale": repr(self.scales.embedding),
+            "context_scale": repr(self.scales.context),
+        }  # fmt: skip
         mx.save_safetensors(str(partial), arrays, metadata=facts)
         partial.replace(self._checkpoint)
 
-    def _resume(self) -> None:
+    def _saved(self) -> tuple[dict[str, mx.array], dict[str, str]] | None:
         if not self._checkpoint.is_file():
-            self.log_file.unlink(missing_ok=True)
-            return
+            return None
         loaded = mx.load(str(self._checkpoint), return_metadata=True)
-        arrays, facts = cast(tuple[dict[str, mx.array], dict[str, str]], loaded)
-        self.step, self.seconds = int(facts["step"]), float(facts["seconds"])
-        parts: dict[str, list[tuple[str, mx.array]]] = {"drafter": [], "optimizer": []}
-        for name, value in arrays.items():
-            part, _, rest = name.partition(".")
-            parts[part].append((rest, value))
-        self.drafter.update(tree_unflatten(parts["drafter"]))
-        self.support = np.array(self.drafter.draft_vocab) if "draft_vocab" in self.drafter else (
-            self.support
-        )  # fmt: skip
-        self.optimizer.state = tree_unflatten(parts["optimizer"])
-        mx.eval(self.drafter.state, self.optimizer.state)
-        if self.log_file.is_file():
-            rows = [json.loads(line) for line in self.log_file.read_text().splitlines()]
-            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.step]
-            self.log_file.write_text("".join(kept))
+        return cast(tuple[dict[str, mx.array], dict[str, str]], loaded)
 
     def export(self, folder: Path) -> Path:
         """Write the drafter as the decode loop reads it."""
