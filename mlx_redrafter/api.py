@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_redrafter import blas, hub
 from mlx_redrafter.decoding.engine import Engine, Progress, Session
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.decoding.tree import DEFAULT, TreeShape
 from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.drafters.redrafter import ReDrafter
 from mlx_redrafter.errors import OptionError
@@ -134,7 +134,7 @@ def stream_generate(
     if prefill_step_size < 1:
         raise OptionError(f"prefill_step_size {prefill_step_size} is not possible: use 1 or more")
     ids = _encode(tokenizer, prompt)
-    shape = (tree or TreeShape()) if draft else TreeShape.plain()
+    shape = (tree or DEFAULT) if draft else TreeShape.plain()
     session = session if session is not None else Session()
     answer = _Answer(tokenizer, len(ids), stop, {*tokenizer.eos_token_ids, *stop_tokens})
     steps = model.engine.generate(

@@ -285,7 +285,7 @@ def _count(messages: Sequence[Message]) -> str:
 
 def _shown(name: str, options: DecodeOptions) -> str:
     value = getattr(options, name)
-    if value is None and name in ("beam_width", "beam_length", "nodes", "candidates"):
+    if value is None and name in ("beam_width", "beam_length", "nodes", "candidates", "lookup"):
         return "default"
     return "off" if value is None or value == [] else str(value)
 

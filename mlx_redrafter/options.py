@@ -157,29 +157,38 @@ class DecodeOptions:
             help="Nodes from the whole beam search, or from its surviving beams (Apple's set).",
         ),
     ] = None
+    lookup: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=DRAFTING,
+            help="Tokens drafted from the text itself, where it said the same before; 0: none.",
+        ),
+    ] = None
     prefill_step_size: Annotated[int, typer.Option(help="Prompt tokens read in one pass.")] = 512
 
     def tree(self) -> TreeShape | None:
         """The tree asked for, None where no option says anything; raises OptionError."""
-        from mlx_redrafter.decoding.tree import TreeShape
+        from mlx_redrafter.decoding.tree import DEFAULT, TreeShape
 
         asked: dict[str, Any] = {
             "width": self.beam_width,
             "depth": self.beam_length,
             "nodes": self.nodes,
             "mode": self.candidates,
+            "lookup": self.lookup,
         }
         given = {name: value for name, value in asked.items() if value is not None}
         if not given:
             return None
         # A narrower or shorter tree than the default one holds fewer nodes.
-        width, depth = given.get("width", TreeShape.width), given.get("depth", TreeShape.depth)
-        given.setdefault("nodes", max(1, min(TreeShape.nodes, 1 + width * depth)))
+        width, depth = given.get("width", DEFAULT.width), given.get("depth", DEFAULT.depth)
+        lookup = given.setdefault("lookup", DEFAULT.lookup)
+        given.setdefault("nodes", max(1, min(DEFAULT.nodes, 1 + width * depth + lookup)))
         return TreeShape(**given)
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `stream_generate`; raises OptionError."""
-        own = ("system_prompt", "beam_width", "beam_length", "nodes", "candidates")
+        own = ("system_prompt", "beam_width", "beam_length", "nodes", "candidates", "lookup")
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in own:
             del given[name]

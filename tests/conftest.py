@@ -45,6 +45,8 @@ SHAPES = {
     "beam-4x5-16": TreeShape(4, 5, 16),
     "beams-3x4-8": TreeShape(3, 4, 8, "beams"),
     "beams-all": TreeShape(3, 3, 10, "beams"),
+    "lookup": TreeShape(1, 0, 6, lookup=5),
+    "beam-and-lookup": TreeShape(3, 3, 9, lookup=6),
 }
 # The right token is first, second or third choice, or none: long runs, side branches, rejections.
 RANKS = (0, 1, 0, 0, 2, 0, 0, 0, 1, 9, 0)

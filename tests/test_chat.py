@@ -104,7 +104,7 @@ def test_commands_change_the_next_answer() -> None:
         ("/set top_k 1.5", "top_k '1.5' is not possible: give a whole number"),
         ("/set temp -1", "temp -1.0 is not possible: use 0 to 100"),
         ("/set max_tokens 0", "max_tokens 0 is not possible: use 1 or more"),
-        ("/set nodes 99", "99 nodes are not possible with beam width 3 and beam length 4"),
+        ("/set nodes 99", "99 nodes are not possible with beam width 3, beam length 4"),
         ("/set candidates x", "candidate mode 'x' is unknown: use trellis or beams"),
         ("/retry", "there is no question to answer again"),
         ("/stats", "no answer yet"),

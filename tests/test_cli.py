@@ -113,7 +113,7 @@ def test_every_option_reaches_the_generation(runner: CliRunner, model: FakeModel
         " --presence-penalty 0.2 --presence-context-size 31 --frequency-penalty 0.3"
         " --frequency-context-size 32 --logit-bias 42=-5 --logit-bias 7=1.5 --seed 3 --stop END"
         " --stop FIN --system-prompt Hi --beam-width 4 --beam-length 5 --nodes 16"
-        " --candidates beams --prefill-step-size 64 Capital?"
+        " --candidates beams --lookup 3 --prefill-step-size 64 Capital?"
     )
     result = runner.invoke(cli.app, line.split())
     assert result.exit_code == 0, result.output
@@ -135,7 +135,7 @@ def test_every_option_reaches_the_generation(runner: CliRunner, model: FakeModel
         "seed": 3,
         "stop": ("END", "FIN"),
         "prefill_step_size": 64,
-        "tree": TreeShape(width=4, depth=5, nodes=16, mode="beams"),
+        "tree": TreeShape(width=4, depth=5, nodes=16, mode="beams", lookup=3),
     }
 
 
@@ -181,7 +181,7 @@ def test_a_template_that_refuses_the_system_prompt_is_one_line(
         (["--max-tokens", "0"], "max_tokens 0 is not possible: use 1 or more"),
         (["--prefill-step-size", "0"], "prefill_step_size 0 is not possible: use 1 or more"),
         (["--beam-width", "0"], "beam width 0 is not possible"),
-        (["--beam-length", "0"], "beam length 0 is not possible"),
+        (["--beam-length", "0", "--lookup", "0"], "beam length 0 is not possible"),
         (["--nodes", "99"], "99 nodes are not possible"),
         (["--logit-bias", "42"], "--logit-bias 42: needs TOKEN_ID=VALUE"),
         (["--logit-bias", "x=1"], "--logit-bias x=1: needs TOKEN_ID=VALUE"),
@@ -314,9 +314,11 @@ def test_help_loads_no_mlx() -> None:
 
 def test_the_tree_is_left_to_the_program_until_an_option_names_it() -> None:
     assert DecodeOptions().tree() is None
-    assert DecodeOptions(beam_width=4).tree() == TreeShape(width=4)
-    assert DecodeOptions(beam_width=1).tree() == TreeShape.chain(4)
-    assert DecodeOptions(beam_length=2).tree() == TreeShape(depth=2, nodes=7)
+    assert DecodeOptions(beam_width=4).tree() == TreeShape(width=4, lookup=7)
+    assert DecodeOptions(beam_width=1, lookup=0).tree() == TreeShape.chain(4)
+    assert DecodeOptions(beam_length=2).tree() == TreeShape(depth=2, lookup=7)
+    assert DecodeOptions(beam_length=2, lookup=0).tree() == TreeShape(depth=2, nodes=7)
+    assert DecodeOptions(beam_length=0).tree() == TreeShape(1, 0, 8, lookup=7)
     assert DecodeOptions(nodes=1).tree() == TreeShape.plain()
     with pytest.raises(OptionError):
         DecodeOptions(nodes=0).tree()

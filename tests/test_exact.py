@@ -70,7 +70,8 @@ def test_greedy_with_a_random_drafter_and_an_oracle(
         for prompt, answer in texts:
             assert run(engine, prompt, None, shape, 40, stats=stats) == answer
         assert stats.tokens == 40 * len(texts) == stats.accepted + stats.steps
-    assert stats.tokens_per_step > 1.7 and max(stats.histogram) >= 3
+    if shape.depth:  # this text does not repeat itself
+        assert stats.tokens_per_step > 1.7 and max(stats.histogram) >= 3
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
@@ -156,7 +157,7 @@ def test_sampled_with_and_without_drafting(target: Decoder, name: str) -> None:
     """6 combinations x 12 (prompt, temperature, seed) x 3 of 5 shapes: 216 drafted runs, and 72
     with a drafter that only guesses. The first shape is compiled; each has its turn to be."""
     options, turn = COMBINATIONS[name], list(COMBINATIONS).index(name)
-    shapes = [list(SHAPES.values())[(turn + i) % 5] for i in (0, 1, 3)]
+    shapes = [list(SHAPES.values())[(turn + i) % len(SHAPES)] for i in (0, 1, 3)]
     rng = np.random.default_rng(turn)
     plain, runs = Engine(target, None), []
     for i in range(12):
@@ -171,7 +172,10 @@ def test_sampled_with_and_without_drafting(target: Decoder, name: str) -> None:
     for shape in shapes:
         knowing = Engine(target, knower, compiled=shape == shapes[0])
         for prompt, params, answer in runs:
-            assert run(knowing, prompt, params, shape, 20, stats=stats) == answer, (shape, params)
+            found = DraftStats()
+            assert run(knowing, prompt, params, shape, 20, stats=found) == answer, (shape, params)
+            if shape.depth:  # these texts do not repeat themselves
+                stats.add(found)
     assert stats.tokens_per_step > 1.7
     guessing = Engine(target, random_drafter(target), compiled=False)
     for prompt, params, answer in runs:

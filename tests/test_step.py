@@ -153,7 +153,7 @@ def peak_of_a_step(target: Decoder, drafter: ReDrafter, shape: TreeShape, hold: 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_copy_of_a_slab(wide: tuple[Decoder, ReDrafter], shape: TreeShape) -> None:
     small = peak_of_a_step(*wide, shape, hold=False)
-    assert small < 0.5
+    assert small < 0.9  # attention's scores of 16 nodes are an eighth of a slab, several times
     assert peak_of_a_step(*wide, shape, hold=True) > small + 0.9, "a second reference does copy"
 
 

@@ -92,6 +92,8 @@ def search(
             logits = logits / temperature + drafter.select(noise[level])
         if width == 1:
             picks, beam = mx.argmax(logits, axis=-1).astype(mx.int32), mx.zeros((1,), mx.int32)
+            if shape.lookup:  # alone the score of a chain is of no use
+                scores = scores + mx.max(logits, axis=-1) - mx.logsumexp(logits, axis=-1)
         else:
             values, picks = top_k(logits, width)  # (R, W)
             joint = scores[:, None] + values - mx.logsumexp(logits, axis=-1, keepdims=True)

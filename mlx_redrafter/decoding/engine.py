@@ -103,7 +103,7 @@ class Engine:
         session = session if session is not None else Session()
         stats = stats if stats is not None else DraftStats()
         if self.drafter is None:
-            shape = TreeShape.plain()
+            shape = shape.without_drafter()
         room = self._check(prompt, max_tokens)
         arrays = params.arrays(self.target.config.vocab_size)
         # The state goes straight through: a name for it here would keep the first slabs alive,
@@ -173,7 +173,7 @@ class Engine:
             progress(len(prompt), len(prompt))
         context = hidden if self.drafter is None else self.drafter.context(hidden, inner)
         history = None
-        if params.windows:
+        if params.windows or shape.lookup:
             history = mx.array([*prompt[:-1], *[0] * (slots.shape[0] - total)], mx.int32)
         stats.prefill_seconds += time.perf_counter() - start
         root, position = mx.array([prompt[-1]], mx.int32), mx.array([total], mx.int32)
@@ -196,7 +196,7 @@ class Engine:
         ``known`` holds the prompt and every token produced so far.
         """
         step = self.step_function(Bucket(shape, params.features, params.windows))
-        reach = shape.depth + 1  # the most tokens a step can produce
+        reach = shape.longest + 1  # the most tokens a step can produce
         final = len(known) + room
         in_place = len(known) - 1  # tokens whose rows are in the slab where they belong
 
@@ -223,7 +223,7 @@ class Engine:
                 tokens = tokens[: min(count, final - len(known))]
                 stats.record(len(tokens), shape.nodes - 1)
                 known.extend(tokens)
-                if following is not None or shape.width == 1:
+                if following is not None or shape.one_path:
                     in_place = len(known) - 1
                 yield Emitted(tokens)
                 mark = time.perf_counter()

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter.decoding import beam, sampling
+from mlx_redrafter.decoding import beam, lookup, sampling
 from mlx_redrafter.decoding.accept import walk
 from mlx_redrafter.decoding.sampling import Arrays
 from mlx_redrafter.decoding.tree import DraftTree, TreeShape, best_nodes, chain, root_only
@@ -26,7 +26,7 @@ root (1,) int32     the last token: chosen, but not yet in the cache
 context (Dc,)       the drafter's, of the position that predicted the root
 position (1,) int32 the root's
 kv                  one slab per layer
-history (C,) int32  the tokens by position (penalties only)
+history (C,) int32  the tokens by position (penalties and lookup only)
 pending             (trees only) the last step's own rows, (1, 2*Hkv, N, Dh) per layer; the path
                     (L+1,) and count (1,) that it accepted. The next step writes the accepted ones
                     into the slab together with its own. Moving them at once would read and write
@@ -53,11 +53,11 @@ def make_state(
 
 def nothing_pending(kv: list[mx.array], shape: TreeShape) -> tuple | None:
     """What the first step of an answer finds pending."""
-    if shape.width == 1:
+    if shape.one_path:
         return None  # an accepted chain is already in its place
     _, heads, _, size = kv[0].shape
     rows = [mx.zeros((1, heads, shape.nodes, size), slab.dtype) for slab in kv]
-    return rows, mx.zeros((shape.depth + 1,), mx.int32), mx.zeros((1,), mx.int32)
+    return rows, mx.zeros((shape.longest + 1,), mx.int32), mx.zeros((1,), mx.int32)
 
 
 @dataclass(frozen=True)
@@ -95,20 +95,20 @@ def make_step(
         noise = None
         if "sample" in bucket.features:
             noise = sampling.gumbel(
-                arrays["seed"], position + 1, shape.depth + 1, target.config.vocab_size
+                arrays["seed"], position + 1, shape.longest + 1, target.config.vocab_size
             )
 
-        tree = draft(drafter, state["context"], root, shape, arrays.get("temp"), noise)
+        tree = draft(drafter, state, shape, arrays.get("temp"), noise)
 
         write = writer(state, shape)
         hidden, inner, kv = verify(target, tree, position, state["kv"], write, layers)
 
         windows = {
-            name: sampling.recent_tokens(tree, state["history"], position, size, shape.depth)
+            name: sampling.recent_tokens(tree, state["history"], position, size, shape.longest)
             for name, size in bucket.windows
         }
         choices = sampling.choose(target.logits(hidden), tree, windows, arrays, noise)
-        path, count = walk(tree, choices, shape.depth)
+        path, count = walk(tree, choices, shape.longest)
 
         emitted = mx.take(choices, path)  # (L+1,)
         last = mx.take(path, count - 1)  # (1,)
@@ -116,7 +116,7 @@ def make_step(
         if drafter is not None:
             at_last = tuple(mx.take(x, last, axis=0) for x in inner)
             context = drafter.context(mx.take(hidden, last, axis=0), at_last)[0]
-        if bucket.windows:
+        if "history" in state:
             accepted = mx.take(tree.tokens, path)
             history = mx.slice_update(state["history"], accepted, position, (0,))
         if isinstance(write, cache.Commit):
@@ -130,19 +130,27 @@ def make_step(
 
 def draft(
     drafter: Drafter | None,
-    context: mx.array,
-    root: mx.array,
+    state: State,
     shape: TreeShape,
     temperature: mx.array | None,
     noise: mx.array | None,
 ) -> DraftTree:
     """The tree that the target will check."""
-    if drafter is None or not shape.drafts:
+    root = state["root"]
+    looked = found = None
+    if shape.lookup:
+        looked = lookup.search(state["history"], root, state["position"], shape.lookup)
+    if drafter is not None and shape.depth:
+        found = beam.search(drafter, state["context"], root, shape, temperature, noise)
+    if found is not None and looked is not None:
+        both = lookup.merge(found, looked, shape.width)
+        return best_nodes(root, both, shape.nodes, shape.longest)
+    candidates = found if found is not None else looked
+    if candidates is None:
         return root_only(root)
-    candidates = beam.search(drafter, context, root, shape, temperature, noise)
-    if shape.width == 1:
+    if shape.one_path:
         return chain(root, candidates)
-    return best_nodes(root, candidates, shape.nodes, shape.depth)
+    return best_nodes(root, candidates, shape.nodes, shape.longest)
 
 
 def writer(state: State, shape: TreeShape) -> cache.Write:

@@ -39,26 +39,35 @@ class TreeShape:
         nodes: tokens ``N`` that the target checks in one pass, root included. 1 is plain decoding.
         mode: ``trellis`` keeps every token that beam search ever held as a candidate; ``beams``
             only those on beams that survive to the last level (Apple's candidate set).
+        lookup: tokens drafted from the text itself besides (see ``lookup.py``); 0 is off.
     """
 
     width: int = 3
     depth: int = 4
     nodes: int = 8
     mode: str = "trellis"
+    lookup: int = 0
 
     def __post_init__(self) -> None:
-        limits = {"beam width": (self.width, 1, 16), "beam length": (self.depth, 1, 16)}
+        limits = {
+            "beam width": (self.width, 1, 16),
+            "beam length": (self.depth, 0 if self.lookup else 1, 16),
+            "lookup": (self.lookup, 0, 16),
+        }
         for name, (value, low, high) in limits.items():
             if not low <= value <= high:
                 raise OptionError(f"{name} {value} is not possible: use {low} to {high}")
         if self.mode not in MODES:
             raise OptionError(f"candidate mode {self.mode!r} is unknown: use {' or '.join(MODES)}")
-        if not 1 <= self.nodes <= 1 + self.width * self.depth:
+        most = 1 + self.width * self.depth + self.lookup
+        if not 1 <= self.nodes <= most:
+            looked = f" and lookup {self.lookup}" if self.lookup else ""
             raise OptionError(
-                f"{self.nodes} nodes are not possible with beam width {self.width} and beam length "
-                f"{self.depth}: use 1 to {1 + self.width * self.depth} (1 + width x length)"
+                f"{self.nodes} nodes are not possible with beam width {self.width}, beam length "
+                f"{self.depth}{looked}: use 1 to {most} (1 + width x length + lookup)"
             )
-        if self.nodes == 1:
+        object.__setattr__(self, "lookup", min(self.lookup, self.nodes - 1))
+        if self.nodes == 1 or self.depth == 0:
             object.__setattr__(self, "width", 1)
             object.__setattr__(self, "depth", 0)
         elif self.width == 1 or self.nodes <= self.depth:
@@ -79,13 +88,33 @@ class TreeShape:
     def drafts(self) -> bool:
         return self.nodes > 1
 
+    @property
+    def longest(self) -> int:
+        """Drafted tokens of the longest path."""
+        return max(self.depth, self.lookup)
+
+    @property
+    def one_path(self) -> bool:
+        """Is the tree a chain, whatever is drafted?"""
+        return self.width == 1 and not (self.depth and self.lookup)
+
+    def without_drafter(self) -> TreeShape:
+        """What can be drafted from the text alone."""
+        return TreeShape(1, 0, self.lookup + 1, lookup=self.lookup) if self.lookup else self.plain()
+
     def __str__(self) -> str:
         if not self.drafts:
             return "plain"
-        if self.width == 1:
+        if self.depth == 0:
+            return f"lookup of {self.lookup}"
+        if self.one_path:
             return f"chain of {self.depth}"
         kind = "" if self.mode == "trellis" else f", {self.mode}"
+        kind += f", lookup {self.lookup}" if self.lookup else ""
         return f"beam {self.width}x{self.depth}, {self.nodes} nodes{kind}"
+
+
+DEFAULT = TreeShape(lookup=7)
 
 
 class Candidates(NamedTuple):
