@@ -114,7 +114,7 @@ def stream_generate(
         prompt: text (no template is applied) or token ids.
         max_tokens: at most so many tokens; fewer where the context ends.
         draft: False decodes plainly, through the same code; the tokens are the same.
-        tree: how much to draft; None for the default shape.
+        tree: how much to draft; None for the default shape, or nothing without a drafter.
         stop: strings that end the answer; neither they nor what follows is emitted.
         stop_tokens: token ids that end the answer besides the model's own.
         session: keeps the KV cache for the next request; what follows a stop is not left in it.
@@ -134,7 +134,9 @@ def stream_generate(
     if prefill_step_size < 1:
         raise OptionError(f"prefill_step_size {prefill_step_size} is not possible: use 1 or more")
     ids = _encode(tokenizer, prompt)
-    shape = (tree or DEFAULT) if draft else TreeShape.plain()
+    # Lookup alone hits too seldom in a chat to be on unasked: a miss costs a pass over N tokens.
+    usual = DEFAULT if model.drafter is not None else TreeShape.plain()
+    shape = (tree or usual) if draft else TreeShape.plain()
     session = session if session is not None else Session()
     answer = _Answer(tokenizer, len(ids), stop, {*tokenizer.eos_token_ids, *stop_tokens})
     steps = model.engine.generate(
