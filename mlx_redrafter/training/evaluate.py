@@ -22,7 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter import acceptance
 from mlx_redrafter.api import Model
-from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.decoding.tree import DEFAULT, TreeShape
 from mlx_redrafter.drafters.redrafter import ReDrafter
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.info import machine
@@ -35,7 +35,7 @@ from .batched import BatchedTarget, Request
 from .shards import batched
 
 FILE = "evaluation.json"
-SHAPES = (TreeShape.chain(4), TreeShape(3, 4, 8))
+SHAPES = (TreeShape.chain(4), TreeShape(3, 4, 8), DEFAULT)
 TEMPERATURES = (0.0, 0.8)
 DEPTH = 5  # K, draft positions that are compared
 BINS = 10
