@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import mlx_redrafter
@@ -85,7 +84,7 @@ def main(place: Path) -> tuple[float, float]:
     )  # fmt: skip
     run = stages.open_run(*folder.settle({k: v for k, v in vars(config).items() if v is not None}))
     stages.answers(run)  # prompts and answers
-    untrained = Fit(run.target, replace(run.config), run.config.out).export(place / "untrained")
+    untrained = Fit(run.target, run.config, run.config.out).export(place / "untrained")
     stages.fit(run)
     before = tokens_per_step(place / "model", untrained)
     after = tokens_per_step(place / "model", place / "run" / "drafter")

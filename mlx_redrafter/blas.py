@@ -163,9 +163,7 @@ def _key(compiler: str) -> str:
 
 
 def _cpu() -> list[str]:
-    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        first = file.read(16384).split("\n\n", 1)[0]
-    return [line for line in first.splitlines() if line.split(":")[0].strip() in _CPU_FIELDS]
+    return [line for line in kernels.cpuinfo() if line.split(":")[0].strip() in _CPU_FIELDS]
 
 
 def _build(compiler: str, path: Path) -> Path:

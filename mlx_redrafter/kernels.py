@@ -8,6 +8,7 @@ the compiler's include path holds a <cmath> that names the CPU level and include
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import shutil
@@ -44,10 +45,16 @@ def prepare(cache: Path) -> None:
     os.environ[_PATH] = str(folder) + (os.pathsep + rest if rest else "")
 
 
+@functools.cache
+def cpuinfo() -> tuple[str, ...]:
+    """The lines of /proc/cpuinfo for the first processor. Raises OSError."""
+    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        return tuple(file.read(16384).split("\n\n", 1)[0].splitlines())
+
+
 def _level() -> str | None:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            lines = file.read(16384).split("\n\n", 1)[0].splitlines()
+        lines = cpuinfo()
     except OSError:
         return None
     flags = {f for line in lines if line.startswith("flags") for f in line.split()}

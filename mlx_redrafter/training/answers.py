@@ -10,15 +10,15 @@ from .batched import BatchedTarget, Request
 from .shards import Shard, batched, save_features, write_lines
 
 TEMPERATURES = (0.0, 0.8, 0.6, 0.0, 1.0, 0.8, 0.6, 0.0, 1.0, 0.8)  # 30 % greedy
-_POOL = 8  # batches whose prompts are sorted by length together
+POOL = 8  # batches whose prompts are sorted by length together
 
 
 def plan(prompts: Sequence[Sequence[int]], batch: int, seed: int) -> Iterator[list[Request]]:
     """Requests in batches of like prompt length; a prompt's temperature and seed never change."""
-    for start in range(0, len(prompts), _POOL * batch):
+    for start in range(0, len(prompts), POOL * batch):
         pool = [
             Request(prompt, TEMPERATURES[i % len(TEMPERATURES)], seed + i)
-            for i, prompt in enumerate(prompts[start : start + _POOL * batch], start)
+            for i, prompt in enumerate(prompts[start : start + POOL * batch], start)
         ]
         pool.sort(key=lambda r: len(r.prompt))
         yield from (list(part) for part in batched(pool, batch))

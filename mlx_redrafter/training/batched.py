@@ -74,8 +74,10 @@ class BatchedTarget:
                 tokens.reshape(-1), positions.reshape(-1), mask.reshape(rows * n, -1),
                 mx.repeat(key_positions, n, axis=0), kv, write, self.layers,
             )  # fmt: skip
-        features = [_normalised(x) for x in inner] or [mx.zeros((rows * n, 0), mx.float16)]
-        stacked = mx.stack(features, axis=1) if inner else features[0][:, None][:, :0]
+        if inner:
+            stacked = mx.stack([_normalised(x) for x in inner], axis=1)
+        else:
+            stacked = mx.zeros((rows * n, 0, 0), mx.float16)
         return hidden.reshape(rows, n, -1), stacked.reshape(rows, n, *stacked.shape[1:]), kv
 
     def write(

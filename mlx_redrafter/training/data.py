@@ -21,7 +21,7 @@ from .shards import (
     shards,
 )
 
-_READ_TOKENS = 4096  # tokens of one pass that computes features
+READ_TOKENS = 4096  # tokens of one pass that computes features
 _HELD_OUT = 32  # one conversation of so many is kept out of training
 
 
@@ -192,7 +192,7 @@ def compute_features(target: BatchedTarget, layers: Sequence[int], shard: Shard)
     result: dict[int, np.ndarray] = {}
     while order:
         longest = _length(conversations[order[-1]])
-        count = max(1, _READ_TOKENS // longest)
+        count = max(1, READ_TOKENS // longest)
         part, order = order[-count:], order[:-count]
         pairs = [(conversations[i].prompt, conversations[i].answer) for i in part]
         result.update(zip(part, reader.read(pairs), strict=True))

@@ -181,7 +181,6 @@ def evaluate(
         raise OptionError(f"there is no drafter to evaluate for {model.name}: train one")
     if not prompts:
         raise OptionError("there are no prompts to evaluate with: give at least one")
-    # First, for reading text by the batch replaces functions in the target by faster ones.
     live = acceptance.measure(
         model, tokenizer, prompts, shapes=shapes, temperatures=temperatures,
         max_tokens=max_tokens, seed=seed, on_answer=on_answer,

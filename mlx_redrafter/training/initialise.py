@@ -7,7 +7,7 @@ is written, the scales are folded into the weights that read them, and nothing e
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -110,7 +110,7 @@ def warm_start(
                     f"the drafter in {folder} has {name} {theirs}, the configuration {value}: "
                     "a warm start needs the same shape"
                 )
-    fresh = ReDrafter(replace(config))
+    fresh = ReDrafter(config)
     weights = {
         k: v.astype(mx.float32) for k, v in parameters(drafter).items() if v.dtype != mx.int32
     }

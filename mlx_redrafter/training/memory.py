@@ -15,13 +15,13 @@ from mlx_redrafter.models.weights import parameters
 
 from .batched import ROWS_PER_PASS
 from .config import TrainConfig
+from .data import READ_TOKENS
+from .fit import SUPPORT
 
 LONGEST = 1024  # tokens of a prompt from a file, at most
 USABLE = 0.75  # share of a machine's memory that a run may fill
 _WAVE, _WAVE_BATCHES = 192, 3
 _TEMPLATE = 64  # tokens that a chat template puts around a prompt, at most
-_READING_TOKENS = 4096  # of a pass that computes features again
-_SUPPORT = 8192  # tokens that targets are computed on where the drafter has them all
 WRITING = ("keys and values", "pass over prompts", "sampling", "features of a batch")
 FITTING = ("drafter", "gradients and Adam", "optimiser step", "target rows", "reading features")
 
@@ -83,8 +83,8 @@ def memory(
     slabs = most * per_token * (1 + 1 / target.num_layers)
     drafter = sum(p.size for p in parameters(ReDrafter(shape)).values())
     rows = config.batch_positions * config.rollout
-    support = shape.draft_vocab_size or min(_SUPPORT, shape.vocab_size)
-    reading = _READING_TOKENS * per_token + _pass(target, layers, slots, on_gpu)
+    support = shape.draft_vocab_size or min(SUPPORT, shape.vocab_size)
+    reading = READ_TOKENS * per_token + _pass(target, layers, slots, on_gpu)
     return {
         "target": round(weights),
         "keys and values": round(slabs),

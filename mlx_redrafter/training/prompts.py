@@ -7,7 +7,6 @@ turn (Magpie, arXiv 2406.08464). A model without a template continues from its f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from mlx_redrafter.errors import OptionError
 from mlx_redrafter.prompts import read_prompts
 
 from .batched import BatchedTarget, Request
-from .shards import read_lines, write_lines
+from .shards import read_lines
 
 _MARK = "\u2402MARK\u2402"
 _SHORTEST = 3  # tokens of a prompt
@@ -135,7 +134,3 @@ def write_own(
         if len(tokens) >= _SHORTEST and (whole or not tokenizer.has_chat_template):
             texts.append(tokenizer.decode(tokens).strip())
     return texts[:count]
-
-
-def save(file: Path, texts: Iterable[str]) -> None:
-    write_lines(file, ({"prompt": text} for text in texts))

@@ -307,7 +307,7 @@ def evaluate(run: Run) -> None:
             f"{config.out} has no drafter yet: run `mlx-redrafter train fit --out {config.out}` "
             "first"
         )
-    # Anew: for training, functions of the target were replaced by faster ones that round otherwise.
+    # Loaded anew with its drafter; the run's own copy would double the memory.
     run.forget()
     model, tokenizer = load(config.model, str(place))
     chosen = read_prompts(count=asked.prompts)

@@ -17,13 +17,12 @@ from mlx_redrafter import console
 from mlx_redrafter.errors import OptionError
 
 from . import prompts
-from .answers import plan
+from .answers import POOL, plan
 from .batched import BatchedTarget, Request
 from .config import TrainConfig
 from .memory import LONGEST, wave
 from .shards import read_lines, write_lines
 
-_POOL = 8  # batches whose prompts are sorted by length together
 _FIRST_SEED, _SEEDS = 5_000_000, 1000  # seeds of the prompts, apart from those of the answers
 _OWN_TEMP = 1.0
 _AGAIN_TEMP = 0.8  # instead of greedy, where a prompt is answered again
@@ -81,7 +80,7 @@ class Supply:
             total += size
             whole = total // batch * batch
             while start < whole:
-                stop = min(start + _POOL * batch, whole)
+                stop = min(start + POOL * batch, whole)
                 yield start, stop
                 start = stop
 
