@@ -15,6 +15,7 @@ from .shards import (
     Conversation,
     Shard,
     batched,
+    feature_bytes,
     record_layers,
     recorded_layers,
     save_features,
@@ -86,7 +87,7 @@ class Positions:
         self._pick = [stored.index(layer) for layer in target.layers]
         self._stored = stored
         size = target.target.config.hidden_size
-        total = sum(len(r.tokens) for r in self.rows) * len(stored) * size * 2
+        total = feature_bytes(sum(len(r.tokens) for r in self.rows), len(stored), size)
         share = min(1.0, cache_bytes / max(total, 1))
         self.group = len(self.rows) if share == 1 else max(1, int(len(self.rows) * share))
 

@@ -26,7 +26,7 @@ from .config import TrainConfig
 from .fit import Fit
 from .progress import duration
 from .rollout import feature_layers
-from .shards import record_layers, save_features, write_lines
+from .shards import feature_bytes, record_layers, save_features, write_lines
 
 _SECONDS = 6.0  # of each measurement, about
 _PROMPT_SHARE = 0.5  # length of a prompt of the model's, as a share of the longest
@@ -96,7 +96,7 @@ def _stages(
     count = config.answer_tokens / (_ANSWER_SHARE * config.max_tokens)
     prompt_tokens = count / _USABLE_PROMPTS * _PROMPT_SHARE * config.prompt_tokens
     own = config.prompts is None
-    features = config.answer_tokens * len(layers) * target.config.hidden_size * 2
+    features = feature_bytes(config.answer_tokens, len(layers), target.config.hidden_size)
     cached = features <= config.cache_gb * 1e9
     steps = max(1, config.positions // config.batch_positions)
     again = 0.0 if cached else config.positions / reading

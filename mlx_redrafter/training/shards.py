@@ -94,6 +94,11 @@ def save_features(file: Path, parts: Sequence[np.ndarray]) -> None:
     partial.replace(file)
 
 
+def feature_bytes(tokens: int, layers: int, hidden_size: int) -> int:
+    """What the features of so many answer tokens take on disk."""
+    return tokens * layers * hidden_size * 2
+
+
 def recorded_layers(folder: Path) -> tuple[int, ...] | None:
     """Which layers the features of a training folder are of; None if there are none yet."""
     file = folder / "features" / "layers.json"

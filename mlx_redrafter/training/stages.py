@@ -30,7 +30,7 @@ from .config import TrainConfig
 from .data import compute_features
 from .progress import Bar
 from .rollout import feature_layers
-from .shards import Shard, read_conversations, record_layers, recorded_layers, shards
+from .shards import Shard, feature_bytes, read_conversations, record_layers, recorded_layers, shards
 from .supply import Supply
 
 _EXPECTED = 0.75  # length of an answer, as a share of the longest, before any is known
@@ -226,7 +226,7 @@ def _settled_layers(run: Run) -> tuple[int, ...]:
 def _cached(run: Run) -> bool:
     """Do the features of all answers fit on the disk that may be used?"""
     tokens = max(run.config.answer_tokens, _all_tokens(run.config.out))
-    size = tokens * len(run.layers) * run.target.config.hidden_size * 2
+    size = feature_bytes(tokens, len(run.layers), run.target.config.hidden_size)
     return size <= run.config.cache_gb * 1e9
 
 
