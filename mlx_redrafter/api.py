@@ -15,10 +15,11 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter import blas, hub
+from mlx_redrafter import blas, hub, tuning
 from mlx_redrafter.decoding.engine import Engine, Progress, Session
+from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import DEFAULT, TreeShape
+from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.drafters.redrafter import ReDrafter
 from mlx_redrafter.errors import OptionError
@@ -28,7 +29,11 @@ from mlx_redrafter.stats import DraftStats
 
 @dataclass(frozen=True)
 class Model:
-    """A target model, its drafter (or None), and the engine that runs both."""
+    """A target model, its drafter (or None), and the engine that runs both.
+
+    ``drafting`` is False where plain decoding was asked for; without a drafter and with it the
+    text itself still is a source of drafts.
+    """
 
     name: str
     folder: Path
@@ -36,6 +41,7 @@ class Model:
     drafter: ReDrafter | None
     drafter_folder: Path | None
     engine: Engine
+    drafting: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,8 @@ def load(
 
     Args:
         path_or_hf_repo: the built-in name, a local folder, or a hub id.
-        drafter: ``auto`` takes the one that is shipped with or beside the model, if any; a folder
-            or hub id; None for plain decoding.
+        drafter: ``auto`` takes the one that is shipped with or beside the model, if any (without
+            one, drafts come from the text alone); a folder or hub id; None for plain decoding.
         revision: branch, tag or commit of a hub id.
         dtype: type of the weights; None: float32 on a CPU, as stored on Metal.
 
@@ -89,7 +95,8 @@ def load(
     target = load_model(folder, dtype)
     loaded = load_drafter(drafter_folder, target) if drafter_folder is not None else None
     engine = Engine(target, loaded, compiled)
-    model = Model(path_or_hf_repo, folder, target, loaded, drafter_folder, engine)
+    drafting = drafter is not None
+    model = Model(path_or_hf_repo, folder, target, loaded, drafter_folder, engine, drafting)
     return model, hub.load_tokenizer(folder)
 
 
@@ -114,7 +121,8 @@ def stream_generate(
         prompt: text (no template is applied) or token ids.
         max_tokens: at most so many tokens; fewer where the context ends.
         draft: False decodes plainly, through the same code; the tokens are the same.
-        tree: how much to draft; None for the default shape, or nothing without a drafter.
+        tree: how much to draft; None: chosen for every step by what pays on this machine and on
+            this text (the first time it is measured, which takes a few seconds).
         stop: strings that end the answer; neither they nor what follows is emitted.
         stop_tokens: token ids that end the answer besides the model's own.
         session: keeps the KV cache for the next request; what follows a stop is not left in it.
@@ -134,9 +142,9 @@ def stream_generate(
     if prefill_step_size < 1:
         raise OptionError(f"prefill_step_size {prefill_step_size} is not possible: use 1 or more")
     ids = _encode(tokenizer, prompt)
-    # Lookup alone hits too seldom in a chat to be on unasked: a miss costs a pass over N tokens.
-    usual = DEFAULT if model.drafter is not None else TreeShape.plain()
-    shape = (tree or usual) if draft else TreeShape.plain()
+    shape: TreeShape | Policy = TreeShape.plain()
+    if draft and (model.drafting or tree):
+        shape = tree or tuning.policy(model, sampled=params.temp > 0)
     session = session if session is not None else Session()
     answer = _Answer(tokenizer, len(ids), stop, {*tokenizer.eos_token_ids, *stop_tokens})
     steps = model.engine.generate(

@@ -109,7 +109,7 @@ def generate(
     """Answer one prompt: the text alone on stdout, statistics on stderr."""
     text = _read_prompt(prompt)
     options.check()
-    model, tokenizer = source.load()
+    model, tokenizer = source.load(options.tree())
     from mlx_redrafter.api import stream_generate
 
     ids = text if raw else _render(tokenizer, text, options.system_prompt)
@@ -160,7 +160,7 @@ def chat(
 ) -> None:
     """Talk with the model; /help lists the commands."""
     options.check()
-    model, tokenizer = source.load()
+    model, tokenizer = source.load(options.tree())
     from mlx_redrafter.chat import run
 
     raise typer.Exit(
@@ -237,6 +237,24 @@ def acceptance(
     from mlx_redrafter import reports
 
     reports.acceptance(model, drafter, prompts, count, max_tokens, as_json)
+
+
+@app.command()
+def tune(
+    model: ModelName = BUILTIN,
+    drafter: DrafterName = "auto",
+    again: Annotated[bool, typer.Option("--again", help="Measure even what is known.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the cost curve into this PNG or SVG file.")
+    ] = None,
+    as_json: Json = False,
+    blas: Blas = None,
+    debug: Debug = False,
+) -> None:
+    """Show what steps cost on this machine, and which trees are worth drafting."""
+    from mlx_redrafter import tune as report
+
+    report.run(model, drafter, again, plot, as_json)
 
 
 @app.command()

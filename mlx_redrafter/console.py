@@ -95,6 +95,7 @@ def details(stats: DraftStats) -> str:
     values = stats.as_dict()
     histogram = " ".join(f"{k}:{n}" for k, n in values["histogram"].items())
     depths = " ".join(f"{share:.0%}" for share in values["per_depth"])
+    shapes = " · ".join(f"{name}: {n}" for name, n in values["shapes"].items())
     seconds = " · ".join(f"{name} {value:.2f}" for name, value in values["seconds"].items())
     rows = [
         ("prompt read", f"{stats.prefill_tokens} tokens"),
@@ -106,6 +107,7 @@ def details(stats: DraftStats) -> str:
         ),
         ("steps by accepted", histogram or "-"),
         ("accepted by depth", depths or "-"),
+        ("steps by shape", shapes or "-"),
         ("seconds", seconds),
     ]
     return "\n".join(f"  {name:<18}{value}" for name, value in rows)

@@ -38,7 +38,7 @@ def run(source: ModelOptions, question: str | None, max_tokens: int) -> None:
     question = question or QUESTION
     prompt = render(tokenizer, [{"role": "user", "content": question}])
     kinds = {"plain decoding": False}
-    if model.drafter is not None:
+    if model.drafting:
         kinds["with drafting"] = True
     console.note("Warming up: the first pass compiles the kernels ...")
     for draft in kinds.values():
@@ -52,7 +52,7 @@ def run(source: ModelOptions, question: str | None, max_tokens: int) -> None:
     for round_ in range(ROUNDS):
         # The first answer that is shown is a drafted one, where there is a drafter.
         for name, draft in sorted(kinds.items(), key=lambda kind: not kind[1]):
-            aloud = round_ == 0 and draft == (model.drafter is not None)
+            aloud = round_ == 0 and draft == model.drafting
             runs[name].append(_timed(model, tokenizer, prompt, max_tokens, draft, aloud))
             if aloud:
                 console.write("\n\n")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hin
 
 import typer
 
-from mlx_redrafter import blas
+from mlx_redrafter import blas, console
 from mlx_redrafter.console import DEBUG
 from mlx_redrafter.errors import OptionError
 
@@ -80,12 +80,19 @@ class ModelOptions:
         typer.Option(rich_help_panel=MODEL, help="Branch, tag or commit of a hub id."),
     ] = None
 
-    def load(self) -> tuple[Any, Any]:
-        """(model, tokenizer) of `mlx_redrafter.load`; raises its errors."""
+    def load(self, tree: TreeShape | None = None) -> tuple[Any, Any]:
+        """(model, tokenizer) of `mlx_redrafter.load`; raises its errors.
+
+        Without a tree to decode with, what drafting costs here is known afterwards.
+        """
+        from mlx_redrafter import tuning
         from mlx_redrafter.api import load
 
         drafter = None if self.no_draft else self.drafter
-        return load(self.model, drafter, revision=self.revision)
+        model, tokenizer = load(self.model, drafter, revision=self.revision)
+        if drafter is not None and tree is None:
+            tuning.costs(model, console.note)
+        return model, tokenizer
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ class DraftStats:
 
     ``steps`` passes of the target, ``tokens`` they produced, ``drafted`` nodes they checked
     (roots not counted), ``accepted`` drafted tokens that were kept, ``histogram`` steps by the
-    number of accepted drafts. A step always yields one token more than it accepts: the bonus.
+    number of accepted drafts, ``shapes`` steps by what was drafted. A step always yields one token
+    more than it accepts: the bonus.
     """
 
     steps: int = 0
@@ -21,18 +22,21 @@ class DraftStats:
     drafted: int = 0
     accepted: int = 0
     histogram: Counter[int] = field(default_factory=Counter)
+    shapes: Counter[str] = field(default_factory=Counter)
     prefill_tokens: int = 0  # prompt tokens read, those of a reused prefix not counted
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0  # launching steps and waiting for them: draft, verify, commit
     host_seconds: float = 0.0  # whoever consumes the tokens: text, printing
 
-    def record(self, produced: int, drafted: int) -> None:
+    def record(self, produced: int, drafted: int, shape: str = "") -> None:
         """One step that produced ``produced`` tokens (accepted drafts and the bonus)."""
         self.steps += 1
         self.tokens += produced
         self.drafted += drafted
         self.accepted += produced - 1
         self.histogram[produced - 1] += 1
+        if shape:
+            self.shapes[shape] += 1
 
     @property
     def tokens_per_step(self) -> float:
@@ -59,6 +63,7 @@ class DraftStats:
         for name in ("prefill_seconds", "decode_seconds", "host_seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.histogram.update(other.histogram)
+        self.shapes.update(other.shapes)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -71,6 +76,7 @@ class DraftStats:
             "prefill_tokens": self.prefill_tokens,
             "acceptance_rate": round(self.acceptance_rate, 4),
             "histogram": {str(k): self.histogram[k] for k in sorted(self.histogram)},
+            "shapes": dict(self.shapes.most_common()),
             "per_depth": [round(p, 4) for p in self.per_depth],
             "seconds": {
                 "prefill": round(self.prefill_seconds, 4),

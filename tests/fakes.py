@@ -91,5 +91,6 @@ def install(monkeypatch: pytest.MonkeyPatch, model: FakeModel) -> FakeModel:
     # By name: the package exports a function that is called as this module is.
     module = importlib.import_module("mlx_redrafter.api")
     monkeypatch.setattr(module, "load", model.load)
+    monkeypatch.setattr("mlx_redrafter.tuning.costs", lambda *_: None)
     monkeypatch.setattr(module, "stream_generate", model.stream_generate)
     return model

@@ -81,6 +81,7 @@ def test_generate_verbose_adds_what_drafting_did(runner: CliRunner, model: FakeM
         "  drafts checked    8, accepted 1 (12.5%)\n"
         "  steps by accepted 0:1 1:1\n"
         "  accepted by depth 50%\n"
+        "  steps by shape    -\n"
         "  seconds           prefill 0.00 · draft_verify 0.00 · host 0.00\n"
     )
 

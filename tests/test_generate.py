@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +274,17 @@ def test_progress_and_default_tree(model: Model, tokenizer: ByteTokenizer, answe
     )  # fmt: skip
     assert text_of(responses) == answer
     assert seen == [(0, 5), (2, 5), (5, 5)]
-    assert responses[-1].stats.drafted == responses[-1].stats.steps * (TreeShape().nodes - 1)
+    stats = responses[-1].stats
+    assert sum(stats.shapes.values()) == stats.steps and stats.drafted > 0
+    assert any("lookup" in shape for shape in stats.shapes)
+
+
+def test_plain_decoding_was_asked_for(model: Model, tokenizer: ByteTokenizer, answer: str) -> None:
+    for options in ({"draft": False}, {}):
+        asked = replace(model, drafting=False) if not options else model
+        stats = (responses := stream(asked, tokenizer, **options))[-1].stats
+        assert text_of(responses) == answer
+        assert (stats.drafted, dict(stats.shapes)) == (0, {"plain": stats.steps})
 
 
 def test_the_first_special_token_is_not_doubled(

@@ -123,7 +123,7 @@ def wide() -> tuple[Decoder, ReDrafter]:
 def fresh_state(target: Decoder, capacity: int, history: bool = False) -> step.State:
     state = make_state(
         mx.array([5], mx.int32),
-        mx.zeros((64,)),
+        (mx.zeros((1, 64)),),
         mx.array([100], mx.int32),
         cache.new_cache(target.config, capacity, mx.float32),
         mx.zeros((capacity,), mx.int32) if history else None,
@@ -209,12 +209,12 @@ def test_no_vocabulary_wide_sort(wide: tuple[Decoder, ReDrafter], shape: TreeSha
     arrays = SAMPLED.arrays(target.config.vocab_size)
 
     def flat(*values: mx.array) -> list[mx.array]:
-        state = make_state(values[0], values[1], values[2], list(values[4:]), values[3])
+        state = make_state(values[0], (values[1],), values[2], list(values[4:]), values[3])
         emitted, new = function(state, arrays)
-        return [emitted, new["root"], new["context"], *new["kv"]]
+        return [emitted, new["root"], *new["seen"], *new["kv"]]
 
     state = fresh_state(target, 512, history=True)
-    inputs = [state[k] for k in ("root", "context", "position", "history")] + state["kv"]
+    inputs = [state["root"], *state["seen"], state["position"], state["history"], *state["kv"]]
     assert widest_sort(flat, *inputs) <= beam.SORT_WIDTH
     assert any(e["name"] for e in primitives(flat, *inputs)), "the step was traced"
     assert widest_sort(lambda x: mx.topk(x, 4), mx.zeros((3, 8192))) == 8192, "the check can fail"

@@ -9,6 +9,8 @@ from typing import cast
 
 import mlx.core as mx
 
+from mlx_redrafter.decoding.costs import Costs
+from mlx_redrafter.decoding.policy import Fixed, Policy
 from mlx_redrafter.decoding.sampling import Arrays, SamplingParams
 from mlx_redrafter.decoding.step import (
     Bucket,
@@ -68,13 +70,14 @@ class Engine:
         self.drafter = drafter
         self.compiled = compiled
         self.traces = 0
+        self.costs: Costs | None = None  # of steps on this machine, once they are known
+        self.remeasured = False
         self._steps: dict[Bucket, StepFunction] = {}
 
     def step_function(self, bucket: Bucket) -> StepFunction:
         """The compiled step of a bucket, made on first use."""
         if bucket not in self._steps:
-            drafter = self.drafter if bucket.shape.drafts else None
-            step = make_step(self.target, drafter, bucket, self._count_trace)
+            step = make_step(self.target, self.drafter, bucket, self._count_trace)
             self._steps[bucket] = mx.compile(step) if self.compiled else step
         return self._steps[bucket]
 
@@ -85,7 +88,7 @@ class Engine:
         self,
         prompt: Sequence[int],
         params: SamplingParams,
-        shape: TreeShape,
+        shape: TreeShape | Policy,
         max_tokens: int,
         *,
         session: Session | None = None,
@@ -96,21 +99,28 @@ class Engine:
         """Yield the tokens after the prompt, a step at a time, until ``max_tokens`` or the end of
         the context. Closing the iterator leaves the session consistent.
 
+        Args:
+            shape: of every step, or what chooses it.
+
         Raises:
             OptionError: empty prompt, a token outside the vocabulary, a prompt that fills the
                 context.
         """
         session = session if session is not None else Session()
         stats = stats if stats is not None else DraftStats()
-        if self.drafter is None:
-            shape = shape.without_drafter()
+        if isinstance(shape, TreeShape):
+            policy: Policy = Fixed(shape if self.drafter else shape.without_drafter())
+        else:
+            policy = shape
         room = self._check(prompt, max_tokens)
         arrays = params.arrays(self.target.config.vocab_size)
         # The state goes straight through: a name for it here would keep the first slabs alive,
         # and the first step would have to copy them all.
         yield from self._decode(
-            self._prefill(prompt, shape, params, session, stats, prefill_step_size, progress),
-            arrays, params, shape, room, session, stats, list(prompt),
+            self._prefill(
+                prompt, policy.shapes, params, session, stats, prefill_step_size, progress
+            ),
+            arrays, params, policy, room, session, stats, list(prompt),
         )  # fmt: skip
 
     def _check(self, prompt: Sequence[int], max_tokens: int) -> int:
@@ -132,7 +142,7 @@ class Engine:
     def _prefill(
         self,
         prompt: Sequence[int],
-        shape: TreeShape,
+        shapes: Sequence[TreeShape],
         params: SamplingParams,
         session: Session,
         stats: DraftStats,
@@ -143,7 +153,7 @@ class Engine:
         start = time.perf_counter()
         session.trim(_shared(session, prompt))
         stats.prefill_tokens += len(prompt) - len(session.tokens)
-        needed = cache.bucket(len(prompt) + 2 * shape.nodes)
+        needed = cache.bucket(len(prompt) + 2 * max(shape.nodes for shape in shapes))
         if not session.kv:
             session.kv = cache.new_cache(self.target.config, needed, self.target.dtype)
         elif session.kv[0].shape[2] < needed:
@@ -171,21 +181,20 @@ class Engine:
             session.tokens.extend(chunk)
         if progress is not None:
             progress(len(prompt), len(prompt))
-        context = hidden if self.drafter is None else self.drafter.context(hidden, inner)
         history = None
-        if params.windows or shape.lookup:
+        if params.windows or any(shape.lookup for shape in shapes):
             history = mx.array([*prompt[:-1], *[0] * (slots.shape[0] - total)], mx.int32)
         stats.prefill_seconds += time.perf_counter() - start
         root, position = mx.array([prompt[-1]], mx.int32), mx.array([total], mx.int32)
-        pending = nothing_pending(session.kv, shape)
-        return make_state(root, context[0], position, session.kv, history, pending)
+        seen = (hidden, *inner) if self.drafter is not None else ()
+        return make_state(root, seen, position, session.kv, history)
 
     def _decode(
         self,
         state: State,
         arrays: Arrays,
         params: SamplingParams,
-        shape: TreeShape,
+        policy: Policy,
         room: int,
         session: Session,
         stats: DraftStats,
@@ -195,33 +204,44 @@ class Engine:
 
         ``known`` holds the prompt and every token produced so far.
         """
-        step = self.step_function(Bucket(shape, params.features, params.windows))
-        reach = shape.longest + 1  # the most tokens a step can produce
+        reach = max(shape.longest for shape in policy.shapes)
+        most = reach + 1  # the most tokens a step can produce
         final = len(known) + room
         in_place = len(known) - 1  # tokens whose rows are in the slab where they belong
 
-        def launch(furthest: int) -> mx.array:
+        def launch(furthest: int) -> tuple[TreeShape, mx.array]:
             """Start a step whose root is at position ``furthest`` at most."""
             nonlocal state
             session.kv = []  # the only reference to a slab must be the step's, or it is copied
-            needed = furthest + reach + shape.nodes
+            shape = policy.choose(len(known))
+            needed = furthest + most + shape.nodes
             if state["kv"][0].shape[2] < needed:
                 state = _grown(state, cache.bucket(needed))
-            emitted, state = step(state, arrays)
+            if "pending" not in state and not shape.one_path and len(policy.shapes) == 1:
+                state["pending"] = nothing_pending(state["kv"], shape, reach)
+            pending = state["pending"][0][0].shape[2] if "pending" in state else 0
+            bucket = Bucket(shape, params.features, params.windows, reach, pending)
+            emitted, state = self.step_function(bucket)(state, arrays)
             mx.async_eval(emitted, state)
-            return emitted
+            return shape, emitted
 
-        mark = time.perf_counter()
+        mark = read = time.perf_counter()
+        traces = self.traces
         try:
-            pending = launch(len(known) - 1)
+            in_flight = launch(len(known) - 1)
             while True:
-                following = launch(len(known) - 1 + reach) if len(known) + 1 < final else None
-                count, *tokens = cast(list[int], pending.tolist())
+                following = launch(len(known) - 1 + most) if len(known) + 1 < final else None
+                shape, emitted = in_flight
+                count, *tokens = cast(list[int], emitted.tolist())
                 now = time.perf_counter()
                 stats.decode_seconds += now - mark
                 in_place = len(known)
                 tokens = tokens[: min(count, final - len(known))]
-                stats.record(len(tokens), shape.nodes - 1)
+                stats.record(len(tokens), shape.nodes - 1, str(shape))
+                # A step that was traced first, or waited for the reader, tells nothing.
+                timed = self.traces == traces and now - mark > (now - read) / 2
+                policy.record(shape, len(tokens), now - read if timed else None)
+                read, traces = now, self.traces
                 known.extend(tokens)
                 if following is not None or shape.one_path:
                     in_place = len(known) - 1
@@ -230,7 +250,7 @@ class Engine:
                 stats.host_seconds += mark - now
                 if following is None or len(known) >= final:
                     return
-                pending = following
+                in_flight = following
         finally:
             # A step launched ahead has put the rows that were accepted before it into place, and
             # its own behind them; without one, the last tree's rows are still in tree order.

@@ -23,27 +23,29 @@ State = dict[str, Any]
 """What stays on the device between steps:
 
 root (1,) int32     the last token: chosen, but not yet in the cache
-context (Dc,)       the drafter's, of the position that predicted the root
+seen                what the drafter reads of the position that predicted the root: the target's
+                    last hidden state (1, D) and one (1, D) per context layer; () without a drafter
 position (1,) int32 the root's
 kv                  one slab per layer
 history (C,) int32  the tokens by position (penalties and lookup only)
-pending             (trees only) the last step's own rows, (1, 2*Hkv, N, Dh) per layer; the path
-                    (L+1,) and count (1,) that it accepted. The next step writes the accepted ones
-                    into the slab together with its own. Moving them at once would read and write
-                    a slab back to back, and MLX copies a buffer whose reader is still in flight.
+pending             (after a tree only) that step's own rows, (1, 2*Hkv, N, Dh) per layer; the path
+                    (R+1,) and count (1,) that it accepted, R: ``Bucket.reach``. The next step
+                    writes the accepted ones into the slab together with its own. Moving them at
+                    once would read and write a slab back to back, and MLX copies a buffer whose
+                    reader is still in flight.
 """
 
 
 def make_state(
     root: mx.array,
-    context: mx.array,
+    seen: tuple[mx.array, ...],
     position: mx.array,
     kv: list[mx.array],
     history: mx.array | None = None,
     pending: tuple[list[mx.array], mx.array, mx.array] | None = None,
 ) -> State:
     """Always the same keys in the same order: another order is another graph to mx.compile."""
-    state: State = {"root": root, "context": context, "position": position, "kv": kv}
+    state: State = {"root": root, "seen": seen, "position": position, "kv": kv}
     if history is not None:
         state["history"] = history
     if pending is not None:
@@ -51,22 +53,28 @@ def make_state(
     return state
 
 
-def nothing_pending(kv: list[mx.array], shape: TreeShape) -> tuple | None:
-    """What the first step of an answer finds pending."""
+def nothing_pending(kv: list[mx.array], shape: TreeShape, reach: int) -> tuple | None:
+    """What the first step of an answer finds pending: as after a step of its own shape."""
     if shape.one_path:
         return None  # an accepted chain is already in its place
     _, heads, _, size = kv[0].shape
     rows = [mx.zeros((1, heads, shape.nodes, size), slab.dtype) for slab in kv]
-    return rows, mx.zeros((shape.longest + 1,), mx.int32), mx.zeros((1,), mx.int32)
+    return rows, mx.zeros((reach + 1,), mx.int32), mx.zeros((1,), mx.int32)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """What a compiled step is specialised for (the KV capacity comes with the state's shapes)."""
+    """What a compiled step is specialised for (the KV capacity comes with the state's shapes).
+
+    ``reach`` is the longest path of all shapes that the answer may use, if longer than this one's;
+    ``pending`` the nodes of the step before, if its rows still have to be put into place.
+    """
 
     shape: TreeShape
     features: frozenset[str]
     windows: tuple[tuple[str, int], ...]
+    reach: int = 0
+    pending: int = 0
 
 
 StepFunction = Callable[[State, Arrays], tuple[mx.array, State]]
@@ -79,14 +87,15 @@ def make_step(
 
     Args:
         target: the model that decides every token.
-        drafter: None for plain decoding, where ``bucket.shape.nodes`` is 1.
+        drafter: None where none is used, in no step of the answer.
         on_trace: called once per trace.
 
     Returns:
-        step(state, arrays) -> (emitted (L+2,) int32: the count, then L+1 tokens of which the
-        first ``count`` are valid; the next state).
+        step(state, arrays) -> (emitted (R+2,) int32, or (2,) without drafts: the count, then
+        tokens of which the first ``count`` are valid; the next state).
     """
     shape = bucket.shape
+    reach = max(bucket.reach, shape.longest)
     layers = drafter.context_layers if drafter is not None else ()
 
     def step(state: State, arrays: Arrays) -> tuple[mx.array, State]:
@@ -100,7 +109,7 @@ def make_step(
 
         tree = draft(drafter, state, shape, arrays.get("temp"), noise)
 
-        write = writer(state, shape)
+        write = writer(state, shape.nodes)
         hidden, inner, kv = verify(target, tree, position, state["kv"], write, layers)
 
         windows = {
@@ -108,21 +117,23 @@ def make_step(
             for name, size in bucket.windows
         }
         choices = sampling.choose(target.logits(hidden), tree, windows, arrays, noise)
-        path, count = walk(tree, choices, shape.longest)
+        path, count = walk(tree, choices, reach)
 
-        emitted = mx.take(choices, path)  # (L+1,)
+        emitted = mx.take(choices, path)  # (R+1,)
         last = mx.take(path, count - 1)  # (1,)
-        context, history, pending = state["context"], None, None
+        seen: tuple[mx.array, ...] = ()
+        history = pending = None
         if drafter is not None:
-            at_last = tuple(mx.take(x, last, axis=0) for x in inner)
-            context = drafter.context(mx.take(hidden, last, axis=0), at_last)[0]
+            seen = (hidden, *inner)
+            if shape.drafts:
+                seen = tuple(mx.take(x, last, axis=0) for x in seen)
         if "history" in state:
             accepted = mx.take(tree.tokens, path)
             history = mx.slice_update(state["history"], accepted, position, (0,))
-        if isinstance(write, cache.Commit):
+        if not shape.one_path:
             pending = (write.rows, path, count)
         root = mx.take(choices, last)
-        new = make_state(root, context, position + count, kv, history, pending)
+        new = make_state(root, seen, position + count, kv, history, pending)
         return mx.concatenate([count, emitted]), new
 
     return step
@@ -141,7 +152,9 @@ def draft(
     if shape.lookup:
         looked = lookup.search(state["history"], root, state["position"], shape.lookup)
     if drafter is not None and shape.depth:
-        found = beam.search(drafter, state["context"], root, shape, temperature, noise)
+        hidden, *inner = state["seen"]
+        context = drafter.context(hidden, tuple(inner))[0]
+        found = beam.search(drafter, context, root, shape, temperature, noise)
     if found is not None and looked is not None:
         both = lookup.merge(found, looked, shape.width)
         return best_nodes(root, both, shape.nodes, shape.longest)
@@ -153,15 +166,16 @@ def draft(
     return best_nodes(root, candidates, shape.nodes, shape.longest)
 
 
-def writer(state: State, shape: TreeShape) -> cache.Write:
-    """How this step's keys and values get into the slabs."""
+def writer(state: State, nodes: int) -> cache.Write:
+    """How a step's keys and values, so many rows, get into the slabs."""
     position = state["position"]
     if "pending" not in state:
         return cache.Append(position)
     rows, path, count = state["pending"]
-    number = mx.arange(path.shape[0] + shape.nodes, dtype=mx.int32)
+    before = rows[0].shape[2]
+    number = mx.arange(path.shape[0] + nodes, dtype=mx.int32)
     accepted = mx.take(path, mx.minimum(number, path.shape[0] - 1))
-    new = mx.minimum(number - count, shape.nodes - 1) + shape.nodes
+    new = mx.minimum(number - count, nodes - 1) + before
     return cache.Commit(position - count, mx.where(number < count, accepted, new), rows)
 
 

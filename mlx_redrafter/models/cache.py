@@ -48,7 +48,12 @@ def grow(kv: Sequence[mx.array], capacity: int) -> list[mx.array]:
 
 
 class Write(Protocol):
-    """How one pass puts its keys and values into the slabs. Made anew for every pass."""
+    """How one pass puts its keys and values into the slabs. Made anew for every pass.
+
+    After the pass ``rows`` holds the pass's own rows, (1, 2*Hkv, N, Dh) per layer.
+    """
+
+    rows: list[mx.array]
 
     def __call__(self, layer: int, slab: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """The slab of a layer with k and v, each (1, Hkv, N, Dh), in it."""
@@ -60,12 +65,14 @@ class Append:
 
     def __init__(self, offset: mx.array) -> None:
         self.offset = offset
+        self.rows: list[mx.array] = []
 
     def __call__(self, layer: int, slab: mx.array, k: mx.array, v: mx.array) -> mx.array:
         # One update of the joined rows: two would need another start index per layer and, on
         # Metal, two more dispatches, against one small concatenation.
-        rows = mx.concatenate([k, v], axis=1).astype(slab.dtype)
-        return mx.slice_update(slab, rows, self.offset, axes=(2,))
+        new = mx.concatenate([k, v], axis=1).astype(slab.dtype)
+        self.rows.append(new)
+        return mx.slice_update(slab, new, self.offset, axes=(2,))
 
 
 class Commit:
@@ -76,10 +83,9 @@ class Commit:
 
     Args:
         offset: (1,) int32, the slot of the last pass's first row.
-        picks: (K,) int32, which rows go to offset..offset+K-1: below N the last pass's, from N on
-            this pass's.
-        pending: the last pass's rows, (1, 2*Hkv, N, Dh) per layer. After the pass ``rows`` holds
-            this one's.
+        picks: (K,) int32, which rows go to offset..offset+K-1: below N' the last pass's, from N'
+            on this pass's.
+        pending: the last pass's rows, (1, 2*Hkv, N', Dh) per layer.
     """
 
     def __init__(self, offset: mx.array, picks: mx.array, pending: Sequence[mx.array]) -> None:

@@ -212,7 +212,7 @@ class _AppendRows(Append):
 
     def __init__(self, offset: mx.array, rows: int) -> None:
         super().__init__(offset)
-        self.rows = rows
+        self._count = rows
 
     def __call__(self, layer: int, slab: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return super().__call__(layer, slab, self._by_row(k), self._by_row(v))
@@ -220,7 +220,7 @@ class _AppendRows(Append):
     def _by_row(self, x: mx.array) -> mx.array:
         """(1, Hkv, B*n, Dh) -> (B, Hkv, n, Dh)."""
         heads, _, dim = x.shape[1:]
-        return x[0].reshape(heads, self.rows, -1, dim).transpose(1, 0, 2, 3)
+        return x[0].reshape(heads, self._count, -1, dim).transpose(1, 0, 2, 3)
 
 
 def new_cache_for(target: Decoder, rows: int, capacity: int) -> list[mx.array]:

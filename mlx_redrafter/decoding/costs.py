@@ -1,0 +1,225 @@
+"""What a step costs on this machine: measured once in a few seconds, then corrected while running.
+
+    seconds(shape, P) = t(N, P) + draft levels(W, L) + what else a drafted step does
+
+t is the bare verify pass: the target over N tokens, logits and argmax, P tokens in the cache.
+"""
+
+from __future__ import annotations
+
+import bisect
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_redrafter.decoding import beam
+from mlx_redrafter.decoding.step import Bucket, make_state, nothing_pending
+from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.drafters import Drafter
+from mlx_redrafter.models import Decoder, cache
+
+NODES = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+WIDTHS = (1, 2, 3, 4)
+NEAR, FAR = 256, 2048  # tokens in the cache
+_ROUNDS = 6
+_LINEAR = 0.9  # of N times one token: nothing can be gained there
+_ENOUGH = 6  # measured steps of a shape that outweigh the table
+_APART = 1.25  # two shapes' corrections: the table is no longer true
+
+Run = Callable[[], None]
+
+
+@dataclass
+class Costs:
+    """Seconds of everything in a step.
+
+    Args:
+        verify: t(N) at ``NEAR`` cached tokens.
+        per_token: what a further cached token adds, at 1 node and at the most that was measured.
+        draft: by beam width, the first draft level and every further one; empty: no drafter.
+        rest: of a drafted step beyond its parts.
+    """
+
+    verify: dict[int, float]
+    per_token: tuple[float, float] = (0.0, 0.0)
+    draft: dict[int, tuple[float, float]] = field(default_factory=dict)
+    rest: float = 0.0
+    _seen: dict[tuple[TreeShape, bool], deque[float]] = field(default_factory=dict, repr=False)
+
+    def table(self, shape: TreeShape, position: int = NEAR) -> float:
+        """As measured beforehand; infinite for more nodes than were worth measuring."""
+        seconds = self._verify(shape.nodes, position)
+        if shape.depth:
+            first, further = self.draft.get(shape.width, (float("inf"),) * 2)
+            seconds += first + (shape.depth - 1) * further + self.rest
+        return seconds
+
+    def seconds(self, shape: TreeShape, position: int = NEAR, sampled: bool = False) -> float:
+        """The table, corrected by the steps that were timed since."""
+        return self.table(shape, position) * self._correction(shape, sampled)
+
+    def learn(self, shape: TreeShape, position: int, sampled: bool, seconds: float) -> None:
+        """A step of the running answer took so long."""
+        known = self._seen.setdefault((shape, sampled), deque(maxlen=32))
+        known.append(seconds / self.table(shape, position))
+
+    @property
+    def drifted(self) -> bool:
+        """Do the running steps contradict the table, in what they cost beside each other?"""
+        firm = [statistics.median(x) for x in self._seen.values() if len(x) >= 2 * _ENOUGH]
+        return len(firm) > 1 and max(firm) > _APART * min(firm)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; what was learned while running is left out."""
+        return {
+            "verify": {str(n): t for n, t in self.verify.items()},
+            "per_token": list(self.per_token),
+            "draft": {str(w): list(t) for w, t in self.draft.items()},
+            "rest": self.rest,
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Costs:
+        """Raises KeyError, TypeError, ValueError on what ``as_dict`` did not make."""
+        near, far = stored["per_token"]
+        return cls(
+            {int(n): float(t) for n, t in stored["verify"].items()},
+            (float(near), float(far)),
+            {int(w): (float(a), float(b)) for w, (a, b) in stored["draft"].items()},
+            float(stored["rest"]),
+        )
+
+    def _verify(self, nodes: int, position: int) -> float:
+        known = sorted(self.verify)
+        if nodes > known[-1]:
+            return float("inf")
+        at = bisect.bisect_left(known, nodes)
+        above, below = known[at], known[max(at - 1, 0)]
+        share = (nodes - below) / (above - below) if above > below else 0.0
+        near = self.verify[below] + share * (self.verify[above] - self.verify[below])
+        one, most = self.per_token
+        slope = one + (most - one) * (nodes - 1) / max(known[-1] - 1, 1)
+        return near + slope * max(position - NEAR, 0)
+
+    def _correction(self, shape: TreeShape, sampled: bool) -> float:
+        own = self._seen.get((shape, sampled), ())
+        if len(own) >= _ENOUGH:
+            return statistics.median(own)
+        every = [r for (_, s), known in self._seen.items() if s == sampled for r in known]
+        return statistics.median(every) if len(every) >= _ENOUGH else 1.0
+
+
+def measure(
+    target: Decoder,
+    drafter: Drafter | None,
+    step_function: Callable[[Bucket], Any],
+    compiled: bool = True,
+) -> Costs:
+    """Time the parts of a step: every one ``_ROUNDS`` times in turns, the fastest counts, since
+    whatever else the machine does can only make it slower."""
+    build = mx.compile if compiled else lambda f: f
+    far = min(FAR, target.config.max_positions // 2)
+    passes: dict[int, Run] = {}
+    for nodes in NODES:
+        passes[nodes] = _verify_pass(target, nodes, NEAR, build)
+        passes[nodes]()  # traces, and may compile kernels
+        if nodes in (4, 8):
+            few = _fastest({1: passes[1], nodes: passes[nodes]}, 2)
+            if few[nodes] > _LINEAR * nodes * few[1]:
+                break
+    verify = _fastest(passes, _ROUNDS)
+    for n in sorted(verify)[-2::-1]:  # a pass over more tokens is never faster
+        verify[n] = min(verify[n], verify[min(m for m in verify if m > n)])
+    ends = min(verify), max(verify)
+    long = _fastest({n: _verify_pass(target, n, far, build) for n in ends}, 3, warm=True)
+    per_token = [max(long[n] - verify[n], 0.0) / max(far - NEAR, 1) for n in ends]
+    costs = Costs(verify, (per_token[0], per_token[1]))
+    if drafter is not None:
+        _measure_draft(costs, target, drafter, step_function, build)
+    return costs
+
+
+def _measure_draft(
+    costs: Costs, target: Decoder, drafter: Drafter, step_function: Any, build: Any
+) -> None:
+    widths = [w for w in WIDTHS if w <= target.config.vocab_size]
+    runs = {(w, d): _draft_levels(target, drafter, w, d, build) for w in widths for d in (1, 3)}
+    found = _fastest(runs, _ROUNDS, warm=True)
+    for w in widths:
+        costs.draft[w] = found[w, 1], max(found[w, 3] - found[w, 1], 0.0) / 2
+    shape = TreeShape(2, 2, min(5, max(costs.verify)), lookup=2)
+    if shape.nodes > 2 and shape.width in costs.draft:
+        whole = _fastest({0: _whole_step(target, drafter, shape, step_function)}, _ROUNDS, True)
+        costs.rest = max(whole[0] - costs.table(shape), 0.0)
+
+
+def _fastest(runs: Mapping[Any, Run], rounds: int, warm: bool = False) -> dict[Any, float]:
+    """Seconds of the fastest of so many rounds."""
+    if warm:
+        for run in runs.values():
+            run()
+    found = {name: float("inf") for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            found[name] = min(found[name], time.perf_counter() - start)
+    return found
+
+
+def _verify_pass(target: Decoder, nodes: int, position: int, build: Any) -> Run:
+    """The target over a chain of so many tokens."""
+    capacity = cache.bucket(position + nodes)
+    kv = cache.new_cache(target.config, capacity, target.dtype)
+    tokens, start = mx.zeros((nodes,), mx.int32), mx.array([position], mx.int32)
+
+    @build
+    def run(tokens: mx.array, start: mx.array, kv: list[mx.array]) -> tuple[mx.array, Any]:
+        slots = mx.arange(capacity, dtype=mx.int32)
+        positions = start + mx.arange(nodes, dtype=mx.int32)
+        mask = slots[None] <= positions[:, None]
+        hidden, _, kv = target(tokens, positions, mask, slots, kv, cache.Append(start))
+        return mx.argmax(target.logits(hidden), axis=-1), kv
+
+    def once() -> None:
+        nonlocal kv
+        choices, kv = run(tokens, start, kv)
+        mx.eval(choices, kv)
+
+    return once
+
+
+def _draft_levels(target: Decoder, drafter: Drafter, width: int, depth: int, build: Any) -> Run:
+    shape = TreeShape(width, depth, 1 + width * depth)
+    context = mx.zeros((drafter.context_size,), target.dtype)
+    root = mx.zeros((1,), mx.int32)
+    run = build(lambda context, root: beam.search(drafter, context, root, shape))
+    return lambda: mx.eval(run(context, root))
+
+
+def _whole_step(target: Decoder, drafter: Drafter, shape: TreeShape, step_function: Any) -> Run:
+    kv = cache.new_cache(target.config, cache.bucket(NEAR + 32), target.dtype)
+    hidden = mx.zeros((1, target.config.hidden_size), target.dtype)
+    position = mx.array([NEAR], mx.int32)
+    state = make_state(
+        mx.zeros((1,), mx.int32),
+        (hidden,) * (1 + len(drafter.context_layers)),
+        position,
+        kv,
+        mx.zeros((kv[0].shape[2],), mx.int32),
+        nothing_pending(kv, shape, shape.longest),
+    )
+    del kv
+    step = step_function(Bucket(shape, frozenset(), (), shape.longest, shape.nodes))
+
+    def once() -> None:
+        nonlocal state
+        emitted, state = step({**state, "position": position}, {})
+        mx.eval(emitted, state)
+
+    return once

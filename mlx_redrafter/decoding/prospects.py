@@ -1,0 +1,84 @@
+"""What a step of a shape yields on average text: tokens per step, recorded with a drafter.
+
+The table is made by replaying drafts along the model's own answers (``replay.py``). A drafter
+without one of its own is reckoned with the built-in model's: the policy learns the difference.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.errors import DrafterError
+
+FILE = "prospects.json"
+LOOKUP = 7  # drafts from the text cost next to nothing and are always among the candidates
+BEAMS = ((0, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (2, 4), (3, 2), (3, 3), (3, 4),
+         (4, 3), (4, 5))  # fmt: skip
+NODES = (2, 3, 4, 5, 6, 8, 12, 16)
+
+
+@dataclass(frozen=True)
+class Prospects:
+    """Tokens per step by beam (width, depth) and nodes, greedy and sampled.
+
+    ``table[sampled][width, depth][nodes]``, lookup included.
+    """
+
+    table: dict[bool, dict[tuple[int, int], dict[int, float]]]
+
+    def tokens(self, shape: TreeShape, sampled: bool) -> float:
+        """Of a shape of ``shapes``; 1 where nothing is known of it."""
+        beam = (shape.width if shape.depth else 0, shape.depth)
+        return self.table[sampled].get(beam, {}).get(shape.nodes, 1.0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            kind: {f"{w}x{d}": {str(n): round(t, 4) for n, t in row.items()}
+                   for (w, d), row in self.table[sampled].items()}
+            for kind, sampled in (("greedy", False), ("sampled", True))
+        }  # fmt: skip
+
+
+def shapes(drafter: bool) -> list[TreeShape]:
+    """All that a policy may choose from, plain decoding first."""
+    found = [TreeShape.plain()]
+    for width, depth in BEAMS if drafter else BEAMS[:1]:
+        for nodes in NODES:
+            if nodes <= 1 + width * depth + LOOKUP and (depth == 0 or nodes > depth):
+                found.append(TreeShape(max(width, 1), depth, nodes, lookup=LOOKUP))
+    return found
+
+
+def load(folder: Path | None) -> Prospects:
+    """Those of a drafter's folder, or the built-in model's.
+
+    Raises:
+        DrafterError: a file that cannot be read.
+    """
+    usual = Path(__file__).parent.parent / "assets" / FILE
+    file = folder / FILE if folder is not None and (folder / FILE).is_file() else usual
+    try:
+        stored = json.loads(file.read_text())
+        table = {
+            sampled: {
+                _beam(name): {int(n): float(t) for n, t in row.items()}
+                for name, row in stored[kind].items()
+            }
+            for kind, sampled in (("greedy", False), ("sampled", True))
+        }
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise DrafterError(
+            f"{file} cannot be read ({type(error).__name__}): delete it, or make it again "
+            "(python -m mlx_redrafter.replay)"
+        ) from None
+    return Prospects(table)
+
+
+def _beam(name: str) -> tuple[int, int]:
+    width, depth = name.split("x")
+    return int(width), int(depth)

@@ -1,0 +1,129 @@
+"""Compare ways to choose a shape, and write the table that the policy reckons with.
+
+    python -m mlx_redrafter.replay [--count 30] [--max-tokens 128] [--prospects FILE]
+
+Every position of every answer gets the drafts that the program would have made there, so that a
+policy can walk through an answer without the model, under this machine's measured costs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from mlx_redrafter import console
+from mlx_redrafter.api import load
+from mlx_redrafter.decoding import prospects
+from mlx_redrafter.decoding.costs import Costs, measure
+from mlx_redrafter.decoding.policy import Automatic, Fixed, contenders
+from mlx_redrafter.decoding.prospects import LOOKUP, Prospects
+from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.errors import RedrafterError
+from mlx_redrafter.prompts import DEV, read_prompts
+from mlx_redrafter.replay.record import TEMPERATURES, Answer, record, tabulate
+from mlx_redrafter.replay.walks import (
+    PLAIN,
+    Calibration,
+    Walk,
+    after_draft_walk,
+    oracle_walk,
+    policy_walk,
+    speedups,
+)
+
+
+def main(
+    model: str = "smollm2-135m",
+    drafter: str = "auto",
+    prompts: Path = DEV,
+    count: int = 30,
+    max_tokens: int = 128,
+    lost: Annotated[
+        float, typer.Option(help="Seconds of a step that is not launched ahead.")
+    ] = 1e-3,
+    write: Annotated[Path | None, typer.Option("--prospects", help="Write the table here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Record answers, replay every way to choose, print the speed-ups over plain decoding."""
+    loaded, tokenizer = load(model, drafter)
+    chosen = read_prompts(prompts, count)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("answers", total=len(chosen) * len(TEMPERATURES))
+        answers = []
+        for answer in record(loaded, tokenizer, chosen, max_tokens):
+            answers.append(answer)
+            bar.advance(task)
+    shapes = prospects.shapes(loaded.drafter is not None)
+    table = tabulate(answers, shapes)
+    if write is not None:
+        write.write_text(json.dumps(table.as_dict(), indent=1) + "\n")
+        console.note(f"written: {write}")
+    costs = measure(loaded.target, loaded.drafter, loaded.engine.step_function)
+    rows = compare(answers, shapes, table, costs, lost)
+    if as_json:
+        print(json.dumps({"costs": costs.as_dict(), "speedups": rows}))
+        return
+    names = list(next(iter(rows.values())))
+    shown = Table("over plain decoding", *names, box=None, header_style="dim")
+    for name, values in rows.items():
+        shown.add_row(name, *(f"{values[n]:.2f}" for n in names))
+    Console(width=160).print(shown)
+
+
+def compare(
+    answers: Sequence[Answer],
+    shapes: Sequence[TreeShape],
+    table: Prospects,
+    costs: Costs,
+    lost: float,
+) -> dict[str, dict[str, float]]:
+    """Speed-ups of fixed shapes, the policy, a choice after drafting, and the offline optimum."""
+    plain = costs.table(PLAIN)
+
+    def automatic(sampled: bool) -> Automatic:
+        def tokens(shape: TreeShape) -> float:
+            return table.tokens(shape, sampled)
+
+        return Automatic(contenders(shapes, tokens, costs.table), tokens, costs.table)
+
+    def fixed(shape: TreeShape) -> Walk:
+        return policy_walk(lambda sampled: Fixed(shape), costs)
+
+    found = {str(s): speedups(answers, fixed(s), costs) for s in shapes if s.drafts}
+    ranked = sorted(found, key=lambda n: -found[n]["greedy all"] - found[n]["sampled all"])
+    rows = {f"always {name}": found[name] for name in ranked[:4]}
+    rows["before drafting, learned"] = speedups(answers, policy_walk(automatic, costs), costs)
+    speed = max(found[n]["greedy all"] for n in found) / plain
+    for width, depth in ((2, 2), (2, 3), (3, 3)):
+        shape = TreeShape(width, depth, 8, lookup=LOOKUP)
+        if shape not in shapes:
+            continue
+        right = Calibration(answers, shape)
+        for late in (lost, 0.0):
+            walk = after_draft_walk(shape, costs, speed, right, late)
+            name = f"after drafting {width}x{depth}, {late * 1e3:g} ms lost"
+            rows[name] = speedups(answers, walk, costs)
+    rows["knowing what will be accepted"] = speedups(
+        answers, oracle_walk(shapes, costs, 1.3 * speed), costs
+    )
+    return rows
+
+
+def run() -> None:
+    try:
+        typer.run(main)
+    except RedrafterError as error:
+        console.error(str(error))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run()

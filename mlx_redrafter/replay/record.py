@@ -1,0 +1,182 @@
+"""Answers with the drafts that would have been made before each of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_redrafter.api import Model, stream_generate
+from mlx_redrafter.decoding import beam, lookup, sampling
+from mlx_redrafter.decoding.prospects import LOOKUP, Prospects
+from mlx_redrafter.decoding.tree import Candidates, TreeShape
+from mlx_redrafter.models import cache
+from mlx_redrafter.prompts import Prompt
+
+WIDTHS = {1: 4, 2: 4, 3: 4, 4: 5}  # beam width: deepest level that is recorded
+TEMPERATURES = (0.0, 0.8)
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Tokens, parents and scores of ``Candidates``."""
+
+
+@dataclass
+class Node:
+    token: int
+    parent: int
+    score: float
+
+
+@dataclass
+class Answer:
+    """An answer and, for each of its tokens as the root's successor, all drafts.
+
+    ``drafts[i][w]`` are the candidates of beam width w (0: from the text) before token i.
+    """
+
+    group: str
+    sampled: bool
+    tokens: list[int]
+    drafts: list[dict[int, Arrays]]
+
+    def __post_init__(self) -> None:
+        self._known: dict[tuple[int, TreeShape], int] = {}
+
+    def yields(self, at: int, shape: TreeShape) -> int:
+        """Tokens that a step of this shape produces before token ``at``."""
+        if not shape.drafts:
+            return 1
+        if (at, shape) not in self._known:
+            nodes = self.candidates(at, shape)
+            self._known[at, shape] = self.accepted(at, nodes, best(nodes, shape.nodes)) + 1
+        return min(self._known[at, shape], len(self.tokens) - at)
+
+    def steps(self, shape: TreeShape) -> int:
+        """Steps of this shape from the beginning to the end."""
+        at = count = 0
+        while at < len(self.tokens):
+            at, count = at + self.yields(at, shape), count + 1
+        return count
+
+    def candidates(self, at: int, shape: TreeShape) -> list[Node]:
+        """Beams and lookup in one list, each path once (as ``lookup.merge``)."""
+        found: list[Node] = []
+        if shape.depth:
+            tokens, parents, scores = self.drafts[at][shape.width]
+            some = range(shape.width * shape.depth)
+            found = [Node(int(tokens[i]), int(parents[i]), float(scores[i])) for i in some]
+        numbers = {(node.parent, node.token): i for i, node in enumerate(found)}
+        tokens, _, scores = self.drafts[at][0]
+        last = -1
+        for token, score in list(zip(tokens, scores, strict=True))[: shape.lookup]:
+            if not np.isfinite(score):
+                break
+            same = numbers.get((last, int(token)))
+            if same is None:
+                found.append(Node(int(token), last, float(score)))
+                last = len(found) - 1
+            else:
+                found[same].score = max(found[same].score, float(score))
+                last = same
+        return found
+
+    def accepted(self, at: int, nodes: Sequence[Node], chosen: set[int]) -> int:
+        """How many of the chosen nodes the answer goes through."""
+        here, count = -1, 0
+        children = {(nodes[i].parent, nodes[i].token): i for i in chosen}
+        while at + count < len(self.tokens):
+            if (following := children.get((here, self.tokens[at + count]))) is None:
+                break
+            here, count = following, count + 1
+        return count
+
+
+def best(nodes: Sequence[Node], size: int) -> set[int]:
+    """The best-first choice of ``tree.best_nodes``."""
+    return set(sorted(range(len(nodes)), key=lambda i: (-nodes[i].score, i))[: size - 1])
+
+
+def record(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    prompts: Sequence[Prompt],
+    max_tokens: int,
+    seed: int = 0,
+) -> Iterator[Answer]:
+    """Write every answer, greedy and sampled, and draft before each of its tokens."""
+    for temp in TEMPERATURES:
+        drafts_of = _draft_function(model, temp)
+        for prompt in prompts:
+            ids = list(prompt.encode(tokenizer))
+            written = stream_generate(model, tokenizer, ids, max_tokens, temp=temp, seed=seed)
+            answer = [response.token for response in written]
+            rows = list(_drafts(model, ids, answer, seed, drafts_of))
+            yield Answer(prompt.group, temp > 0, answer, rows)
+
+
+DraftFunction = Callable[..., list[Candidates]]
+
+
+def _draft_function(model: Model, temp: float) -> DraftFunction:
+    drafter, vocab = model.drafter, model.target.config.vocab_size
+
+    @mx.compile
+    def drafts(
+        context: mx.array, root: mx.array, position: mx.array, history: mx.array, seed: mx.array
+    ) -> list[Candidates]:
+        noise = temperature = None
+        if temp:
+            noise = sampling.gumbel(seed, position + 1, max(WIDTHS.values()), vocab)
+            temperature = mx.array(temp)
+        found = [lookup.search(history, root, position, LOOKUP)]
+        for width, depth in WIDTHS.items():
+            if drafter is None:
+                break
+            # "lookup" here makes a chain keep its scores
+            shape = TreeShape(width, depth, 1 + depth, lookup=1)
+            found.append(beam.search(drafter, context, root, shape, temperature, noise))
+        return found
+
+    return drafts
+
+
+def _drafts(
+    model: Model, ids: list[int], answer: list[int], seed: int, drafts_of: DraftFunction
+) -> Iterator[dict[int, Arrays]]:
+    target, drafter, text = model.target, model.drafter, [*ids, *answer]
+    n = len(text)
+    kv = cache.new_cache(target.config, cache.bucket(n), target.dtype)
+    slots, positions = mx.arange(kv[0].shape[2]), mx.arange(n)
+    hidden, inner, _ = target(
+        mx.array(text), positions, slots[None] <= positions[:, None], slots, kv,
+        cache.Append(mx.array([0])), drafter.context_layers if drafter is not None else (),
+    )  # fmt: skip
+    context = drafter.context(hidden, inner) if drafter is not None else hidden
+    # One capacity for all answers of a length class, or every answer would be traced again.
+    history = mx.array([*text, *[0] * (-n % 1024)], mx.int32)
+    key = mx.array([seed], mx.uint32)
+    for root in range(len(ids) - 1, n - 1):
+        found = drafts_of(
+            context[root - 1], mx.array([text[root]]), mx.array([root]), history, key
+        )  # fmt: skip
+        mx.eval(found)
+        arrays = [(np.array(c.tokens), np.array(c.parents), np.array(c.scores)) for c in found]
+        yield dict(zip((0, *WIDTHS), arrays, strict=False))
+
+
+def tabulate(answers: Sequence[Answer], shapes: Sequence[TreeShape]) -> Prospects:
+    """Tokens per step of answers decoded with every shape."""
+    table: dict[bool, dict[tuple[int, int], dict[int, float]]] = {False: {}, True: {}}
+    for shape in shapes:
+        if not shape.drafts:
+            continue
+        beam_of = (shape.width if shape.depth else 0, shape.depth)
+        for sampled in (False, True):
+            walked = [a.steps(shape) for a in answers if a.sampled == sampled]
+            tokens = sum(len(a.tokens) for a in answers if a.sampled == sampled)
+            mean = tokens / sum(walked) if walked else 1.0
+            table[sampled].setdefault(beam_of, {})[shape.nodes] = mean
+    return Prospects(table)

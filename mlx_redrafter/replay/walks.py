@@ -1,0 +1,144 @@
+"""Ways to choose a shape for every step, walked through recorded answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mlx_redrafter.decoding.costs import Costs
+from mlx_redrafter.decoding.policy import Policy
+from mlx_redrafter.decoding.prospects import LOOKUP
+from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.replay.record import Answer, best
+
+PLAIN = TreeShape.plain()
+
+Walk = Callable[[Answer], tuple[float, int]]
+"""Seconds and steps that an answer takes."""
+
+
+def policy_walk(make: Callable[[bool], Policy], costs: Costs) -> Walk:
+    """A policy of the engine: it chooses before drafting, with one step in flight unrecorded."""
+
+    def walk(answer: Answer) -> tuple[float, int]:
+        policy = make(answer.sampled)
+        at = steps = 0
+        seconds, unread = 0.0, None
+        while at < len(answer.tokens):
+            shape = policy.choose(256)
+            if unread is not None:
+                policy.record(unread[0], unread[1], None)
+            unread = shape, answer.yields(at, shape)
+            at, steps = at + unread[1], steps + 1
+            seconds += costs.table(shape)
+        return seconds, steps
+
+    return walk
+
+
+def oracle_walk(shapes: Sequence[TreeShape], costs: Costs, rate: float) -> Walk:
+    """Knows beforehand what every shape will yield; ``rate``: tokens per second that it reaches."""
+
+    def walk(answer: Answer) -> tuple[float, int]:
+        at = steps = 0
+        seconds = 0.0
+        while at < len(answer.tokens):
+            here = at
+
+            def worth(shape: TreeShape, here: int = here) -> float:
+                return answer.yields(here, shape) - rate * costs.table(shape)
+
+            shape = max(shapes, key=worth)
+            at, steps = at + answer.yields(at, shape), steps + 1
+            seconds += costs.table(shape)
+        return seconds, steps
+
+    return walk
+
+
+def after_draft_walk(
+    shape: TreeShape, costs: Costs, rate: float, right: Calibration, lost: float
+) -> Walk:
+    """Drafts always, then chooses the nodes by their calibrated chances (Dinkelbach: as long as
+    they gain more tokens than their seconds are worth); ``lost`` seconds a step for not being
+    launched ahead."""
+    sizes = [n for n in sorted(costs.verify) if n <= 1 + shape.width * shape.depth + LOOKUP]
+
+    def price(nodes: int) -> float:
+        return costs.table(TreeShape(1, 0, nodes, lookup=nodes - 1) if nodes > 1 else PLAIN)
+
+    draft = costs.table(shape) - price(shape.nodes)
+
+    def walk(answer: Answer) -> tuple[float, int]:
+        at = steps = 0
+        seconds = 0.0
+        while at < len(answer.tokens):
+            nodes = answer.candidates(at, shape)
+            chances = sorted((right(n.score, answer.sampled) for n in nodes), reverse=True)
+            gains = np.concatenate([[0.0], np.cumsum(chances)])
+
+            def worth(size: int, gains: np.ndarray = gains) -> float:
+                return float(gains[min(size, len(gains)) - 1]) - rate * price(size)
+
+            size = max(sizes, key=worth)
+            step = answer.accepted(at, nodes, best(nodes, size)) + 1
+            at, steps = at + min(step, len(answer.tokens) - at), steps + 1
+            seconds += price(size) + draft + lost
+        return seconds, steps
+
+    return walk
+
+
+class Calibration:
+    """From a node's joint score to the chance that the answer goes through it: 40 quantile bins."""
+
+    def __init__(self, answers: Sequence[Answer], shape: TreeShape) -> None:
+        self._bins = {}
+        for sampled in (False, True):
+            scores, right = [], []
+            for answer in (a for a in answers if a.sampled == sampled):
+                for at in range(len(answer.tokens)):
+                    nodes = answer.candidates(at, shape)
+                    reached = {-1: 0}
+                    for i, node in enumerate(nodes):
+                        depth = reached.get(node.parent)
+                        hit = (
+                            depth is not None
+                            and at + depth < len(answer.tokens)
+                            and answer.tokens[at + depth] == node.token
+                        )
+                        if hit and depth is not None:
+                            reached[i] = depth + 1
+                        scores.append(node.score)
+                        right.append(hit)
+            self._bins[sampled] = _monotone_bins(np.array(scores), np.array(right, float))
+
+    def __call__(self, score: float, sampled: bool) -> float:
+        edges, chance = self._bins[sampled]
+        at = int(np.searchsorted(edges, score)) - 1
+        return float(chance[min(max(at, 0), len(chance) - 1)])
+
+
+def _monotone_bins(scores: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if not len(scores):
+        return np.zeros(1), np.zeros(1)
+    edges = np.quantile(scores, np.linspace(0, 1, 41))
+    at = np.clip(np.searchsorted(edges, scores) - 1, 0, 39)
+    share = [right[at == i].mean() if (at == i).any() else 0.0 for i in range(40)]
+    return edges, np.maximum.accumulate(np.array(share))
+
+
+def speedups(answers: Sequence[Answer], walk: Walk, costs: Costs) -> dict[str, float]:
+    """Over plain decoding: by group, over all, and the lowest of a prompt; greedy and sampled."""
+    found: dict[str, float] = {}
+    plain = costs.table(PLAIN)
+    for sampled, kind in ((False, "greedy"), (True, "sampled")):
+        some = [a for a in answers if a.sampled == sampled and a.tokens]
+        walked = [(a.group, len(a.tokens) * plain, walk(a)[0]) for a in some]
+        for group in [*dict.fromkeys(a.group for a in some), "all"]:
+            part = [(p, s) for g, p, s in walked if group in (g, "all")]
+            found[f"{kind} {group}"] = sum(p for p, _ in part) / sum(s for _, s in part)
+        found[f"{kind} lowest"] = min((p / s for _, p, s in walked), default=math.nan)
+    return found

@@ -1,0 +1,124 @@
+"""`mlx-redrafter tune`: the measured cost curve, and what the policy makes of it."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mlx_redrafter import console, tuning
+from mlx_redrafter.api import load
+from mlx_redrafter.decoding import prospects
+from mlx_redrafter.decoding.costs import FAR, NEAR, Costs
+from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.errors import OptionError
+
+PLAIN = TreeShape.plain()
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def run(model: str, drafter: str, again: bool, plot: Path | None, as_json: bool) -> None:
+    """Measure or read the costs, and show them.
+
+    Raises:
+        OptionError: a plot file of another kind, or in a folder that does not exist.
+    """
+    if plot is not None and (plot.suffix not in FORMATS or not plot.parent.is_dir()):
+        raise OptionError(
+            f"the plot cannot be written to {plot}: give a file in an existing folder that ends "
+            f"in {', '.join(FORMATS)}"
+        )
+    if plot is not None and find_spec("matplotlib") is None:
+        raise OptionError('plots need matplotlib: pip install "mlx-redrafter[plot]"')
+    loaded, _ = load(model, drafter)
+    known = tuning.costs(loaded, console.note, again)
+    table = prospects.load(loaded.drafter_folder)
+    choices = {
+        kind: [row(shape, known, table, sampled) for shape in policy_shapes(loaded, sampled)]
+        for kind, sampled in (("greedy", False), ("sampled", True))
+    }
+    facts = {"name": loaded.name, **tuning.conditions(loaded)}
+    if plot is not None:
+        draw(known, plot)
+        console.note(f"written: {plot}")
+    if as_json:
+        print(json.dumps({**facts, "costs": known.as_dict(), "choices": choices}))
+        return
+    out = Console(highlight=False)
+    out.print("Passes of the model", style="bold")
+    out.print(passes(known))
+    out.print("\nWhat the policy chooses from", style="bold")
+    out.print(offers(choices))
+    shown = ("name", "machine", "device", "dtype", "mlx", "blas")
+    console.note(", ".join(f"{name} {facts[name]}" for name in shown))
+
+
+def policy_shapes(loaded: Any, sampled: bool) -> tuple[TreeShape, ...]:
+    return tuning.policy(loaded, sampled).shapes
+
+
+def row(
+    shape: TreeShape, known: Costs, table: prospects.Prospects, sampled: bool
+) -> dict[str, Any]:
+    """What is expected of a shape on average text."""
+    tokens, seconds = table.tokens(shape, sampled), known.table(shape)
+    return {
+        "shape": str(shape),
+        "milliseconds": round(1e3 * seconds, 2),
+        "tokens_per_step": round(tokens, 3),
+        "times_plain": round(tokens * known.table(PLAIN) / seconds, 3),
+    }
+
+
+def passes(known: Costs) -> Table:
+    """t(N) near the beginning of a text and far into it."""
+    shown = Table(box=None, pad_edge=False, header_style="dim")
+    shown.add_column("tokens checked")
+    for title in (f"ms at {NEAR} cached", "times one token", f"ms at {FAR} cached"):
+        shown.add_column(title, justify="right")
+    for nodes, seconds in known.verify.items():
+        far = known.table(TreeShape(1, 0, nodes, lookup=nodes - 1) if nodes > 1 else PLAIN, FAR)
+        ratio = seconds / known.verify[1]
+        shown.add_row(str(nodes), f"{1e3 * seconds:.1f}", f"{ratio:.2f}", f"{1e3 * far:.1f}")
+    for width, (first, further) in known.draft.items():
+        level = f"{1e3 * first:.2f} + {1e3 * further:.2f} a level"
+        shown.add_row(f"draft, width {width}", level, "", "", style="dim")
+    return shown
+
+
+def offers(choices: dict[str, list[dict[str, Any]]]) -> Table:
+    """The contenders, greedy and sampled."""
+    shown = Table(box=None, pad_edge=False, header_style="dim")
+    shown.add_column("shape")
+    for title in ("decoding", "ms a step", "tokens a step", "times plain"):
+        shown.add_column(title, justify="right")
+    for kind, rows in choices.items():
+        for r in rows:
+            figures = (r["milliseconds"], r["tokens_per_step"], r["times_plain"])
+            shown.add_row(r["shape"], kind, *(f"{x:.2f}" for x in figures))
+    return shown
+
+
+def draw(known: Costs, file: Path) -> None:
+    """The cost curve: milliseconds by tokens checked, near and far, and N times one token."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    nodes = list(known.verify)
+    axes.plot(nodes, [1e3 * known.verify[n] for n in nodes], marker="o", label=f"{NEAR} cached")
+    shapes = [TreeShape(1, 0, n, lookup=n - 1) if n > 1 else PLAIN for n in nodes]
+    axes.plot(nodes, [1e3 * known.table(s, FAR) for s in shapes], marker="s", label=f"{FAR} cached")
+    top = 1.05 * 1e3 * known.table(shapes[-1], FAR)
+    linear = [1e3 * n * known.verify[1] for n in nodes]
+    axes.plot(nodes, linear, linestyle=":", color="grey", label="one token at a time")
+    axes.set(
+        xlabel="tokens checked in one pass", ylabel="milliseconds", ylim=(0, top), xticks=nodes
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=150)

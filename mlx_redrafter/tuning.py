@@ -1,0 +1,124 @@
+"""What steps cost on this machine: measured at first use, kept on disk; the policy made of it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from mlx_redrafter import blas, hub
+from mlx_redrafter.decoding import prospects
+from mlx_redrafter.decoding.costs import Costs, measure
+from mlx_redrafter.decoding.policy import Automatic, contenders
+from mlx_redrafter.decoding.tree import TreeShape
+
+if TYPE_CHECKING:
+    from mlx_redrafter.api import Model
+
+Say = Callable[[str], None]
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def policy(model: Model, sampled: bool, say: Say = lambda text: None) -> Automatic:
+    """The choice of shapes for one answer; measures the machine if nobody has yet.
+
+    Args:
+        sampled: whether the answer is drawn at a temperature.
+        say: told in a line why it takes a few seconds.
+
+    Raises:
+        DrafterError: the drafter's table of prospects cannot be read.
+    """
+    known, table = costs(model, say), _prospects(model.drafter_folder)
+
+    def tokens(shape: TreeShape) -> float:
+        return table.tokens(shape, sampled)
+
+    def seconds(shape: TreeShape, position: int) -> float:
+        return known.seconds(shape, position, sampled)
+
+    def learn(shape: TreeShape, position: int, passed: float) -> None:
+        known.learn(shape, position, sampled, passed)
+
+    shapes = contenders(prospects.shapes(model.drafter is not None), tokens, known.table)
+    return Automatic(shapes, tokens, seconds, learn)
+
+
+def costs(model: Model, say: Say = lambda text: None, again: bool = False) -> Costs:
+    """Those of this process, else of an earlier one, else measured now (a few seconds).
+
+    Measured again if asked to, or once in a process if running steps contradicted the table.
+    """
+    engine = model.engine
+    drifted = engine.costs is not None and engine.costs.drifted and not engine.remeasured
+    if engine.costs is not None and not again and not drifted:
+        return engine.costs
+    file = hub.cache_dir() / "costs" / f"{_key(model)}.json"
+    found = None if again or drifted else _read(file)
+    if found is None:
+        say("measuring what drafting costs on this machine (once, a few seconds) ...")
+        found = measure(model.target, model.drafter, engine.step_function, engine.compiled)
+        engine.remeasured = engine.remeasured or drifted
+        _write(file, {**conditions(model), **found.as_dict()})
+    engine.costs = found
+    return found
+
+
+def conditions(model: Model) -> dict[str, Any]:
+    """Everything that the figures depend on."""
+    info = mx.device_info()
+    return {
+        "machine": f"{info.get('device_name', platform.machine())}, {os.cpu_count()} cores",
+        "device": str(mx.default_device()),
+        "threads": [os.environ.get(name, "") for name in _THREADS],
+        "mlx": version("mlx"),
+        "blas": blas.status().name,
+        "compiled": model.engine.compiled,
+        "dtype": str(model.target.dtype),
+        "model": _digest(model.folder / "config.json"),
+        "drafter": _digest(model.drafter_folder / "config.json") if model.drafter_folder else None,
+    }
+
+
+def _key(model: Model) -> str:
+    from mlx_redrafter import __version__
+
+    facts = json.dumps({**conditions(model), "program": __version__}, sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
+
+
+@functools.cache
+def _prospects(folder: Path | None) -> prospects.Prospects:
+    return prospects.load(folder)
+
+
+def _read(file: Path) -> Costs | None:
+    """None where there is nothing that can be used: then it is measured."""
+    try:
+        return Costs.from_dict(json.loads(file.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all; without a place to keep it, it is measured the next time too."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as part:
+            part.write(json.dumps(content, indent=1) + "\n")
+        os.replace(part.name, file)
+    except OSError:
+        return
