@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_redrafter.decoding.tree import Candidates
 
@@ -17,6 +18,7 @@ from mlx_redrafter.decoding.tree import Candidates
 _FIRST = (0.17, 0.48, 0.56, 0.80)
 _NEXT = (0.60, 0.68, 0.74, 0.88)
 LONGEST = len(_FIRST)
+_FARTHEST = 1 << 28  # beyond every position; not the capacity, which would be in a kernel's source
 
 
 def search(history: mx.array, root: mx.array, position: mx.array, length: int) -> Candidates:
@@ -41,7 +43,7 @@ def search(history: mx.array, root: mx.array, position: mx.array, length: int) -
         there = mx.take(text, mx.maximum(slots - back, 0))
         run = run & (there == here) & (slots >= back)
         matched = matched + run
-    best = mx.argmax(matched * slots.shape[0] + slots * (matched > 0), keepdims=True)
+    best = mx.argmax(matched * _FARTHEST + slots * (matched > 0), keepdims=True)
     best = best.astype(mx.int32)
     size = mx.take(matched, best)  # (1,)
     steps = mx.arange(length, dtype=mx.int32)
@@ -60,21 +62,23 @@ def merge(beams: Candidates, chain: Candidates, width: int) -> Candidates:
     goes on from there.
     """
     count, length = beams.tokens.shape[0], chain.tokens.shape[0]
-    levels = mx.arange(count, dtype=mx.int32) // width
-    same = beams.tokens == mx.take(chain.tokens, mx.minimum(levels, length - 1))
-    same = same & (levels < length)
+    # Arrays, and no numbers in the source of fused kernels: these serve every shape.
+    level = np.arange(count) // width
+    near = mx.array(np.minimum(level, length - 1), mx.int32)
+    same = beams.tokens == mx.take(chain.tokens, near)
+    same = same & mx.array(level < length)
     jump, reach = beams.parents, 1
     while reach < min(count // width, length):
         above = mx.maximum(jump, 0)
         same = same & (mx.take(same, above) | (jump < 0))
         jump = mx.where(jump < 0, -1, mx.take(jump, above))
         reach *= 2
-    at = same[None] & (levels[None] == mx.arange(length)[:, None])  # (L, K), one per row at most
+    at = same[None] & mx.array(level == np.arange(length)[:, None])  # (L, K), one a row at most
     held = mx.any(at, axis=-1)
     own = mx.arange(count, count + length, dtype=mx.int32)
     place = mx.where(held, mx.argmax(at, axis=-1).astype(mx.int32), own)
     parents = mx.concatenate([mx.full((1,), -1, mx.int32), place[:-1]])
-    raised = mx.maximum(beams.scores, mx.take(chain.scores, mx.minimum(levels, length - 1)))
+    raised = mx.maximum(beams.scores, mx.take(chain.scores, near))
     return Candidates(
         mx.concatenate([beams.tokens, chain.tokens]),
         mx.concatenate([beams.parents, parents]),

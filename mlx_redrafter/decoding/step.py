@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_redrafter.decoding import beam, lookup, sampling
 from mlx_redrafter.decoding.accept import walk
@@ -172,11 +173,14 @@ def writer(state: State, nodes: int) -> cache.Write:
     if "pending" not in state:
         return cache.Append(position)
     rows, path, count = state["pending"]
-    before = rows[0].shape[2]
-    number = mx.arange(path.shape[0] + nodes, dtype=mx.int32)
-    accepted = mx.take(path, mx.minimum(number, path.shape[0] - 1))
-    new = mx.minimum(number - count, nodes - 1) + before
-    return cache.Commit(position - count, mx.where(number < count, accepted, new), rows)
+    before, longest = rows[0].shape[2], path.shape[0]
+    # Row c, for c accepted: their places in the path, then those of this step's own rows. Looked
+    # up and not computed: numbers of a shape inside a fused kernel would be one more to compile.
+    number, accepted = np.arange(longest + nodes), np.arange(longest + 1)[:, None]
+    own = longest + np.minimum(number - accepted, nodes - 1)
+    order = mx.array(np.where(number < accepted, number, own), mx.int32)
+    every = mx.concatenate([path, mx.arange(before, before + nodes, dtype=mx.int32)])
+    return cache.Commit(position - count, mx.take(every, mx.take(order, count, axis=0)[0]), rows)
 
 
 def verify(

@@ -173,7 +173,8 @@ def best_nodes(root: mx.array, candidates: Candidates, nodes: int, depth: int) -
         ahead = (scores[None] > scores[:, None]) | (
             (scores[None] == scores[:, None]) & (number[None] < number[:, None])
         )
-        picked = ahead.sum(-1) < nodes - 1  # (K,)
+        # An array and not a number: one fused kernel serves every size.
+        picked = ahead.sum(-1) < mx.full((k,), nodes - 1, mx.int32)  # (K,)
         slot = mx.where(picked, mx.cumsum(picked.astype(mx.int32)), 0)
         wanted = mx.arange(1, nodes, dtype=mx.int32)
         chosen = mx.argmax(slot[None] == wanted[:, None], axis=-1)  # (N-1,)
