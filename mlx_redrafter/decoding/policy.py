@@ -18,7 +18,7 @@ Seconds = Callable[[TreeShape, int], float]
 Learn = Callable[[TreeShape, int, float], None]
 
 # Replayed over answers of the built-in model, greedy and at temperature 0.8 (docs/decisions.md).
-_MEMORY = 0.93  # what a step still weighs after the next one
+_MEMORY = 0.9  # what a step still weighs after the next one
 _PRIOR = 3.0  # drafts' worth of trust in the table
 _PROBE, _LONGEST_PROBE = 12, 96  # plain steps before drafting is tried again; doubled in vain
 _WORTH = 1.05  # nothing is tried that could not be so much faster than plain decoding

@@ -45,9 +45,10 @@ class Prospects:
 
 
 def shapes(drafter: bool) -> list[TreeShape]:
-    """All that a policy may choose from, plain decoding first."""
+    """All that a policy may choose from, plain decoding first: with a drafter, beams and lookup in
+    one tree; without, lookup alone (how easy a text is for the one says little of the other)."""
     found = [TreeShape.plain()]
-    for width, depth in BEAMS if drafter else BEAMS[:1]:
+    for width, depth in BEAMS[1:] if drafter else BEAMS[:1]:
         for nodes in NODES:
             if nodes <= 1 + width * depth + LOOKUP and (depth == 0 or nodes > depth):
                 found.append(TreeShape(max(width, 1), depth, nodes, lookup=LOOKUP))

@@ -62,7 +62,7 @@ def main(
             answers.append(answer)
             bar.advance(task)
     shapes = prospects.shapes(loaded.drafter is not None)
-    table = tabulate(answers, shapes)
+    table = tabulate(answers, list({*shapes, *prospects.shapes(drafter=False)}))
     if write is not None:
         write.write_text(json.dumps(table.as_dict(), indent=1) + "\n")
         console.note(f"written: {write}")
