@@ -223,6 +223,39 @@ def demo(
 
 
 @app.command()
+@flat_options
+def race(
+    *,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The question; '-' or nothing reads a pipe.")
+    ] = None,
+    source: ModelOptions,
+    options: DecodeOptions,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text itself, without a chat template.")
+    ] = False,
+    save_svg: Annotated[
+        Path | None, typer.Option(help="Picture of the moment when the first one finishes.")
+    ] = None,
+    as_json: Json = False,
+    blas: Blas = None,
+    debug: Debug = False,
+) -> None:
+    """Decode plainly and with drafting side by side; exit code 1 if float32 texts differ."""
+    text = _read_prompt(prompt)
+    options.check()
+    from mlx_redrafter import race as racing
+
+    racing.check(source, options, save_svg)
+    model, tokenizer = source.load()
+    ids = text if raw else _render(tokenizer, text, options.system_prompt)
+    code = racing.run(
+        model, tokenizer, ids, options, question=text, picture=save_svg, as_json=as_json
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
 def acceptance(
     model: ModelName = BUILTIN,
     drafter: DrafterName = "auto",
