@@ -7,9 +7,10 @@ if each had the machine to itself.
 The engine launches a step before it hands out the tokens of the one before, so that something is
 always in flight between two steps. A turn therefore ends by waiting for it, on the clock of whose
 turn it is: otherwise the other would wait for work that is not its own, and the owner find it done
-for nothing. That wait hides one launch less than decoding without turns does; at ``TURN`` seconds
-a turn this was below 1 %, within the noise. Warming up, reading the prompt and drawing run on
-neither clock, and nothing is drawn while a step is in flight, which would be time for free.
+for nothing. That wait hides one launch less than decoding without turns does, which at ``TURN``
+seconds a turn was not to be told from the noise of a few per cent. Warming up, reading the prompt
+and drawing run on no clock, and nothing is drawn while a step is in flight: that would be time for
+free.
 """
 
 from __future__ import annotations
@@ -79,6 +80,11 @@ class Lane:
         return self.last is not None and self.last.finish_reason is not None
 
     @property
+    def known_until(self) -> float:
+        """Its clock when it last gave tokens: what is in flight behind is not known yet."""
+        return self.steps[-1].clock if self.steps else 0.0
+
+    @property
     def pieces(self) -> list[Piece]:
         return [piece for step in self.steps for piece in step.pieces]
 
@@ -91,16 +97,16 @@ class Lane:
         return self.last.stats.prefill_seconds if self.last is not None else 0.0
 
     def turn(self, seconds: float = TURN) -> None:
-        """Decode for so long at least, or to the end of the answer."""
-        zero = self._now() - self.clock
-        first = self.last is None
-        until = self.clock + seconds
-        while not self.finished and (first or self.clock < until):
+        """Decode a step, and more until the time is up or the answer at its end."""
+        zero, until = self._now() - self.clock, self.clock + seconds
+        while True:
             pieces = self._step()
-            if first:  # the prompt was read on the way
-                zero, first = zero + self.prompt_seconds, False
+            if not self.steps:  # the prompt was read on the way
+                zero += self.prompt_seconds
             self.clock = self._now() - zero
             self.steps.append(Step(self.clock, pieces))
+            if self.finished or self.clock >= until:
+                break
         # What is launched behind the end of an answer is nobody's time, as nobody waits for it.
         self._settle()
         if not self.finished:
@@ -113,6 +119,7 @@ class Lane:
             pieces.append(Piece(response.text, response.token, response.from_draft))
             if self.finished or not response.from_draft:
                 break
+        assert pieces, "an answer ends with a reason"
         return tuple(pieces)
 
     def until(self, clock: float) -> list[Step]:
@@ -165,7 +172,8 @@ def _status(lane: Lane, lanes: Sequence[Lane]) -> str:
     first = min((x for x in lanes if x.finished), key=lambda x: x.clock)
     if lane is not first:
         return f"finished {lane.clock - first.clock:.2f} s later"
-    made = max(sum(len(s.pieces) for s in x.until(lane.clock)) for x in lanes if x is not lane)
+    others = (x.until(lane.clock) for x in lanes if x is not lane)
+    made = max((sum(len(step.pieces) for step in steps) for steps in others), default=0)
     lead = len(lane.pieces) - made
     return "finished" + (f", {lead} token{'' if lead == 1 else 's'} ahead" if lead > 0 else "")
 
@@ -179,4 +187,5 @@ def take_turns(
     show(views(lanes, 0.0))
     while running := [lane for lane in lanes if not lane.finished]:
         min(running, key=lambda lane: lane.clock).turn(turn)
-        show(views(lanes, min((x.clock for x in lanes if not x.finished), default=math.inf)))
+        moments = (lane.known_until for lane in lanes if not lane.finished)
+        show(views(lanes, min(moments, default=math.inf)))

@@ -62,16 +62,17 @@ def run(
     lanes = _decode(model, tokenizer, prompt, options, tree, None if as_json else out, question)
     plain, drafted = views(lanes)
     lines = verdict(plain, drafted, conditions["dtype"])
+    held = ", ".join(f"{name} {value}" for name, value in conditions.items())
     if picture is not None:
         moment = min(lane.clock for lane in lanes)
-        _save(picture, race_screen.picture(question, views(lanes, moment), lines))
+        _save(picture, race_screen.picture(question, views(lanes, moment), lines, held))
     if as_json:
         print(json.dumps({**_figures(lanes), **conditions}))
     else:
         if not race_screen.is_live(out):
             out.print(race_screen.table((plain, drafted)))
         out.print("\n" + "\n".join(lines), soft_wrap=True, markup=False)
-        console.note(", ".join(f"{name} {value}" for name, value in conditions.items()))
+        console.note(held)
     return int(plain.token_ids != drafted.token_ids and conditions["dtype"] == "float32")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
@@ -91,7 +92,7 @@ def legend() -> Text:
     """What the colours mean."""
     text = Text("  ", no_wrap=True, overflow="ellipsis")
     text.append("drafted and accepted", ACCEPTED).append(" · ")
-    return text.append("chosen by the model itself, one per step", BONUS)
+    return text.append("bonus: the model's own, one per step", BONUS)
 
 
 def title(question: str) -> Text:
@@ -116,7 +117,7 @@ def table(views: Sequence[View]) -> Table:
     return rows
 
 
-def picture(question: str, views: Sequence[View], verdict: Sequence[str]) -> str:
+def picture(question: str, views: Sequence[View], verdict: Sequence[str], conditions: str) -> str:
     """An SVG of one moment, with the verdict of the end below."""
     width, height = PICTURE
     out = Console(
@@ -126,4 +127,7 @@ def picture(question: str, views: Sequence[View], verdict: Sequence[str]) -> str
     out.print(title(question))
     out.print(frame(views, out))
     out.print("\nIn the end:\n" + "\n".join(verdict), markup=False)
-    return out.export_svg(title="mlx-redrafter race")
+    out.print(Text(conditions, style="dim"))
+    svg = out.export_svg(title="mlx-redrafter race")
+    # It fetches nothing: without the fonts of a web site it takes the viewer's own.
+    return re.sub(r"@font-face\s*\{.*?\}", "", svg, flags=re.DOTALL)
