@@ -247,7 +247,7 @@ def race(
     from mlx_redrafter import race as racing
 
     racing.check(source, options, save_svg)
-    model, tokenizer = source.load()
+    model, tokenizer = source.load(options.tree())
     ids = text if raw else _render(tokenizer, text, options.system_prompt)
     code = racing.run(
         model, tokenizer, ids, options, question=text, picture=save_svg, as_json=as_json

@@ -114,12 +114,10 @@ def _decode(
 def tree_of(model: Any, options: DecodeOptions) -> TreeShape | None:
     """What to draft; None leaves it to `stream_generate`. A model without a drafter drafts from the
     text itself; raises OptionError if that was turned off."""
-    from mlx_redrafter.decoding.tree import DEFAULT
-
     tree = options.tree()
-    if model.drafter is not None:
+    if tree is None or model.drafter is not None:
         return tree
-    tree = (tree or DEFAULT).without_drafter()
+    tree = tree.without_drafter()
     if not tree.drafts:
         raise OptionError(
             f"there is no drafter for {model.name} and --lookup 0 leaves nothing to draft from: "
@@ -184,7 +182,7 @@ def _conditions(model: Any, options: DecodeOptions, tree: TreeShape | None) -> d
         "model": model.name,
         "dtype": dtype_of(model.target),
         "drafter": model.drafter_folder.name if model.drafter_folder else None,
-        "tree": str(tree) if tree is not None else "default",
+        "tree": str(tree) if tree is not None else "automatic",
         "temp": options.temp,
         "seed": options.seed,
         "chip": facts["chip"],

@@ -298,7 +298,9 @@ def test_a_model_without_a_drafter_drafts_from_the_text(
     invoke: Callable[..., Any], model: Model
 ) -> None:
     alone = model_of(model.target, None)
-    assert json.loads(invoke("--json", model=alone).stdout)["tree"] == "lookup of 7"
+    assert json.loads(invoke("--json", model=alone).stdout)["tree"] == "automatic"
+    fixed = invoke("--json", "--lookup", "5", "--nodes", "6", model=alone)
+    assert json.loads(fixed.stdout)["tree"] == "lookup of 5"
     result = invoke("--lookup", "0", model=alone)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("error: there is no drafter for tiny and --lookup 0")

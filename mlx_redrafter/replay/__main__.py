@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,10 +20,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from mlx_redrafter import console
+from mlx_redrafter import console, tuning
 from mlx_redrafter.api import load
 from mlx_redrafter.decoding import prospects
-from mlx_redrafter.decoding.costs import Costs, measure
+from mlx_redrafter.decoding.costs import Costs
 from mlx_redrafter.decoding.policy import Automatic, Fixed, contenders
 from mlx_redrafter.decoding.prospects import LOOKUP, Prospects
 from mlx_redrafter.decoding.tree import TreeShape
@@ -66,16 +67,46 @@ def main(
     if write is not None:
         write.write_text(json.dumps(table.as_dict(), indent=1) + "\n")
         console.note(f"written: {write}")
-    costs = measure(loaded.target, loaded.drafter, loaded.engine.step_function)
-    rows = compare(answers, shapes, table, costs, lost)
+    costs = tuning.costs(loaded, console.note)
+    speed, yields = compare(answers, shapes, table, costs, lost), sources(answers)
     if as_json:
-        print(json.dumps({"costs": costs.as_dict(), "speedups": rows}))
+        found = {"speed_over_plain": speed, "tokens_per_step": yields}
+        print(json.dumps({"costs": costs.as_dict(), **found}))
         return
-    names = list(next(iter(rows.values())))
-    shown = Table("over plain decoding", *names, box=None, header_style="dim")
-    for name, values in rows.items():
-        shown.add_row(name, *(f"{values[n]:.2f}" for n in names))
-    Console(width=160).print(shown)
+    for title, rows in (("speed over plain decoding", speed), ("tokens per step", yields)):
+        names = list(next(iter(rows.values())))
+        shown = Table(title, *names, box=None, header_style="dim")
+        for name, values in rows.items():
+            shown.add_row(name, *(f"{values[n]:.2f}" if n in values else "" for n in names))
+        Console(width=160).print(shown, "")
+
+
+def sources(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
+    """Tokens per step of each source of drafts alone and of both, at the same number of nodes; and
+    of sampled answers drafted without their noise."""
+    rows: dict[str, dict[str, float]] = {}
+    for nodes in (4, 8):
+        both = TreeShape(3, 4, nodes, lookup=LOOKUP)
+        for shape in (replace(both, lookup=0), both.without_drafter(), both):
+            rows[str(shape)] = tokens_per_step(answers, shape)
+    sampled = [a for a in answers if a.sampled]
+    for shape in (TreeShape(1, 4, 5), TreeShape(3, 4, 8), TreeShape(3, 4, 8, lookup=LOOKUP)):
+        rows[str(shape)] = tokens_per_step(answers, shape)
+        rows[f"{shape}, noise unknown"] = tokens_per_step([a.blindly() for a in sampled], shape)
+    return rows
+
+
+def tokens_per_step(answers: Sequence[Answer], shape: TreeShape) -> dict[str, float]:
+    """By group and over all, greedy and sampled."""
+    found: dict[str, float] = {}
+    for sampled, kind in ((False, "greedy"), (True, "sampled")):
+        some = [a for a in answers if a.sampled == sampled and a.tokens]
+        for group in [*dict.fromkeys(a.group for a in some), "all"]:
+            part = [a for a in some if group in (a.group, "all")]
+            if part:
+                total = sum(len(a.tokens) for a in part)
+                found[f"{kind} {group}"] = total / sum(a.steps(shape) for a in part)
+    return found
 
 
 def compare(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -34,13 +34,15 @@ class Node:
 class Answer:
     """An answer and, for each of its tokens as the root's successor, all drafts.
 
-    ``drafts[i][w]`` are the candidates of beam width w (0: from the text) before token i.
+    ``drafts[i][w]`` are the candidates of beam width w (0: from the text) before token i;
+    ``blind`` the same drafted without the noise that the answer was drawn with (sampled only).
     """
 
     group: str
     sampled: bool
     tokens: list[int]
     drafts: list[dict[int, Arrays]]
+    blind: list[dict[int, Arrays]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._known: dict[tuple[int, TreeShape], int] = {}
@@ -60,6 +62,10 @@ class Answer:
         while at < len(self.tokens):
             at, count = at + self.yields(at, shape), count + 1
         return count
+
+    def blindly(self) -> Answer:
+        """The same answer with the drafts that knew nothing of the noise."""
+        return replace(self, drafts=self.blind)
 
     def candidates(self, at: int, shape: TreeShape) -> list[Node]:
         """Beams and lookup in one list, each path once (as ``lookup.merge``)."""
@@ -108,19 +114,20 @@ def record(
 ) -> Iterator[Answer]:
     """Write every answer, greedy and sampled, and draft before each of its tokens."""
     for temp in TEMPERATURES:
-        drafts_of = _draft_function(model, temp)
+        noises = (True, False) if temp else (False,)
+        functions = [_draft_function(model, temp, noise) for noise in noises]
         for prompt in prompts:
             ids = list(prompt.encode(tokenizer))
             written = stream_generate(model, tokenizer, ids, max_tokens, temp=temp, seed=seed)
             answer = [response.token for response in written]
-            rows = list(_drafts(model, ids, answer, seed, drafts_of))
-            yield Answer(prompt.group, temp > 0, answer, rows)
+            rows = [list(_drafts(model, ids, answer, seed, f)) for f in functions]
+            yield Answer(prompt.group, temp > 0, answer, *rows)
 
 
 DraftFunction = Callable[..., list[Candidates]]
 
 
-def _draft_function(model: Model, temp: float) -> DraftFunction:
+def _draft_function(model: Model, temp: float, shared_noise: bool) -> DraftFunction:
     drafter, vocab = model.drafter, model.target.config.vocab_size
 
     @mx.compile
@@ -128,7 +135,7 @@ def _draft_function(model: Model, temp: float) -> DraftFunction:
         context: mx.array, root: mx.array, position: mx.array, history: mx.array, seed: mx.array
     ) -> list[Candidates]:
         noise = temperature = None
-        if temp:
+        if shared_noise:
             noise = sampling.gumbel(seed, position + 1, max(WIDTHS.values()), vocab)
             temperature = mx.array(temp)
         found = [lookup.search(history, root, position, LOOKUP)]
