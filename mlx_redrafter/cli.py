@@ -290,22 +290,18 @@ def tune(
     report.run(model, drafter, again, plot, as_json)
 
 
-@app.command()
-def bench(
-    model: ModelName = BUILTIN,
-    drafter: DrafterName = "auto",
-    prompts: PromptFile = None,
-    count: Annotated[int, typer.Option(help="So many prompts, of every group.")] = 6,
-    max_tokens: Annotated[int, typer.Option(help="Length of every answer, in tokens.")] = 64,
-    rounds: Annotated[int, typer.Option(help="How often every prompt is measured.")] = 3,
-    as_json: Json = False,
-    blas: Blas = None,
-    debug: Debug = False,
-) -> None:
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def bench(ctx: typer.Context) -> None:
     """Time mlx_lm, plain and drafted decoding, in turns in one process."""
-    from mlx_redrafter import reports
+    from mlx_redrafter.bench import command
 
-    reports.speed(model, drafter, prompts, count, max_tokens, rounds, as_json)
+    command.run(ctx)
 
 
 @app.command(

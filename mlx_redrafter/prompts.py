@@ -10,12 +10,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.errors import OptionError
 
-DEV = Path(__file__).parent / "assets" / "prompts_dev.jsonl"
+ASSETS = Path(__file__).parent / "assets"
+DEV, COPY = ASSETS / "prompts_dev.jsonl", ASSETS / "prompts_copy.jsonl"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A user turn and its group: chat, writing or code."""
+    """A user turn and its group: chat, writing, code or copy."""
 
     text: str
     group: str
@@ -26,6 +27,11 @@ class Prompt:
             return list(tokenizer.encode(self.text))
         messages = [{"role": "user", "content": self.text}]
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
+
+def prompt_file(name: str) -> Path:
+    """``dev`` and ``copy`` are in the package; anything else is a file."""
+    return {"dev": DEV, "copy": COPY}.get(name) or Path(name).expanduser()
 
 
 def read_prompts(file: Path = DEV, count: int | None = None) -> list[Prompt]:

@@ -42,7 +42,6 @@ LAYERS = [
         "exactness",
         "acceptance",
         "prompts",
-        "bench",
         "replay",
         "tune",
         "reports",
@@ -51,6 +50,7 @@ LAYERS = [
         "race_screen",
     },
     {"convert", "training"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]

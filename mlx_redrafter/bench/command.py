@@ -1,0 +1,111 @@
+"""`mlx-redrafter bench`: its options. Nothing heavy is imported before they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mlx_redrafter.errors import OptionError
+from mlx_redrafter.options import Blas, Debug
+
+app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+def run(ctx: typer.Context) -> None:
+    """The command with the arguments of the context that `mlx-redrafter bench` got."""
+    command = typer.main.get_command(app)
+    with command.make_context("bench", list(ctx.args), parent=ctx.parent) as inner:
+        command.invoke(inner)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Built-in name, local folder or hub id.")
+    ] = "smollm2-135m",
+    drafter: Annotated[
+        str, typer.Option("--drafter", "-d", help="Local folder or hub id; 'auto' looks for one.")
+    ] = "auto",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of weights and arithmetic.", show_default="float32 on a CPU"),
+    ] = None,
+    prompts: Annotated[
+        str, typer.Option(help='dev, copy, or a jsonl file with "prompt" and "category".')
+    ] = "dev",
+    count: Annotated[
+        int | None,
+        typer.Option(
+            help="So many prompts, of every group.", show_default="6; sweep 3; divergence 12"
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Length of every answer, in tokens.", show_default="48; sweep 32; divergence 64"
+        ),
+    ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(help="How often every prompt is measured.", show_default="2; sweep 1"),
+    ] = None,
+    temp: Annotated[
+        list[float] | None,
+        typer.Option(help="Temperature; repeatable.", show_default="0 and 0.8; sweep 0"),
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A tree besides the automatic one; repeatable: 3x4/8 (width x depth / nodes), "
+            "1x4 (a chain), lookup7, 3x4/8+lookup7."
+        ),
+    ] = None,
+    mlx_lm_draft: Annotated[
+        str | None, typer.Option(help="Also mlx_lm's decoding with this draft model.")
+    ] = None,
+    draft_tokens: Annotated[int, typer.Option(help="Tokens that model drafts in a step.")] = 3,
+    perfect: Annotated[
+        bool, typer.Option(help="Also a drafter that knows the answer, 4, 8 and 16 nodes.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Of sampled answers.")] = 0,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Time many widths, depths and nodes instead.")
+    ] = False,
+    divergence: Annotated[
+        bool,
+        typer.Option("--divergence", help="Compare greedy drafted with greedy plain text instead."),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for bench.json and plots; kept up to date."),
+    ] = None,
+    plot_only: Annotated[
+        Path | None, typer.Option(help="Measure nothing: show such a folder's results again.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    blas: Blas = None,
+    debug: Debug = False,
+) -> None:
+    """Time mlx_lm, plain and drafted decoding, in turns in one process.
+
+    With no option: 6 prompts x 48 tokens x 2 rounds x 2 temperatures, 3 ways to decode and a drafter
+    that knows the answer; about 3 minutes for the built-in model on 2 cores.
+    """
+    from . import run as measuring
+
+    if plot_only is not None:
+        measuring.show_again(plot_only, as_json)
+        return
+    if sweep and divergence:
+        raise OptionError("--sweep and --divergence are two measurements: give one of them")
+    options = measuring.BenchOptions(
+        kind="sweep" if sweep else "divergence" if divergence else "speed",
+        model=model, drafter=drafter, dtype=dtype, prompts=prompts, count=count,
+        max_tokens=max_tokens, rounds=rounds, temps=tuple(temp or ()), shapes=tuple(shape or ()),
+        mlx_lm_draft=mlx_lm_draft, draft_tokens=draft_tokens, perfect=perfect, seed=seed,
+        output=output, as_json=as_json,
+    )  # fmt: skip
+    if not measuring.measure(options):
+        raise typer.Exit(1)

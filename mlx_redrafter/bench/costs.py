@@ -1,0 +1,74 @@
+"""What a bare pass of the target over N tokens takes: nothing drafted, nothing chosen from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from mlx_redrafter.models import Decoder, cache
+
+Pass = Callable[[mx.array, mx.array, list[mx.array]], tuple[mx.array, list[mx.array]]]
+
+
+def bare_pass(target: Decoder) -> Pass:
+    """A pass over tokens that follow one another, to be compiled or not.
+
+    Returns:
+        run(tokens (N,) int32, position (1,) int32 of the first, one slab per layer) -> hidden
+        (N, D), the slabs with N more rows.
+    """
+
+    def run(
+        tokens: mx.array, position: mx.array, kv: list[mx.array]
+    ) -> tuple[mx.array, list[mx.array]]:
+        slots = mx.arange(kv[0].shape[2], dtype=mx.int32)
+        positions = position + mx.arange(tokens.shape[0], dtype=mx.int32)
+        mask = slots[None] <= positions[:, None]
+        hidden, _, kv = target(tokens, positions, mask, slots, kv, cache.Append(position))
+        return hidden, kv
+
+    return run
+
+
+class VerifyClock:
+    """Times verify passes ``t(N)`` over slabs of one capacity, the choice of the tokens included.
+
+    Args:
+        target: the model.
+        capacity: slots of a slab; a pass reads all of them, however many are filled.
+        compiled: as the engine runs its steps.
+    """
+
+    PASSES = 4  # launched one behind the other, as decoding does, and waited for once
+
+    def __init__(self, target: Decoder, capacity: int, compiled: bool = True) -> None:
+        run = bare_pass(target)
+
+        def chosen(
+            tokens: mx.array, position: mx.array, kv: list[mx.array]
+        ) -> tuple[mx.array, list[mx.array]]:
+            hidden, kv = run(tokens, position, kv)
+            return mx.argmax(target.logits(hidden), axis=-1).astype(mx.int32), kv
+
+        self._run = mx.compile(chosen) if compiled else chosen
+        self._kv = cache.new_cache(target.config, capacity, target.dtype)
+        self._position = mx.array([capacity // 2], mx.int32)
+        self._warm: set[int] = set()
+
+    def seconds(self, nodes: int) -> float:
+        """Mean seconds of a pass over ``nodes`` tokens; the first call of a size warms up."""
+        if nodes not in self._warm:
+            self._passes(nodes)
+            self._warm.add(nodes)
+        start = time.perf_counter()
+        self._passes(nodes)
+        return (time.perf_counter() - start) / self.PASSES
+
+    def _passes(self, nodes: int) -> None:
+        tokens = mx.zeros((nodes,), mx.int32)
+        for _ in range(self.PASSES):
+            tokens, self._kv = self._run(tokens, self._position, self._kv)
+            mx.async_eval(tokens, self._kv)
+        mx.eval(tokens, self._kv)

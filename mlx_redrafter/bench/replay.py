@@ -1,0 +1,74 @@
+"""A perfect drafter that costs next to nothing: it replays an answer that is known already.
+
+What is left between its speed and the best possible one is the loop around the passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from mlx_redrafter.models import Decoder, cache
+
+from .costs import bare_pass
+
+_WRONG = -1000.0  # far below the right draft, at any temperature and whatever the noise
+_CHUNK = 512
+_SIZES = 64  # the known text is padded to a multiple, so that few kernels serve all answers
+
+
+class Replay:
+    """Drafts what is known to follow; it recognises the place by the target's hidden state.
+
+    Its vocabulary are the ``T`` places of the known text, so that a draft costs T values and not
+    V. The real step runs around it: beam search (a chain), verify, walk and commit.
+
+    Args:
+        target: the model.
+        prompt: token ids.
+        answer: what the target answers.
+    """
+
+    context_layers: tuple[int, ...] = ()
+
+    def __init__(self, target: Decoder, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        self.context_size: int = target.config.hidden_size
+        text = [*prompt, *answer]
+        first = max(0, len(prompt) - 2)  # the place that predicts the first root
+        following = mx.array([*text[first + 1 :], 0], mx.int32)
+        hidden = _hidden(target, text)[first:].astype(mx.float32)
+        more = -following.shape[0] % _SIZES
+        self._tokens = mx.pad(following, (0, more))  # (T,) the token after each place
+        self._hidden = mx.pad(hidden, [(0, more), (0, 0)], constant_values=1e9)  # (T, D)
+        mx.eval(self._tokens, self._hidden)
+
+    def context(self, hidden: mx.array, inner: tuple[mx.array, ...]) -> mx.array:
+        return hidden
+
+    def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
+        distance = mx.square(self._hidden - context[None]).sum(-1)
+        return mx.argmin(distance).astype(mx.int32).reshape(1, 1), context
+
+    def step(self, tokens: mx.array, state: mx.array, fixed: mx.array) -> tuple[mx.array, mx.array]:
+        state = state + 1  # (R, 1) the place of the token consumed
+        places = mx.arange(self._tokens.shape[0], dtype=mx.int32)
+        return mx.where(places[None] == state, 0.0, _WRONG), state
+
+    def token_ids(self, picks: mx.array) -> mx.array:
+        return mx.take(self._tokens, picks)
+
+    def select(self, values: mx.array) -> mx.array:
+        return mx.take(values, self._tokens)
+
+
+def _hidden(target: Decoder, text: Sequence[int]) -> mx.array:
+    """The final hidden state after every token, (T, D), read in chunks as a prompt is."""
+    kv = cache.new_cache(target.config, cache.bucket(len(text)), target.dtype)
+    read, chunks = bare_pass(target), []
+    for done in range(0, len(text), _CHUNK):
+        ids = mx.array(list(text[done : done + _CHUNK]), mx.int32)
+        hidden, kv = read(ids, mx.array([done], mx.int32), kv)
+        mx.eval(hidden, kv)
+        chunks.append(hidden)
+    return mx.concatenate(chunks)

@@ -1,0 +1,194 @@
+"""One measurement: run it, write what is known after every turn, show tables and plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_redrafter import console, reports
+from mlx_redrafter.api import Model, load
+from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.errors import OptionError
+from mlx_redrafter.prompts import Prompt, prompt_file, read_prompts
+
+from . import divergence, document, plots, report, sweep, ways
+from .compare import Comparison, Encoded
+from .document import DIVERGENCE, SPEED, SWEEP, Document
+
+# Prompts, tokens per answer and rounds where none are given: a few minutes on two cores.
+_USUAL = {SPEED: (6, 48, 2), SWEEP: (3, 32, 1), DIVERGENCE: (12, 64, 1)}
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure; the command line says what each is. None: as usual for the kind."""
+
+    kind: str = SPEED
+    model: str = "smollm2-135m"
+    drafter: str = "auto"
+    dtype: str | None = None
+    prompts: str = "dev"
+    count: int | None = None
+    max_tokens: int | None = None
+    rounds: int | None = None
+    temps: tuple[float, ...] = ()
+    shapes: tuple[str, ...] = ()
+    mlx_lm_draft: str | None = None
+    draft_tokens: int = 3
+    perfect: bool = True
+    seed: int = 0
+    output: Path | None = None
+    as_json: bool = False
+
+    def numbers(self) -> tuple[int, int, int]:
+        """Prompts, tokens and rounds.
+
+        Raises:
+            OptionError: one of them, or a temperature or the number of drafts, is not possible.
+        """
+        given = (self.count, self.max_tokens, self.rounds)
+        count, tokens, rounds = (
+            usual if value is None else value
+            for value, usual in zip(given, _USUAL[self.kind], strict=True)
+        )
+        limits = {
+            "--count": (count, 1),
+            "--max-tokens": (tokens, 2),
+            "--rounds": (rounds, 1),
+            "--draft-tokens": (self.draft_tokens, 1),
+        }
+        for name, (value, least) in limits.items():
+            if value < least:
+                raise OptionError(f"{name} {value} is not possible: use {least} or more")
+        return count, tokens, rounds
+
+
+def measure(options: BenchOptions) -> bool:
+    """Measure and report; False if a divergence is larger than rounding explains."""
+    count, max_tokens, rounds = options.numbers()
+    shapes = [ways.parse_shape(text) for text in options.shapes]
+    file = prompt_file(options.prompts)
+    prompts = read_prompts(file, count)
+    if options.output is not None:
+        _make(options.output)
+    dtype = getattr(mx, options.dtype) if options.dtype is not None else None
+    model, tokenizer = load(options.model, options.drafter, dtype=dtype)
+    if model.drafter is None and (options.kind == SWEEP or any(s.depth for s in shapes)):
+        raise OptionError(f"there is no drafter for {options.model}: give one with --drafter")
+    temps = options.temps or ((0.0, 0.8) if options.kind == SPEED else (0.0,))
+    facts = {"max_tokens": max_tokens, "rounds": rounds, "temps": temps, "seed": options.seed}
+    facts |= {"mlx_lm_draft": options.mlx_lm_draft, "shapes": options.shapes}
+    result = Document(options.kind, document.conditions(model, file, prompts, facts))
+    encoded = encode(prompts, tokenizer)
+    with _reported(result, options):
+        if options.kind == DIVERGENCE:
+            _divergence(result, model, encoded, shapes, max_tokens, options)
+        else:
+            comparison = Comparison(model, [], max_tokens, rounds, temps, seed=options.seed)
+            _compare(result, comparison, encoded, shapes, options)
+        result.complete = True
+    return not any(case["bug"] for case in result.cases)
+
+
+def show_again(folder: Path, as_json: bool) -> None:
+    """Tables and plots of what a run wrote, whole or stopped."""
+    found = document.read(folder)
+    _show(found, folder, as_json)
+
+
+def encode(prompts: list[Prompt], tokenizer: TokenizerWrapper) -> list[Encoded]:
+    """Groups and token ids."""
+    return [(prompt.group, prompt.encode(tokenizer)) for prompt in prompts]
+
+
+def _compare(
+    result: Document,
+    comparison: Comparison,
+    prompts: list[Encoded],
+    shapes: list[TreeShape],
+    options: BenchOptions,
+) -> None:
+    """Speed, or a sweep."""
+    model, tokens, seed = comparison.model, comparison.max_tokens, comparison.seed
+    usual = ways.ours(model, ways.automatic(model), tokens, seed, ways.AUTOMATIC)
+    turns = len(prompts) * len(comparison.temps) * comparison.rounds
+    if options.kind == SWEEP:
+        grid = shapes or sweep.grid()
+        turns *= -(-len(grid) // sweep.BLOCK)
+        source = sweep.turns(comparison, grid, usual, prompts)
+    else:
+        reference = ways.load_reference(model)
+        comparison.others = [ways.mlx_lm(reference, tokens, seed)]
+        if options.mlx_lm_draft is not None:
+            draft = ways.load_draft(options.mlx_lm_draft, model)
+            number = options.draft_tokens
+            comparison.others.append(ways.mlx_lm_draft(reference, draft, number, tokens, seed))
+        comparison.others += [usual, *(ways.ours(model, s, tokens, seed) for s in shapes)]
+        comparison.perfect = options.perfect
+        source = comparison.turns(prompts)
+    with reports.progress(turns) as step:
+        for turn in source:
+            result.add(turn)
+            if options.output is not None:
+                result.compute()
+                result.save(options.output)
+            step()
+
+
+def _divergence(
+    result: Document,
+    model: Model,
+    prompts: list[Encoded],
+    shapes: list[TreeShape],
+    tokens: int,
+    options: BenchOptions,
+) -> None:
+    drafted = [ways.ours(model, ways.automatic(model), tokens, 0, ways.AUTOMATIC)]
+    drafted += [ways.ours(model, shape, tokens, 0) for shape in shapes]
+    compared = []
+    with reports.progress(len(prompts) * len(drafted)) as step:
+        for one in divergence.compare(model, prompts, drafted, tokens):
+            compared.append(one)
+            result.divergences(compared)
+            if options.output is not None:
+                result.save(options.output)
+            step()
+
+
+@contextmanager
+def _reported(result: Document, options: BenchOptions) -> Iterator[None]:
+    """Show what was measured at the end, and also when the user stops the run before it."""
+    try:
+        yield
+    finally:
+        if result.timings or result.summary:
+            if result.timings:
+                result.compute()
+            if options.output is not None:
+                result.save(options.output)
+            _show(result, options.output, options.as_json)
+
+
+def _show(result: Document, folder: Path | None, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result.figures()))
+    else:
+        report.tables(result)
+    if folder is not None:
+        files = [folder / document.FILE, *plots.write_all(result, folder)]
+        console.note(f"written: {', '.join(str(file) for file in files)}")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(
+            f"{folder} cannot be made ({error.strerror}): give --output another folder"
+        ) from None

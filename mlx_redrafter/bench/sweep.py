@@ -1,0 +1,60 @@
+"""Speed by width, depth and nodes: which tree is best on this machine?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mlx_redrafter.decoding.tree import TreeShape
+
+from .compare import Comparison, Encoded, Turn
+from .summary import ALL
+from .ways import AUTOMATIC, Way, ours
+
+CHAINS = range(1, 7)
+WIDTHS, DEPTHS, NODES = (2, 3, 4), (2, 3, 4, 5), (4, 6, 8, 12, 16)
+BLOCK = 6  # shapes per turn: plain decoding, which they are compared with, is never far
+
+
+def grid() -> list[TreeShape]:
+    """Chains, and every width x depth with every number of nodes that it can fill."""
+    trees = [
+        TreeShape(width, depth, nodes)
+        for width in WIDTHS
+        for depth in DEPTHS
+        for nodes in NODES
+        if nodes <= 1 + width * depth
+    ]
+    # A tree whose depth its nodes cannot reach is the same as a shallower one.
+    return list(dict.fromkeys([TreeShape.chain(n) for n in CHAINS] + trees))
+
+
+def turns(
+    comparison: Comparison, shapes: Sequence[TreeShape], usual: Way, prompts: Sequence[Encoded]
+) -> Iterator[Turn]:
+    """The shapes in blocks, each with plain and the automatic choice among them; all blocks of
+    a prompt before the next prompt."""
+    model, length, seed = comparison.model, comparison.max_tokens, comparison.seed
+    blocks = [shapes[i : i + BLOCK] for i in range(0, len(shapes), BLOCK)]
+    for number, prompt in enumerate(prompts):
+        for block in blocks:
+            comparison.others = [usual, *(ours(model, s, length, seed) for s in block)]
+            yield from comparison.turns([prompt], number)
+
+
+def cells(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], Mapping[str, Any]]:
+    """By (width, depth) the row of the fastest number of nodes, over all prompts."""
+    found: dict[tuple[int, int], Mapping[str, Any]] = {}
+    for row in rows:
+        shape = row["shape"]
+        if row["group"] != ALL or row["way"] == AUTOMATIC or not shape or shape["nodes"] == 1:
+            continue
+        key = (shape["width"], shape["depth"])
+        if key not in found or row["times_plain"] > found[key]["times_plain"]:
+            found[key] = row
+    return found
+
+
+def best(found: Mapping[tuple[int, int], Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The row of the fastest cell."""
+    return max(found.values(), key=lambda row: row["times_plain"], default=None)
