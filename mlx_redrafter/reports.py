@@ -76,15 +76,16 @@ def conditions(model: Model, prompts: list[Prompt]) -> dict[str, Any]:
 def table(first: str, *others: str) -> Table:
     """An empty table; the columns after the first hold numbers."""
     empty = Table(box=None, pad_edge=False, header_style="dim")
-    empty.add_column(first)
+    empty.add_column(first, no_wrap=True)
     for title in others:
         empty.add_column(title, justify="right")
     return empty
 
 
-def show(title: str, filled: Table, facts: dict[str, Any]) -> None:
+def show(title: str, filled: Table, facts: dict[str, Any] | None = None) -> None:
     """A title and a table on stdout, the conditions in one line on stderr."""
     out = Console(highlight=False)
     out.print(title, style="bold")
     out.print(filled)
-    console.note(", ".join(f"{name} {value}" for name, value in facts.items()))
+    if facts is not None:
+        console.note(", ".join(f"{name} {value}" for name, value in facts.items()))

@@ -90,8 +90,8 @@ def bench(
 ) -> None:
     """Time mlx_lm, plain and drafted decoding, in turns in one process.
 
-    With no option: 6 prompts x 48 tokens x 2 rounds x 2 temperatures, 3 ways to decode and a drafter
-    that knows the answer; about 3 minutes for the built-in model on 2 cores.
+    With no option: 6 prompts x 48 tokens x 2 rounds x 2 temperatures, 3 ways to decode, and a
+    drafter that knows the answer; about 3 minutes for the built-in model on 2 cores.
     """
     from . import run as measuring
 

@@ -66,7 +66,7 @@ class Comparison:
         plain = ways.ours(self.model, TreeShape.plain(), self.max_tokens, self.seed, ways.PLAIN)
         for number, (group, ids) in enumerate(prompts, first):
             for temp in self.temps:
-                row: list[Way] = [*self.others, plain]
+                row: list[Way] = [plain, *self.others]
                 known = self._warm_up(row, ids, temp)
                 if self.perfect and temp == 0:
                     answer = known or plain.decode(ids, temp).tokens

@@ -13,7 +13,7 @@ from mlx_redrafter.reports import show, table
 from .document import DIVERGENCE, SWEEP, Document
 from .summary import ALL
 from .sweep import best, cells
-from .ways import AUTOMATIC, PERFECT_NAME
+from .ways import AUTOMATIC, PERFECT_NAME, PLAIN
 
 Row = Mapping[str, Any]
 # Of the conditions, what stands below a table; the rest is in the file.
@@ -26,44 +26,43 @@ _BEST = 12  # shapes of a sweep that are listed
 
 def tables(document: Document) -> None:
     """All tables of a document, and what is odd about it."""
-    facts = {name: document.conditions[name] for name in _SHOWN if name in document.conditions}
     if not document.complete:
         console.warn("incomplete: the run was stopped, or is still going on")
     if document.kind == DIVERGENCE:
-        _divergences(document, facts)
-        return
-    temps = list(dict.fromkeys(row["temp"] for row in document.summary))
-    for temp in temps:
-        rows = [row for row in document.summary if row["temp"] == temp]
-        if document.kind == SWEEP:
-            _sweep(rows, facts)
-        else:
-            _speed(temp, rows, facts)
+        _divergences(document)
+    elif document.kind == SWEEP:
+        _sweep(document.summary)
+    else:
+        for temp in dict.fromkeys(row["temp"] for row in document.summary):
+            _speed(temp, [row for row in document.summary if row["temp"] == temp])
     _cost(document.cost_curve)
+    known = document.conditions
+    console.note(", ".join(f"{name} {known[name]}" for name in _SHOWN if name in known))
 
 
-def _speed(temp: float, rows: Sequence[Row], facts: dict[str, Any]) -> None:
+def _speed(temp: float, rows: Sequence[Row]) -> None:
     filled = table(
-        "", "tokens/s", "x mlx_lm", "x plain", "lowest-highest", "worst tenth", "tokens/step",
-        "efficiency", "same text",
-    )  # fmt: skip
+        "", "tokens/s", "x mlx_lm", "x plain", "low-high", "worst", "per step", "loop", "same"
+    )
+    filled.collapse_padding = True  # nine columns in 80 characters
     groups = [ALL, *dict.fromkeys(r["group"] for r in rows if r["group"] != ALL)]
     if len(groups) == 2:
         groups = [ALL]
     for group in groups:
-        if len(groups) > 1:
-            count = next(r["prompts"] for r in rows if r["group"] == group)
-            filled.add_row(f"[dim]{group}, {count} prompts[/dim]")
+        count = next(r["prompts"] for r in rows if r["group"] == group)
+        filled.add_row(f"[dim]{group}: {count} prompt{'s' * (count > 1)}[/dim]")
         for row in rows:
             if row["group"] == group and (group == ALL or PERFECT_NAME not in row["way"]):
                 filled.add_row(row["way"], *_cells(row))
-    show(f"Speed, {answers(temp)}", filled, facts)
+    show(f"Speed, {answers(temp)}", filled)
 
 
 def _cells(row: Row) -> list[str]:
+    speeds = [f"{row['tokens_per_second']:.1f}", _number(row["times_mlx_lm"])]
+    if row["way"] == PLAIN:  # what the others are compared with
+        return speeds
     return [
-        f"{row['tokens_per_second']:.1f}",
-        _number(row["times_mlx_lm"]),
+        *speeds,
         _number(row["times_plain"]),
         f"{row['lowest']:.2f}-{row['highest']:.2f}",
         _number(row["worst_decile"]),
@@ -73,18 +72,18 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _sweep(rows: Sequence[Row], facts: dict[str, Any]) -> None:
+def _sweep(rows: Sequence[Row]) -> None:
     overall = [r for r in rows if r["group"] == ALL]
     usual = [r for r in overall if r["way"] == AUTOMATIC]
     drafted = [r for r in overall if r["shape"] and r["shape"]["nodes"] > 1 and r not in usual]
     drafted.sort(key=lambda r: -r["times_plain"])
-    filled = table("", "x plain", "lowest-highest", "tokens/step", "efficiency")
+    filled = table("", "x plain", "low-high", "per step", "loop")
     for row in [*usual, *drafted[:_BEST]]:
         spread = f"{row['lowest']:.2f}-{row['highest']:.2f}"
         values = [row["times_plain"], row["tokens_per_step"], row["efficiency"]]
         plain, steps, efficiency = map(_number, values)
         filled.add_row(row["way"], plain, spread, steps, efficiency)
-    show(f"The {min(_BEST, len(drafted))} best of {len(drafted)} shapes", filled, facts)
+    show(f"The {min(_BEST, len(drafted))} best of {len(drafted)} shapes", filled)
     winner = best(cells(rows))
     if winner is not None and usual:
         share = usual[0]["times_plain"] / winner["times_plain"]
@@ -93,7 +92,7 @@ def _sweep(rows: Sequence[Row], facts: dict[str, Any]) -> None:
         )
 
 
-def _divergences(document: Document, facts: dict[str, Any]) -> None:
+def _divergences(document: Document) -> None:
     filled = table(
         "", "answers", "tokens", "diverged", "per hundred", "largest margin", "of the token taken"
     )
@@ -101,7 +100,7 @@ def _divergences(document: Document, facts: dict[str, Any]) -> None:
         margins = (row["largest_margin"], row["largest_deficit"])
         counts = (str(row["answers"]), str(row["tokens"]), str(row["diverged"]))
         filled.add_row(row["way"], *counts, f"{row['per_hundred']:.1f}", *map(_number, margins))
-    show("Greedy, drafted against plain: first differences", filled, facts)
+    show("Greedy, drafted against plain: first differences", filled)
     if not document.cases:
         return
     places = table("", "prompt", "group", "position", "margin", "of the token taken", "explained")

@@ -24,8 +24,8 @@ from mlx_redrafter.stats import DraftStats
 
 from .replay import Replay
 
-MLX_LM, MLX_LM_DRAFT, PLAIN, AUTOMATIC = "mlx_lm", "mlx_lm, draft model", "plain", "automatic"
-PERFECT_NAME = "perfect drafter"
+MLX_LM, MLX_LM_DRAFT, PLAIN, AUTOMATIC = "mlx_lm", "mlx_lm, draft", "plain", "automatic"
+PERFECT_NAME = "perfect"
 PERFECT = (4, 8, 16)
 """Nodes per pass of the perfect drafter."""
 
