@@ -244,6 +244,8 @@ def test_json_and_the_dtype(command: list[str]) -> None:
         (["--max-tokens", "1"], "--max-tokens 1"),
         (["--shape", "wide"], "not a tree shape"),
         (["--sweep", "--divergence"], "give one of them"),
+        (["--sweep", "--temp", "0", "--temp", "1"], "give --temp once"),
+        (["--divergence", "--temp", "1"], "leave out --temp"),
         (["--prompts", "nowhere.jsonl"], "not a prompt file"),
         (["--plot-only", "nowhere"], "cannot be read"),
     ],

@@ -37,14 +37,12 @@ def bench(
     ] = "dev",
     count: Annotated[
         int | None,
-        typer.Option(
-            help="So many prompts, of every group.", show_default="6; sweep 3; divergence 12"
-        ),
+        typer.Option(help="So many prompts, of every group.", show_default="6; sweep 3"),
     ] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Length of every answer, in tokens.", show_default="48; sweep 32; divergence 64"
+            help="Length of every answer, in tokens.", show_default="40; sweep 32; divergence 32"
         ),
     ] = None,
     rounds: Annotated[
@@ -90,7 +88,7 @@ def bench(
 ) -> None:
     """Time mlx_lm, plain and drafted decoding, in turns in one process.
 
-    With no option: 6 prompts x 48 tokens x 2 rounds x 2 temperatures, 3 ways to decode, and a
+    With no option: 6 prompts x 40 tokens x 2 rounds x 2 temperatures, 3 ways to decode, and a
     drafter that knows the answer; about 3 minutes for the built-in model on 2 cores.
     """
     from . import run as measuring

@@ -93,9 +93,7 @@ def _sweep(rows: Sequence[Row]) -> None:
 
 
 def _divergences(document: Document) -> None:
-    filled = table(
-        "", "answers", "tokens", "diverged", "per hundred", "largest margin", "of the token taken"
-    )
+    filled = table("", "answers", "tokens", "diverged", "per hundred", "largest margin", "deficit")
     for row in document.summary:
         margins = (row["largest_margin"], row["largest_deficit"])
         counts = (str(row["answers"]), str(row["tokens"]), str(row["diverged"]))
@@ -103,7 +101,7 @@ def _divergences(document: Document) -> None:
     show("Greedy, drafted against plain: first differences", filled)
     if not document.cases:
         return
-    places = table("", "prompt", "group", "position", "margin", "of the token taken", "explained")
+    places = table("", "prompt", "group", "position", "margin", "deficit", "explained")
     for case in document.cases:
         limit = f"up to {case['limit']:.3g}" + (" [bold red]BUG[/bold red]" * case["bug"])
         places.add_row(

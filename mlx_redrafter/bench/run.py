@@ -22,7 +22,7 @@ from .compare import Comparison, Encoded
 from .document import DIVERGENCE, SPEED, SWEEP, Document
 
 # Prompts, tokens per answer and rounds where none are given: a few minutes on two cores.
-_USUAL = {SPEED: (6, 48, 2), SWEEP: (3, 32, 1), DIVERGENCE: (12, 64, 1)}
+_USUAL = {SPEED: (6, 40, 2), SWEEP: (3, 32, 1), DIVERGENCE: (6, 32, 1)}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class BenchOptions:
 def measure(options: BenchOptions) -> bool:
     """Measure and report; False if a divergence is larger than rounding explains."""
     count, max_tokens, rounds = options.numbers()
-    shapes = [ways.parse_shape(text) for text in options.shapes]
+    shapes = list(dict.fromkeys(ways.parse_shape(text) for text in options.shapes))
+    temps = _temperatures(options)
     file = prompt_file(options.prompts)
     prompts = read_prompts(file, count)
     if options.output is not None:
@@ -81,7 +82,6 @@ def measure(options: BenchOptions) -> bool:
     model, tokenizer = load(options.model, options.drafter, dtype=dtype)
     if model.drafter is None and (options.kind == SWEEP or any(s.depth for s in shapes)):
         raise OptionError(f"there is no drafter for {options.model}: give one with --drafter")
-    temps = options.temps or ((0.0, 0.8) if options.kind == SPEED else (0.0,))
     facts = {"max_tokens": max_tokens, "rounds": rounds, "temps": temps, "seed": options.seed}
     facts |= {"mlx_lm_draft": options.mlx_lm_draft, "shapes": options.shapes}
     result = Document(options.kind, document.conditions(model, file, prompts, facts))
@@ -100,6 +100,15 @@ def show_again(folder: Path, as_json: bool) -> None:
     """Tables and plots of what a run wrote, whole or stopped."""
     found = document.read(folder)
     _show(found, folder, as_json)
+
+
+def _temperatures(options: BenchOptions) -> tuple[float, ...]:
+    if options.kind == DIVERGENCE and any(options.temps):
+        raise OptionError("--divergence compares greedy answers: leave out --temp")
+    if options.kind == SWEEP and len(options.temps) > 1:
+        raise OptionError("--sweep is for one temperature: give --temp once")
+    usual = (0.0, 0.8) if options.kind == SPEED else (0.0,)
+    return tuple(dict.fromkeys(options.temps or usual))
 
 
 def encode(prompts: list[Prompt], tokenizer: TokenizerWrapper) -> list[Encoded]:
