@@ -22,7 +22,7 @@ from .compare import Comparison, Encoded
 from .document import DIVERGENCE, SPEED, SWEEP, Document
 
 # Prompts, tokens per answer and rounds where none are given: a few minutes on two cores.
-_USUAL = {SPEED: (6, 40, 2), SWEEP: (3, 32, 1), DIVERGENCE: (6, 32, 1)}
+_USUAL = {SPEED: (6, 48, 2), SWEEP: (3, 32, 1), DIVERGENCE: (6, 32, 1)}
 
 
 @dataclass(frozen=True)
