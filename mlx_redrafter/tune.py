@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from mlx_redrafter import console, tuning
+from mlx_redrafter import console, figures, tuning
 from mlx_redrafter.api import load
 from mlx_redrafter.decoding import prospects
 from mlx_redrafter.decoding.costs import FAR, NEAR, Costs
@@ -32,8 +31,8 @@ def run(model: str, drafter: str, again: bool, plot: Path | None, as_json: bool)
             f"the plot cannot be written to {plot}: give a file in an existing folder that ends "
             f"in {', '.join(FORMATS)}"
         )
-    if plot is not None and find_spec("matplotlib") is None:
-        raise OptionError('plots need matplotlib: pip install "mlx-redrafter[plot]"')
+    if plot is not None and not figures.available():
+        raise OptionError(figures.MISSING)
     loaded, _ = load(model, drafter)
     known = tuning.costs(loaded, console.note, again)
     table = prospects.load(loaded.drafter_folder)
@@ -105,9 +104,7 @@ def offers(choices: dict[str, list[dict[str, Any]]]) -> Table:
 
 def draw(known: Costs, file: Path) -> None:
     """The cost curve: milliseconds by tokens checked, near and far, and N times one token."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = figures.new(6, 3.6)
     axes = figure.subplots()
     nodes = list(known.verify)
     axes.plot(nodes, [1e3 * known.verify[n] for n in nodes], marker="o", label=f"{NEAR} cached")
@@ -119,6 +116,5 @@ def draw(known: Costs, file: Path) -> None:
     axes.set(
         xlabel="tokens checked in one pass", ylabel="milliseconds", ylim=(0, top), xticks=nodes
     )
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(file, dpi=150)
+    figures.save(figure, file)

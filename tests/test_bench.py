@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from mlx_redrafter import cli
 from mlx_redrafter.api import Model
-from mlx_redrafter.bench import compare, document, plots, replay, sweep, ways
+from mlx_redrafter.bench import compare, document, perfect, plots, sweep, ways
 from mlx_redrafter.bench import run as measuring
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.sampling import SamplingParams
@@ -46,7 +46,7 @@ def turns(tiny_model: Model, mlx_lm_model: nn.Module) -> list[compare.Turn]:
     """Two prompts, two rounds, two temperatures, every kind of way."""
     others = [
         ways.mlx_lm(mlx_lm_model, LENGTH, 0),
-        ways.ours(tiny_model, ways.automatic(tiny_model), LENGTH, 0, ways.AUTOMATIC),
+        ways.automatic(tiny_model, LENGTH, 0),
         ways.ours(tiny_model, TreeShape.chain(2), LENGTH, 0),
     ]
     comparison = compare.Comparison(tiny_model, others, LENGTH, 2, (0.0, 0.9), perfect=True)
@@ -115,7 +115,7 @@ def test_replay_drafts_what_it_was_told(target: Decoder, temp: float) -> None:
     wrong = [(t + 1) % target.config.vocab_size for t in answer]
     accepted = []
     for known in (answer, wrong):
-        drafter, stats = replay.Replay(target, prompt, known), DraftStats()
+        drafter, stats = perfect.Replay(target, prompt, known), DraftStats()
         engine = Engine(target, drafter, compiled=False)
         assert run(engine, prompt, params, TreeShape.chain(3), 24, stats=stats) == answer
         accepted.append(stats.accepted)
@@ -150,7 +150,7 @@ def test_the_grid_holds_each_tree_once_and_what_was_asked_for() -> None:
 
 def test_a_sweep_goes_in_blocks_with_plain_in_each(tiny_model: Model, tmp_path: Path) -> None:
     shapes = [TreeShape.chain(n) for n in range(1, 6)] + [TreeShape(2, 2, 4), TreeShape(2, 2, 5)]
-    usual = ways.ours(tiny_model, ways.automatic(tiny_model), 20, 0, ways.AUTOMATIC)
+    usual = ways.automatic(tiny_model, 20, 0)
     comparison = compare.Comparison(tiny_model, [], 20, 1)
     prompts = [("chat", prompt_of(9, seed=1)), ("code", prompt_of(8, seed=2))]
     result = document.Document(document.SWEEP, {})

@@ -93,14 +93,14 @@ def other(way: ways.Way, at: int, token: int) -> ways.Way:
         tokens[at] = token
         return replace(answer, tokens=tokens)
 
-    return ways.Way("wrong", decode, way.shape)
+    return ways.Way("wrong", decode, way.shapes)
 
 
 def test_float32_does_not_diverge(model: Model) -> None:
     usual = ways.ours(model, TreeShape(3, 4, 8), 20, 0)
     prompts = [("chat", prompt_of(n, seed=n)) for n in (1, 6, 11)]
     found = divergence.summarise(list(divergence.compare(model, prompts, [usual], 20)))
-    expected = {"way": str(usual.shape), "answers": 3, "tokens": 60, "diverged": 0, "bugs": 0}
+    expected = {"way": str(usual.shapes[0]), "answers": 3, "tokens": 60, "diverged": 0, "bugs": 0}
     assert expected.items() <= found[0].items() and found[0]["per_hundred"] == 0
 
 

@@ -43,6 +43,7 @@ LAYERS = [
         "acceptance",
         "prompts",
         "replay",
+        "figures",
         "tune",
         "reports",
         "lanes",

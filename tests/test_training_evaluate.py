@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ByteTokenizer, write_target
 
+from mlx_redrafter import figures
 from mlx_redrafter.api import Model
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.tree import TreeShape
@@ -264,7 +265,7 @@ def test_plots_are_pictures(evaluated: Path) -> None:
 def test_without_matplotlib_there_is_one_warning(
     evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
     assert plots.write_all(evaluated, evaluated / "log.jsonl") == []
     assert capsys.readouterr().err.count("mlx-redrafter[plot]") == 1
     with pytest.raises(OptionError, match="matplotlib"):

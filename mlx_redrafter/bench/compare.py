@@ -23,9 +23,9 @@ Encoded = tuple[str, list[int]]
 class Turn:
     """What was measured in one turn: all ways on one prompt at one temperature.
 
-    ``timings``: way, shape, temp, prompt (its number), group, round, turn, tokens, steps and
-    seconds (those of the first step left out), nodes (tokens checked per pass, on average),
-    histogram (steps by accepted drafts), same (is the answer that of plain decoding?).
+    ``timings``: way, shape (ours only; that of most steps), temp, prompt (its number), group,
+    round, turn, tokens, steps and seconds (those of the first step left out), nodes (tokens checked
+    per pass, on average), histogram (steps by accepted drafts), same (as plain decoding's?).
     ``passes``: turn, prompt, capacity (slots), nodes, seconds of a bare pass.
     """
 
@@ -88,7 +88,7 @@ class Comparison:
         for way in row:
             timing = _timing(way, answers[way.name], plain.tokens, facts["temp"])
             found.timings.append({**timing, **facts, "turn": self.turn})
-        sizes = {1, *(way.shape.nodes for way in row if way.shape is not None)}
+        sizes = {1, *(shape.nodes for way in row for shape in way.shapes)}
         for nodes in sorted(sizes):
             seconds = self._clock(plain.capacity).seconds(nodes)
             found.passes.append(
@@ -108,8 +108,7 @@ class Comparison:
         known: list[int] = []
         for way in row:
             # A graph belongs to a capacity: those of the first and of the last step.
-            nodes = way.shape.nodes if way.shape is not None else 1
-            reach = (len(ids) + 2 * nodes, len(ids) + self.max_tokens + 2 * nodes)
+            reach = (len(ids) + 2 * way.nodes, len(ids) + self.max_tokens + 2 * way.nodes)
             key = (way.name, temp > 0, *map(cache.bucket, reach))
             if key not in self._warm:
                 self._warm.add(key)
@@ -133,10 +132,10 @@ def _timing(way: Way, answer: Answer, plain: list[int], temp: float) -> dict[str
         )
     stats = answer.stats
     # mlx_lm draws other random numbers than we do: only greedy answers can be the same.
-    comparable = temp == 0 or way.shape is not None
+    comparable = temp == 0 or way.shapes
     return {
         "way": way.name,
-        "shape": ways.describe(way.shape),
+        "shape": ways.describe(way.most_used(stats)),
         "tokens": answer.timed,
         "steps": stats.steps - 1,
         "seconds": answer.seconds,

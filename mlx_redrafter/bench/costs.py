@@ -4,33 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 
 import mlx.core as mx
 
+from mlx_redrafter.decoding.costs import bare_pass
 from mlx_redrafter.models import Decoder, cache
-
-Pass = Callable[[mx.array, mx.array, list[mx.array]], tuple[mx.array, list[mx.array]]]
-
-
-def bare_pass(target: Decoder) -> Pass:
-    """A pass over tokens that follow one another, to be compiled or not.
-
-    Returns:
-        run(tokens (N,) int32, position (1,) int32 of the first, one slab per layer) -> hidden
-        (N, D), the slabs with N more rows.
-    """
-
-    def run(
-        tokens: mx.array, position: mx.array, kv: list[mx.array]
-    ) -> tuple[mx.array, list[mx.array]]:
-        slots = mx.arange(kv[0].shape[2], dtype=mx.int32)
-        positions = position + mx.arange(tokens.shape[0], dtype=mx.int32)
-        mask = slots[None] <= positions[:, None]
-        hidden, _, kv = target(tokens, positions, mask, slots, kv, cache.Append(position))
-        return hidden, kv
-
-    return run
 
 
 class VerifyClock:

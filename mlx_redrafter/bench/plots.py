@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_redrafter import console
-
-# One style for all pictures of the project: those of training.
-from mlx_redrafter.training.plots import (
-    _GROUPS,
-    _MISSING,
-    _answers,
-    _figure,
-    _save,
-    acceptance_by_depth,
-)
+from mlx_redrafter import console, figures
+from mlx_redrafter.training.plots import acceptance_by_depth
 
 from .document import SPEED, SWEEP, Document
 from .summary import ALL
@@ -33,8 +23,8 @@ Row = Mapping[str, Any]
 
 def write_all(document: Document, folder: Path) -> list[Path]:
     """All pictures there is data for."""
-    if find_spec("matplotlib") is None:
-        console.warn(f"no plots: {_MISSING}")
+    if not figures.available():
+        console.warn(f"no plots: {figures.MISSING}")
         return []
     files = []
     rows = document.summary
@@ -58,20 +48,20 @@ def speedup(rows: Sequence[Row], file: Path) -> Path:
     groups = groups if len(groups) > 2 else [ALL]
     shown = [r for r in rows if r["way"] != PLAIN and PERFECT_NAME not in r["way"]]
     names = list(dict.fromkeys(r["way"] for r in shown))
-    figure = _figure(2 + 1.3 * len(groups) * max(1, len(names) / 3), 2.9 * len(temps) + 0.4)
+    figure = figures.new(2 + 1.3 * len(groups) * max(1, len(names) / 3), 2.9 * len(temps) + 0.4)
     axes = figure.subplots(len(temps), 1, sharex=True, sharey=True, squeeze=False)
     for axis, temp in zip(axes[:, 0], temps, strict=True):
         for i, name in enumerate(names):
             mine = [r for r in shown if r["way"] == name and r["temp"] == temp]
             _bars(axis, mine, groups, i, len(names), name)
         axis.axhline(1, color="#888888", lw=1)
-        axis.set_title(_answers(temp), fontsize=10)
+        axis.set_title(figures.answers(temp), fontsize=10)
         axis.set_xticks(range(len(groups)), groups)
         axis.set_ylabel("times plain decoding")
         axis.set_ylim(bottom=0)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right upper")
-    return _save(figure, file)
+    return figures.save(figure, file)
 
 
 def _bars(
@@ -85,7 +75,14 @@ def _bars(
     y = [r["times_plain"] for _, r in chosen]
     below = [r["times_plain"] - r["lowest"] for _, r in chosen]
     above = [r["highest"] - r["times_plain"] for _, r in chosen]
-    axis.bar(x, y, 0.9 * width, color=_GROUPS[index % len(_GROUPS)], alpha=0.75, label=name)
+    axis.bar(
+        x,
+        y,
+        0.9 * width,
+        color=figures.COLOURS[index % len(figures.COLOURS)],
+        alpha=0.75,
+        label=name,
+    )
     axis.errorbar(x, y, [below, above], fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
     deciles = [r["worst_decile"] for _, r in chosen]
     axis.plot(x, deciles, "_", color="#333333", ms=7, mew=2)
@@ -110,7 +107,7 @@ def heat_map(rows: Sequence[Row], file: Path) -> Path:
     ]
     flat = [row["times_plain"] for row in found.values()]
     reach = max(0.05, max(flat) - 1, 1 - min(flat))
-    figure = _figure(1.15 * len(depths) + 1.6, 0.9 * len(widths) + 1.5)
+    figure = figures.new(1.15 * len(depths) + 1.6, 0.9 * len(widths) + 1.5)
     axis = figure.subplots()
     norm = TwoSlopeNorm(1, 1 - reach, 1 + reach)
     image = axis.imshow(values, cmap="RdBu_r", norm=norm, origin="lower", alpha=0.8, aspect="auto")
@@ -127,7 +124,7 @@ def heat_map(rows: Sequence[Row], file: Path) -> Path:
     axis.set(xlabel="draft depth (root not counted)", ylabel="beam width")
     figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=2)
     figure.colorbar(image, label="times plain decoding")
-    return _save(figure, file)
+    return figures.save(figure, file)
 
 
 def _frame(
@@ -154,14 +151,14 @@ def cost(curve: Mapping[int, float], file: Path) -> Path:
     """What a pass over N tokens costs, in passes over one."""
     nodes = list(curve)
     times = [seconds / curve[nodes[0]] for seconds in curve.values()]
-    figure = _figure(5, 3.4)
+    figure = figures.new(5, 3.4)
     axis = figure.subplots()
     axis.plot(nodes, nodes, color="#bbbbbb", lw=1, label="N passes over one token")
     label = f"measured; one token: {1000 * curve[nodes[0]]:.1f} ms"
-    axis.plot(nodes, times, "o-", ms=4, color=_GROUPS[0], label=label)
+    axis.plot(nodes, times, "o-", ms=4, color=figures.COLOURS[0], label=label)
     axis.set(xlabel="tokens N in a pass", ylabel="t(N) / t(1)", ylim=(0, 1.3 * max(times)))
     axis.legend(frameon=False, fontsize=8)
-    return _save(figure, file)
+    return figures.save(figure, file)
 
 
 def _accepted(rows: Sequence[Row]) -> list[dict[str, Any]]:

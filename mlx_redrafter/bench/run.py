@@ -125,7 +125,7 @@ def _compare(
 ) -> None:
     """Speed, or a sweep."""
     model, tokens, seed = comparison.model, comparison.max_tokens, comparison.seed
-    usual = ways.ours(model, ways.automatic(model), tokens, seed, ways.AUTOMATIC)
+    usual = ways.automatic(model, tokens, seed)
     turns = len(prompts) * len(comparison.temps) * comparison.rounds
     if options.kind == SWEEP:
         grid = shapes or sweep.grid()
@@ -158,7 +158,7 @@ def _divergence(
     tokens: int,
     options: BenchOptions,
 ) -> None:
-    drafted = [ways.ours(model, ways.automatic(model), tokens, 0, ways.AUTOMATIC)]
+    drafted = [ways.automatic(model, tokens, 0)]
     drafted += [ways.ours(model, shape, tokens, 0) for shape in shapes]
     compared = []
     with reports.progress(len(prompts) * len(drafted)) as step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -42,9 +43,16 @@ def summarise(timings: Sequence[Record], passes: Sequence[Record]) -> list[dict[
     for (temp, way), mine in by_way.items():
         for group in [ALL, *dict.fromkeys(t["group"] for t in mine)]:
             chosen = [t for t in mine if group in (ALL, t["group"])]
-            facts = {"temp": temp, "way": way, "group": group, "shape": mine[0]["shape"]}
+            facts = {"temp": temp, "way": way, "group": group, "shape": _usual(chosen)}
             rows.append({**facts, **_row(chosen, references, curves)})
     return rows
+
+
+def _usual(timings: Sequence[Record]) -> dict[str, Any] | None:
+    """The shape of most answers."""
+    found = Counter(json.dumps(t["shape"]) for t in timings)
+    usual: dict[str, Any] | None = json.loads(found.most_common(1)[0][0])
+    return usual
 
 
 def _row(
@@ -60,7 +68,7 @@ def _row(
     efficiencies = [
         _efficiency(ratio, rows, curves[number])
         for (number, rows), ratio in zip(prompts.items(), plain, strict=True)
-        if rows[0]["shape"] is not None and rows[0]["shape"]["nodes"] > 1
+        if rows[0]["shape"] is not None and rows[0]["nodes"] > 1
     ]
     histogram: Counter[int] = Counter()
     for t in timings:

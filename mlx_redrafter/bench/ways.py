@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -14,15 +14,16 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import load_model
 
-from mlx_redrafter import hub
+from mlx_redrafter import hub, tuning
 from mlx_redrafter.api import Model
 from mlx_redrafter.decoding.engine import Engine, Session
+from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import DEFAULT, TreeShape
+from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.errors import ModelError, OptionError
 from mlx_redrafter.stats import DraftStats
 
-from .replay import Replay
+from .perfect import Replay
 
 MLX_LM, MLX_LM_DRAFT, PLAIN, AUTOMATIC = "mlx_lm", "mlx_lm, draft", "plain", "automatic"
 PERFECT_NAME = "perfect"
@@ -51,16 +52,33 @@ class Answer:
 
 @dataclass(frozen=True)
 class Way:
-    """A name and a function (prompt, temperature) -> Answer."""
+    """A name and a function (prompt, temperature) -> Answer; ``shapes``: those that our own
+    decoding may use, none for others."""
 
     name: str
     decode: Callable[[list[int], float], Answer]
-    shape: TreeShape | None = None
+    shapes: tuple[TreeShape, ...] = ()
+
+    @property
+    def nodes(self) -> int:
+        """The most tokens of a pass."""
+        return max((shape.nodes for shape in self.shapes), default=1)
+
+    def most_used(self, stats: DraftStats) -> TreeShape | None:
+        """The shape of most steps of an answer."""
+        by_name = {str(shape): shape for shape in self.shapes}
+        return next((by_name[name] for name, _ in stats.shapes.most_common(1)), None)
 
 
-def automatic(model: Model) -> TreeShape:
-    """What is drafted when nobody says how much."""
-    return DEFAULT if model.drafter is not None else DEFAULT.without_drafter()
+def automatic(model: Model, max_tokens: int, seed: int) -> Way:
+    """What is drafted when nobody says how much: the policy's choice at every step."""
+    shapes = {s for sampled in (False, True) for s in tuning.policy(model, sampled).shapes}
+
+    def choose(temp: float) -> Policy:
+        return tuning.policy(model, sampled=temp > 0)
+
+    decode = _decoder(model.engine, choose, max_tokens, seed)
+    return Way(AUTOMATIC, decode, tuple(sorted(shapes, key=lambda shape: shape.nodes)))
 
 
 def parse_shape(text: str) -> TreeShape:
@@ -86,7 +104,8 @@ def parse_shape(text: str) -> TreeShape:
 
 def ours(model: Model, shape: TreeShape, max_tokens: int, seed: int, name: str = "") -> Way:
     """Our engine with one tree shape, a fresh session for every answer."""
-    return Way(name or str(shape), _decoder(model.engine, shape, max_tokens, seed), shape)
+    decode = _decoder(model.engine, lambda temp: shape, max_tokens, seed)
+    return Way(name or str(shape), decode, (shape,))
 
 
 def perfect(
@@ -96,10 +115,8 @@ def perfect(
     replay = Replay(model.target, prompt, answer)
     engine = Engine(model.target, replay, model.engine.compiled)
     shapes = [TreeShape.chain(n - 1) for n in PERFECT if 2 * n <= len(answer)]
-    return [
-        Way(f"{PERFECT_NAME}, {s.nodes} nodes", _decoder(engine, s, max_tokens, seed), s)
-        for s in shapes
-    ]
+    own = replace(model, engine=engine, drafter=None)
+    return [ours(own, s, max_tokens, seed, f"{PERFECT_NAME}, {s.nodes} nodes") for s in shapes]
 
 
 def mlx_lm(reference: nn.Module, max_tokens: int, seed: int) -> Way:
@@ -168,11 +185,12 @@ def load_draft(name: str, model: Model) -> nn.Module:
 
 
 def _decoder(
-    engine: Engine, shape: TreeShape, max_tokens: int, seed: int
+    engine: Engine, choose: Callable[[float], TreeShape | Policy], max_tokens: int, seed: int
 ) -> Callable[[list[int], float], Answer]:
     def decode(ids: list[int], temp: float) -> Answer:
         params, session = SamplingParams(temp=temp, seed=seed), Session()
         stats = DraftStats()
+        shape = choose(temp)
         steps = engine.generate(ids, params, shape, max_tokens, session=session, stats=stats)
         found = _timed((emitted.tokens for emitted in steps), 0)
         capacity = session.kv[0].shape[2]

@@ -32,6 +32,7 @@ _ENOUGH = 6  # measured steps of a shape that outweigh the table
 _APART = 1.25  # two shapes' corrections: the table is no longer true
 
 Run = Callable[[], None]
+Pass = Callable[[mx.array, mx.array, list[mx.array]], tuple[mx.array, list[mx.array]]]
 
 
 @dataclass
@@ -172,18 +173,36 @@ def _fastest(runs: Mapping[Any, Run], rounds: int, warm: bool = False) -> dict[A
     return found
 
 
+def bare_pass(target: Decoder) -> Pass:
+    """A pass over tokens that follow one another, to be compiled or not.
+
+    Returns:
+        run(tokens (N,) int32, position (1,) int32 of the first, one slab per layer) -> hidden
+        (N, D), the slabs with N more rows.
+    """
+
+    def run(
+        tokens: mx.array, position: mx.array, kv: list[mx.array]
+    ) -> tuple[mx.array, list[mx.array]]:
+        slots = mx.arange(kv[0].shape[2], dtype=mx.int32)
+        positions = position + mx.arange(tokens.shape[0], dtype=mx.int32)
+        mask = slots[None] <= positions[:, None]
+        hidden, _, kv = target(tokens, positions, mask, slots, kv, cache.Append(position))
+        return hidden, kv
+
+    return run
+
+
 def _verify_pass(target: Decoder, nodes: int, position: int, build: Any) -> Run:
     """The target over a chain of so many tokens."""
-    capacity = cache.bucket(position + nodes)
-    kv = cache.new_cache(target.config, capacity, target.dtype)
+    kv = cache.new_cache(target.config, cache.bucket(position + nodes), target.dtype)
     tokens, start = mx.zeros((nodes,), mx.int32), mx.array([position], mx.int32)
+
+    bare = bare_pass(target)
 
     @build
     def run(tokens: mx.array, start: mx.array, kv: list[mx.array]) -> tuple[mx.array, Any]:
-        slots = mx.arange(capacity, dtype=mx.int32)
-        positions = start + mx.arange(nodes, dtype=mx.int32)
-        mask = slots[None] <= positions[:, None]
-        hidden, _, kv = target(tokens, positions, mask, slots, kv, cache.Append(start))
+        hidden, kv = bare(tokens, start, kv)
         return mx.argmax(target.logits(hidden), axis=-1), kv
 
     def once() -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_redrafter import console
+from mlx_redrafter import console, figures
 from mlx_redrafter.errors import OptionError
 
 from . import evaluate
@@ -15,14 +14,11 @@ from .shards import read_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 CURVES, ACCEPTANCE, CALIBRATION = "curves.png", "acceptance.png", "calibration.png"
-_GROUPS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # colour-blind safe
 _DEPTHS = ("#08306b", "#2171b5", "#6baed6", "#d98b3a", "#a0481c")  # near to far
 _FEWEST = 20  # predictions of a bin that is drawn
 _POINTS = 200  # of a smoothed curve
-_MISSING = 'plots need matplotlib: pip install "mlx-redrafter[plot]"'
 
 
 def write_all(folder: Path, log: Path | None = None) -> list[Path]:
@@ -32,8 +28,8 @@ def write_all(folder: Path, log: Path | None = None) -> list[Path]:
         folder: where evaluation.json is, if there was an evaluation.
         log: log.jsonl of the fit.
     """
-    if find_spec("matplotlib") is None:
-        console.warn(f"no plots: {_MISSING}")
+    if not figures.available():
+        console.warn(f"no plots: {figures.MISSING}")
         return []
     files = []
     if log is not None and log.is_file():
@@ -59,12 +55,12 @@ def curves(log: Path, file: Path) -> Path:
     if not rows:
         raise OptionError(f"{log} holds no steps yet: train first")
     held = [{**r["held_out"], "positions": r["positions"]} for r in rows if r.get("held_out")]
-    figure = _figure(7, 6)
+    figure = figures.new(7, 6)
     loss, agreement = figure.subplots(2, 1, sharex=True)
     _line(loss, rows, [r["loss"] for r in rows], "#555555", "training")
     if held:
         label = "held out, without the acceptance loss"
-        loss.plot(_millions(held), [r["loss"] for r in held], "o-", ms=3, color=_GROUPS[1],
+        loss.plot(_millions(held), [r["loss"] for r in held], "o-", ms=3, color=figures.COLOURS[1],
                   label=label)  # fmt: skip
     loss.set_ylabel("loss")
     loss.legend(frameon=False)
@@ -78,7 +74,7 @@ def curves(log: Path, file: Path) -> Path:
     agreement.set_ylabel("agreement with the target\namong the candidates of training")
     agreement.set_xlabel("positions processed (millions)")
     agreement.legend(frameon=False, title="held out; faint: training" if held else None)
-    return _save(figure, file)
+    return figures.save(figure, file)
 
 
 def acceptance_by_depth(evaluation: Mapping[str, Any], file: Path) -> Path:
@@ -91,7 +87,7 @@ def acceptance_by_depth(evaluation: Mapping[str, Any], file: Path) -> Path:
     shapes = list(dict.fromkeys(row["shape"] for row in live))
     temps = list(dict.fromkeys(row["temp"] for row in live))
     groups = list(dict.fromkeys(row["group"] for row in live if row["group"] != "all"))
-    figure = _figure(3.6 * len(temps) + 0.6, 2.8 * len(shapes) + 0.4)
+    figure = figures.new(3.6 * len(temps) + 0.6, 2.8 * len(shapes) + 0.4)
     axes = figure.subplots(len(shapes), len(temps), sharex=True, sharey=True, squeeze=False)
     deepest = {
         shape: max(1, *(len(r["per_depth"]) for r in live if r["shape"] == shape))
@@ -103,16 +99,16 @@ def acceptance_by_depth(evaluation: Mapping[str, Any], file: Path) -> Path:
         axis = axes[shapes.index(row["shape"])][temps.index(row["temp"])]
         depths = range(1, deepest[row["shape"]] + 1)
         shares = [*row["per_depth"], *[0.0] * len(depths)][: len(depths)]
-        color = _GROUPS[groups.index(row["group"]) % len(_GROUPS)]
+        color = figures.COLOURS[groups.index(row["group"]) % len(figures.COLOURS)]
         label = f"{row['group']}, {row['tokens_per_step']:.2f} tokens per step"
         axis.plot(depths, shares, "o-", ms=4, color=color, label=label)
-        axis.set_title(f"{row['shape']}, {_answers(row['temp'])}", fontsize=10)
+        axis.set_title(f"{row['shape']}, {figures.answers(row['temp'])}", fontsize=10)
         axis.legend(frameon=False, fontsize=8)
     axes[0][0].set_ylim(0, 1)
     axes[0][0].set_xticks(range(1, max(deepest.values()) + 1))
     figure.supxlabel("draft depth", fontsize=10)
     figure.supylabel("share of steps with this draft accepted", fontsize=10)
-    return _save(figure, file)
+    return figures.save(figure, file)
 
 
 def reliability(evaluation: Mapping[str, Any], file: Path) -> Path:
@@ -123,7 +119,7 @@ def reliability(evaluation: Mapping[str, Any], file: Path) -> Path:
     edges = evaluation["calibration"]["edges"]
     tables = [t for t in evaluation["calibration"]["tables"] if t["group"] == "all"]
     overall = {r["temp"]: r["ece"] for r in evaluation["teacher_forced"] if r["group"] == "all"}
-    figure = _figure(3.8 * len(tables) + 0.4, 5)
+    figure = figures.new(3.8 * len(tables) + 0.4, 5)
     axes = figure.subplots(
         2, len(tables), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1)
     )
@@ -140,7 +136,7 @@ def reliability(evaluation: Mapping[str, Any], file: Path) -> Path:
                        color=_DEPTHS[(d["depth"] - 1) % len(_DEPTHS)],
                        label=f"draft {d['depth']}, ECE {_number(d['ece'])}")  # fmt: skip
         error = _number(overall.get(table["temp"]))
-        upper.set_title(f"{_answers(table['temp'])}, ECE {error}", fontsize=10)
+        upper.set_title(f"{figures.answers(table['temp'])}, ECE {error}", fontsize=10)
         upper.legend(frameon=False, fontsize=8)
         counts = [sum(bin) for bin in zip(*(d["count"] for d in table["depths"]), strict=True)]
         width = edges[1] - edges[0]
@@ -150,7 +146,7 @@ def reliability(evaluation: Mapping[str, Any], file: Path) -> Path:
     axes[0][0].set(xlim=(0, 1), ylim=(0, 1), ylabel="share right")
     axes[1][0].set_ylabel("share of drafts")
     figure.supxlabel("the drafter's probability of its first choice", fontsize=10)
-    return _save(figure, file)
+    return figures.save(figure, file)
 
 
 def _line(
@@ -175,26 +171,5 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _answers(temp: float) -> str:
-    return f"temperature {temp:g}" if temp else "greedy"
-
-
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, without pyplot and its global state."""
-    if find_spec("matplotlib") is None:
-        raise OptionError(_MISSING)
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Figure, file: Path) -> Path:
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.2)
-    figure.savefig(file, dpi=150)
-    return file

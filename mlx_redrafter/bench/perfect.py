@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from mlx_redrafter.decoding.costs import bare_pass
 from mlx_redrafter.models import Decoder, cache
-
-from .costs import bare_pass
 
 _WRONG = -1000.0  # far below the right draft, at any temperature and whatever the noise
 _CHUNK = 512
