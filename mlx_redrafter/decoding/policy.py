@@ -21,6 +21,7 @@ Learn = Callable[[TreeShape, int, float], None]
 _MEMORY = 0.9  # what a step still weighs after the next one
 _PRIOR = 3.0  # drafts' worth of trust in the table
 _PROBE, _LONGEST_PROBE = 12, 96  # plain steps before drafting is tried again; doubled in vain
+_MARGIN = 1.015  # by which a further shape has to be faster on some kind of text
 _WORTH = 1.05  # nothing is tried that could not be so much faster than plain decoding
 
 
@@ -142,7 +143,8 @@ def contenders(
 ) -> tuple[TreeShape, ...]:
     """Plain decoding and the few shapes that are the fastest of all for some kind of text.
 
-    Every shape is a graph of its own, made when it is first used: a few are as good as all.
+    Every shape is a graph of its own, made when it is first used: a few are as good as all, and one
+    that is hardly faster than those that are there is none.
     """
     chosen = [TreeShape.plain()]
     for ease in (1.0, 0.5, 2.0, 0.7, 1.4, 4.0):
@@ -151,6 +153,6 @@ def contenders(
             return expected(tokens(shape), shape, ease) / seconds(shape)
 
         best = max(shapes, key=speed)
-        if best not in chosen and len(chosen) < most:
+        if speed(best) > _MARGIN * max(map(speed, chosen)) and len(chosen) < most:
             chosen.append(best)
     return tuple(chosen)
