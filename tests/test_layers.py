@@ -36,6 +36,7 @@ LAYERS = [
         "reports",
     },
     {"convert", "training"},
+    {"counts"},
     {"cli"},
     {"__main__"},
 ]
