@@ -27,10 +27,10 @@ context (Dc,)       the drafter's, of the position that predicted the root
 position (1,) int32 the root's
 kv                  one slab per layer
 history (C,) int32  the tokens by position (penalties and lookup only)
-pending             (trees only) the last step's own rows, (1, 2*Hkv, N, Dh) per layer; the path
-                    (L+1,) and count (1,) that it accepted. The next step writes the accepted ones
-                    into the slab together with its own. Moving them at once would read and write
-                    a slab back to back, and MLX copies a buffer whose reader is still in flight.
+pending             (trees only) the last step's own rows, (1, 2*Hkv, N, Dh) per layer, and the
+                    slots (N,) int32 where they belong. The next step writes them there before its
+                    own. Moving them at once would read and write a slab back to back, and MLX
+                    copies a buffer whose reader is still in flight.
 """
 
 
@@ -40,7 +40,7 @@ def make_state(
     position: mx.array,
     kv: list[mx.array],
     history: mx.array | None = None,
-    pending: tuple[list[mx.array], mx.array, mx.array] | None = None,
+    pending: tuple[list[mx.array], mx.array] | None = None,
 ) -> State:
     """Always the same keys in the same order: another order is another graph to mx.compile."""
     state: State = {"root": root, "context": context, "position": position, "kv": kv}
@@ -55,9 +55,9 @@ def nothing_pending(kv: list[mx.array], shape: TreeShape) -> tuple | None:
     """What the first step of an answer finds pending."""
     if shape.one_path:
         return None  # an accepted chain is already in its place
-    _, heads, _, size = kv[0].shape
+    _, heads, capacity, size = kv[0].shape
     rows = [mx.zeros((1, heads, shape.nodes, size), slab.dtype) for slab in kv]
-    return rows, mx.zeros((shape.longest + 1,), mx.int32), mx.zeros((1,), mx.int32)
+    return rows, mx.full((shape.nodes,), capacity - 1, mx.int32)  # a slot that is not read yet
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def make_step(
             accepted = mx.take(tree.tokens, path)
             history = mx.slice_update(state["history"], accepted, position, (0,))
         if isinstance(write, cache.Commit):
-            pending = (write.rows, path, count)
+            pending = (write.rows, row_slots(path, count, position, shape.nodes))
         root = mx.take(choices, last)
         new = make_state(root, context, position + count, kv, history, pending)
         return mx.concatenate([count, emitted]), new
@@ -158,11 +158,19 @@ def writer(state: State, shape: TreeShape) -> cache.Write:
     position = state["position"]
     if "pending" not in state:
         return cache.Append(position)
-    rows, path, count = state["pending"]
-    number = mx.arange(path.shape[0] + shape.nodes, dtype=mx.int32)
-    accepted = mx.take(path, mx.minimum(number, path.shape[0] - 1))
-    new = mx.minimum(number - count, shape.nodes - 1) + shape.nodes
-    return cache.Commit(position - count, mx.where(number < count, accepted, new), rows)
+    rows, slots = state["pending"]
+    return cache.Commit(position, slots, rows)
+
+
+def row_slots(path: mx.array, count: mx.array, position: mx.array, nodes: int) -> mx.array:
+    """Where the rows of a tree's N nodes belong: (N,) int32.
+
+    Accepted ones behind the prefix by their depth; all others in one slot behind the next tree.
+    """
+    levels = mx.arange(path.shape[0], dtype=mx.int32)
+    at = (path == mx.arange(nodes, dtype=mx.int32)[:, None]) & (levels < count)  # (N, L+1)
+    depths = mx.max(mx.where(at, levels, -1), axis=-1)
+    return position + mx.where(depths < 0, count + nodes, depths)
 
 
 def verify(
