@@ -174,7 +174,7 @@ class Engine:
         context = hidden if self.drafter is None else self.drafter.context(hidden, inner)
         history = None
         if params.windows or shape.lookup:
-            history = mx.array([*prompt[:-1], *[0] * (slots.shape[0] - total)], mx.int32)
+            history = mx.array([*prompt, *[0] * (slots.shape[0] - len(prompt))], mx.int32)
         stats.prefill_seconds += time.perf_counter() - start
         root, position = mx.array([prompt[-1]], mx.int32), mx.array([total], mx.int32)
         pending = nothing_pending(session.kv, shape)

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_redrafter.decoding import beam, lookup, sampling
 from mlx_redrafter.decoding.accept import walk
 from mlx_redrafter.decoding.sampling import Arrays
-from mlx_redrafter.decoding.tree import DraftTree, TreeShape, best_nodes, chain, root_only
+from mlx_redrafter.decoding.tree import DraftTree, TreeShape, best_nodes, chain, integers, root_only
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.models import Decoder, cache
 
@@ -26,7 +26,7 @@ root (1,) int32     the last token: chosen, but not yet in the cache
 context (Dc,)       the drafter's, of the position that predicted the root
 position (1,) int32 the root's
 kv                  one slab per layer
-history (C,) int32  the tokens by position (penalties and lookup only)
+history (C,) int32  the tokens by position, the root's included (penalties and lookup only)
 pending             (trees only) the last step's own rows, (1, 2*Hkv, N, Dh) per layer, and the
                     slots (N,) int32 where they belong. The next step writes them there before its
                     own. Moving them at once would read and write a slab back to back, and MLX
@@ -117,8 +117,7 @@ def make_step(
             at_last = tuple(mx.take(x, last, axis=0) for x in inner)
             context = drafter.context(mx.take(hidden, last, axis=0), at_last)[0]
         if "history" in state:
-            accepted = mx.take(tree.tokens, path)
-            history = mx.slice_update(state["history"], accepted, position, (0,))
+            history = mx.slice_update(state["history"], emitted, position + 1, (0,))
         if isinstance(write, cache.Commit):
             pending = (write.rows, row_slots(path, count, position, shape.nodes))
         root = mx.take(choices, last)
@@ -139,7 +138,7 @@ def draft(
     root = state["root"]
     looked = found = None
     if shape.lookup:
-        looked = lookup.search(state["history"], root, state["position"], shape.lookup)
+        looked = lookup.search(state["history"], state["position"], shape.lookup)
     if drafter is not None and shape.depth:
         found = beam.search(drafter, state["context"], root, shape, temperature, noise)
     if found is not None and looked is not None:
@@ -167,8 +166,8 @@ def row_slots(path: mx.array, count: mx.array, position: mx.array, nodes: int) -
 
     Accepted ones behind the prefix by their depth; all others in one slot behind the next tree.
     """
-    levels = mx.arange(path.shape[0], dtype=mx.int32)
-    at = (path == mx.arange(nodes, dtype=mx.int32)[:, None]) & (levels < count)  # (N, L+1)
+    levels = integers(range(path.shape[0]))
+    at = (path == integers(range(nodes)).reshape(-1, 1)) & (levels < count)  # (N, L+1)
     depths = mx.max(mx.where(at, levels, -1), axis=-1)
     return position + mx.where(depths < 0, count + nodes, depths)
 
@@ -189,10 +188,10 @@ def verify(
     Returns:
         hidden (N, D), one (N, D) per layer in ``layers``, the slabs with N more rows.
     """
-    slots = mx.arange(kv[0].shape[2], dtype=mx.int32)  # (C,)
+    slots = integers(range(kv[0].shape[2]))  # (C,)
     positions = position + tree.depths  # (N,)
     n = positions.shape[0]
-    prefix = mx.broadcast_to((slots < position)[None], (n, slots.shape[0]))
+    prefix = mx.broadcast_to(slots < position, (n, slots.shape[0]))
     mask = mx.slice_update(prefix, tree.ancestors, position, (1,))
     key_positions = mx.slice_update(slots, positions, position, (0,))
     tokens = mx.maximum(tree.tokens, 0)  # fillers carry -1
