@@ -13,9 +13,22 @@ import mlx.core as mx
 from mlx_redrafter.decoding.tree import Candidates, TreeShape
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.models.rope import fused_kernels
 
 # On Metal a sort of up to this many values is one dispatch; wider ones are a merge sort in many.
 SORT_WIDTH = 2048
+
+
+def mass(logits: mx.array) -> mx.array:
+    """The logarithm of the sum of exponentials of every row: (R, Vd) -> (R, 1).
+
+    MLX's own is one kernel on Metal; on a CPU it takes three times as long as steps that
+    mx.compile makes kernels for this machine of (see kernels.py).
+    """
+    if fused_kernels():
+        return mx.logsumexp(logits, axis=-1, keepdims=True)
+    top = mx.max(logits, axis=-1, keepdims=True)
+    return top + mx.log(mx.sum(mx.exp(logits - top), axis=-1, keepdims=True))
 
 
 def least(x: mx.array, k: int) -> tuple[mx.array, mx.array]:
@@ -95,10 +108,10 @@ def search(
             logits = logits / temperature + drafter.select(noise[level])
         if width == 1:
             if shape.lookup:  # alone the score of a chain is of no use
-                costs = mx.logsumexp(logits, axis=-1) - (mx.max(logits, axis=-1) - costs)
+                costs = mass(logits).reshape(-1) - (mx.max(logits, axis=-1) - costs)
             pairs = mx.argmax(logits, axis=-1, keepdims=True).view(mx.int32)
         else:
-            joint = mx.logsumexp(logits, axis=-1, keepdims=True) - (logits - costs[:, None])
+            joint = mass(logits) - (logits - costs[:, None])
             best, index = least(joint.reshape(1, -1), width)
             costs, size = best.reshape(-1), logits.shape[-1]
             pairs = mx.where(mx.array([[True], [False]]), index // size, index % size)  # (2, W)
