@@ -170,13 +170,14 @@ def test_bytes_of_a_step(built_in: tuple[Decoder, ReDrafter]) -> None:
     whole = 30 * layer + 8192 * row + 64 * 2
     plain = sizes.read(target, None, TreeShape.plain(), 100)
     assert plain == sizes.Read(int(whole + row), 0, 30 * 2 * 2 * 64 * 100 * 2)
-    level = (2 * 3 * 64 * 64 + 64 * 64 + 2 * 64 * 64 + 7168 * 64) * 6.5 / 8
+    level = (3 * 64 * 64 + 64 * 64 + 2 * 64 * 64 + 7168 * 64) * 6.5 / 8
     level += 2 * (3 * 64 + 2 * 64)  # biases of the cell and of two blocks
-    for shape, beams in ((CHAIN, 4), (DEFAULT, 10)):
+    for shape, beams in ((CHAIN, 3), (DEFAULT, 9)):
         found = sizes.read(target, drafter, shape, 100)
-        once = (3 * 64 * 64 + 64 * 64) * 6.5 / 8 + 3 * 64 * 2 + 64 * 2
+        once = (3 * 64 * 64 + 64 * 64 + 3 * 64 * 64) * 6.5 / 8 + 3 * 64 * 2 + 64 * 2
         assert found.target - plain.target == (shape.nodes - 1) * row
-        assert found.drafter == pytest.approx(4 * level + once + beams * row, abs=4 * 64)
+        expected = 4 * level + once + row + beams * 3 * 64 * 2
+        assert found.drafter == pytest.approx(expected, abs=4 * 64)
     assert sizes.read(target, drafter, DEFAULT.without_drafter(), 100).drafter == 0
 
 

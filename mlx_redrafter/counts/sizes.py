@@ -66,7 +66,7 @@ def _row(target: Decoder) -> int:
 
 
 def _of_drafter(drafter: ReDrafter, target: Decoder, shape: TreeShape) -> int:
-    """Context once, cell and head at every level, the embedding row of every beam."""
+    """Context once, cell and head at every level, and what is read of every beam's token."""
     sizes = {name: value.nbytes for name, value in parameters(drafter).items()}
     sizes.pop("draft_vocab", 0)
     once = sum(size for name, size in sizes.items() if name.startswith("context_"))
@@ -74,10 +74,15 @@ def _of_drafter(drafter: ReDrafter, target: Decoder, shape: TreeShape) -> int:
     projection = sum(size for name, size in sizes.items() if name.startswith("input_proj."))
     once += projection - projection // 2
     level = sum(sizes.values()) - once
+    row = _row(target)
+    if drafter.has_gates:  # of all tokens but the root the cell's input is kept
+        gates = sum(size for name, size in sizes.items() if name.startswith("rnn_w."))
+        once, level = once + gates, level - gates
+        row = drafter.rnn_w.weight.shape[0] * target.dtype.size
     if drafter.config.head == "target":
         level += drafter.config.output_size * drafter.config.hidden_size * target.dtype.size
-    beams = 1 + shape.width * (shape.depth - 1)
-    return once + level * shape.depth + beams * _row(target)
+    beams = shape.width * (shape.depth - 1)
+    return once + level * shape.depth + _row(target) + beams * row
 
 
 def large_model(bits: int = 4, drafter_bits: int = 6) -> tuple[Decoder, ReDrafter]:

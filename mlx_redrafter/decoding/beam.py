@@ -94,10 +94,13 @@ def search(
     """
     width = shape.width
     state, fixed = drafter.start(context)
-    tokens, costs = root, mx.array([0.0])  # a cost is a negative score: sorts are rising
+    costs = mx.array([0.0])  # a cost is a negative score: sorts are rising
     levels: list[tuple[mx.array, mx.array]] = []  # (beam above, draft token) (2, W), costs (W,)
     for level in range(shape.depth):
-        logits, state = drafter.step(tokens, state, fixed)  # (R, Vd), R = 1 at the first level
+        if level == 0:
+            logits, state = drafter.step(root, state, fixed)  # (R, Vd), R = 1 at the first level
+        else:
+            logits, state = drafter.follow(_row(levels[-1][0], -1), state, fixed)
         logits = logits.astype(mx.float32)
         if width > logits.shape[-1]:
             raise OptionError(
@@ -116,7 +119,6 @@ def search(
             costs, size = best.reshape(-1), logits.shape[-1]
             pairs = mx.where(mx.array([[True], [False]]), index // size, index % size)  # (2, W)
             state = mx.take(state, _row(pairs, 0), axis=0)
-        tokens = drafter.token_ids(_row(pairs, -1))
         levels.append((pairs, costs))
     return _numbered(drafter, levels, shape)
 
