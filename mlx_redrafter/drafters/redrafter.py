@@ -223,7 +223,7 @@ class ReDrafter(nn.Module):
         if self.config.cell == "elman":
             return nn.silu(gates + self.rnn_u(state))
         w_reset, w_update, w_new = mx.split(gates, 3, axis=-1)
-        u_reset, u_update, u_new = mx.split(self.rnn_u(state), 3, axis=-1)
+        u_reset, u_update, u_new = _parts(self.rnn_u, state, 3)
         update = mx.sigmoid(w_update + u_update)
         new = mx.tanh(w_new + mx.sigmoid(w_reset + u_reset) * u_new)
         return (1 - update) * new + update * state
@@ -248,6 +248,18 @@ class ReDrafter(nn.Module):
 
     def select(self, values: mx.array) -> mx.array:
         return mx.take(values, self.draft_vocab) if self.config.draft_vocab_size else values
+
+
+def _parts(linear: nn.Module, x: mx.array, count: int) -> list[mx.array]:
+    """linear(x) in parts. A quantised product leaves the bias to a kernel of its own, unless it is
+    added to the parts, where they are used."""
+    if not isinstance(linear, nn.QuantizedLinear):
+        return list(mx.split(linear(x), count, axis=-1))
+    product = mx.quantized_matmul(
+        x, linear.weight, linear.scales, linear.biases, True, linear.group_size, linear.bits
+    )
+    pairs = zip(*(mx.split(y, count, axis=-1) for y in (product, linear.bias)), strict=True)
+    return [part + bias for part, bias in pairs]
 
 
 def _halves(linear: nn.Module, size: int) -> tuple[nn.Module, nn.Module]:
