@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo chat test lint exactness clean
+.PHONY: demo chat test lint exactness counts clean
 
 demo: $(STAMP)
 	@$(BIN)/mlx-redrafter demo
@@ -24,6 +24,9 @@ lint: $(STAMP)
 
 exactness: $(STAMP)
 	@$(BIN)/python -m mlx_redrafter.exactness
+
+counts: $(STAMP)
+	@$(BIN)/python -m mlx_redrafter.counts
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

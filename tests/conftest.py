@@ -191,6 +191,11 @@ class Oracle:
         place = mx.clip(state[:, 0].astype(mx.int32), 0, self._rows.shape[0] - 1)
         return mx.take(self._rows, place, axis=0), state
 
+    def follow(
+        self, picks: mx.array, state: mx.array, fixed: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        return self.step(picks, state, fixed)
+
     def token_ids(self, picks: mx.array) -> mx.array:
         return picks
 
@@ -215,6 +220,11 @@ class Constant:
 
     def step(self, tokens: mx.array, state: mx.array, fixed: mx.array) -> tuple[mx.array, mx.array]:
         return mx.broadcast_to(self._row[None], (tokens.shape[0], self._row.size)), state
+
+    def follow(
+        self, picks: mx.array, state: mx.array, fixed: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        return self.step(picks, state, fixed)
 
     def token_ids(self, picks: mx.array) -> mx.array:
         return picks

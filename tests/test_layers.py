@@ -51,7 +51,7 @@ LAYERS = [
         "race_screen",
     },
     {"convert", "training"},
-    {"bench"},
+    {"bench", "counts"},
     {"cli"},
     {"__main__"},
 ]

@@ -38,10 +38,8 @@ def test_matches_are_those_of_a_plain_search(capacity: int) -> None:
     for turn in range(150):
         text = random.integers(0, random.integers(2, 9), random.integers(1, 40)).tolist()
         rest = random.integers(0, 9, capacity - len(text) + 1).tolist()  # must not matter
-        found = lookup.search(
-            mx.array(text[:-1] + rest, mx.int32), mx.array(text[-1:], mx.int32),
-            mx.array([len(text) - 1], mx.int32), 6,
-        )  # fmt: skip
+        position = mx.array([len(text) - 1], mx.int32)
+        found = lookup.search(mx.array(text + rest[1:], mx.int32), position, 6)
         size, expected = continuation(text, 6)
         assert found.tokens.tolist() == expected, turn
         assert found.parents.tolist() == [-1, 0, 1, 2, 3, 4]

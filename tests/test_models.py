@@ -79,7 +79,7 @@ def test_tree_equals_sequential_decoding(case: str, model: Decoder) -> None:
     offset = mx.array([PREFIX])
     arguments = tree.arguments()
     nothing = [mx.zeros((*slab.shape[:2], 12, slab.shape[3])) for slab in start.kv]
-    write = Commit(offset, mx.arange(12, 24), nothing)
+    write = Commit(offset, mx.full((12,), C - 1), nothing)
     hidden, _, slabs = model(*arguments, start.copy().kv, write)
     logits = model.logits(hidden)
     for leaf in tree.leaves():
@@ -88,7 +88,8 @@ def test_tree_equals_sequential_decoding(case: str, model: Decoder) -> None:
         assert_close(logits[mx.array(path)], expected)
         # The next pass writes the accepted path behind the prefix, and goes on as plain decoding.
         bonus, at = tokens_of(1, seed=leaf), mx.array([single.used])
-        commit = Commit(offset, mx.array([*path, 12]), write.rows)
+        slots = [PREFIX + path.index(n) if n in path else C - 1 for n in range(12)]
+        commit = Commit(at, mx.array(slots), write.rows)
         seen = (mx.arange(C) <= at)[None]
         hidden, _, kept = model(bonus, at, seen, mx.arange(C), [s + 0 for s in slabs], commit)
         assert_close(model.logits(hidden), single(bonus))

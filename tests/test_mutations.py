@@ -105,10 +105,9 @@ def slots_as_depths(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rows_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     class InTreeOrder(cache.Commit):
-        def __init__(self, offset: mx.array, picks: mx.array, pending: list[mx.array]) -> None:
-            unmoved = mx.arange(picks.shape[0])
-            picks = mx.where(picks < pending[0].shape[2], unmoved, picks)
-            super().__init__(offset, picks, pending)
+        def __init__(self, offset: mx.array, slots: mx.array, pending: list[mx.array]) -> None:
+            in_order = mx.minimum(slots[0] + mx.arange(slots.size), slots.max())
+            super().__init__(offset, in_order, pending)
 
     monkeypatch.setattr(cache, "Commit", InTreeOrder)
 

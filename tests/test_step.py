@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import mlx.core as mx
 import pytest
 
 import mlx_redrafter
+from mlx_redrafter.counts import host, metal
+from mlx_redrafter.counts.graph import graph
 from mlx_redrafter.decoding import beam, step
 from mlx_redrafter.decoding.engine import Engine, Session
 from mlx_redrafter.decoding.sampling import SamplingParams
@@ -55,52 +57,27 @@ def test_a_larger_cache_is_one_more_trace(target: Decoder, drafter: ReDrafter) -
     assert engine.traces == 2
 
 
-class Calls:
-    """Records what makes the host wait for the device, or hands it work, in order."""
-
-    WAITS = ("item", "tolist", "__bool__", "__int__", "__float__", "__iter__", "__index__")
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.log: list[str] = []
-        for name in ("eval", "async_eval", "synchronize"):
-            self._wrap(monkeypatch, mx, name)
-        for name in self.WAITS:
-            if hasattr(mx.array, name):
-                self._wrap(monkeypatch, mx.array, name)
-
-    def _wrap(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
-        original = getattr(owner, name)
-
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            self.log.append(name)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, recorded)
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_one_synchronisation_per_step_and_the_next_step_goes_first(
-    target: Decoder, drafter: ReDrafter, shape: TreeShape, monkeypatch: pytest.MonkeyPatch
+    target: Decoder, drafter: ReDrafter, shape: TreeShape
 ) -> None:
     engine, stats = Engine(target, drafter), DraftStats()
     run(engine, SAMPLED, shape, 5)  # traced and compiled
     iterator = engine.generate(PROMPT, SAMPLED, shape, 40, stats=stats)
-    calls = Calls(monkeypatch)
-    first = next(iterator)
-    at = calls.log.index("async_eval")  # before that: the prefill
-    assert calls.log[at:] == ["async_eval", "async_eval", "tolist"]
-    produced = len(first.tokens)
-    del calls.log[:]
-    for emitted in iterator:
-        produced += len(emitted.tokens)
+    with host.watched() as log:
+        first = next(iterator)
+        at = log.index("async_eval")  # before that: the prefill
+        assert log[at:] == ["async_eval", "async_eval", "tolist"]
+        del log[:]
+        produced = len(first.tokens) + sum(len(emitted.tokens) for emitted in iterator)
     assert produced == 40
-    assert calls.log.count("tolist") == stats.steps - 1
-    assert set(calls.log) == {"async_eval", "tolist"}
-    for before, after in zip(calls.log, calls.log[1:], strict=False):
+    assert log.count("tolist") == stats.steps - 1
+    assert set(log) == {"async_eval", "tolist"}
+    for before, after in itertools.pairwise(log):
         assert (before, after) != ("async_eval", "async_eval"), "only one step ahead"
     # Every read but the last has a step launched before it.
-    reads = [i for i, name in enumerate(calls.log) if name == "tolist"]
-    assert sum(calls.log[i - 1] == "async_eval" for i in reads[:-1]) == len(reads) - 1
+    reads = [i for i, name in enumerate(log) if name == "tolist"]
+    assert sum(log[i - 1] == "async_eval" for i in reads[:-1]) == len(reads) - 1
 
 
 @pytest.fixture(scope="module")
@@ -178,29 +155,6 @@ def test_a_running_answer_copies_no_slab(hold: bool) -> None:
     assert hold or extra < 4, extra
 
 
-def primitives(function: Any, *args: Any) -> Iterator[dict[str, Any]]:
-    """Every primitive that a function traces to, with its inputs."""
-    found: list[dict[str, Any]] = []
-
-    def collect(entry: dict[str, Any]) -> None:
-        if entry["type"] == "primitive":
-            found.append(entry)
-
-    mx.export_function(collect, function, *args)
-    yield from found
-
-
-def widest_sort(function: Any, *args: Any) -> int:
-    return max(
-        (
-            entry["inputs"][0][1][-1]
-            for entry in primitives(function, *args)
-            if "Sort" in entry["name"] or "Partition" in entry["name"]
-        ),
-        default=0,
-    )
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_vocabulary_wide_sort(wide: tuple[Decoder, ReDrafter], shape: TreeShape) -> None:
     target, drafter = wide
@@ -215,9 +169,10 @@ def test_no_vocabulary_wide_sort(wide: tuple[Decoder, ReDrafter], shape: TreeSha
 
     state = fresh_state(target, 512, history=True)
     inputs = [state["root"], *state["seen"], state["position"], state["history"], *state["kv"]]
-    assert widest_sort(flat, *inputs) <= beam.SORT_WIDTH
-    assert any(e["name"] for e in primitives(flat, *inputs)), "the step was traced"
-    assert widest_sort(lambda x: mx.topk(x, 4), mx.zeros((3, 8192))) == 8192, "the check can fail"
+    assert metal.widest_sort(graph(flat, *inputs)) <= beam.SORT_WIDTH
+    assert graph(flat, *inputs).traced, "the step was traced"
+    wide_sort = graph(lambda x: [mx.topk(x, 4)], mx.zeros((3, 8192)))
+    assert metal.widest_sort(wide_sort) == 8192, "the check can fail"
 
 
 def test_no_metal_only_call() -> None:

@@ -7,8 +7,9 @@ otherwise it is the bonus token. The draft decides how many tokens come out of a
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_redrafter.decoding.tree import DraftTree
+from mlx_redrafter.decoding.tree import DraftTree, integers
 
 
 def walk(tree: DraftTree, choices: mx.array, depth: int) -> tuple[mx.array, mx.array]:
@@ -27,12 +28,12 @@ def walk(tree: DraftTree, choices: mx.array, depth: int) -> tuple[mx.array, mx.a
     tokens, parents, depths, ancestors = tree
     n = tokens.shape[0]
     if n == 1:
-        return mx.zeros((1,), mx.int32), mx.ones((1,), mx.int32)
+        return integers([0]), integers([1])
     matches = tokens == mx.take(choices, parents)  # (N,)
-    matches = matches | (mx.arange(n) == 0)
-    accepted = mx.all(matches[None] | ~ancestors, axis=-1)  # (N,) every ancestor matches
+    first = mx.array(np.arange(n) == 0)
+    accepted = mx.all(matches | first | ~ancestors, axis=-1)  # (N,) every ancestor matches
     last = mx.argmax(mx.where(accepted, depths, -1))
     on_path = mx.take(ancestors, last, axis=0)  # (N,)
-    levels = mx.arange(depth + 1, dtype=mx.int32)
-    path = mx.argmax(on_path[None] & (depths[None] == levels[:, None]), axis=-1)
-    return path.astype(mx.int32), mx.take(depths, last).reshape(1) + 1
+    levels = integers(range(depth + 1)).reshape(-1, 1)
+    path = mx.argmax(on_path & (depths == levels), axis=-1)
+    return path.view(mx.int32), mx.take(depths, last).reshape(1) + 1

@@ -234,10 +234,10 @@ def _whole_step(target: Decoder, drafter: Drafter, shape: TreeShape, step_functi
         position,
         kv,
         mx.zeros((kv[0].shape[2],), mx.int32),
-        nothing_pending(kv, shape, shape.longest),
+        nothing_pending(kv, shape),
     )
     del kv
-    step = step_function(Bucket(shape, frozenset(), (), shape.longest, shape.nodes))
+    step = step_function(Bucket(shape, frozenset(), (), shape.nodes))
 
     def once() -> None:
         nonlocal state

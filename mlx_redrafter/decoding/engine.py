@@ -183,7 +183,7 @@ class Engine:
             progress(len(prompt), len(prompt))
         history = None
         if params.windows or any(shape.lookup for shape in shapes):
-            history = mx.array([*prompt[:-1], *[0] * (slots.shape[0] - total)], mx.int32)
+            history = mx.array([*prompt, *[0] * (slots.shape[0] - len(prompt))], mx.int32)
         stats.prefill_seconds += time.perf_counter() - start
         root, position = mx.array([prompt[-1]], mx.int32), mx.array([total], mx.int32)
         seen = (hidden, *inner) if self.drafter is not None else ()
@@ -204,8 +204,8 @@ class Engine:
 
         ``known`` holds the prompt and every token produced so far.
         """
-        reach = max(shape.longest for shape in policy.shapes)
-        most = reach + 1  # the most tokens a step can produce
+        most = max(shape.longest for shape in policy.shapes) + 1  # tokens that a step can produce
+        widest = max(shape.nodes for shape in policy.shapes)
         final = len(known) + room
         in_place = len(known) - 1  # tokens whose rows are in the slab where they belong
 
@@ -214,13 +214,13 @@ class Engine:
             nonlocal state
             session.kv = []  # the only reference to a slab must be the step's, or it is copied
             shape = policy.choose(len(known))
-            needed = furthest + most + shape.nodes
+            needed = furthest + most + widest
             if state["kv"][0].shape[2] < needed:
                 state = _grown(state, cache.bucket(needed))
             if "pending" not in state and not shape.one_path and len(policy.shapes) == 1:
-                state["pending"] = nothing_pending(state["kv"], shape, reach)
+                state["pending"] = nothing_pending(state["kv"], shape)
             pending = state["pending"][0][0].shape[2] if "pending" in state else 0
-            bucket = Bucket(shape, params.features, params.windows, reach, pending)
+            bucket = Bucket(shape, params.features, params.windows, pending)
             emitted, state = self.step_function(bucket)(state, arrays)
             mx.async_eval(emitted, state)
             return shape, emitted

@@ -166,12 +166,14 @@ def choose(
     Returns:
         (N,) int32.
     """
+    if noise is None and not windows and not arrays:
+        return mx.argmax(logits, axis=-1).view(mx.int32)  # the same in every type
     logits = penalise(logits.astype(mx.float32), windows, arrays)
     if noise is not None:
         if noise.shape[0] > 1:
             noise = mx.take(noise, tree.depths, axis=0)
         logits = restrict(logits, arrays) / arrays["temp"] + noise
-    return mx.argmax(logits, axis=-1).astype(mx.int32)
+    return mx.argmax(logits, axis=-1).view(mx.int32)
 
 
 def penalise(logits: mx.array, windows: dict[str, mx.array], arrays: Arrays) -> mx.array:

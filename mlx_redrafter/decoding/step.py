@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_redrafter.decoding import beam, lookup, sampling
 from mlx_redrafter.decoding.accept import walk
 from mlx_redrafter.decoding.sampling import Arrays
-from mlx_redrafter.decoding.tree import DraftTree, TreeShape, best_nodes, chain, root_only
+from mlx_redrafter.decoding.tree import DraftTree, TreeShape, best_nodes, chain, integers, root_only
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.models import Decoder, cache
 
@@ -28,12 +27,11 @@ seen                what the drafter reads of the position that predicted the ro
                     last hidden state (1, D) and one (1, D) per context layer; () without a drafter
 position (1,) int32 the root's
 kv                  one slab per layer
-history (C,) int32  the tokens by position (penalties and lookup only)
-pending             (after a tree only) that step's own rows, (1, 2*Hkv, N, Dh) per layer; the path
-                    (R+1,) and count (1,) that it accepted, R: ``Bucket.reach``. The next step
-                    writes the accepted ones into the slab together with its own. Moving them at
-                    once would read and write a slab back to back, and MLX copies a buffer whose
-                    reader is still in flight.
+history (C,) int32  the tokens by position, the root's included (penalties and lookup only)
+pending             (after a tree only) that step's own rows, (1, 2*Hkv, N, Dh) per layer, and the
+                    slots (N,) int32 where they belong. The next step writes them there before its
+                    own. Moving them at once would read and write a slab back to back, and MLX
+                    copies a buffer whose reader is still in flight.
 """
 
 
@@ -43,7 +41,7 @@ def make_state(
     position: mx.array,
     kv: list[mx.array],
     history: mx.array | None = None,
-    pending: tuple[list[mx.array], mx.array, mx.array] | None = None,
+    pending: tuple[list[mx.array], mx.array] | None = None,
 ) -> State:
     """Always the same keys in the same order: another order is another graph to mx.compile."""
     state: State = {"root": root, "seen": seen, "position": position, "kv": kv}
@@ -54,27 +52,25 @@ def make_state(
     return state
 
 
-def nothing_pending(kv: list[mx.array], shape: TreeShape, reach: int) -> tuple | None:
+def nothing_pending(kv: list[mx.array], shape: TreeShape) -> tuple | None:
     """What the first step of an answer finds pending: as after a step of its own shape."""
     if shape.one_path:
         return None  # an accepted chain is already in its place
-    _, heads, _, size = kv[0].shape
+    _, heads, capacity, size = kv[0].shape
     rows = [mx.zeros((1, heads, shape.nodes, size), slab.dtype) for slab in kv]
-    return rows, mx.zeros((reach + 1,), mx.int32), mx.zeros((1,), mx.int32)
+    return rows, mx.full((shape.nodes,), capacity - 1, mx.int32)  # a slot that is not read yet
 
 
 @dataclass(frozen=True)
 class Bucket:
     """What a compiled step is specialised for (the KV capacity comes with the state's shapes).
 
-    ``reach`` is the longest path of all shapes that the answer may use, if longer than this one's;
-    ``pending`` the nodes of the step before, if its rows still have to be put into place.
+    ``pending``: nodes of the step before, if its rows still have to be put into place.
     """
 
     shape: TreeShape
     features: frozenset[str]
     windows: tuple[tuple[str, int], ...]
-    reach: int = 0
     pending: int = 0
 
 
@@ -92,11 +88,10 @@ def make_step(
         on_trace: called once per trace.
 
     Returns:
-        step(state, arrays) -> (emitted (R+2,) int32, or (2,) without drafts: the count, then
-        tokens of which the first ``count`` are valid; the next state).
+        step(state, arrays) -> (emitted (L+2,) int32: the count, then L+1 tokens of which the
+        first ``count`` are valid; the next state).
     """
     shape = bucket.shape
-    reach = max(bucket.reach, shape.longest)
     layers = drafter.context_layers if drafter is not None else ()
 
     def step(state: State, arrays: Arrays) -> tuple[mx.array, State]:
@@ -118,9 +113,9 @@ def make_step(
             for name, size in bucket.windows
         }
         choices = sampling.choose(target.logits(hidden), tree, windows, arrays, noise)
-        path, count = walk(tree, choices, reach)
+        path, count = walk(tree, choices, shape.longest)
 
-        emitted = mx.take(choices, path)  # (R+1,)
+        emitted = mx.take(choices, path)  # (L+1,)
         last = mx.take(path, count - 1)  # (1,)
         seen: tuple[mx.array, ...] = ()
         history = pending = None
@@ -129,10 +124,9 @@ def make_step(
             if shape.drafts:
                 seen = tuple(mx.take(x, last, axis=0) for x in seen)
         if "history" in state:
-            accepted = mx.take(tree.tokens, path)
-            history = mx.slice_update(state["history"], accepted, position, (0,))
+            history = mx.slice_update(state["history"], emitted, position + 1, (0,))
         if not shape.one_path:
-            pending = (write.rows, path, count)
+            pending = (write.rows, row_slots(path, count, position, shape.nodes))
         root = mx.take(choices, last)
         new = make_state(root, seen, position + count, kv, history, pending)
         return mx.concatenate([count, emitted]), new
@@ -151,7 +145,7 @@ def draft(
     root = state["root"]
     looked = found = None
     if shape.lookup:
-        looked = lookup.search(state["history"], root, state["position"], shape.lookup)
+        looked = lookup.search(state["history"], state["position"], shape.lookup)
     if drafter is not None and shape.depth:
         hidden, *inner = state["seen"]
         context = drafter.context(hidden, tuple(inner))[0]
@@ -172,15 +166,20 @@ def writer(state: State, nodes: int) -> cache.Write:
     position = state["position"]
     if "pending" not in state:
         return cache.Append(position)
-    rows, path, count = state["pending"]
-    before, longest = rows[0].shape[2], path.shape[0]
-    # Row c, for c accepted: their places in the path, then those of this step's own rows. Looked
-    # up and not computed: numbers of a shape inside a fused kernel would be one more to compile.
-    number, accepted = np.arange(longest + nodes), np.arange(longest + 1)[:, None]
-    own = longest + np.minimum(number - accepted, nodes - 1)
-    order = mx.array(np.where(number < accepted, number, own), mx.int32)
-    every = mx.concatenate([path, mx.arange(before, before + nodes, dtype=mx.int32)])
-    return cache.Commit(position - count, mx.take(every, mx.take(order, count, axis=0)[0]), rows)
+    rows, slots = state["pending"]
+    return cache.Commit(position, slots, rows)
+
+
+def row_slots(path: mx.array, count: mx.array, position: mx.array, nodes: int) -> mx.array:
+    """Where the rows of a tree's N nodes belong: (N,) int32.
+
+    Accepted ones behind the prefix by their depth; all others in one slot behind the next tree.
+    """
+    levels = integers(range(path.shape[0]))
+    at = (path == integers(range(nodes)).reshape(-1, 1)) & (levels < count)  # (N, L+1)
+    depths = mx.max(mx.where(at, levels, -1), axis=-1)
+    # An array and not a number: one fused kernel serves every size.
+    return position + mx.where(depths < 0, count + integers([nodes] * nodes), depths)
 
 
 def verify(
@@ -199,10 +198,10 @@ def verify(
     Returns:
         hidden (N, D), one (N, D) per layer in ``layers``, the slabs with N more rows.
     """
-    slots = mx.arange(kv[0].shape[2], dtype=mx.int32)  # (C,)
+    slots = integers(range(kv[0].shape[2]))  # (C,)
     positions = position + tree.depths  # (N,)
     n = positions.shape[0]
-    prefix = mx.broadcast_to((slots < position)[None], (n, slots.shape[0]))
+    prefix = mx.broadcast_to(slots < position, (n, slots.shape[0]))
     mask = mx.slice_update(prefix, tree.ancestors, position, (1,))
     key_positions = mx.slice_update(slots, positions, position, (0,))
     tokens = mx.maximum(tree.tokens, 0)  # fillers carry -1

@@ -18,10 +18,12 @@ and ties go to the lower candidate number, which is the shallower one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_redrafter.errors import OptionError
 
@@ -139,21 +141,25 @@ class DraftTree(NamedTuple):
     ancestors: mx.array
 
 
+def integers(values: Iterable[int]) -> mx.array:
+    """A constant (n,) int32 of the graph: mx.arange would be computed anew in every step."""
+    return mx.array(np.fromiter(values, np.int32))
+
+
 def root_only(root: mx.array) -> DraftTree:
     """The tree of plain decoding. root (1,) int32."""
-    zero = mx.zeros((1,), mx.int32)
-    return DraftTree(root, zero, zero, mx.ones((1, 1), mx.bool_))
+    zero = integers([0])
+    return DraftTree(root, zero, zero, mx.array([[True]]))
 
 
 def chain(root: mx.array, candidates: Candidates) -> DraftTree:
     """Candidates that follow one another; everything but the tokens is known beforehand."""
     n = candidates.tokens.shape[0] + 1
-    slots = mx.arange(n, dtype=mx.int32)
     return DraftTree(
         mx.concatenate([root, candidates.tokens]),
-        mx.maximum(slots - 1, 0),
-        slots,
-        slots[:, None] >= slots[None],
+        integers([0, *range(n - 1)]),
+        integers(range(n)),
+        mx.array(np.tri(n, dtype=bool)),
     )
 
 
@@ -165,36 +171,36 @@ def best_nodes(root: mx.array, candidates: Candidates, nodes: int, depth: int) -
     """
     tokens, parents, scores = candidates
     k = tokens.shape[0]
-    number = mx.arange(k, dtype=mx.int32)
     if k == nodes - 1:
-        slot = number + 1
-        chosen = number
+        slot = integers(range(1, nodes))
+        chosen_scores = scores
     else:
-        ahead = (scores[None] > scores[:, None]) | (
-            (scores[None] == scores[:, None]) & (number[None] < number[:, None])
-        )
+        lower = mx.array(np.tri(k, k=-1, dtype=bool))  # (K, K): the candidates with lower numbers
+        column = scores.reshape(k, 1)
+        ahead = ((scores > column) | ((scores == column) & lower)).sum(-1)
         # An array and not a number: one fused kernel serves every size.
-        picked = ahead.sum(-1) < mx.full((k,), nodes - 1, mx.int32)  # (K,)
-        slot = mx.where(picked, mx.cumsum(picked.astype(mx.int32)), 0)
-        wanted = mx.arange(1, nodes, dtype=mx.int32)
-        chosen = mx.argmax(slot[None] == wanted[:, None], axis=-1)  # (N-1,)
-    valid = mx.take(scores, chosen) > -mx.inf
-    parent = mx.take(parents, chosen)
-    parent_slot = mx.where(valid & (parent >= 0), mx.take(slot, mx.maximum(parent, 0)), 0)
-    node_tokens = mx.concatenate([root, mx.where(valid, mx.take(tokens, chosen), -1)])
-    node_parents = mx.concatenate([mx.zeros((1,), mx.int32), parent_slot.astype(mx.int32)])
-    return _with_ancestors(node_tokens, node_parents, depth)
+        picked = ahead < integers([nodes - 1] * k)  # (K,)
+        slot = (picked & lower).sum(-1) + 1  # of those that are picked
+        wanted = integers(range(1, nodes)).reshape(-1, 1)
+        chosen = mx.argmax(picked & (slot == wanted), axis=-1)  # (N-1,)
+        tokens, parents = mx.take(tokens, chosen), mx.take(parents, chosen)
+        chosen_scores = mx.take(scores, chosen)
+    valid = chosen_scores > -mx.inf
+    # A parent of -1, the root, looks at the last entry, which does not matter.
+    parent_slot = mx.where(valid & (parents >= 0), mx.take(slot, parents), 0)
+    node_tokens = mx.concatenate([root, mx.where(valid, tokens, -1)])
+    return _with_ancestors(node_tokens, mx.concatenate([integers([0]), parent_slot]), depth)
 
 
 def _with_ancestors(tokens: mx.array, parents: mx.array, depth: int) -> DraftTree:
     """Transitive closure by pointer doubling: after k rounds a node sees 2^k ancestors."""
     n = tokens.shape[0]
-    ancestors = mx.eye(n, dtype=mx.bool_)
-    jump = parents
-    reach = 1
+    own = mx.array(np.eye(n, dtype=bool))
+    # One round needs no look at a matrix: a node sees itself and its parent.
+    ancestors = own | (parents.reshape(n, 1) == integers(range(n)))
+    jump, reach = mx.take(parents, parents), 2
     while reach <= depth:
         ancestors = ancestors | mx.take(ancestors, jump, axis=0)
         jump = mx.take(jump, jump)
         reach *= 2
-    depths = ancestors.astype(mx.int32).sum(-1) - 1
-    return DraftTree(tokens, parents, depths, ancestors)
+    return DraftTree(tokens, parents, ancestors.sum(-1) - 1, ancestors)

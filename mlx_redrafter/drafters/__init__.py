@@ -32,6 +32,12 @@ class Drafter(Protocol):
         """Consume tokens (R,) of the target's vocabulary: logits (R, Vd), state (R, S)."""
         ...
 
+    def follow(
+        self, picks: mx.array, state: mx.array, fixed: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """The same for tokens (R,) of its own vocabulary."""
+        ...
+
     def token_ids(self, picks: mx.array) -> mx.array:
         """Draft-vocabulary indices -> token ids of the target."""
         ...

@@ -150,10 +150,19 @@ class ReDrafter(nn.Module):
             ids = self.draft_vocab if self.config.draft_vocab_size else every
             self._rows = target.head_rows(ids)
             mx.eval(self._rows)
+        if self.has_gates:
+            # What the cell makes of a draft token's embedding never changes: a row per token.
+            self._gates = self.rnn_w(self._embed(self.draft_vocab))
+            mx.eval(self._gates)
         if "input_proj" in self:
             # h is the same for the whole draft: its half of the projection is computed once.
             self._context_half, self._state_half = _halves(self.input_proj, self.config.hidden_size)
         return self
+
+    @property
+    def has_gates(self) -> bool:
+        """Are embeddings of the draft vocabulary kept as the cell's input projection has them?"""
+        return bool(self.config.draft_vocab_size) and self.config.cell != "sum"
 
     @property
     def context_layers(self) -> tuple[int, ...]:
@@ -186,11 +195,22 @@ class ReDrafter(nn.Module):
     def step(self, tokens: mx.array, state: mx.array, fixed: mx.array) -> tuple[mx.array, mx.array]:
         """tokens (R,), state (R, D) -> logits (R, Vd), state (R, D)."""
         state = self.advance(self._embed(tokens), state)
+        return self.head(self._joined(state, fixed)), state
+
+    def follow(
+        self, picks: mx.array, state: mx.array, fixed: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """The same for tokens (R,) of the draft vocabulary."""
+        if not self.has_gates:
+            return self.step(self.token_ids(picks), state, fixed)
+        state = self.cell(mx.take(self._gates, picks, axis=0), state)
+        return self.head(self._joined(state, fixed)), state
+
+    def _joined(self, state: mx.array, fixed: mx.array) -> mx.array:
+        """[h, s], or its projection: (R, D), (1 or R, *) -> (R, E)."""
         if "input_proj" in self:
-            x = fixed + self._state_half(state)
-        else:
-            x = mx.concatenate([mx.broadcast_to(fixed, state.shape), state], axis=-1)
-        return self.head(x), state
+            return fixed + self._state_half(state)
+        return mx.concatenate([mx.broadcast_to(fixed, state.shape), state], axis=-1)
 
     def advance(self, embedding: mx.array, state: mx.array) -> mx.array:
         """The recurrent cell: (R, D), (R, D) -> (R, D)."""
@@ -203,7 +223,7 @@ class ReDrafter(nn.Module):
         if self.config.cell == "elman":
             return nn.silu(gates + self.rnn_u(state))
         w_reset, w_update, w_new = mx.split(gates, 3, axis=-1)
-        u_reset, u_update, u_new = mx.split(self.rnn_u(state), 3, axis=-1)
+        u_reset, u_update, u_new = _parts(self.rnn_u, state, 3)
         update = mx.sigmoid(w_update + u_update)
         new = mx.tanh(w_new + mx.sigmoid(w_reset + u_reset) * u_new)
         return (1 - update) * new + update * state
@@ -228,6 +248,18 @@ class ReDrafter(nn.Module):
 
     def select(self, values: mx.array) -> mx.array:
         return mx.take(values, self.draft_vocab) if self.config.draft_vocab_size else values
+
+
+def _parts(linear: nn.Module, x: mx.array, count: int) -> list[mx.array]:
+    """linear(x) in parts. A quantised product leaves the bias to a kernel of its own, unless it is
+    added to the parts, where they are used."""
+    if not isinstance(linear, nn.QuantizedLinear):
+        return list(mx.split(linear(x), count, axis=-1))
+    product = mx.quantized_matmul(
+        x, linear.weight, linear.scales, linear.biases, True, linear.group_size, linear.bits
+    )
+    pairs = zip(*(mx.split(y, count, axis=-1) for y in (product, linear.bias)), strict=True)
+    return [part + bias for part, bias in pairs]
 
 
 def _halves(linear: nn.Module, size: int) -> tuple[nn.Module, nn.Module]:

@@ -29,7 +29,7 @@ def attend(
     softcap: float,
     softmax: Callable[[mx.array], mx.array] = softmax,
 ) -> mx.array:
-    """q (B*n, H, Dh) over slabs (B, 2*Hkv, C, Dh) where mask (B*n, S) is True; (B*n, H*Dh).
+    """q (H, B*n, Dh) over slabs (B, 2*Hkv, C, Dh) where mask (B*n, S) is True; (B*n, H*Dh).
 
     Decoding has one sequence, B = 1. Only the first S <= C slots are read.
     """
@@ -37,11 +37,11 @@ def attend(
         slab = slab[:, :, : mask.shape[1]]
     if softcap == 0.0 and fused_kernels():
         rows, half = slab.shape[0], slab.shape[1] // 2
-        queries = q.reshape(rows, -1, *q.shape[1:]).transpose(0, 2, 1, 3)
+        queries = q.reshape(q.shape[0], rows, -1, q.shape[2]).transpose(1, 0, 2, 3)
         out = mx.fast.scaled_dot_product_attention(
             queries, slab[:, :half], slab[:, half:], scale=scale, mask=_by_row(mask, rows)
         )
-        return out.transpose(0, 2, 1, 3).reshape(q.shape[0], -1)
+        return out.transpose(0, 2, 1, 3).reshape(q.shape[1], -1)
     return _attend_unfused(q, slab, mask, scale, softcap, softmax)
 
 
@@ -63,12 +63,12 @@ def _attend_unfused(
     The query heads of one key/value head are folded into the rows of one matrix, so that keys
     and values are read once per key/value head and not once per query head.
     """
-    total, heads, dim = q.shape
+    heads, total, dim = q.shape
     rows, kv_heads = slab.shape[0], slab.shape[1] // 2
     n, repeats, capacity = total // rows, heads // kv_heads, slab.shape[2]
     keys, values = slab[:, :kv_heads], slab[:, kv_heads:]  # (B, Hkv, C, Dh)
     q = q * mx.array(scale, q.dtype)
-    q = q.reshape(rows, n, kv_heads, repeats, dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(kv_heads, repeats, rows, n, dim).transpose(2, 0, 1, 3, 4)
     scores = q.reshape(rows, kv_heads, repeats * n, dim) @ keys.swapaxes(-1, -2)
     if softcap:
         scores = mx.tanh(scores / softcap) * softcap

@@ -55,8 +55,8 @@ class Write(Protocol):
 
     rows: list[mx.array]
 
-    def __call__(self, layer: int, slab: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """The slab of a layer with k and v, each (1, Hkv, N, Dh), in it."""
+    def __call__(self, layer: int, slab: mx.array, rows: mx.array) -> mx.array:
+        """The slab of a layer with the pass's rows in it: keys, then values, (1, 2*Hkv, N, Dh)."""
         ...
 
 
@@ -67,33 +67,29 @@ class Append:
         self.offset = offset
         self.rows: list[mx.array] = []
 
-    def __call__(self, layer: int, slab: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        # One update of the joined rows: two would need another start index per layer and, on
-        # Metal, two more dispatches, against one small concatenation.
-        new = mx.concatenate([k, v], axis=1).astype(slab.dtype)
-        self.rows.append(new)
-        return mx.slice_update(slab, new, self.offset, axes=(2,))
+    def __call__(self, layer: int, slab: mx.array, rows: mx.array) -> mx.array:
+        self.rows.append(rows.astype(slab.dtype))
+        return mx.slice_update(slab, self.rows[-1], self.offset, axes=(2,))
 
 
 class Commit:
-    """What the last pass accepted, and this pass's rows behind it, in one update of each slab.
+    """What the last pass accepted goes to its place, then this pass's rows behind it.
 
-    A slab is read by attention only and written once per pass, so that MLX can write in place: a
-    buffer that an unfinished operation still reads is copied instead.
+    A slab is read by attention only, after both updates, so that MLX can write in place: a buffer
+    that an unfinished operation still reads is copied instead.
 
     Args:
-        offset: (1,) int32, the slot of the last pass's first row.
-        picks: (K,) int32, which rows go to offset..offset+K-1: below N' the last pass's, from N'
-            on this pass's.
+        offset: (1,) int32, the slot of this pass's first row.
+        slots: (N',) int32, where each of the last pass's rows goes. Those that were not accepted
+            share one slot that nobody reads before it is written again.
         pending: the last pass's rows, (1, 2*Hkv, N', Dh) per layer.
     """
 
-    def __init__(self, offset: mx.array, picks: mx.array, pending: Sequence[mx.array]) -> None:
-        self.offset, self.picks, self.pending = offset, picks, pending
+    def __init__(self, offset: mx.array, slots: mx.array, pending: Sequence[mx.array]) -> None:
+        self.offset, self.slots, self.pending = offset, slots, pending
         self.rows: list[mx.array] = []
 
-    def __call__(self, layer: int, slab: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        new = mx.concatenate([k, v], axis=1).astype(slab.dtype)
-        self.rows.append(new)
-        both = mx.concatenate([self.pending[layer], new], axis=2)
-        return mx.slice_update(slab, mx.take(both, self.picks, axis=2), self.offset, axes=(2,))
+    def __call__(self, layer: int, slab: mx.array, rows: mx.array) -> mx.array:
+        self.rows.append(rows.astype(slab.dtype))
+        slab = mx.put_along_axis(slab, self.slots[None, None, :, None], self.pending[layer], axis=2)
+        return mx.slice_update(slab, self.rows[-1], self.offset, axes=(2,))

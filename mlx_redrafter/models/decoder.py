@@ -17,7 +17,8 @@ from .config import DecoderConfig
 from .fuse import fuse
 from .rope import Rope, Rotation, fused_kernels
 
-LayerWrite = Callable[[mx.array, mx.array, mx.array], mx.array]
+LayerWrite = Callable[[mx.array, mx.array], mx.array]
+Rotate = Callable[[mx.array, int], mx.array]
 
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -62,38 +63,30 @@ class Attention(nn.Module):
             self.qkv_proj = joined
             del self.q_proj, self.k_proj, self.v_proj
 
-    def _project(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """x (N, D) -> queries and keys together (N, H+Hkv, Dh), values (N, Hkv, Dh)."""
-        n, heads = x.shape[0], self._heads
+    def _project(self, x: mx.array) -> mx.array:
+        """x (N, D) -> queries, keys and values together (N, H + 2 Hkv, Dh)."""
+        n = x.shape[0]
         if self._qk_norm == "none" and "qkv_proj" in self:
-            qkv = self.qkv_proj(x).reshape(n, -1, self._head_dim)
-            cut = heads + self._kv_heads
-            return qkv[:, :cut], qkv[:, cut:]
+            return self.qkv_proj(x).reshape(n, -1, self._head_dim)
         if "qkv_proj" in self:
             q, k, v = mx.split(self.qkv_proj(x), self._splits, axis=-1)
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self._qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q = q.reshape(n, heads, -1)
+        q = q.reshape(n, self._heads, -1)
         k, v = k.reshape(n, self._kv_heads, -1), v.reshape(n, self._kv_heads, -1)
         if self._qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return mx.concatenate([q, k], axis=1), v
+        return mx.concatenate([q, k, v], axis=1)
 
     def __call__(
-        self,
-        x: mx.array,
-        mask: mx.array,
-        rotate: Callable[[mx.array], mx.array],
-        slab: mx.array,
-        write: LayerWrite,
+        self, x: mx.array, mask: mx.array, rotate: Rotate, slab: mx.array, write: LayerWrite
     ) -> tuple[mx.array, mx.array]:
         """x (N, D) -> (N, D) and the slab with N more rows."""
-        qk, v = self._project(x)
-        qk = rotate(qk)
-        q, k = qk[:, : self._heads], qk[:, self._heads :]
-        slab = write(slab, k.transpose(1, 0, 2)[None], v.transpose(1, 0, 2)[None])
+        rows = rotate(self._project(x), self._heads + self._kv_heads)  # (H + 2 Hkv, N, Dh)
+        slab = write(slab, rows[self._heads :][None])
+        q = rows[: self._heads]
         attended = attend(q, slab, mask, self._scale, self._softcap, self._softmax)
         return self.o_proj(attended), slab
 
@@ -164,7 +157,7 @@ class Block(nn.Module):
         self,
         x: mx.array,
         mask: mx.array,
-        rotate: Callable[[mx.array], mx.array],
+        rotate: Rotate,
         slab: mx.array,
         write: LayerWrite,
     ) -> tuple[mx.array, mx.array]:
@@ -236,7 +229,7 @@ class Decoder(nn.Module):
         masks = self._masks(mask, positions, key_positions)
         outputs, new_kv = [], []
         for index, block in enumerate(self.model.layers):
-            rotate = self._rotate(self.config.layer_ropes[index], positions, rotations)
+            rotate = self._rotate(self.config.layer_ropes[index], rotations)
             window_mask = masks[self.config.layer_windows[index]]
             x, slab = block(x, window_mask, rotate, kv[index], partial(write, index))
             outputs.append(x)
@@ -252,13 +245,11 @@ class Decoder(nn.Module):
             masks[window] = mask & (positions[:, None] < key_positions + window)
         return masks
 
-    def _rotate(
-        self, index: int, positions: mx.array, rotations: Sequence[Rotation | None]
-    ) -> Callable[[mx.array], mx.array]:
+    def _rotate(self, index: int, rotations: Sequence[Rotation]) -> Rotate:
         if index < 0:
-            return lambda x: x
+            return lambda x, _: x.transpose(1, 0, 2)
         rope, rotation = self._ropes[index], rotations[index]
-        return lambda x: rope(x, positions, rotation)
+        return lambda x, heads: rope(x, heads, rotation)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden (M, D) after the final norm -> logits (M, V), scaled and soft-capped."""

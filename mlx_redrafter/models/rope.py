@@ -14,6 +14,8 @@ from .config import RopeConfig
 ROPE_TYPES = ("default", "linear", "llama3", "longrope", "su", "yarn")
 
 Rotation = tuple[mx.array, mx.array]
+"""Cosines and sines, each as it multiplies the pairs of a head: (N, 2 or 1, dims/2), transposed
+where pairs are neighbours."""
 
 
 def fused_kernels() -> bool:
@@ -79,50 +81,42 @@ class Rope:
         step = mx.log(mx.array(self.base, mx.float32)) / half
         return mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * step)
 
-    def prepare(self, positions: mx.array, dtype: mx.Dtype) -> Rotation | None:
-        """Cosines and sines, each (N, 1, dims/2), once per pass; None where mx.fast.rope runs."""
-        if fused_kernels():
-            return None
+    def prepare(self, positions: mx.array, dtype: mx.Dtype) -> Rotation:
+        """Cosines, and sines with their signs, of N positions; once per pass."""
         scaled = positions.astype(mx.float32) * mx.array(self.scale, mx.float32)
-        theta = scaled[:, None, None] * self.inverse
-        return mx.cos(theta).astype(dtype), mx.sin(theta).astype(dtype)
+        theta = scaled[:, None, None] * self._pairs(self.inverse[None])
+        signs = self._pairs(mx.array([[-1.0], [1.0]]))
+        # On a CPU at the type of the activations, as mlx-lm rounds them there.
+        kind = mx.float32 if fused_kernels() else dtype
+        return mx.cos(theta).astype(kind), (mx.sin(theta) * signs).astype(kind)
 
-    def __call__(self, x: mx.array, positions: mx.array, rotation: Rotation | None) -> mx.array:
-        """Rotate x (N, heads, Dh), row n by positions[n]; same shape and dtype."""
-        if self.mscale != 1.0:
-            x = x * self._mscales(x.shape[-1], x.dtype)
-        if rotation is None:
-            # Tokens on the batch axis: mx.fast.rope takes one offset per batch entry.
-            y = mx.fast.rope(
-                x[:, :, None],
-                self.dims,
-                traditional=self.traditional,
-                base=self.base,
-                scale=self.scale,
-                offset=positions,
-                freqs=self.freqs,
-            )
-            return y[:, :, 0]
-        return self._rotate(x, *rotation)
+    def __call__(self, x: mx.array, heads: int, rotation: Rotation) -> mx.array:
+        """x (N, A, Dh) -> (A, N, Dh), the first ``heads`` rotated, row n by position n.
 
-    def _mscales(self, head_dim: int, dtype: mx.Dtype) -> mx.array:
-        scale = mx.full((self.dims,), self.mscale, dtype)
-        if self.dims == head_dim:
-            return scale
-        return mx.concatenate([scale, mx.ones((head_dim - self.dims,), dtype)])
-
-    def _rotate(self, x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+        One fused kernel, and with the heads outside no kernel behind it has to copy queries, keys
+        or values: mx.fast.rope needs its input in one piece, attention the rows of a head.
+        """
+        n, every, size = x.shape
         half = self.dims // 2
-        if self.traditional:
-            x1, x2 = x[..., 0 : self.dims : 2], x[..., 1 : self.dims : 2]
-        else:
-            x1, x2 = x[..., :half], x[..., half : self.dims]
-        y1 = x1 * cos - x2 * sin
-        y2 = x1 * sin + x2 * cos
-        if self.traditional:
-            parts = [mx.stack([y1, y2], axis=-1).reshape(*x.shape[:-1], self.dims)]
-        else:
-            parts = [y1, y2]
-        if self.dims < x.shape[-1]:
-            parts.append(x[..., self.dims :])
-        return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+        sides = (half, 2) if self.traditional else (2, half)
+        if self.dims < size:
+            turned = self._turn(x[..., : self.dims].reshape(n, every, *sides), heads, rotation)
+            rest = x[..., self.dims :].transpose(1, 0, 2)
+            return mx.concatenate([turned.reshape(every, n, self.dims), rest], axis=-1)
+        return self._turn(x.reshape(n, every, *sides), heads, rotation).reshape(every, n, size)
+
+    def _turn(self, x: mx.array, heads: int, rotation: Rotation) -> mx.array:
+        """x (N, A, 2, dims/2), or (N, A, dims/2, 2) -> (A, N, the same)."""
+        cos, sin = rotation
+        kept = x.transpose(1, 0, 2, 3)
+        scaled = kept if self.mscale == 1.0 else kept * mx.array(self.mscale, x.dtype)
+        other = scaled[:, :, :, ::-1] if self.traditional else scaled[:, :, ::-1]
+        turned = (scaled.astype(cos.dtype) * cos + other.astype(cos.dtype) * sin).astype(x.dtype)
+        if heads == kept.shape[0]:
+            return turned
+        rotated = mx.array([[[[i < heads]]] for i in range(kept.shape[0])])
+        return mx.where(rotated, turned, kept)
+
+    def _pairs(self, x: mx.array) -> mx.array:
+        """(2 or 1, dims/2 or 1) as the two sides of a pair lie in a head."""
+        return x.T if self.traditional else x

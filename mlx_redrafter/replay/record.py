@@ -138,7 +138,7 @@ def _draft_function(model: Model, temp: float, shared_noise: bool) -> DraftFunct
         if shared_noise:
             noise = sampling.gumbel(seed, position + 1, max(WIDTHS.values()), vocab)
             temperature = mx.array(temp)
-        found = [lookup.search(history, root, position, LOOKUP)]
+        found = [lookup.search(history, position, LOOKUP)]
         for width, depth in WIDTHS.items():
             if drafter is None:
                 break

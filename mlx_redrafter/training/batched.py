@@ -214,13 +214,10 @@ class _AppendRows(Append):
         super().__init__(offset)
         self._count = rows
 
-    def __call__(self, layer: int, slab: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return super().__call__(layer, slab, self._by_row(k), self._by_row(v))
-
-    def _by_row(self, x: mx.array) -> mx.array:
-        """(1, Hkv, B*n, Dh) -> (B, Hkv, n, Dh)."""
-        heads, _, dim = x.shape[1:]
-        return x[0].reshape(heads, self._count, -1, dim).transpose(1, 0, 2, 3)
+    def __call__(self, layer: int, slab: mx.array, rows: mx.array) -> mx.array:
+        heads, _, dim = rows.shape[1:]  # (1, 2*Hkv, B*n, Dh)
+        by_row = rows[0].reshape(heads, self._count, -1, dim).transpose(1, 0, 2, 3)
+        return super().__call__(layer, slab, by_row)
 
 
 def new_cache_for(target: Decoder, rows: int, capacity: int) -> list[mx.array]:
