@@ -19,7 +19,7 @@ from mlx_redrafter import hub
 from mlx_redrafter.counts import host, metal, parts, sizes
 from mlx_redrafter.counts.graph import metal_shaped
 from mlx_redrafter.decoding.engine import Engine
-from mlx_redrafter.decoding.tree import DEFAULT, TreeShape
+from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.drafters.redrafter import ReDrafter
 from mlx_redrafter.errors import OptionError
@@ -27,7 +27,7 @@ from mlx_redrafter.info import machine
 from mlx_redrafter.models import Decoder, load_model
 
 USUAL = TreeShape(3, 2, 8, lookup=7)  # what the policy mostly takes for the built-in model
-SHAPES = (TreeShape.plain(), USUAL, DEFAULT, TreeShape.chain(4))
+SHAPES = (TreeShape.plain(), USUAL, TreeShape.chain(4))
 _PROMPT = 40  # tokens of the answer that host work is counted on
 _GROUP = 32  # weights that share a scale, as in the GGUF file of the built-in model
 _MB = 1e6
