@@ -56,18 +56,19 @@ def policy(model: Model, sampled: bool, say: Say = lambda text: None) -> Automat
 def costs(model: Model, say: Say = lambda text: None, again: bool = False) -> Costs:
     """Those of this process, else of an earlier one, else measured now (a few seconds).
 
-    Measured again if asked to, or once in a process if running steps contradicted the table.
+    Where running steps contradict the table, what is kept of it is thrown away: this process goes by
+    the steps, the next one measures again.
     """
     engine = model.engine
-    drifted = engine.costs is not None and engine.costs.drifted and not engine.remeasured
-    if engine.costs is not None and not again and not drifted:
-        return engine.costs
     file = hub.cache_dir() / "costs" / f"{_key(model)}.json"
-    found = None if again or drifted else _read(file)
+    if engine.costs is not None and not again:
+        if engine.costs.drifted:
+            file.unlink(missing_ok=True)
+        return engine.costs
+    found = None if again else _read(file)
     if found is None:
         say("measuring what drafting costs on this machine (once, a few seconds) ...")
         found = measure(model.target, model.drafter, engine.step_function, engine.compiled)
-        engine.remeasured = engine.remeasured or drifted
         _write(file, {**conditions(model), **found.as_dict()})
     engine.costs = found
     return found

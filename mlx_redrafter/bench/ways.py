@@ -67,7 +67,7 @@ class Way:
     def most_used(self, stats: DraftStats) -> TreeShape | None:
         """The shape of most steps of an answer."""
         by_name = {str(shape): shape for shape in self.shapes}
-        return next((by_name[name] for name, _ in stats.shapes.most_common(1)), None)
+        return next((by_name.get(name) for name, _ in stats.shapes.most_common(1)), None)
 
 
 def automatic(model: Model, max_tokens: int, seed: int) -> Way:

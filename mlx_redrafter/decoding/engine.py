@@ -71,7 +71,6 @@ class Engine:
         self.compiled = compiled
         self.traces = 0
         self.costs: Costs | None = None  # of steps on this machine, once they are known
-        self.remeasured = False
         self._steps: dict[Bucket, StepFunction] = {}
 
     def step_function(self, bucket: Bucket) -> StepFunction:
