@@ -56,8 +56,8 @@ def policy(model: Model, sampled: bool, say: Say = lambda text: None) -> Automat
 def costs(model: Model, say: Say = lambda text: None, again: bool = False) -> Costs:
     """Those of this process, else of an earlier one, else measured now (a few seconds).
 
-    Where running steps contradict the table, what is kept of it is thrown away: this process goes by
-    the steps, the next one measures again.
+    Where running steps contradict the table, what is kept of it is thrown away: this process goes
+    by the steps, the next one measures again.
     """
     engine = model.engine
     file = hub.cache_dir() / "costs" / f"{_key(model)}.json"
