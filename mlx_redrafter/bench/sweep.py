@@ -5,28 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mlx_redrafter.decoding.prospects import LOOKUP
 from mlx_redrafter.decoding.tree import TreeShape
 
 from .compare import Comparison, Encoded, Turn
 from .summary import ALL
 from .ways import AUTOMATIC, Way, ours
 
-CHAINS = range(1, 7)
-WIDTHS, DEPTHS, NODES = (2, 3, 4), (2, 3, 4, 5), (4, 6, 8, 12, 16)
+WIDTHS, DEPTHS, NODES = (1, 2, 3, 4), (1, 2, 3, 4), (3, 5, 8, 12)
 BLOCK = 6  # shapes per turn: plain decoding, which they are compared with, is never far
 
 
 def grid() -> list[TreeShape]:
-    """Chains, and every width x depth with every number of nodes that it can fill."""
-    trees = [
-        TreeShape(width, depth, nodes)
+    """Every width x depth with every number of nodes; lookup among the candidates, as in all shapes
+    that the policy may choose."""
+    return [
+        TreeShape(width, depth, nodes, lookup=LOOKUP)
         for width in WIDTHS
         for depth in DEPTHS
         for nodes in NODES
-        if nodes <= 1 + width * depth
+        if nodes > depth and nodes <= 1 + width * depth + LOOKUP and (depth > 1 or width == 1)
     ]
-    # A tree whose depth its nodes cannot reach is the same as a shallower one.
-    return list(dict.fromkeys([TreeShape.chain(n) for n in CHAINS] + trees))
 
 
 def turns(
