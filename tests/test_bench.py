@@ -144,8 +144,9 @@ def test_the_grid_holds_each_tree_once_and_what_was_asked_for() -> None:
     assert len(grid) == len(set(grid))
     assert {s.depth for s in grid if s.width == 1} == {1, 2, 3, 4}
     wide = [s for s in grid if s.width > 1]
-    assert ({s.width for s in wide}, {s.nodes for s in wide}) == ({2, 3, 4}, {4, 6, 8, 12, 16})
-    assert {s.depth for s in wide} == {2, 3, 4, 5}
+    assert ({s.width for s in wide}, {s.nodes for s in wide}) == ({2, 3, 4}, {3, 5, 8, 12})
+    assert {s.depth for s in wide} == {2, 3, 4}
+    assert all(s.lookup == min(7, s.nodes - 1) for s in grid)
 
 
 def test_a_sweep_goes_in_blocks_with_plain_in_each(tiny_model: Model, tmp_path: Path) -> None:

@@ -195,13 +195,30 @@ def test_running_steps_correct_the_table() -> None:
     for _ in range(12):
         costs.learn(TREE, 256, False, 2 * before[0])
     costs.learn(TREE, 256, False, 100.0)  # one hiccup
-    assert costs.seconds(TREE) == pytest.approx(2 * before[0])
-    assert costs.seconds(PLAIN) == pytest.approx(2 * before[1]), "the whole machine is slower"
+    assert costs.seconds(TREE) == pytest.approx(2 * before[0], rel=0.1)
+    slower = pytest.approx(2 * before[1], rel=0.1)
+    assert costs.seconds(PLAIN) == slower, "the whole machine is slower"
     assert costs.seconds(PLAIN, sampled=True) == pytest.approx(before[1])
     assert not costs.drifted
-    for _ in range(12):
-        costs.learn(PLAIN, 256, False, before[1])
-    assert costs.seconds(PLAIN) == pytest.approx(before[1])
+
+
+def test_a_shape_that_was_timed_on_a_busy_machine_is_not_shunned_for_ever() -> None:
+    costs = Costs.from_dict(COSTS.as_dict())
+    fair = costs.seconds(TREE) / costs.seconds(PLAIN)
+    for _ in range(20):  # everything takes twice as long
+        costs.learn(TREE, 256, False, 2 * costs.table(TREE))
+    for _ in range(20):  # and then, without a step of that shape, no longer
+        costs.learn(PLAIN, 256, False, costs.table(PLAIN))
+    assert costs.seconds(TREE) / costs.seconds(PLAIN) == pytest.approx(fair, rel=0.1)
+
+
+def test_shapes_that_stand_otherwise_to_each_other_than_in_the_table() -> None:
+    costs = Costs.from_dict(COSTS.as_dict())
+    for _ in range(40):
+        costs.learn(TREE, 256, False, 1.6 * costs.table(TREE))
+        costs.learn(PLAIN, 256, False, costs.table(PLAIN))
+    ratio = costs.seconds(TREE) / costs.seconds(PLAIN)
+    assert ratio == pytest.approx(1.6 * costs.table(TREE) / costs.table(PLAIN), rel=0.1)
     assert costs.drifted
 
 
@@ -269,7 +286,7 @@ def test_another_machine_is_measured_anew(loaded: Model, monkeypatch: pytest.Mon
 def test_a_table_that_no_longer_holds_is_measured_again_at_the_next_start(loaded: Model) -> None:
     said: list[str] = []
     known = tuning.costs(loaded, said.append)
-    for _ in range(20):
+    for _ in range(30):
         known.learn(PLAIN, 256, False, known.table(PLAIN))
         known.learn(TREE, 256, False, 2 * known.table(TREE))
     assert known.drifted

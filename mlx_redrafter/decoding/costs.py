@@ -50,7 +50,10 @@ class Costs:
     per_token: tuple[float, float] = (0.0, 0.0)
     draft: dict[int, tuple[float, float]] = field(default_factory=dict)
     rest: float = 0.0
-    _seen: dict[tuple[TreeShape, bool], deque[float]] = field(default_factory=dict, repr=False)
+    # Of steps that were timed, greedy or sampled: the last ones' seconds over the table's; and by
+    # shape the same over what all shapes took at that time, when the machine was as busy.
+    _recent: dict[bool, deque[float]] = field(default_factory=dict, repr=False)
+    _apart: dict[tuple[TreeShape, bool], deque[float]] = field(default_factory=dict, repr=False)
 
     def table(self, shape: TreeShape, position: int = NEAR) -> float:
         """As measured beforehand; infinite for more nodes than were worth measuring."""
@@ -66,13 +69,15 @@ class Costs:
 
     def learn(self, shape: TreeShape, position: int, sampled: bool, seconds: float) -> None:
         """A step of the running answer took so long."""
-        known = self._seen.setdefault((shape, sampled), deque(maxlen=32))
-        known.append(seconds / self.table(shape, position))
+        ratio = seconds / self.table(shape, position)
+        self._recent.setdefault(sampled, deque(maxlen=8)).append(ratio)
+        known = self._apart.setdefault((shape, sampled), deque(maxlen=32))
+        known.append(ratio / self._pace(sampled))
 
     @property
     def drifted(self) -> bool:
         """Do the running steps contradict the table, in what they cost beside each other?"""
-        firm = [statistics.median(x) for x in self._seen.values() if len(x) >= 2 * _ENOUGH]
+        firm = [statistics.median(x) for x in self._apart.values() if len(x) >= 2 * _ENOUGH]
         return len(firm) > 1 and max(firm) > _APART * min(firm)
 
     def as_dict(self) -> dict[str, Any]:
@@ -108,11 +113,17 @@ class Costs:
         return near + slope * max(position - NEAR, 0)
 
     def _correction(self, shape: TreeShape, sampled: bool) -> float:
-        own = self._seen.get((shape, sampled), ())
-        if len(own) >= _ENOUGH:
-            return statistics.median(own)
-        every = [r for (_, s), known in self._seen.items() if s == sampled for r in known]
-        return statistics.median(every) if len(every) >= _ENOUGH else 1.0
+        own = self._apart.get((shape, sampled), ())
+        apart = statistics.median(own) if len(own) >= _ENOUGH else 1.0
+        return self._pace(sampled) * apart
+
+    def _pace(self, sampled: bool) -> float:
+        """What steps take at present, over the table: the mean, hiccups cut to twice the median."""
+        recent = self._recent.get(sampled, ())
+        if len(recent) < _ENOUGH:
+            return 1.0
+        most = 2 * statistics.median(recent)
+        return statistics.geometric_mean([min(ratio, most) for ratio in recent])
 
 
 def measure(
