@@ -2,8 +2,9 @@
 
     python -m mlx_redrafter.exactness [--drafter DIR] [--prompts FILE] [--count 40] [--sampled 200]
 
-Greedy: every prompt with mlx_lm, plain, and drafted with three tree shapes. Sampled: plain against
-drafted, with mixed temperatures, filters and penalties. Exit code 1 if a single token differs.
+Greedy: every prompt with mlx_lm, plain, and drafted with several tree shapes and with those that
+the policy chooses. Sampled: plain against drafted, with mixed temperatures, filters and penalties.
+Exit code 1 if a single token differs.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def check_greedy(
     max_tokens: int,
     report: Report,
 ) -> None:
-    """mlx_lm = plain = drafted with every shape."""
+    """mlx_lm = plain = drafted with every shape, and with those that the policy chooses."""
     ids, session = prompt.encode(tokenizer), Session()
     plain = answer(model, tokenizer, ids, max_tokens, draft=False, session=session)
     expected = reference_tokens(reference, tokenizer, ids, max_tokens)
@@ -113,6 +114,8 @@ def check_greedy(
     for shape in SHAPES:
         drafted = answer(model, tokenizer, ids, max_tokens, tree=shape, session=session)
         report.compare(f"greedy: {shape} against plain", prompt, plain, drafted)
+    drafted = answer(model, tokenizer, ids, max_tokens, session=session)
+    report.compare("greedy: automatic against plain", prompt, plain, drafted)
 
 
 def check_sampled(
@@ -123,12 +126,12 @@ def check_sampled(
     max_tokens: int,
     report: Report,
 ) -> None:
-    """Same seed, same tokens: plain against one shape, in turn."""
-    shape = SHAPES[options["seed"] % len(SHAPES)]
+    """Same seed, same tokens: plain against one shape, or the policy, in turn."""
+    shape = (*SHAPES, None)[options["seed"] % (len(SHAPES) + 1)]
     ids, session = prompt.encode(tokenizer), Session()
     plain = answer(model, tokenizer, ids, max_tokens, draft=False, session=session, **options)
     drafted = answer(model, tokenizer, ids, max_tokens, tree=shape, session=session, **options)
-    report.compare(f"sampled: {shape} against plain", prompt, plain, drafted)
+    report.compare(f"sampled: {shape or 'automatic'} against plain", prompt, plain, drafted)
 
 
 def summary(model: Model, report: Report, seconds: float) -> dict[str, Any]:
