@@ -27,7 +27,7 @@ def test_drafted_is_plain_is_mlx_lm() -> None:
         for _ in range(2):
             exactness.check_sampled(model, tokenizer, prompt, next(mixture), 16, report)
     assert report.differences == []
-    assert sum(report.compared.values()) == 3 * (5 + 2)
+    assert sum(report.compared.values()) == 3 * (6 + 2)
     assert min(report.tokens.values()) >= 16
 
 
