@@ -72,6 +72,10 @@ PromptFile = Annotated[
     Path | None,
     typer.Option(help='jsonl with "prompt" and "category".', show_default="92 built-in"),
 ]
+Question = Annotated[str | None, typer.Argument(help="The question; '-' or nothing reads a pipe.")]
+Raw = Annotated[
+    bool, typer.Option("--raw", help="Continue the text itself, without a chat template.")
+]
 BUILTIN = "smollm2-135m"
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No statistics on stderr.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="All statistics, on stderr.")]
@@ -92,14 +96,10 @@ def root(
 @flat_options
 def generate(
     *,
-    prompt: Annotated[
-        str | None, typer.Argument(help="The question; '-' or nothing reads a pipe.")
-    ] = None,
+    prompt: Question = None,
     source: ModelOptions,
     options: DecodeOptions,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text itself, without a chat template.")
-    ] = False,
+    raw: Raw = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -226,14 +226,10 @@ def demo(
 @flat_options
 def race(
     *,
-    prompt: Annotated[
-        str | None, typer.Argument(help="The question; '-' or nothing reads a pipe.")
-    ] = None,
+    prompt: Question = None,
     source: ModelOptions,
     options: DecodeOptions,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text itself, without a chat template.")
-    ] = False,
+    raw: Raw = False,
     save_svg: Annotated[
         Path | None, typer.Option(help="Picture of the moment when the first one finishes.")
     ] = None,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
+
+from mlx_redrafter.errors import RedrafterError
 
 if TYPE_CHECKING:
     from mlx_redrafter.api import GenerationResponse
@@ -37,6 +40,17 @@ def warn(text: str) -> None:
 def note(text: str) -> None:
     """One dim line on stderr."""
     _say(text, "dim")
+
+
+def run(command: Callable[..., None]) -> None:
+    """Run a module's command line; what a user can get wrong is one line and exit code 1."""
+    import typer
+
+    try:
+        typer.run(command)
+    except RedrafterError as wrong:
+        error(str(wrong))
+        sys.exit(1)
 
 
 def write(text: str) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -31,7 +30,6 @@ from mlx_redrafter import blas, console
 from mlx_redrafter.acceptance import SHAPES
 from mlx_redrafter.api import Model, load, stream_generate
 from mlx_redrafter.decoding.engine import Session
-from mlx_redrafter.errors import RedrafterError
 from mlx_redrafter.prompts import DEV, Prompt, read_prompts
 
 
@@ -187,8 +185,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except RedrafterError as error:
-        console.error(str(error))
-        sys.exit(1)
+    console.run(main)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mlx_redrafter import console, figures, tuning
+from mlx_redrafter import console, figures, reports, tuning
 from mlx_redrafter.api import load
 from mlx_redrafter.decoding import prospects
 from mlx_redrafter.decoding.costs import FAR, NEAR, Costs
@@ -37,8 +37,8 @@ def run(model: str, drafter: str, again: bool, plot: Path | None, as_json: bool)
     known = tuning.costs(loaded, console.note, again)
     table = prospects.load(loaded.drafter_folder)
     choices = {
-        kind: [row(shape, known, table, sampled) for shape in policy_shapes(loaded, sampled)]
-        for kind, sampled in (("greedy", False), ("sampled", True))
+        kind: [row(s, known, table, sampled) for s in tuning.policy(loaded, sampled).shapes]
+        for kind, sampled in prospects.KINDS.items()
     }
     facts = {"name": loaded.name, **tuning.conditions(loaded)}
     if plot is not None:
@@ -56,10 +56,6 @@ def run(model: str, drafter: str, again: bool, plot: Path | None, as_json: bool)
     console.note(", ".join(f"{name} {facts[name]}" for name in shown))
 
 
-def policy_shapes(loaded: Any, sampled: bool) -> tuple[TreeShape, ...]:
-    return tuning.policy(loaded, sampled).shapes
-
-
 def row(
     shape: TreeShape, known: Costs, table: prospects.Prospects, sampled: bool
 ) -> dict[str, Any]:
@@ -75,12 +71,10 @@ def row(
 
 def passes(known: Costs) -> Table:
     """t(N) near the beginning of a text and far into it."""
-    shown = Table(box=None, pad_edge=False, header_style="dim")
-    shown.add_column("tokens checked")
-    for title in (f"ms at {NEAR} cached", "times one token", f"ms at {FAR} cached"):
-        shown.add_column(title, justify="right")
+    titles = (f"ms at {NEAR} cached", "times one token", f"ms at {FAR} cached")
+    shown = reports.table("tokens checked", *titles)
     for nodes, seconds in known.verify.items():
-        far = known.table(TreeShape(1, 0, nodes, lookup=nodes - 1) if nodes > 1 else PLAIN, FAR)
+        far = known.checking(nodes, FAR)
         ratio = seconds / known.verify[1]
         shown.add_row(str(nodes), f"{1e3 * seconds:.1f}", f"{ratio:.2f}", f"{1e3 * far:.1f}")
     for width, (first, further) in known.draft.items():
@@ -91,10 +85,7 @@ def passes(known: Costs) -> Table:
 
 def offers(choices: dict[str, list[dict[str, Any]]]) -> Table:
     """The contenders, greedy and sampled."""
-    shown = Table(box=None, pad_edge=False, header_style="dim")
-    shown.add_column("shape")
-    for title in ("decoding", "ms a step", "tokens a step", "times plain"):
-        shown.add_column(title, justify="right")
+    shown = reports.table("shape", "decoding", "ms a step", "tokens a step", "times plain")
     for kind, rows in choices.items():
         for r in rows:
             figures = (r["milliseconds"], r["tokens_per_step"], r["times_plain"])

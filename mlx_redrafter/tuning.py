@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -28,17 +29,16 @@ Say = Callable[[str], None]
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def policy(model: Model, sampled: bool, say: Say = lambda text: None) -> Automatic:
+def policy(model: Model, sampled: bool) -> Automatic:
     """The choice of shapes for one answer; measures the machine if nobody has yet.
 
     Args:
         sampled: whether the answer is drawn at a temperature.
-        say: told in a line why it takes a few seconds.
 
     Raises:
         DrafterError: the drafter's table of prospects cannot be read.
     """
-    known, table = costs(model, say), _prospects(model.drafter_folder)
+    known, table = costs(model), _prospects(model.drafter_folder)
 
     def tokens(shape: TreeShape) -> float:
         return table.tokens(shape, sampled)
@@ -54,17 +54,19 @@ def policy(model: Model, sampled: bool, say: Say = lambda text: None) -> Automat
 
 
 def costs(model: Model, say: Say = lambda text: None, again: bool = False) -> Costs:
-    """Those of this process, else of an earlier one, else measured now (a few seconds).
+    """Those of this process, else of an earlier one, else measured now, which ``say`` is told in a
+    line, as it takes a few seconds.
 
     Where running steps contradict the table, what is kept of it is thrown away: this process goes
     by the steps, the next one measures again.
     """
     engine = model.engine
-    file = hub.cache_dir() / "costs" / f"{_key(model)}.json"
     if engine.costs is not None and not again:
         if engine.costs.drifted:
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                _file(model).unlink(missing_ok=True)
         return engine.costs
+    file = _file(model)
     found = None if again else _read(file)
     if found is None:
         say("measuring what drafting costs on this machine (once, a few seconds) ...")
@@ -90,11 +92,12 @@ def conditions(model: Model) -> dict[str, Any]:
     }
 
 
-def _key(model: Model) -> str:
+def _file(model: Model) -> Path:
     from mlx_redrafter import __version__
 
     facts = json.dumps({**conditions(model), "program": __version__}, sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+    key = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    return hub.cache_dir() / "costs" / f"{key}.json"
 
 
 def _digest(file: Path) -> str:

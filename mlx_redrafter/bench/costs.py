@@ -7,7 +7,7 @@ import time
 
 import mlx.core as mx
 
-from mlx_redrafter.decoding.costs import bare_pass
+from mlx_redrafter.decoding.costs import verify_pass
 from mlx_redrafter.models import Decoder, cache
 
 
@@ -24,15 +24,8 @@ class VerifyClock:
     REPEATS = 3  # of which the median counts: a single one may be disturbed
 
     def __init__(self, target: Decoder, capacity: int, compiled: bool = True) -> None:
-        run = bare_pass(target)
-
-        def chosen(
-            tokens: mx.array, position: mx.array, kv: list[mx.array]
-        ) -> tuple[mx.array, list[mx.array]]:
-            hidden, kv = run(tokens, position, kv)
-            return mx.argmax(target.logits(hidden), axis=-1).astype(mx.int32), kv
-
-        self._run = mx.compile(chosen) if compiled else chosen
+        run = verify_pass(target)
+        self._run = mx.compile(run) if compiled else run
         self._kv = cache.new_cache(target.config, capacity, target.dtype)
         self._position = mx.array([capacity // 2], mx.int32)
         self._warm: set[int] = set()

@@ -15,13 +15,13 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_redrafter.api import Model
+from mlx_redrafter.decoding.costs import bare_pass
 from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.doctor import TOLERANCE
 from mlx_redrafter.models import cache
 
 from . import ways
 from .compare import Encoded
-from .costs import bare_pass
 
 _CHUNK = 512
 

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mlx_redrafter import hub
+from mlx_redrafter import hub, reports
 from mlx_redrafter.counts import host, metal, parts, sizes
 from mlx_redrafter.counts.graph import metal_shaped
 from mlx_redrafter.decoding.engine import Engine
@@ -189,7 +189,7 @@ def _nonzero(kinds: Counter[str]) -> dict[str, int]:
 def _show(budgets: list[Budget], large: dict[str, Any], conditions: dict[str, Any]) -> None:
     out = Console(highlight=False)
     plain = budgets[0]
-    table = _table("a step", [str(b.counts.shape) for b in budgets])
+    table = reports.table("a step", *(str(b.counts.shape) for b in budgets))
 
     def row(name: str, values: list[str], style: str | None = None) -> None:
         table.add_row(name, *values, style=style)
@@ -223,7 +223,7 @@ def _show(budgets: list[Budget], large: dict[str, Any], conditions: dict[str, An
 
 def _kinds(budgets: list[Budget]) -> Table:
     """Dispatches by kind; fused kernels are one kind."""
-    table = _table("dispatches by kind", [str(b.counts.shape) for b in budgets])
+    table = reports.table("dispatches by kind", *(str(b.counts.shape) for b in budgets))
     grouped = []
     for budget in budgets:
         kinds = Counter[str]()
@@ -240,17 +240,11 @@ def _kinds(budgets: list[Budget]) -> Table:
 
 def _large(large: dict[str, Any]) -> Table:
     base = f"{large['target_bytes'] / _MB:.0f} MB of weights, {large['kv_bytes'] / _MB:.0f} of KV"
-    table = _table("8B, 4 bits, vocabulary 128k", ["MB of a 6-bit drafter", "of the plain step"])
+    table = reports.table(
+        "8B, 4 bits, vocabulary 128k", "MB of a 6-bit drafter", "of the plain step"
+    )
     table.title, table.title_justify, table.title_style = base, "left", "dim"
     for shape, found in large["trees"].items():
         megabytes = f"{found['drafter_bytes'] / _MB:.0f}"
         table.add_row(shape, megabytes, f"{found['share_of_plain']:.1%}")
-    return table
-
-
-def _table(first: str, titles: list[str]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column(first)
-    for title in titles:
-        table.add_column(title, justify="right")
     return table

@@ -57,7 +57,7 @@ class Costs:
 
     def table(self, shape: TreeShape, position: int = NEAR) -> float:
         """As measured beforehand; infinite for more nodes than were worth measuring."""
-        seconds = self._verify(shape.nodes, position)
+        seconds = self.checking(shape.nodes, position)
         if shape.depth:
             first, further = self.draft.get(shape.width, (float("inf"),) * 2)
             seconds += first + (shape.depth - 1) * further + self.rest
@@ -100,7 +100,8 @@ class Costs:
             float(stored["rest"]),
         )
 
-    def _verify(self, nodes: int, position: int) -> float:
+    def checking(self, nodes: int, position: int = NEAR) -> float:
+        """t(N, P) of the table; between two measured sizes in proportion."""
         known = sorted(self.verify)
         if nodes > known[-1]:
             return float("inf")
@@ -138,17 +139,18 @@ def measure(
     far = min(FAR, target.config.max_positions // 2)
     passes: dict[int, Run] = {}
     for nodes in NODES:
-        passes[nodes] = _verify_pass(target, nodes, NEAR, build)
+        passes[nodes] = _timed_pass(target, nodes, NEAR, build)
         passes[nodes]()  # traces, and may compile kernels
         if nodes in (4, 8):
             few = _fastest({1: passes[1], nodes: passes[nodes]}, 2)
             if few[nodes] > _LINEAR * nodes * few[1]:
                 break
     verify = _fastest(passes, _ROUNDS)
-    for n in sorted(verify)[-2::-1]:  # a pass over more tokens is never faster
-        verify[n] = min(verify[n], verify[min(m for m in verify if m > n)])
+    least = float("inf")
+    for n in sorted(verify, reverse=True):  # a pass over more tokens is never faster
+        least = verify[n] = min(least, verify[n])
     ends = min(verify), max(verify)
-    long = _fastest({n: _verify_pass(target, n, far, build) for n in ends}, 3, warm=True)
+    long = _fastest({n: _timed_pass(target, n, far, build) for n in ends}, 3, warm=True)
     per_token = [max(long[n] - verify[n], 0.0) / max(far - NEAR, 1) for n in ends]
     costs = Costs(verify, (per_token[0], per_token[1]))
     if drafter is not None:
@@ -207,17 +209,24 @@ def bare_pass(target: Decoder) -> Pass:
     return run
 
 
-def _verify_pass(target: Decoder, nodes: int, position: int, build: Any) -> Run:
+def verify_pass(target: Decoder) -> Pass:
+    """The same with the choice after every token, (N,) int32, in the place of the hidden states."""
+    bare = bare_pass(target)
+
+    def run(
+        tokens: mx.array, position: mx.array, kv: list[mx.array]
+    ) -> tuple[mx.array, list[mx.array]]:
+        hidden, kv = bare(tokens, position, kv)
+        return mx.argmax(target.logits(hidden), axis=-1).astype(mx.int32), kv
+
+    return run
+
+
+def _timed_pass(target: Decoder, nodes: int, position: int, build: Any) -> Run:
     """The target over a chain of so many tokens."""
     kv = cache.new_cache(target.config, cache.bucket(position + nodes), target.dtype)
     tokens, start = mx.zeros((nodes,), mx.int32), mx.array([position], mx.int32)
-
-    bare = bare_pass(target)
-
-    @build
-    def run(tokens: mx.array, start: mx.array, kv: list[mx.array]) -> tuple[mx.array, Any]:
-        hidden, kv = bare(tokens, start, kv)
-        return mx.argmax(target.logits(hidden), axis=-1), kv
+    run = build(verify_pass(target))
 
     def once() -> None:
         nonlocal kv

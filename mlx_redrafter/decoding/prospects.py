@@ -1,7 +1,8 @@
 """What a step of a shape yields on average text: tokens per step, recorded with a drafter.
 
-The table is made by replaying drafts along the model's own answers (``replay.py``). A drafter
-without one of its own is reckoned with the built-in model's: the policy learns the difference.
+The table is made by replaying drafts along the model's own answers (``mlx_redrafter.replay``). A
+drafter without one of its own is reckoned with the built-in model's: the policy learns the
+difference.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ LOOKUP = 7  # drafts from the text cost next to nothing and are always among the
 BEAMS = ((0, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (2, 4), (3, 2), (3, 3), (3, 4),
          (4, 3), (4, 5))  # fmt: skip
 NODES = (2, 3, 4, 5, 6, 8, 12, 16)
+KINDS = {"greedy": False, "sampled": True}
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,20 @@ class Prospects:
 
     def tokens(self, shape: TreeShape, sampled: bool) -> float:
         """Of a shape of ``shapes``; 1 where nothing is known of it."""
-        beam = (shape.width if shape.depth else 0, shape.depth)
-        return self.table[sampled].get(beam, {}).get(shape.nodes, 1.0)
+        return self.table[sampled].get(beam_of(shape), {}).get(shape.nodes, 1.0)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
             kind: {f"{w}x{d}": {str(n): round(t, 4) for n, t in row.items()}
                    for (w, d), row in self.table[sampled].items()}
-            for kind, sampled in (("greedy", False), ("sampled", True))
+            for kind, sampled in KINDS.items()
         }  # fmt: skip
+
+
+def beam_of(shape: TreeShape) -> tuple[int, int]:
+    """Width and depth as the table has them: 0 and 0 without beams."""
+    return (shape.width if shape.depth else 0, shape.depth)
 
 
 def shapes(drafter: bool) -> list[TreeShape]:
@@ -70,7 +76,7 @@ def load(folder: Path | None) -> Prospects:
                 _beam(name): {int(n): float(t) for n, t in row.items()}
                 for name, row in stored[kind].items()
             }
-            for kind, sampled in (("greedy", False), ("sampled", True))
+            for kind, sampled in KINDS.items()
         }
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise DrafterError(

@@ -9,7 +9,6 @@ policy can walk through an answer without the model, under this machine's measur
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,17 +16,15 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from mlx_redrafter import console, tuning
+from mlx_redrafter import console, reports, tuning
 from mlx_redrafter.api import load
 from mlx_redrafter.decoding import prospects
 from mlx_redrafter.decoding.costs import Costs
 from mlx_redrafter.decoding.policy import Automatic, Fixed, contenders
 from mlx_redrafter.decoding.prospects import LOOKUP, Prospects
 from mlx_redrafter.decoding.tree import TreeShape
-from mlx_redrafter.errors import RedrafterError
 from mlx_redrafter.prompts import DEV, read_prompts
 from mlx_redrafter.replay.record import TEMPERATURES, Answer, record, tabulate
 from mlx_redrafter.replay.walks import (
@@ -35,6 +32,7 @@ from mlx_redrafter.replay.walks import (
     Calibration,
     Walk,
     after_draft_walk,
+    grouped,
     oracle_walk,
     policy_walk,
     speedups,
@@ -56,12 +54,11 @@ def main(
     """Record answers, replay every way to choose, print the speed-ups over plain decoding."""
     loaded, tokenizer = load(model, drafter)
     chosen = read_prompts(prompts, count)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("answers", total=len(chosen) * len(TEMPERATURES))
-        answers = []
+    answers = []
+    with reports.progress(len(chosen) * len(TEMPERATURES)) as step:
         for answer in record(loaded, tokenizer, chosen, max_tokens):
             answers.append(answer)
-            bar.advance(task)
+            step()
     shapes = prospects.shapes(loaded.drafter is not None)
     table = tabulate(answers, list({*shapes, *prospects.shapes(drafter=False)}))
     if write is not None:
@@ -98,15 +95,10 @@ def sources(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
 
 def tokens_per_step(answers: Sequence[Answer], shape: TreeShape) -> dict[str, float]:
     """By group and over all, greedy and sampled."""
-    found: dict[str, float] = {}
-    for sampled, kind in ((False, "greedy"), (True, "sampled")):
-        some = [a for a in answers if a.sampled == sampled and a.tokens]
-        for group in [*dict.fromkeys(a.group for a in some), "all"]:
-            part = [a for a in some if group in (a.group, "all")]
-            if part:
-                total = sum(len(a.tokens) for a in part)
-                found[f"{kind} {group}"] = total / sum(a.steps(shape) for a in part)
-    return found
+    return {
+        name: sum(len(a.tokens) for a in part) / sum(a.steps(shape) for a in part)
+        for name, part in grouped(answers)
+    }
 
 
 def compare(
@@ -148,13 +140,5 @@ def compare(
     return rows
 
 
-def run() -> None:
-    try:
-        typer.run(main)
-    except RedrafterError as error:
-        console.error(str(error))
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    run()
+    console.run(main)

@@ -11,7 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.api import Model, stream_generate
 from mlx_redrafter.decoding import beam, lookup, sampling
-from mlx_redrafter.decoding.prospects import LOOKUP, Prospects
+from mlx_redrafter.decoding.prospects import KINDS, LOOKUP, Prospects, beam_of
 from mlx_redrafter.decoding.tree import Candidates, TreeShape
 from mlx_redrafter.models import cache
 from mlx_redrafter.prompts import Prompt
@@ -180,10 +180,9 @@ def tabulate(answers: Sequence[Answer], shapes: Sequence[TreeShape]) -> Prospect
     for shape in shapes:
         if not shape.drafts:
             continue
-        beam_of = (shape.width if shape.depth else 0, shape.depth)
-        for sampled in (False, True):
+        for sampled in KINDS.values():
             walked = [a.steps(shape) for a in answers if a.sampled == sampled]
             tokens = sum(len(a.tokens) for a in answers if a.sampled == sampled)
             mean = tokens / sum(walked) if walked else 1.0
-            table[sampled].setdefault(beam_of, {})[shape.nodes] = mean
+            table[sampled].setdefault(beam_of(shape), {})[shape.nodes] = mean
     return Prospects(table)

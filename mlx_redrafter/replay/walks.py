@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from mlx_redrafter.decoding.costs import Costs
 from mlx_redrafter.decoding.policy import Policy
-from mlx_redrafter.decoding.prospects import LOOKUP
+from mlx_redrafter.decoding.prospects import KINDS, LOOKUP
 from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.replay.record import Answer, best
 
 PLAIN = TreeShape.plain()
 
-Walk = Callable[[Answer], tuple[float, int]]
-"""Seconds and steps that an answer takes."""
+Walk = Callable[[Answer], float]
+"""Seconds that an answer takes."""
 
 
 def policy_walk(make: Callable[[bool], Policy], costs: Costs) -> Walk:
     """A policy of the engine: it chooses before drafting, with one step in flight unrecorded."""
 
-    def walk(answer: Answer) -> tuple[float, int]:
+    def walk(answer: Answer) -> float:
         policy = make(answer.sampled)
-        at = steps = 0
-        seconds, unread = 0.0, None
+        at, seconds, unread = 0, 0.0, None
         while at < len(answer.tokens):
             shape = policy.choose(256)
             if unread is not None:
                 policy.record(unread[0], unread[1], None)
             unread = shape, answer.yields(at, shape)
-            at, steps = at + unread[1], steps + 1
+            at += unread[1]
             seconds += costs.table(shape)
-        return seconds, steps
+        return seconds
 
     return walk
 
@@ -41,9 +39,8 @@ def policy_walk(make: Callable[[bool], Policy], costs: Costs) -> Walk:
 def oracle_walk(shapes: Sequence[TreeShape], costs: Costs, rate: float) -> Walk:
     """Knows beforehand what every shape will yield; ``rate``: tokens per second that it reaches."""
 
-    def walk(answer: Answer) -> tuple[float, int]:
-        at = steps = 0
-        seconds = 0.0
+    def walk(answer: Answer) -> float:
+        at, seconds = 0, 0.0
         while at < len(answer.tokens):
             here = at
 
@@ -51,9 +48,9 @@ def oracle_walk(shapes: Sequence[TreeShape], costs: Costs, rate: float) -> Walk:
                 return answer.yields(here, shape) - rate * costs.table(shape)
 
             shape = max(shapes, key=worth)
-            at, steps = at + answer.yields(at, shape), steps + 1
+            at += answer.yields(at, shape)
             seconds += costs.table(shape)
-        return seconds, steps
+        return seconds
 
     return walk
 
@@ -65,28 +62,22 @@ def after_draft_walk(
     they gain more tokens than their seconds are worth); ``lost`` seconds a step for not being
     launched ahead."""
     sizes = [n for n in sorted(costs.verify) if n <= 1 + shape.width * shape.depth + LOOKUP]
+    draft = costs.table(shape) - costs.checking(shape.nodes)
 
-    def price(nodes: int) -> float:
-        return costs.table(TreeShape(1, 0, nodes, lookup=nodes - 1) if nodes > 1 else PLAIN)
-
-    draft = costs.table(shape) - price(shape.nodes)
-
-    def walk(answer: Answer) -> tuple[float, int]:
-        at = steps = 0
-        seconds = 0.0
+    def walk(answer: Answer) -> float:
+        at, seconds = 0, 0.0
         while at < len(answer.tokens):
             nodes = answer.candidates(at, shape)
             chances = sorted((right(n.score, answer.sampled) for n in nodes), reverse=True)
             gains = np.concatenate([[0.0], np.cumsum(chances)])
 
             def worth(size: int, gains: np.ndarray = gains) -> float:
-                return float(gains[min(size, len(gains)) - 1]) - rate * price(size)
+                return float(gains[min(size, len(gains)) - 1]) - rate * costs.checking(size)
 
             size = max(sizes, key=worth)
-            step = answer.accepted(at, nodes, best(nodes, size)) + 1
-            at, steps = at + min(step, len(answer.tokens) - at), steps + 1
-            seconds += price(size) + draft + lost
-        return seconds, steps
+            at += answer.accepted(at, nodes, best(nodes, size)) + 1
+            seconds += costs.checking(size) + draft + lost
+        return seconds
 
     return walk
 
@@ -130,15 +121,25 @@ def _monotone_bins(scores: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, n
     return edges, np.maximum.accumulate(np.array(share))
 
 
+def grouped(answers: Sequence[Answer]) -> Iterator[tuple[str, list[Answer]]]:
+    """The answers of every kind and group that there is, and of every kind over all groups."""
+    for kind, sampled in KINDS.items():
+        some = [a for a in answers if a.sampled == sampled and a.tokens]
+        for group in dict.fromkeys(a.group for a in some):
+            yield f"{kind} {group}", [a for a in some if a.group == group]
+        if some:
+            yield f"{kind} all", some
+
+
 def speedups(answers: Sequence[Answer], walk: Walk, costs: Costs) -> dict[str, float]:
     """Over plain decoding: by group, over all, and the lowest of a prompt; greedy and sampled."""
-    found: dict[str, float] = {}
     plain = costs.table(PLAIN)
-    for sampled, kind in ((False, "greedy"), (True, "sampled")):
-        some = [a for a in answers if a.sampled == sampled and a.tokens]
-        walked = [(a.group, len(a.tokens) * plain, walk(a)[0]) for a in some]
-        for group in [*dict.fromkeys(a.group for a in some), "all"]:
-            part = [(p, s) for g, p, s in walked if group in (g, "all")]
-            found[f"{kind} {group}"] = sum(p for p, _ in part) / sum(s for _, s in part)
-        found[f"{kind} lowest"] = min((p / s for _, p, s in walked), default=math.nan)
+    seconds = {id(a): walk(a) for a in answers if a.tokens}
+    found: dict[str, float] = {}
+    for name, part in grouped(answers):
+        tokens = sum(len(a.tokens) for a in part)
+        found[name] = tokens * plain / sum(seconds[id(a)] for a in part)
+        if name.endswith(" all"):
+            lowest = min(len(a.tokens) * plain / seconds[id(a)] for a in part)
+            found[name.replace(" all", " lowest")] = lowest
     return found
