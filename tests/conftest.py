@@ -179,8 +179,8 @@ class Oracle:
         self._rows = mx.array(np.pad(np.stack(rows), ((0, more), (0, 0)), mode="edge"))
         mx.eval(self._hidden, self._rows)
 
-    def context(self, hidden: mx.array, inner: tuple[mx.array, ...]) -> mx.array:
-        return hidden
+    def context(self, seen: mx.array) -> mx.array:
+        return seen
 
     def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
         place = mx.argmin(mx.square(self._hidden - context[None]).sum(-1))
@@ -212,8 +212,8 @@ class Constant:
         self.context_size = target.config.hidden_size
         self._row = mx.array(row.astype(np.float32))
 
-    def context(self, hidden: mx.array, inner: tuple[mx.array, ...]) -> mx.array:
-        return hidden
+    def context(self, seen: mx.array) -> mx.array:
+        return seen
 
     def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
         return mx.zeros((1, 1)), context

@@ -83,8 +83,9 @@ def test_a_turn_holds_every_way_and_a_pass_of_every_size(turns: list[compare.Tur
     for turn in turns:
         names = [t["way"] for t in turn.timings]
         assert names == usual + greedy * (turn.timings[0]["temp"] == 0)
-        sizes = [1, 3, 4, 8, 16] if turn.timings[0]["temp"] == 0 else [1, 3, 8]
-        assert [p["nodes"] for p in turn.passes] == sizes
+        sizes = {1, 3, 4, 8, 16} if turn.timings[0]["temp"] == 0 else {1, 3}
+        measured = [p["nodes"] for p in turn.passes]  # the policy's sizes are the machine's
+        assert sizes <= set(measured) and measured == sorted(set(measured))
         assert all(p["seconds"] > 0 for p in turn.passes)
 
 

@@ -25,8 +25,8 @@ from mlx_redrafter.models import Decoder, decoder_config, load_model
 
 CHAIN = TreeShape.chain(4)
 # Dispatches of a step to those of a plain step, as it is; never to rise.
-USUAL_TO_PLAIN, DEFAULT_TO_PLAIN, CHAIN_TO_PLAIN = 1.49, 1.62, 1.28
-BESIDE_VERIFY = 200
+USUAL_TO_PLAIN, DEFAULT_TO_PLAIN, CHAIN_TO_PLAIN = 1.40, 1.53, 1.265
+BESIDE_VERIFY = 160
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,12 @@ def test_parts_add_up(counted: dict[TreeShape, parts.Counts]) -> None:
 def test_a_sampled_step_has_noise_and_no_wide_sort(built_in: tuple[Decoder, ReDrafter]) -> None:
     params = SamplingParams(temp=0.8, top_k=40, repetition_penalty=1.2)
     counts = parts.count(*built_in, TreeShape(3, 4, 8), params)
-    assert counts.parts["noise"][1] > 0
     assert counts.parts["choose tokens"][1] > 31  # bisection
+    shape = TreeShape(3, 2, 7)
+    greedy, drawn = (
+        parts.count(*built_in, shape, SamplingParams(temp=temp)).dispatches for temp in (0, 0.8)
+    )
+    assert greedy < drawn < greedy + 30, "noise in few kernels"
     assert counts.widest_sort <= beam.SORT_WIDTH and not counts.unknown
 
 

@@ -92,17 +92,20 @@ def production(logits: Floats, table: Floats, seeds: Ints) -> tuple[Ints, Ints]:
 
     Noise and choices are the production functions'; beam search and walk are written again.
     """
-    start = mx.array([len(PROMPT)], mx.int32)
-    draw = mx.vmap(lambda seed: sampling.gumbel(seed, start, LENGTH + DEPTH, V))
-    noise = np.array(draw(mx.array(seeds[:, None].astype(np.uint32))))  # (S, 5, V)
-    rows = mx.arange(len(seeds), dtype=mx.int32)
-    every = DraftTree(rows, rows, rows, rows[:, None])  # noise row i for logits row i
-    arrays = SamplingParams(temp=TEMP).arrays(V)
+    keys, rows = mx.array(seeds.astype(np.uint32)), mx.zeros((len(seeds),), mx.int32)
+    ids = mx.arange(V, dtype=mx.int32)
+    start = len(PROMPT)
+    ahead = range(start, start + LENGTH + DEPTH)
+    at_once = [sampling.gumbel(sampling.noise_keys(keys, rows + at), ids) for at in ahead]
+    noise = np.stack([np.array(x) for x in at_once], axis=1)  # (S, 5, V)
+    every = DraftTree(rows, rows, rows[:, None], rows[:, None])
+    arrays = SamplingParams(temp=TEMP).arrays(V) | {"seed": keys}  # of every row its own
     choices = np.zeros((len(logits), len(seeds)), int)
     for length in range(LENGTH):
         for answer in product(range(V), repeat=length):
             same = mx.broadcast_to(mx.array(logits[number(answer)]), (len(seeds), V))
-            chosen = sampling.choose(same, every, {}, arrays, mx.array(noise[:, length]))
+            root = mx.array([start + length - 1], mx.int32)
+            chosen = sampling.choose(same, every, {}, arrays, root)
             choices[number(answer)] = np.array(chosen)
 
     def candidates(tokens: Ints, at: Ints) -> Floats:
@@ -255,12 +258,12 @@ def test_the_test_sees_small_errors(logits: Floats, table: Floats, exact: Floats
 def test_noise_that_repeats_is_seen(
     logits: Floats, table: Floats, exact: Floats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gumbel = sampling.gumbel
+    keys = sampling.noise_keys
 
-    def repeated(seed: mx.array, position: mx.array, count: int, vocab: int) -> mx.array:
-        return mx.broadcast_to(gumbel(seed, position, 1, vocab), (count, vocab))
+    def repeated(seed: mx.array, positions: mx.array) -> sampling.Keys:
+        return keys(seed, mx.full(positions.shape, len(PROMPT), mx.int32))
 
-    monkeypatch.setattr(sampling, "gumbel", repeated)
+    monkeypatch.setattr(sampling, "noise_keys", repeated)
     answers, _ = production(logits, table, np.arange(DRAWS))
     statistic, limit = chi_square(answers, exact)
     assert statistic > 20 * limit

@@ -16,7 +16,7 @@ from edits import Edit, edit_config, edit_file, edit_weights
 
 from mlx_redrafter.decoding import beam
 from mlx_redrafter.decoding.engine import Engine
-from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.decoding.tree import END, TreeShape
 from mlx_redrafter.drafters.loading import load_drafter, save_drafter
 from mlx_redrafter.drafters.redrafter import ReDrafter
 from mlx_redrafter.errors import DrafterError
@@ -127,14 +127,9 @@ def test_apples_beam_search_against_numpy(target: Decoder, tmp_path: Path) -> No
     context, root = mx.array(h.astype(np.float32)), mx.array([8], mx.int32)
     shape = TreeShape(width, depth, 1 + width * depth)
     found = beam.search(load_drafter(tmp_path, target), context, root, shape)
-    tokens, parents = found.tokens.tolist(), found.parents.tolist()
     for i, (score, sequence) in enumerate(beams):
-        at, path = (depth - 1) * width + i, []
-        assert np.isclose(found.scores[at].item(), score, atol=1e-3)
-        while at >= 0:
-            path.insert(0, tokens[at])
-            at = parents[at]
-        assert [8, *path] == sequence
+        assert np.isclose(-found[depth].costs[i].item(), score, atol=1e-3)
+        assert found[depth].paths[i].tolist() == [*sequence, END]
 
 
 OURS: dict[str, dict[str, Any]] = {
@@ -159,7 +154,7 @@ def one_draft(drafter: ReDrafter) -> list[np.ndarray]:
     inner = tuple(
         mx.array(rng.standard_normal((2, D)).astype(np.float32)) for _ in drafter.context_layers
     )
-    context = drafter.context(hidden, inner)
+    context = drafter.context(mx.concatenate(inner or (hidden,), axis=-1))
     assert context.shape == (2, drafter.context_size)
     state, fixed = drafter.start(context[1])
     first, state = drafter.step(mx.array([3], mx.int32), state, fixed)

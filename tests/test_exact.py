@@ -27,6 +27,7 @@ from conftest import (
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 
+from mlx_redrafter.decoding import sampling
 from mlx_redrafter.decoding.engine import Engine, Session
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.decoding.tree import TreeShape
@@ -205,8 +206,8 @@ def test_sampled_tokens_are_the_rule_on_mlx_lms_distribution(
                 logp = apply_min_p(logp, params.min_p)
             if params.top_k:
                 logp = apply_top_k(logp, params.top_k)
-            key = mx.array([params.seed, len(tokens)], mx.uint32)
-            noise = mx.random.gumbel((V,), key=key)
+            seed, at = mx.array([params.seed], mx.uint32), mx.array([len(tokens)], mx.int32)
+            noise = sampling.gumbel(sampling.noise_keys(seed, at), mx.arange(V, dtype=mx.int32))[0]
             assert token == mx.argmax(logp[0] / params.temp + noise).item()
             tokens.append(token)
 

@@ -12,7 +12,16 @@ from conftest import plainly, prompt_of, run
 from mlx_redrafter.decoding import lookup
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import Candidates, TreeShape, best_nodes
+from mlx_redrafter.decoding.tree import (
+    END,
+    NEVER,
+    Candidates,
+    TreeShape,
+    beginnings,
+    best_nodes,
+    distinct,
+    joined,
+)
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.stats import DraftStats
 
@@ -25,10 +34,11 @@ def continuation(text: list[int], length: int) -> tuple[int, list[int]]:
         size = 0
         while size < lookup.LONGEST and end - size >= 0 and text[end - size] == text[last - size]:
             size += 1
-        best = max(best, (size, end))
+        if end >= lookup.LONGEST - 1:  # others are let go
+            best = max(best, (size, end))
     size, end = best
     if size == 0:
-        return 0, [-1] * length
+        return 0, [NEVER] * length
     return size, [text[end + 1 + i % (last - end)] for i in range(length)]
 
 
@@ -39,66 +49,63 @@ def test_matches_are_those_of_a_plain_search(capacity: int) -> None:
         text = random.integers(0, random.integers(2, 9), random.integers(1, 40)).tolist()
         rest = random.integers(0, 9, capacity - len(text) + 1).tolist()  # must not matter
         position = mx.array([len(text) - 1], mx.int32)
-        found = lookup.search(mx.array(text + rest[1:], mx.int32), position, 6)
-        size, expected = continuation(text, 6)
-        assert found.tokens.tolist() == expected, turn
-        assert found.parents.tolist() == [-1, 0, 1, 2, 3, 4]
-        assert (found.scores[0].item() == -float("inf")) == (size == 0)
+        found = lookup.search(mx.array(text + rest[1:], mx.int32), position, 6, 9)
+        size, expected = continuation(text, 7)  # a column more than is drafted
+        path = [text[-1], *expected]
+        assert found.paths.tolist() == [path[: n + 1] + [END] * (8 - n) for n in range(8)], turn
+        assert found.depths == tuple(range(8))
+        finite = [cost < np.inf for cost in found.costs.tolist()]
+        assert finite == [True] + [size > 0] * 6 + [False]
 
 
 def paths(candidates: Candidates) -> dict[tuple[int, ...], float]:
-    tokens, parents, scores = (part.tolist() for part in candidates)
     found: dict[tuple[int, ...], float] = {}
-    for i, score in enumerate(scores):
-        if score == -float("inf"):
-            continue
-        path, at = [], i
-        while at >= 0:
-            path.append(tokens[at])
-            at = parents[at]
-        key = tuple(reversed(path))
-        assert key not in found, "a path twice"
-        found[key] = score
+    for row, cost, depth in zip(*(np.array(part).tolist() for part in candidates), strict=True):
+        if cost < np.inf:
+            assert row[depth + 1 :] == [END] * (len(row) - depth - 1)
+            key = tuple(row[: depth + 1])
+            assert key not in found, "a path twice"
+            found[key] = cost
     return found
 
 
-def trellis(random: np.random.Generator, width: int, depth: int) -> Candidates:
-    tokens, parents, scores = [], [], []
-    for level in range(depth):
-        taken = set()
-        while len(taken) < width:
-            parent = random.integers(width) + (level - 1) * width if level else -1
-            taken.add((int(parent), int(random.integers(4))))
-        for parent, token in sorted(taken):
-            tokens.append(token)
-            parents.append(parent)
-            above = scores[parent] if parent >= 0 else 0.0
-            scores.append(above - float(random.exponential()))
-    return Candidates(
-        mx.array(tokens, mx.int32), mx.array(parents, mx.int32), mx.array(scores, mx.float32)
-    )
+def trellis(random: np.random.Generator, width: int, depth: int, columns: int) -> Candidates:
+    """Beams: distinct paths, W per level, each a beginning longer; the root is 9."""
+    levels = [{(9,): 0.0}]
+    for _ in range(depth):
+        above, level = list(levels[-1].items()), {}
+        while len(level) < width:
+            path, cost = above[random.integers(len(above))]
+            level[(*path, int(random.integers(4)))] = cost + float(random.exponential())
+        levels.append(level)
+    flat = [item for level in levels for item in level.items()]
+    rows = [[*path, *[END] * (columns - len(path))] for path, _ in flat]
+    costs = mx.array([cost for _, cost in flat], mx.float32)
+    return Candidates(mx.array(rows, mx.int32), costs, tuple(len(path) - 1 for path, _ in flat))
 
 
 @pytest.mark.parametrize("width, depth, length", [(3, 4, 7), (3, 4, 2), (1, 4, 6), (4, 1, 5)])
-def test_merged_candidates_are_the_union_of_paths(width: int, depth: int, length: int) -> None:
+def test_joined_candidates_are_the_union_of_paths(width: int, depth: int, length: int) -> None:
     random = np.random.default_rng(width + depth)
-    shared = 0
+    shared, columns = 0, max(depth, length) + 2
     for _ in range(60):
-        beams = trellis(random, width, depth)
-        chain = Candidates(
-            mx.array(random.integers(0, 4, length), mx.int32),
-            mx.arange(-1, length - 1, dtype=mx.int32),
-            -0.3 * mx.arange(1, length + 1, dtype=mx.float32),
-        )
-        merged, mine, its = lookup.merge(beams, chain, width), paths(beams), paths(chain)
-        shared += len(mine.keys() & its.keys())
-        found = paths(merged)
+        beams = trellis(random, width, depth, columns)
+        row = [9, *random.integers(0, 4, columns - 2).tolist(), END]
+        costs = [0.3 * i if i <= length else np.inf for i in range(columns - 1)]
+        path = mx.array(row, mx.int32)
+        chain = Candidates(beginnings(path), mx.array(costs), tuple(range(columns - 1)))
+        mine, its = paths(beams), paths(chain)
+        shared += len(mine.keys() & its.keys()) - 1  # the root
+        candidates = distinct(joined([chain, beams]))
+        found = paths(candidates)
         assert found.keys() == mine.keys() | its.keys()
-        for path, score in found.items():
-            best = max(mine.get(path, -np.inf), its.get(path, -np.inf))
-            assert score == pytest.approx(best, abs=1e-5)
-        tree = best_nodes(mx.array([9], mx.int32), merged, 8, max(depth, length))
-        assert tree.ancestors.shape == (8, 8)
+        for one, cost in found.items():
+            best = min(mine.get(one, np.inf), its.get(one, np.inf))
+            assert cost == pytest.approx(best, abs=1e-5)
+        tree = best_nodes(candidates, 8)
+        kept = {tuple(t for t in p if t >= 0) for p in tree.paths.tolist() if NEVER not in p}
+        assert len(kept) == min(8, len(found)) and kept <= found.keys()
+        assert all(p[:-1] in kept for p in kept if len(p) > 1), "a parent is missing"
     assert shared > 10
 
 

@@ -13,7 +13,7 @@ from mlx_redrafter.decoding import sampling
 from mlx_redrafter.decoding import step as step_module
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import DraftTree, TreeShape
+from mlx_redrafter.decoding.tree import END, DraftTree, TreeShape
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.models import Decoder, cache
 from mlx_redrafter.stats import DraftStats
@@ -31,15 +31,18 @@ def eager_walk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accepts one node more than the target's choices match."""
     walk = step_module.walk
 
-    def mutated(tree: DraftTree, choices: mx.array, depth: int) -> tuple[mx.array, mx.array]:
-        path, count = walk(tree, choices, depth)
-        last = mx.take(path, count - 1)
-        n = tree.tokens.shape[0]
-        child = (tree.parents == last) & (mx.arange(n) > 0) & (tree.tokens >= 0)
-        more = mx.any(child).reshape(1)
-        longer = mx.arange(depth + 1) == count
-        path = mx.where(longer & more, mx.argmax(child).astype(mx.int32), path)
-        return path, count + more.astype(mx.int32)
+    def mutated(tree: DraftTree, choices: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        last, count, text = walk(tree, choices)
+        depth = mx.take(tree.depths, last)
+        child = (tree.depths == depth + 1) & mx.take(tree.ancestors, last, axis=1).reshape(-1)
+        child = child & (tree.tokens >= 0)
+        deeper = mx.argmax(child, keepdims=True).astype(mx.int32)
+        path = mx.take(tree.paths, deeper, axis=0).reshape(-1)
+        place = mx.arange(path.shape[0])
+        bonus = mx.where(place == depth + 2, mx.take(choices, deeper), END)
+        longer, more = mx.where(place <= depth + 1, path, bonus), mx.any(child)
+        pairs = (deeper, last), (count + 1, count), (longer, text)
+        return tuple(mx.where(more, *pair) for pair in pairs)  # type: ignore[return-value]
 
     monkeypatch.setattr(step_module, "walk", mutated)
 
@@ -49,8 +52,8 @@ def penalties_without_path(monkeypatch: pytest.MonkeyPatch) -> None:
     recent = sampling.recent_tokens
 
     def mutated(tree: DraftTree, *rest: Any) -> mx.array:
-        first = mx.arange(tree.tokens.shape[0]) == 0
-        return recent(tree._replace(tokens=mx.where(first, tree.tokens, -1)), *rest)
+        first = mx.arange(tree.paths.shape[1]) == 0
+        return recent(tree._replace(paths=mx.where(first, tree.paths, -1)), *rest)
 
     monkeypatch.setattr(sampling, "recent_tokens", mutated)
 
@@ -58,12 +61,9 @@ def penalties_without_path(monkeypatch: pytest.MonkeyPatch) -> None:
 def noise_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
     choose = sampling.choose
 
-    def mutated(
-        logits: mx.array, tree: DraftTree, windows: Any, arrays: Any, noise: mx.array
-    ) -> mx.array:
+    def mutated(logits: mx.array, tree: DraftTree, *rest: Any) -> mx.array:
         slots = mx.arange(tree.depths.shape[0], dtype=mx.int32)
-        tree = tree._replace(depths=mx.minimum(slots, noise.shape[0] - 1))
-        return choose(logits, tree, windows, arrays, noise)
+        return choose(logits, tree._replace(depths=slots), *rest)
 
     monkeypatch.setattr(sampling, "choose", mutated)
 
@@ -145,8 +145,8 @@ def test_a_drafter_is_used_at_all(target: Decoder) -> None:
     """Guards the guards: the drafter's context follows the accepted path."""
 
     class Blind(Oracle):
-        def context(self, hidden: mx.array, inner: tuple[mx.array, ...]) -> mx.array:
-            return mx.zeros_like(hidden)
+        def context(self, seen: mx.array) -> mx.array:
+            return mx.zeros_like(seen)
 
     prompt = prompt_of(9)
     answer = plainly(target, prompt, 30)

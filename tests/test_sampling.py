@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from mlx_redrafter.decoding import sampling
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.decoding.tree import DraftTree, root_only
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.models import vectorised
 
 V = 500
 SCALES = {"flat": 0.01, "usual": 2.0, "peaked": 12.0, "extreme": 60.0}
@@ -98,7 +100,7 @@ def test_penalties_equal_mlx_lm(options: dict[str, Any]) -> None:
         history = mx.array(tokens[:-1] + [0] * 10, mx.int32)
         tree, position = root_only(mx.array(tokens[-1:])), mx.array([length - 1], mx.int32)
         windows = {
-            name: sampling.recent_tokens(tree, history, position, size, 0)
+            name: sampling.recent_tokens(tree, history, position, size)
             for name, size in params.windows
         }
         mine = sampling.penalise(logits, windows, params.arrays(vocab))
@@ -112,46 +114,104 @@ def test_penalties_equal_mlx_lm(options: dict[str, Any]) -> None:
 def test_recent_tokens_follow_every_nodes_own_path() -> None:
     """Root 50 at position 4; two children; a grandchild; a filler."""
     tree = DraftTree(
-        mx.array([50, 51, 52, 53, -1], mx.int32),
-        mx.array([0, 0, 0, 2, 0], mx.int32),
+        mx.array([50, 51, 52, 53, -2], mx.int32),
         mx.array([0, 1, 1, 2, 1], mx.int32),
         mx.array(
             [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 0, 0, 1]]
         ).astype(mx.bool_),
-    )
+        mx.array(
+            [[50, -1, -1, -1], [50, 51, -1, -1], [50, 52, -1, -1], [50, 52, 53, -1],
+             [50, -2, -2, -2]], mx.int32,
+        ),
+    )  # fmt: skip
     history = mx.array([10, 11, 12, 13, 99, 99, 99, 99], mx.int32)
     position = mx.array([4], mx.int32)
-    assert sampling.recent_tokens(tree, history, position, 3, 2).tolist()[:4] == [
+    assert sampling.recent_tokens(tree, history, position, 3).tolist()[:4] == [
         [12, 13, 50], [13, 50, 51], [13, 50, 52], [50, 52, 53],
     ]  # fmt: skip
-    assert sampling.recent_tokens(tree, history, position, 1, 2).tolist() == [
-        [50], [51], [52], [53], [-1],
+    assert sampling.recent_tokens(tree, history, position, 1).tolist() == [
+        [50], [51], [52], [53], [-2],
     ]  # fmt: skip
-    assert sampling.recent_tokens(tree, history, position, 8, 2).tolist()[0] == [
+    assert sampling.recent_tokens(tree, history, position, 8).tolist()[0] == [
         -1, -1, -1, 10, 11, 12, 13, 50,
     ]  # fmt: skip
 
 
-def test_noise_is_keyed_by_seed_and_position() -> None:
-    def noise(seed: int, position: int, count: int) -> np.ndarray:
-        at = mx.array([position], mx.int32)
-        return np.array(sampling.gumbel(mx.array([seed], mx.uint32), at, count, V))
+def noise(seed: int, positions: Sequence[int], tokens: Sequence[int] = range(V)) -> np.ndarray:
+    keys, at = mx.array([seed], mx.uint32), mx.array(list(positions), mx.int32)
+    return np.array(drawn(keys, at, mx.array(list(tokens), mx.int32)))
 
-    row = noise(7, 20, 1)[0]
+
+def drawn(seed: mx.array, positions: mx.array, tokens: mx.array) -> mx.array:
+    return sampling.gumbel(sampling.noise_keys(seed, positions), tokens)
+
+
+def test_noise_is_a_function_of_seed_position_and_token() -> None:
+    row = noise(7, [20])[0]
     for start, count in [(20, 4), (18, 3), (15, 17), (4, 17)]:
-        assert np.array_equal(noise(7, start, count)[20 - start], row)
-    expected = mx.random.gumbel((V,), key=mx.array([7, 20], mx.uint32))
-    assert np.array_equal(row, np.array(expected))
-    others = [noise(s, p, 1)[0] for s, p in [(7, 21), (8, 20), (20, 7), (2**32 - 1, 20), (0, 0)]]
+        assert np.array_equal(noise(7, range(start, start + count))[20 - start], row)
+    some = [5, V - 1, 0, 33]
+    assert np.array_equal(noise(7, [20], some)[0], row[some])
+    compiled = mx.compile(drawn)
+    for rows in ([20], [3, 20, 20, 9, 1]):
+        args = mx.array([7], mx.uint32), mx.array(rows, mx.int32), mx.arange(V, dtype=mx.int32)
+        assert np.array_equal(np.array(compiled(*args))[rows.index(20)], row)
+    others = [noise(s, [p])[0] for s, p in [(7, 21), (8, 20), (20, 7), (2**32 - 1, 20), (0, 0)]]
     for other in others:
         assert abs(np.corrcoef(row, other)[0, 1]) < 0.2
 
 
 def test_noise_is_gumbel() -> None:
-    values = np.array(sampling.gumbel(mx.array([3], mx.uint32), mx.array([0]), 8, 50_000)).ravel()
+    values = noise(3, range(8), range(50_000)).ravel()
     assert np.isfinite(values).all()
     for x in (-1.5, -0.5, 0.5, 2.0, 5.0):
         assert abs((values <= x).mean() - np.exp(-np.exp(-x))) < 0.004
+
+
+def test_every_token_draws_its_own_noise() -> None:
+    """The first tokens over many seeds and positions: uniform, and no two of them related."""
+    seeds, at = mx.arange(20_000, dtype=mx.uint32), mx.arange(20_000, dtype=mx.int32) % 100
+    values = np.array(drawn(seeds, at, mx.arange(8, dtype=mx.int32)))
+    assert np.abs(np.corrcoef(values.T) - np.eye(8)).max() < 4.5 / 20_000**0.5
+    for token in range(8):
+        below = (values[:, token] <= 0.3665).mean()  # the median
+        assert abs(below - 0.5) < 0.015, token
+
+
+@pytest.mark.parametrize("vary", ["seed", "position", "token"])
+def test_noise_is_independent_along_every_key(vary: str) -> None:
+    """Uniform, and without memory, where one of the three keys counts up and the others stay."""
+    n = 60_000
+    if vary == "token":
+        values = noise(12, [90], range(n))[0]
+    elif vary == "position":
+        values = noise(12, range(n), [17])[:, 0]
+    else:
+        seeds, at = mx.arange(n, dtype=mx.uint32), mx.full((n,), 90, mx.int32)
+        values = np.array(drawn(seeds, at, mx.array([17], mx.int32)))[:, 0]
+    uniform = np.exp(-np.exp(-values.astype(np.float64)))
+    seen, _ = np.histogram(uniform, 100, (0, 1))
+    assert ((seen - n / 100) ** 2 / (n / 100)).sum() < 149.4  # 1e-3 of chi-square with 99
+    for lag in (1, 2, 3, 8, 64, 1024):
+        pairs = np.corrcoef(uniform[:-lag], uniform[lag:])[0, 1]
+        assert abs(pairs) < 4.5 / n**0.5, lag
+    cells = (uniform[:-1] * 16).astype(int) * 16 + (uniform[1:] * 16).astype(int)
+    seen = np.bincount(cells, minlength=256)
+    assert ((seen - n / 256) ** 2 / (n / 256)).sum() < 330.5  # 1e-3 of chi-square with 255
+
+
+def test_a_weak_hash_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_mixed", lambda x: x)
+    with pytest.raises(AssertionError):
+        test_noise_is_independent_along_every_key("token")
+
+
+def test_the_logarithm_of_a_cpu() -> None:
+    x = np.concatenate(
+        [np.geomspace(2**-24, 20, 20_001), 1 - np.arange(1, 2000) * 2.0**-24]
+    ).astype(np.float32)
+    exact = np.log(x.astype(np.float64))
+    assert np.allclose(np.array(vectorised.log(mx.array(x))), exact, rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize("temp", [0.001, 0.7, 1.0, 100.0])
@@ -161,11 +221,10 @@ def test_what_is_filtered_is_never_chosen(temp: float, scale: float) -> None:
     logits = mx.array((rng.standard_normal((64, V)) * scale).astype(np.float32))
     logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     positions = mx.arange(64, dtype=mx.int32)
-    every = DraftTree(positions, positions, positions, mx.eye(64, dtype=mx.bool_))
+    every = DraftTree(positions, positions, mx.eye(64, dtype=mx.bool_), positions[:, None])
     for options in FILTERS.values():
         params = SamplingParams(temp=temp, **options)
-        noise = sampling.gumbel(mx.array([1], mx.uint32), mx.array([9]), 64, V)
-        chosen = sampling.choose(logits, every, {}, params.arrays(V), noise)
+        chosen = sampling.choose(logits, every, {}, params.arrays(V), mx.array([9]))
         kept = mlx_lm_filters(logp, params) > -mx.inf
         assert mx.all(mx.take_along_axis(kept, chosen[:, None], -1)).item(), options
 

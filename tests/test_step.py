@@ -100,7 +100,7 @@ def wide() -> tuple[Decoder, ReDrafter]:
 def fresh_state(target: Decoder, capacity: int, history: bool = False) -> step.State:
     state = make_state(
         mx.array([5], mx.int32),
-        (mx.zeros((1, 64)),),
+        mx.zeros((1, 64)),
         mx.array([100], mx.int32),
         cache.new_cache(target.config, capacity, mx.float32),
         mx.zeros((capacity,), mx.int32) if history else None,
@@ -159,16 +159,16 @@ def test_a_running_answer_copies_no_slab(hold: bool) -> None:
 def test_no_vocabulary_wide_sort(wide: tuple[Decoder, ReDrafter], shape: TreeShape) -> None:
     target, drafter = wide
     bucket = Bucket(shape, SAMPLED.features, SAMPLED.windows)
-    function = make_step(target, drafter if shape.drafts else None, bucket, int)
+    function = make_step(target, drafter, bucket, int)
     arrays = SAMPLED.arrays(target.config.vocab_size)
 
     def flat(*values: mx.array) -> list[mx.array]:
-        state = make_state(values[0], (values[1],), values[2], list(values[4:]), values[3])
+        state = make_state(values[0], values[1], values[2], list(values[4:]), values[3])
         emitted, new = function(state, arrays)
-        return [emitted, new["root"], *new["seen"], *new["kv"]]
+        return [emitted, new["root"], new["seen"], *new["kv"]]
 
     state = fresh_state(target, 512, history=True)
-    inputs = [state["root"], *state["seen"], state["position"], state["history"], *state["kv"]]
+    inputs = [state["root"], state["seen"], state["position"], state["history"], *state["kv"]]
     assert metal.widest_sort(graph(flat, *inputs)) <= beam.SORT_WIDTH
     assert graph(flat, *inputs).traced, "the step was traced"
     wide_sort = graph(lambda x: [mx.topk(x, 4)], mx.zeros((3, 8192)))

@@ -69,7 +69,7 @@ def gradients_as_in_torch(shift: int = 0) -> tuple[float, dict[str, np.ndarray],
     def loss(*_: Any) -> mx.array:
         flat = features.reshape(-1, layers, size)
         inner = tuple(flat[:, i] for i in range(layers))
-        context = drafter.context(flat[:, -1], inner).reshape(runs, length, -1)
+        context = drafter.context(mx.concatenate(inner, axis=-1)).reshape(runs, length, -1)
         steps = len(targets)
         inputs = head_inputs(drafter, context, mx.array(golden["embeddings"]), steps)
         total = mx.array(0.0)

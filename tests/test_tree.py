@@ -12,72 +12,86 @@ from conftest import Constant, random_drafter
 
 from mlx_redrafter.decoding import beam, sampling
 from mlx_redrafter.decoding.accept import walk
-from mlx_redrafter.decoding.tree import Candidates, DraftTree, TreeShape, best_nodes, chain
+from mlx_redrafter.decoding.tree import (
+    END,
+    NEVER,
+    Candidates,
+    DraftTree,
+    TreeShape,
+    best_nodes,
+    chain,
+    joined,
+    rising,
+    root_only,
+)
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder
 
-ROOT = mx.array([77], mx.int32)
-Trellis = tuple[list[int], list[int], list[float]]
+ROOT = 77
+Path = tuple[int, ...]
 
 
-def trellis(rng: np.random.Generator, width: int, depth: int, ties: bool, dead: float) -> Trellis:
-    """Tokens, parents and joint scores of ``depth`` levels; some invalid with all below them."""
-    tokens = rng.permutation(1000)[: width * depth].tolist()
-    parents: list[int] = []
-    scores: list[float] = []
-    for level in range(depth):
+def trellis(
+    rng: np.random.Generator, width: int, depth: int, ties: bool, dead: float
+) -> list[tuple[Path, float]]:
+    """Paths behind the root and costs of ``depth`` levels; some not valid, with all below them."""
+    tokens = iter(rng.permutation(1000).tolist())
+    levels: list[list[tuple[Path, float]]] = [[((), 0.0)]]
+    for _ in range(depth):
+        level = []
         for _ in range(width):
-            parent = -1 if level == 0 else (level - 1) * width + int(rng.integers(width))
-            fall = float(rng.integers(0, 3)) if ties else float(np.float32(rng.exponential()))
-            if rng.random() < dead:
-                fall = np.inf
-            above = 0.0 if parent < 0 else scores[parent]
-            parents.append(parent)
-            scores.append(float(np.float32(above - fall)))
-    return tokens, parents, scores
+            path, cost = levels[-1][int(rng.integers(len(levels[-1])))]
+            rise = float(rng.integers(0, 3)) if ties else float(np.float32(rng.exponential()))
+            rise = np.inf if rng.random() < dead else rise
+            level.append(((*path, next(tokens)), float(np.float32(cost + rise))))
+        levels.append(level)
+    return [item for level in levels for item in level]
 
 
-def as_candidates(given: Trellis) -> Candidates:
-    tokens, parents, scores = given
-    return Candidates(
-        mx.array(tokens, mx.int32), mx.array(parents, mx.int32), mx.array(scores, mx.float32)
-    )
+def as_candidates(given: list[tuple[Path, float]]) -> Candidates:
+    columns = max(len(path) for path, _ in given) + 2
+    rows = [[ROOT, *path, *[END] * (columns - 1 - len(path))] for path, _ in given]
+    costs = mx.array([cost for _, cost in given], mx.float32)
+    return Candidates(mx.array(rows, mx.int32), costs, tuple(len(path) for path, _ in given))
 
 
-def naive_tree(tokens: Sequence[int], parents: Sequence[int]) -> DraftTree:
-    """A tree from slots' tokens and parents (slot 0 the root), depths and ancestors by walking."""
-    n = len(tokens)
-    ancestors = np.eye(n, dtype=bool)
-    for i in range(n):
-        at = i
-        while at:
-            at = parents[at]
-            ancestors[i, at] = True
+def naive_tree(paths: Sequence[Path | None], columns: int, depths: Sequence[int]) -> DraftTree:
+    """A tree from the slots' paths behind the root; None: a filler (it sees the root and fillers,
+    and nobody asks what it sees)."""
+    rows, tokens = [], []
+    for path in paths:
+        rows.append([ROOT, *[NEVER] * (columns - 1)])
+        if path is not None:
+            rows[-1][1:] = [*path, *[END] * (columns - 1 - len(path))]
+        tokens.append(NEVER if path is None else (ROOT, *path)[-1])
+    ancestors = [
+        [(a is None and b is None) or (b is not None and (a or ())[: len(b)] == b) for b in paths]
+        for a in paths
+    ]
     return DraftTree(
-        mx.array(list(tokens), mx.int32),
-        mx.array(list(parents), mx.int32),
-        mx.array((ancestors.sum(-1) - 1).astype(np.int32)),
-        mx.array(ancestors),
-    )
+        mx.array(tokens, mx.int32), mx.array(list(depths), mx.int32), mx.array(ancestors),
+        mx.array(rows, mx.int32),
+    )  # fmt: skip
 
 
-def naive_best(given: Trellis, nodes: int) -> tuple[list[int], list[int]]:
-    """Slots' tokens and parents: the best by (score, lower number), in candidate order."""
-    tokens, parents, scores = given
-    order = sorted(range(len(tokens)), key=lambda i: (-scores[i], i))[: nodes - 1]
-    slot = {number: i + 1 for i, number in enumerate(sorted(order))}
-    slot_tokens, slot_parents = [ROOT.item()], [0]
-    for number in sorted(order):
-        valid = scores[number] > -np.inf
-        slot_tokens.append(tokens[number] if valid else -1)
-        slot_parents.append(slot[parents[number]] if valid and parents[number] >= 0 else 0)
-    return slot_tokens, slot_parents
+def naive_best(given: list[tuple[Path, float]], nodes: int) -> list[int]:
+    """Numbers of the best, in the order of their cost, a shorter path first."""
+    cost = np.array([cost for _, cost in given], np.float32)
+    depth = np.array([len(path) for path, _ in given], np.float32)
+    order = np.argsort(cost + (cost + 1) * (depth * np.float32(1 / 1024)), kind="stable")
+    return order[:nodes].tolist()
 
 
 def assert_same(tree: DraftTree, expected: DraftTree) -> None:
     for name, mine, theirs in zip(DraftTree._fields, tree, expected, strict=True):
         assert np.array_equal(np.array(mine), np.array(theirs)), name
+
+
+def slots(given: list[tuple[Path, float]], numbers: Sequence[int], columns: int) -> DraftTree:
+    chosen = [given[i] for i in numbers]
+    paths = [path if cost < np.inf else None for path, cost in chosen]
+    return naive_tree(paths, columns, [len(path) for path, _ in chosen])
 
 
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
@@ -86,68 +100,75 @@ def test_best_nodes_against_sorting(ties: bool, dead: float) -> None:
     rng = np.random.default_rng(0)
     for _ in range(60):
         width, depth = int(rng.integers(2, 6)), int(rng.integers(1, 8))
-        nodes = int(rng.integers(2, width * depth + 2))
+        nodes = int(rng.integers(2, width * depth + 1))
         given = trellis(rng, width, depth, ties, dead)
-        tree = best_nodes(ROOT, as_candidates(given), nodes, depth)
-        assert_same(tree, naive_tree(*naive_best(given, nodes)))
+        tree = best_nodes(as_candidates(given), nodes)
+        assert_same(tree, slots(given, naive_best(given, nodes), depth + 2))
+        kept = {tuple(row) for row in tree.paths.tolist() if NEVER not in row}
+        for row in kept:
+            above = [t for t in row if t != END][:-1]
+            assert not above or tuple(above + [END] * (len(row) - len(above))) in kept
 
 
 def test_best_nodes_when_every_candidate_fits() -> None:
     rng = np.random.default_rng(1)
     for width, depth in product((2, 3, 5), (1, 2, 4)):
         given = trellis(rng, width, depth, ties=True, dead=0.2)
-        tree = best_nodes(ROOT, as_candidates(given), width * depth + 1, depth)
-        assert_same(tree, naive_tree(*naive_best(given, width * depth + 1)))
+        tree = best_nodes(as_candidates(given), width * depth + 1)
+        assert_same(tree, slots(given, range(len(given)), depth + 2))
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 1e6])
+def test_a_child_never_goes_before_its_parent(scale: float) -> None:
+    """Costs that rise by nothing at all, at every magnitude: the rising ones do."""
+    for depth in range(1, 17):
+        costs = mx.full((depth,), scale)
+        order = rising(costs, mx.arange(1, depth + 1).astype(mx.float32))
+        assert (np.diff(np.array(order)) > 0).all()
 
 
 def test_best_nodes_is_the_best_of_all_closed_sets() -> None:
-    """No other set of N - 1 nodes that holds its parents has more expected tokens."""
+    """No other set of N nodes that holds its parents has more expected tokens."""
     rng = np.random.default_rng(2)
     for _ in range(12):
-        tokens, parents, scores = given = trellis(rng, 3, 3, ties=False, dead=0.0)
-        nodes = int(rng.integers(2, 9))
+        given = trellis(rng, 3, 3, ties=False, dead=0.0)
+        nodes, costs = int(rng.integers(2, 9)), dict(given)
         gains = [
-            sum(np.exp(scores[i]) for i in chosen)
-            for chosen in combinations(range(9), nodes - 1)
-            if all(parents[i] < 0 or parents[i] in chosen for i in chosen)
+            sum(np.exp(-costs[path]) for path in chosen)
+            for chosen in combinations([path for path in costs if path], nodes - 1)
+            if all(len(path) == 1 or path[:-1] in chosen for path in chosen)
         ]
-        tree = best_nodes(ROOT, as_candidates(given), nodes, 3)
-        kept = [tokens.index(t) for t in tree.tokens.tolist()[1:]]
-        assert all(parents[i] < 0 or parents[i] in kept for i in kept)
-        assert np.isclose(sum(np.exp(scores[i]) for i in kept), max(gains))
+        tree = best_nodes(as_candidates(given), nodes)
+        kept = [tuple(t for t in row[1:] if t != END) for row in tree.paths.tolist()[1:]]
+        assert np.isclose(sum(np.exp(-costs[path]) for path in kept), max(gains), atol=3e-3)
 
 
-def test_ancestors_of_the_deepest_chains() -> None:
+def test_the_deepest_chains() -> None:
     for depth in range(1, 17):
-        tokens = list(range(1, depth + 1))
-        given = (tokens, list(range(-1, depth - 1)), [-0.5 * i for i in range(depth)])
-        expected = naive_tree([ROOT.item(), *tokens], [0, *range(depth)])
-        assert_same(best_nodes(ROOT, as_candidates(given), depth + 1, depth), expected)
-        assert_same(chain(ROOT, as_candidates(given)), expected)
+        row = list(range(depth))
+        paths = [tuple(row[:n]) for n in range(depth + 1)]
+        expected = naive_tree(paths, depth + 2, range(depth + 1))
+        given = [(path, 0.5 * len(path)) for path in paths]
+        assert_same(best_nodes(as_candidates(given), depth + 1), expected)
+        assert_same(chain(mx.array([ROOT, *row, END], mx.int32)), expected)
 
 
 def test_worked_example_of_the_docstring() -> None:
-    given = ([5, 6, 7, 8], [-1, -1, 0, 1], [-0.4, -1.5, -0.9, -2.0])
-    tree = best_nodes(ROOT, as_candidates(given), 4, 2)
-    assert tree.tokens.tolist() == [77, 5, 6, 7]
-    assert tree.parents.tolist() == [0, 0, 0, 1]
-    assert tree.depths.tolist() == [0, 1, 1, 2]
+    given = [((), 0.0), ((5,), 0.4), ((6,), 1.5), ((5, 7), 0.9), ((6, 8), 2.0)]
+    tree = best_nodes(as_candidates(given), 4)
+    assert tree.tokens.tolist() == [77, 5, 7, 6]
+    assert tree.depths.tolist() == [0, 1, 2, 1]
     assert tree.ancestors.astype(mx.int32).tolist() == [
-        [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1],
+        [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1],
     ]  # fmt: skip
 
 
-def naive_walk(tokens: Sequence[int], parents: Sequence[int], choices: Sequence[int]) -> list[int]:
-    path = [0]
-    while True:
-        step = [
-            i
-            for i in range(1, len(tokens))
-            if parents[i] == path[-1] and tokens[i] == choices[path[-1]]
-        ]
-        if not step:
-            return path
-        path.append(step[0])
+def naive_walk(paths: Sequence[Path | None], choices: Sequence[int]) -> tuple[int, list[int]]:
+    last, path = 0, ()
+    while (*path, choices[last]) in paths:
+        path = (*path, choices[last])
+        last = paths.index(path)
+    return last, [*path, choices[last]]
 
 
 def test_walk_against_plain_python() -> None:
@@ -155,23 +176,26 @@ def test_walk_against_plain_python() -> None:
     lengths = set()
     for _ in range(300):
         n, alphabet = int(rng.integers(1, 17)), 4
-        tokens, parents = [77], [0]
+        paths: list[Path | None] = [()]
+        depths = [0]
         for _ in range(n - 1):
-            parent = int(rng.integers(len(tokens)))
-            taken = {tokens[i] for i in range(1, len(tokens)) if parents[i] == parent}
-            free = [t for t in range(alphabet) if t not in taken]
-            filler = not free or tokens[parent] == -1 or rng.random() < 0.1
-            tokens.append(-1 if filler else int(rng.choice(free)))
-            parents.append(0 if filler else parent)
-        tree = naive_tree(tokens, parents)
+            above = paths[int(rng.integers(len(paths)))]
+            path = None if above is None else (*above, int(rng.integers(alphabet)))
+            if path in paths or len(path or ()) > 9 or rng.random() < 0.1:
+                path = None
+            paths.append(path)
+            depths.append(int(rng.integers(1, 10)) if path is None else len(path))
+        order = [0, *(1 + rng.permutation(n - 1)).tolist()]  # parents need not come first
+        paths, depths = [paths[i] for i in order], [depths[i] for i in order]
+        columns = max(depths) + 2 + int(rng.integers(2))
         choices = rng.integers(0, alphabet, n).tolist()
-        depth = max(1, max(tree.depths.tolist())) + int(rng.integers(2)) if n > 1 else 0
-        path, count = walk(tree, mx.array(choices, mx.int32), depth)
-        expected = naive_walk(tokens, parents, choices)
-        lengths.add(len(expected))
-        assert path.shape == (depth + 1,) and count.shape == (1,)
-        assert path.tolist()[: count.item()] == expected
-        assert not any(path.tolist()[count.item() :])
+        tree = naive_tree(paths, columns, depths) if n > 1 else root_only(mx.array([ROOT]))
+        last, count, text = walk(tree, mx.array(choices, mx.int32))
+        expected, tokens = naive_walk(paths, choices)
+        lengths.add(len(tokens))
+        assert last.tolist() == [expected] and count.tolist() == [len(tokens)]
+        rest = (columns if n > 1 else 2) - 1 - len(tokens)
+        assert text.tolist() == [ROOT, *tokens, *[END] * rest]
     assert lengths >= {1, 2, 3, 4}
 
 
@@ -212,38 +236,29 @@ def naive_search(
     width: int,
     depth: int,
     temperature: float = 1.0,
-    noise: np.ndarray | None = None,
-) -> tuple[list[int], list[int], list[float], list[bool]]:
-    """Beam search one beam at a time in float64: tokens, parents, scores, on a surviving beam."""
+    noise: list[np.ndarray] | None = None,
+) -> tuple[list[Path], list[float], list[bool]]:
+    """Beam search one beam at a time in float64: paths with the root, scores, on a survivor."""
     state, fixed = drafter.start(context)
-    beams: list[tuple[float, int, mx.array, int]] = [(0.0, root, state, -1)]
-    tokens: list[int] = []
-    parents: list[int] = []
+    beams: list[tuple[float, Path, mx.array]] = [(0.0, (root,), state)]
+    paths: list[Path] = []
     scores: list[float] = []
     for level in range(depth):
         grown = []
-        for score, token, state, number in beams:
-            logits, after = drafter.step(mx.array([token], mx.int32), state, fixed)
+        for score, path, state in beams:
+            logits, after = drafter.step(mx.array([path[-1]], mx.int32), state, fixed)
             row = np.array(logits[0]).astype(np.float64)
             ids = np.array(drafter.token_ids(mx.arange(row.size))).tolist()
             if noise is not None:
-                row = row / temperature + np.array(drafter.select(mx.array(noise[level])))
+                row = row / temperature + noise[level]
             row = row - row.max()
             row = row - np.log(np.exp(row).sum())
-            grown += [(score + s, t, after, number) for s, t in zip(row, ids, strict=True)]
-        best = sorted(grown, key=lambda b: -b[0])[:width]
-        beams = []
-        for score, token, state, parent in best:
-            beams.append((score, token, state, len(tokens)))
-            tokens.append(token)
-            parents.append(parent)
-            scores.append(score)
-    surviving = [False] * len(tokens)
-    for number in range((depth - 1) * width, depth * width):
-        while number >= 0:
-            surviving[number] = True
-            number = parents[number]
-    return tokens, parents, scores, surviving
+            grown += [(score + s, (*path, t), after) for s, t in zip(row, ids, strict=True)]
+        beams = sorted(grown, key=lambda b: -b[0])[:width]
+        paths += [path for _, path, _ in beams]
+        scores += [score for score, _, _ in beams]
+    surviving = [any(last[: len(path)] == path for _, last, _ in beams) for path in paths]
+    return paths, scores, surviving
 
 
 SEARCHED = {
@@ -266,36 +281,44 @@ def test_search_against_one_beam_at_a_time(
     for i, (width, depth) in enumerate([(1, 3), (2, 2), (3, 4), (4, 5), (16, 2), (2, 1)]):
         context = mx.random.normal((target.config.hidden_size,), key=mx.random.key(i))
         temperature = mx.array(0.7) if noisy else None
-        noise = (
-            sampling.gumbel(mx.array([5], mx.uint32), mx.array([i]), depth, vocab)
-            if noisy
-            else None
-        )
+        noise = None
+        if noisy:
+            seed, at = mx.array([5], mx.uint32), mx.array([i], mx.int32)
+            noise = sampling.noise({"seed": seed}, at, depth, drafter.select(mx.arange(vocab)))
         shape = TreeShape(width, depth, 1 + width * depth, mode)
         found = beam.search(drafter, context, mx.array([i], mx.int32), shape, temperature, noise)
-        tokens, parents, scores, surviving = naive_search(
-            drafter, context, i, width, depth, 0.7, None if noise is None else np.array(noise)
-        )
-        assert found.tokens.tolist() == tokens
-        assert found.parents.tolist() == parents
-        if width == 1:
-            continue  # a chain has no scores: nothing is chosen
+        drawn = None if noise is None else [np.array(noise(level)[0]) for level in range(depth)]
+        paths, scores, surviving = naive_search(drafter, context, i, width, depth, 0.7, drawn)
+        assert [part.depths for part in found[1:]] == [(d,) * width for d in range(1, depth + 1)]
+        rows = [row for part in found[1:] for row in part.paths.tolist()]
+        assert rows == [[*path, *[END] * (depth + 2 - len(path))] for path in paths]
         kept = np.array(surviving) | (mode == "trellis")
-        mine = np.array(found.scores)
-        assert np.array_equal(mine > -np.inf, kept)
-        assert np.allclose(mine[kept], np.array(scores)[kept], atol=1e-4)
-        above = [mine[p] if p >= 0 else 0.0 for p in parents]
-        assert all(mine[k] <= above[k] for k in range(len(tokens)))  # closed under parents
+        mine = np.concatenate([np.array(part.costs) for part in found[1:]])
+        assert np.array_equal(mine < np.inf, kept)
+        assert np.allclose(-mine[kept], np.array(scores)[kept], atol=1e-4)
+        costs = dict(zip(paths, mine.tolist(), strict=True))
+        assert all(cost >= costs.get(path[:-1], 0.0) for path, cost in costs.items())
         died += int((~kept).sum())
     assert died or mode == "trellis"
 
 
 def test_search_when_the_drafter_has_no_preference(target: Decoder) -> None:
-    """All scores tie: still a legal trellis, without twins under one parent."""
+    """All costs tie: still a legal trellis, without twins under one parent."""
     drafter = Constant(target, np.zeros(target.config.vocab_size))
-    found = beam.search(drafter, mx.zeros((4,)), ROOT, TreeShape(4, 3, 13))
-    pairs = list(zip(found.parents.tolist(), found.tokens.tolist(), strict=True))
-    assert len(set(pairs)) == 12
+    found = joined(beam.search(drafter, mx.zeros((4,)), mx.array([ROOT]), TreeShape(4, 3, 13)))
+    assert len({tuple(row) for row in found.paths.tolist()}) == 13
+
+
+def test_rounding_never_makes_a_longer_path_cheaper(target: Decoder) -> None:
+    """A sure draft costs about 1e-7, which a sum with a logit of 1000 forgets."""
+    logits = np.zeros(target.config.vocab_size)
+    logits[5], logits[6] = 1000.0, 984.5
+    drafter = Constant(target, logits)
+    for width in (1, 2):
+        shape = TreeShape(width, 4, 1 + 4 * width)
+        found = beam.search(drafter, mx.zeros((4,)), mx.array([ROOT]), shape)
+        best = [part.costs[0].item() for part in found]
+        assert best == sorted(best)
 
 
 def test_shape_normalises() -> None:

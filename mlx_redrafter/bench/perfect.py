@@ -42,8 +42,8 @@ class Replay:
         self._hidden = mx.pad(hidden, [(0, more), (0, 0)], constant_values=1e9)  # (T, D)
         mx.eval(self._tokens, self._hidden)
 
-    def context(self, hidden: mx.array, inner: tuple[mx.array, ...]) -> mx.array:
-        return hidden
+    def context(self, seen: mx.array) -> mx.array:
+        return seen
 
     def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
         distance = mx.square(self._hidden - context[None]).sum(-1)

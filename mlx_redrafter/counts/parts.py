@@ -22,7 +22,6 @@ from mlx_redrafter.models import Decoder, cache
 
 # In the order in which a step calls them: where the part is called, and what the report says.
 CALLS: tuple[tuple[Any, str, str], ...] = (
-    (sampling, "gumbel", "noise"),
     (beam, "search", "draft"),
     (lookup, "search", "lookup"),
     (step, "draft", "choose the tree"),
@@ -32,7 +31,7 @@ CALLS: tuple[tuple[Any, str, str], ...] = (
     (step, "walk", "walk"),
 )
 MOVE, STATE = "move accepted rows", "commit, next state"
-ORDER = (*(name for _, _, name in CALLS[:5]), MOVE, *(name for _, _, name in CALLS[5:]), STATE)
+ORDER = (*(name for _, _, name in CALLS[:4]), MOVE, *(name for _, _, name in CALLS[4:]), STATE)
 VERIFY = ("verify pass", "output head", MOVE)
 
 
@@ -114,10 +113,10 @@ def _state(
     capacity: int,
 ) -> step.State:
     kv = cache.new_cache(target.config, capacity, target.dtype)
-    seen: tuple[mx.array, ...] = ()
+    seen = None
     if drafter is not None and shape.drafts:
-        one_row = mx.zeros((1, target.config.hidden_size), target.dtype)
-        seen = (one_row,) * (1 + len(drafter.context_layers))
+        layers = max(1, len(drafter.context_layers))
+        seen = mx.zeros((1, layers * target.config.hidden_size), target.dtype)
     history = mx.zeros((capacity,), mx.int32) if params.windows or shape.lookup else None
     one = mx.array([1], mx.int32)
     pending = step.nothing_pending(kv, shape)

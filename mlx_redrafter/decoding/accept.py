@@ -9,31 +9,31 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_redrafter.decoding.tree import DraftTree, integers
+from mlx_redrafter.decoding.tree import END, DraftTree, integers
 
 
-def walk(tree: DraftTree, choices: mx.array, depth: int) -> tuple[mx.array, mx.array]:
+def walk(tree: DraftTree, choices: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """The longest branch that the target would have written itself.
 
     Args:
-        tree: ``N`` nodes, no two children of a node with the same token.
+        tree: ``N`` nodes, no two with the same path.
         choices: (N,) int32, the target's token after every node.
-        depth: ``L``, the deepest a node can be.
 
     Returns:
-        path (L+1,) int32: the slot of the accepted node at each depth, the root first; entries
-        past the end repeat slot 0. count (1,) int32: accepted nodes, root included; as many
-        tokens come out of the step: ``choices[path[:count]]``.
+        last (1,) int32: the slot of the deepest accepted node. count (1,) int32: how many tokens
+        come out of the step. text (L+2,) int32: the root's token, then these: the accepted drafts
+        and the bonus token; then END.
     """
-    tokens, parents, depths, ancestors = tree
+    tokens, depths, ancestors, paths = tree
     n = tokens.shape[0]
     if n == 1:
-        return integers([0]), integers([1])
-    matches = tokens == mx.take(choices, parents)  # (N,)
-    first = mx.array(np.arange(n) == 0)
-    accepted = mx.all(matches | first | ~ancestors, axis=-1)  # (N,) every ancestor matches
-    last = mx.argmax(mx.where(accepted, depths, -1))
-    on_path = mx.take(ancestors, last, axis=0)  # (N,)
-    levels = integers(range(depth + 1)).reshape(-1, 1)
-    path = mx.argmax(on_path & (depths == levels), axis=-1)
-    return path.view(mx.int32), mx.take(depths, last).reshape(1) + 1
+        return integers([0]), integers([1]), mx.concatenate([tokens, choices])
+    following = mx.take(paths[:, 1:], depths, axis=1)  # (N, N): what path i holds after node j
+    itself = mx.array(np.eye(n, dtype=bool))
+    accepted = mx.all((following == choices) | ~ancestors | itself, axis=-1)
+    last = mx.argmax(mx.where(accepted, depths, -1), keepdims=True).view(mx.int32)
+    depth, bonus = mx.take(depths, last), mx.take(choices, last)
+    path = mx.take(paths, last, axis=0).reshape(-1)
+    place = integers(range(paths.shape[1]))
+    text = mx.where(place <= depth, path, mx.where(place == depth + 1, bonus, END))
+    return last, depth + 1, text

@@ -1,16 +1,17 @@
 """Beam search over the drafter: a trellis of candidate nodes (ReDrafter, arXiv 2403.09919, 3).
 
-Every level keeps W (parent, token) pairs. Those pairs are the candidates, so beginnings are
-shared by construction and nothing has to be de-duplicated afterwards.
+Every level keeps W (parent, token) pairs. Their paths are the candidates, so every beginning is
+one too, and nothing has to be de-duplicated afterwards.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_redrafter.decoding.tree import Candidates, TreeShape
+from mlx_redrafter.decoding.tree import END, Candidates, TreeShape, integers
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models.rope import fused_kernels
@@ -67,19 +68,23 @@ def least(x: mx.array, k: int) -> tuple[mx.array, mx.array]:
     return mx.take_along_axis(x, index, axis=-1), index
 
 
+Noise = Callable[[int], mx.array]
+"""What the draw at a level adds to the logits of the draft vocabulary: level -> (Vd,)."""
+
+
 def search(
     drafter: Drafter,
     context: mx.array,
     root: mx.array,
     shape: TreeShape,
     temperature: mx.array | None = None,
-    noise: mx.array | None = None,
-) -> Candidates:
-    """Propose ``W * L`` candidate nodes.
+    noise: Noise | None = None,
+) -> list[Candidates]:
+    """Propose ``W * L`` candidates.
 
     With noise the drafter searches for the very draw that the target will make: its logits, at
     the target's temperature, get the noise that the target's will get at the same position. A
-    score is the log-softmax of these perturbed values, so it never rises along a path.
+    cost is minus the log-softmax of these perturbed values, summed along the path.
 
     Args:
         drafter: see :class:`~mlx_redrafter.drafters.Drafter`.
@@ -87,20 +92,22 @@ def search(
         root: (1,) int32.
         shape: width ``W``, depth ``L`` and candidate mode.
         temperature: scalar array, None for greedy.
-        noise: (L, V) for the positions after the root, None for greedy.
+        noise: for the positions after the root, None for greedy.
 
     Returns:
-        Candidates, K = W * L, level by level.
+        The root, then W candidates per level.
     """
-    width = shape.width
+    width, columns = shape.width, shape.longest + 2
+    place = integers(range(columns)).reshape(1, -1)
     state, fixed = drafter.start(context)
-    costs = mx.array([0.0])  # a cost is a negative score: sorts are rising
-    levels: list[tuple[mx.array, mx.array]] = []  # (beam above, draft token) (2, W), costs (W,)
+    costs = mx.array([0.0])
+    paths = mx.where(place == integers([0]), root, END)
+    levels = [Candidates(paths, costs, (0,))]
+    parents, picks = integers([0]), root
+    above: list[mx.array] = []  # the beam that each beam of a level goes on from
     for level in range(shape.depth):
-        if level == 0:
-            logits, state = drafter.step(root, state, fixed)  # (R, Vd), R = 1 at the first level
-        else:
-            logits, state = drafter.follow(_row(levels[-1][0], -1), state, fixed)
+        step = drafter.follow if level else drafter.step
+        logits, state = step(picks, state, fixed)  # (R, Vd), R = 1 at the first level
         logits = logits.astype(mx.float32)
         if width > logits.shape[-1]:
             raise OptionError(
@@ -108,49 +115,39 @@ def search(
                 "use a smaller width"
             )
         if noise is not None and temperature is not None:
-            logits = logits / temperature + drafter.select(noise[level])
+            logits = logits / temperature + noise(level)
         if width == 1:
-            if shape.lookup:  # alone the score of a chain is of no use
-                costs = mass(logits).reshape(-1) - (mx.max(logits, axis=-1) - costs)
-            pairs = mx.argmax(logits, axis=-1, keepdims=True).view(mx.int32)
+            # Rounding must not make a longer path cheaper than its beginning.
+            costs = costs + mx.maximum(mass(logits) - mx.max(logits, axis=-1), 0.0).reshape(-1)
+            picks = mx.argmax(logits, axis=-1).view(mx.int32)
         else:
-            joint = mass(logits) - (logits - costs[:, None])
+            joint = mx.maximum(mass(logits) - (logits - costs[:, None]), costs[:, None])
             best, index = least(joint.reshape(1, -1), width)
             costs, size = best.reshape(-1), logits.shape[-1]
             pairs = mx.where(mx.array([[True], [False]]), index // size, index % size)  # (2, W)
-            state = mx.take(state, _row(pairs, 0), axis=0)
-        levels.append((pairs, costs))
-    return _numbered(drafter, levels, shape)
+            parents, picks = _row(pairs, 0), _row(pairs, 1)
+            # One row is what all beams have in common, and needs no copies.
+            state, paths = (
+                mx.take(x, parents, axis=0) if x.shape[0] > 1 else x for x in (state, paths)
+            )
+        tokens = drafter.token_ids(picks).reshape(-1, 1)
+        paths = mx.where(place == integers([level + 1]), tokens, paths)
+        levels.append(Candidates(paths, costs, (level + 1,) * width))
+        above.append(parents)
+    return _alive(levels, above) if shape.mode == "beams" else levels
 
 
-def _numbered(
-    drafter: Drafter, levels: list[tuple[mx.array, mx.array]], shape: TreeShape
-) -> Candidates:
-    """All levels in one list: candidate ``level * W + beam``; the root is -1."""
-    width, depth = shape.width, shape.depth
-    pairs = mx.concatenate([pairs for pairs, _ in levels], axis=1)  # (2, K), a chain's (1, K)
-    scores = -mx.concatenate([costs for _, costs in levels])
-    above = [(level - 1) * width if level else -1 for level in range(depth) for _ in range(width)]
-    parents = mx.array(above, mx.int32)
-    if width == 1:
-        return Candidates(drafter.token_ids(pairs.reshape(-1)), parents, scores)
-    parents = _row(pairs, 0) + parents
-    if shape.mode == "beams":
-        scores = mx.where(
-            _surviving([_row(pairs, 0) for pairs, _ in levels], width), scores, -mx.inf
-        )
-    return Candidates(drafter.token_ids(_row(pairs, 1)), parents, scores)
+def _alive(levels: list[Candidates], above: list[mx.array]) -> list[Candidates]:
+    """Only what a beam of the last level passes through keeps its cost."""
+    alive, kept = integers([1]) > 0, levels[-1:]
+    for part, parents in zip(levels[-2:0:-1], above[:0:-1], strict=True):
+        beams = integers(range(part.costs.shape[0])).reshape(-1, 1)
+        alive = mx.any((parents == beams) & alive, axis=-1)
+        kept.insert(0, part._replace(costs=mx.where(alive, part.costs, mx.inf)))
+    return [levels[0], *kept]
 
 
 def _row(x: mx.array, i: int) -> mx.array:
     """x[i] as a view, where indexing with a number is a gather."""
     i %= x.shape[0]
     return x[i : i + 1].reshape(-1)
-
-
-def _surviving(parents: list[mx.array], width: int) -> mx.array:
-    """Which candidates (K,) a beam of the last level passes through; parents (W,) per level."""
-    alive = [mx.ones((width,), mx.bool_)]
-    for below in reversed(parents[1:]):
-        alive.append(mx.any((below == mx.arange(width)[:, None]) & alive[-1], axis=-1))
-    return mx.concatenate(alive[::-1])

@@ -246,11 +246,11 @@ def _draft_levels(target: Decoder, drafter: Drafter, width: int, depth: int, bui
 
 def _whole_step(target: Decoder, drafter: Drafter, shape: TreeShape, step_function: Any) -> Run:
     kv = cache.new_cache(target.config, cache.bucket(NEAR + 32), target.dtype)
-    hidden = mx.zeros((1, target.config.hidden_size), target.dtype)
+    layers = max(1, len(drafter.context_layers))
     position = mx.array([NEAR], mx.int32)
     state = make_state(
         mx.zeros((1,), mx.int32),
-        (hidden,) * (1 + len(drafter.context_layers)),
+        mx.zeros((1, layers * target.config.hidden_size), target.dtype),
         position,
         kv,
         mx.zeros((kv[0].shape[2],), mx.int32),

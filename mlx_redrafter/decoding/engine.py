@@ -20,7 +20,7 @@ from mlx_redrafter.decoding.step import (
     make_step,
     nothing_pending,
 )
-from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.decoding.tree import END, TreeShape
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, cache
@@ -185,7 +185,7 @@ class Engine:
             history = mx.array([*prompt, *[0] * (slots.shape[0] - len(prompt))], mx.int32)
         stats.prefill_seconds += time.perf_counter() - start
         root, position = mx.array([prompt[-1]], mx.int32), mx.array([total], mx.int32)
-        seen = (hidden, *inner) if self.drafter is not None else ()
+        seen = None if self.drafter is None else mx.concatenate(list(inner or (hidden,)), axis=-1)
         return make_state(root, seen, position, session.kv, history)
 
     def _decode(
@@ -220,9 +220,9 @@ class Engine:
                 state["pending"] = nothing_pending(state["kv"], shape)
             pending = state["pending"][0][0].shape[2] if "pending" in state else 0
             bucket = Bucket(shape, params.features, params.windows, pending)
-            emitted, state = self.step_function(bucket)(state, arrays)
-            mx.async_eval(emitted, state)
-            return shape, emitted
+            text, state = self.step_function(bucket)(state, arrays)
+            mx.async_eval(text, state)
+            return shape, text
 
         mark = read = time.perf_counter()
         traces = self.traces
@@ -230,12 +230,12 @@ class Engine:
             in_flight = launch(len(known) - 1)
             while True:
                 following = launch(len(known) - 1 + most) if len(known) + 1 < final else None
-                shape, emitted = in_flight
-                count, *tokens = cast(list[int], emitted.tolist())
+                shape, text = in_flight
+                tokens = [t for t in cast(list[int], text.tolist())[1:] if t != END]
                 now = time.perf_counter()
                 stats.decode_seconds += now - mark
                 in_place = len(known)
-                tokens = tokens[: min(count, final - len(known))]
+                tokens = tokens[: final - len(known)]
                 stats.record(len(tokens), shape.nodes - 1, str(shape))
                 # A step that was traced first, or waited for the reader, tells nothing.
                 timed = self.traces == traces and now - mark > (now - read) / 2

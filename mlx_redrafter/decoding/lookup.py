@@ -1,7 +1,7 @@
 """Drafts from the text itself: what followed the last tokens where they stood before.
 
 Prompt lookup (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding) inside the compiled step,
-and one tree with the recurrent drafter's candidates: the two are right in different places.
+for one tree with the recurrent drafter's candidates: the two are right in different places.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_redrafter.decoding.tree import Candidates, integers
+from mlx_redrafter.decoding.tree import END, NEVER, Candidates, beginnings, integers
 
 # How often the first token, and each one after a right one, is right, by the tokens that match:
 # answers of the built-in model, greedy and sampled (docs/decisions.md).
@@ -19,70 +19,55 @@ LONGEST = len(_FIRST)
 _FARTHEST = 1 << 28  # beyond every position; not the capacity, which would be in a kernel's source
 
 
-def search(history: mx.array, position: mx.array, length: int) -> Candidates:
+def search(history: mx.array, position: mx.array, length: int, columns: int) -> Candidates:
     """The continuation of the longest, then latest, earlier match of up to four last tokens.
 
     A match so near that its continuation reaches the present goes on periodically.
 
     Args:
-        history: (C,) int32, tokens by position; those behind ``position`` (1,) do not matter.
+        history: (C,) int32, tokens by position; those behind ``position`` (1,), the root's, do not
+            matter.
         length: drafted tokens.
+        columns: of the candidates' paths, at least ``length`` + 2.
 
     Returns:
-        Candidates, K = ``length``, one after the other; token -1 and score -inf without a match.
+        Candidates, K = ``columns`` - 1: the root, then one path after the other, each a token
+        longer. Beyond ``length``, and without a match, the cost is infinite.
     """
+    path, size = follow(history, position, columns)
+    costs = mx.take(_costs(length, columns - 1), size, axis=0).reshape(-1)
+    return Candidates(beginnings(path), costs, tuple(range(columns - 1)))
+
+
+def follow(history: mx.array, position: mx.array, columns: int) -> tuple[mx.array, mx.array]:
+    """The root and what stood behind the match: path (columns,), which ends with END, or goes on
+    with NEVER where nothing matched; how many tokens matched (1,)."""
     capacity = history.shape[0]
-    slots = integers(range(capacity))
+    slots = integers(range(LONGEST - 1, capacity))  # matches that end earlier are let go
     last = mx.take(history, mx.maximum(position - integers(range(LONGEST)), 0))
-    before = mx.pad(history, (LONGEST - 1, 0), constant_values=-1)  # which is no token
     run = slots < position
     matched = mx.array(0, mx.int32)
     for back in range(LONGEST):
-        there = before[LONGEST - 1 - back :][:capacity]
+        there = history[LONGEST - 1 - back : capacity - back]
         run = run & (there == last[back : back + 1])
         matched = matched + run
     rank = matched * _FARTHEST + mx.where(matched > 0, slots, 0)
     best = mx.argmax(rank, keepdims=True).view(mx.int32)
     size = mx.take(rank, best) // _FARTHEST  # (1,)
-    ahead = integers(range(length))
-    tokens = mx.take(history, best + 1 + ahead % mx.maximum(position - best, 1))
-    scores = mx.take(_scores(length), size, axis=0).reshape(-1)
-    return Candidates(mx.where(size > 0, tokens, -1), integers(range(-1, length - 1)), scores)
+    best = best + (LONGEST - 1)
+    place = integers(range(columns))
+    # The root is where it is; the first draft stands behind the match, and so on.
+    ahead = best + 1 + (place - 1) % mx.maximum(position - best, 1)
+    path = mx.take(history, mx.where(place > 0, ahead, position))
+    path = mx.where((size > 0) | (place < 1), path, NEVER)
+    return mx.where(place == integers([columns - 1]), END, path), size
 
 
-def _scores(length: int) -> mx.array:
-    """(LONGEST + 1, length) float32: by the tokens that match, the scores of a chain."""
-    first, following = (np.log(np.array(table, np.float32)) for table in (_FIRST, _NEXT))
-    table = first[:, None] + np.arange(length, dtype=np.float32) * following[:, None]
-    return mx.array(np.concatenate([np.full((1, length), -np.inf, np.float32), table]))
-
-
-def merge(beams: Candidates, chain: Candidates, width: int) -> Candidates:
-    """A trellis of beams, W per level, and a chain from the same root, each path only once.
-
-    Where a beam is the beginning of the chain it gets the better score of the two, and the chain
-    goes on from there.
-    """
-    count, length = beams.tokens.shape[0], chain.tokens.shape[0]
-    # Arrays, and no numbers in the source of fused kernels: these serve every shape.
-    levels = np.arange(count) // width
-    level = integers(np.minimum(levels, length - 1))  # what of the chain is on a beam's level
-    same = (beams.tokens == mx.take(chain.tokens, level)) & mx.array(levels < length)
-    jump, reach = beams.parents, 1
-    while reach < min(count // width, length):
-        # The root's children, with parent -1, look at the last entry, which does not matter.
-        same = same & (mx.take(same, jump) | (jump < 0))
-        jump = mx.where(jump < 0, -1, mx.take(jump, jump))
-        reach *= 2
-    at = same & mx.array(levels == np.arange(length)[:, None])  # (L, K), one per row at most
-    held = mx.any(at, axis=-1)
-    own = integers(range(count, count + length))
-    place = mx.where(held, mx.argmax(at, axis=-1).view(mx.int32), own)
-    raised = mx.maximum(beams.scores, mx.take(chain.scores, level))
-    return Candidates(
-        mx.concatenate([beams.tokens, chain.tokens]),
-        mx.concatenate([beams.parents, integers([-1]), place[:-1]]),
-        mx.concatenate(
-            [mx.where(same, raised, beams.scores), mx.where(held, -mx.inf, chain.scores)]
-        ),
-    )
+def _costs(length: int, rows: int) -> mx.array:
+    """(LONGEST + 1, rows) float32: by the tokens that match, the costs of a chain and its root."""
+    table = np.full((LONGEST + 1, rows), np.inf, np.float32)
+    table[:, 0] = 0.0
+    first, following = (-np.log(np.array(table, np.float32)) for table in (_FIRST, _NEXT))
+    drafted = np.arange(length, dtype=np.float32)
+    table[1:, 1 : length + 1] = first[:, None] + drafted * following[:, None]
+    return mx.array(table)

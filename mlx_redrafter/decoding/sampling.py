@@ -12,15 +12,19 @@ then top-p, min-p and top-k on the distribution at temperature 1; then the tempe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_redrafter.decoding.tree import DraftTree
+from mlx_redrafter.decoding.tree import DraftTree, integers
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.models import vectorised
+from mlx_redrafter.models.rope import fused_kernels
 
 Arrays = dict[str, mx.array]
 MAX_CONTEXT = 1024
+_ODD, _FAR = 0x9E3779B9, 0x85157AF5  # 2**32 / golden ratio, 2**32 / plastic ratio**2, roughly
 
 
 @dataclass(frozen=True)
@@ -137,14 +141,61 @@ class SamplingParams:
         return values
 
 
-def gumbel(seed: mx.array, position: mx.array, count: int, vocab_size: int) -> mx.array:
-    """Noise for ``count`` positions from ``position`` on: (count, V) float32.
+Keys = tuple[mx.array, mx.array]
 
-    seed (1,) uint32, position (1,) int32. The key of position t is the pair (seed, t) itself.
+
+def noise_keys(seed: mx.array, positions: mx.array) -> Keys:
+    """What the noise at positions (R,) int32 is made of, seed (1,) uint32: two of (R, 1) uint32."""
+    at = positions.astype(mx.uint32)
+    # The second must be nothing that a token's own number makes of the first: both would cancel.
+    first = _mixed(_mixed(seed + _ODD) ^ at)
+    second = _mixed(_mixed(at) ^ (seed + _FAR))
+    return first.reshape(-1, 1), second.reshape(-1, 1)
+
+
+def gumbel(keys: Keys, tokens: mx.array) -> mx.array:
+    """Noise of every token at every position: a function of (seed, position, token) alone.
+
+    The random bits are a hash: the token's number in Weyl's sequence, mixed twice with keys made of
+    seed and position (the mixing is lowbias32's, github.com/skeeto/hash-prospector). A CPU takes
+    half the time of mx.random, and no token costs anything that is not asked for.
+
+    Args:
+        keys: of R positions, see :func:`noise_keys`.
+        tokens: (M,) int32.
+
+    Returns:
+        (R, M) float32.
     """
-    positions = position.astype(mx.uint32) + mx.arange(count, dtype=mx.uint32)
-    keys = mx.stack([mx.broadcast_to(seed, (count,)), positions], axis=-1)  # (count, 2)
-    return mx.stack([mx.random.gumbel((vocab_size,), key=keys[i]) for i in range(count)])
+    first, second = keys
+    bits = _mixed(_mixed(tokens.astype(mx.uint32) * _ODD + first) ^ second)
+    uniform = ((bits >> 9).astype(mx.float32) + 0.5) * (1 / (1 << 23))  # exact, never 0 or 1
+    return -_log(-_log(uniform))
+
+
+def _mixed(x: mx.array) -> mx.array:
+    """A permutation of uint32 in which every bit depends on every bit."""
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15)) * 0xD35A2D97
+    return x ^ (x >> 15)
+
+
+def _log(x: mx.array) -> mx.array:
+    """The natural logarithm; MLX's own is a library call per element on a CPU."""
+    return mx.log(x) if fused_kernels() else vectorised.log(x)
+
+
+def noise(
+    arrays: Arrays, position: mx.array, count: int, tokens: mx.array
+) -> Callable[[int], mx.array] | None:
+    """The noise of tokens (M,) at ``count`` positions from ``position`` (1,) on: ahead -> (1, M).
+
+    None at temperature 0.
+    """
+    if "seed" not in arrays or not count:
+        return None
+    first, second = noise_keys(arrays["seed"], position + integers(range(count)))
+    return lambda ahead: gumbel((first[ahead : ahead + 1], second[ahead : ahead + 1]), tokens)
 
 
 def choose(
@@ -152,7 +203,7 @@ def choose(
     tree: DraftTree,
     windows: dict[str, mx.array],
     arrays: Arrays,
-    noise: mx.array | None,
+    position: mx.array,
 ) -> mx.array:
     """The target's token after every node.
 
@@ -161,18 +212,18 @@ def choose(
         tree: gives the depth of each node, which selects its noise.
         windows: per active penalty (N, R) int32, the recent tokens of each node, -1 for none.
         arrays: see :meth:`SamplingParams.arrays`.
-        noise: (L+1, V), row d for the choice made at depth d; None at temperature 0.
+        position: (1,) int32, the root's.
 
     Returns:
         (N,) int32.
     """
-    if noise is None and not windows and not arrays:
+    if not windows and not arrays:
         return mx.argmax(logits, axis=-1).view(mx.int32)  # the same in every type
     logits = penalise(logits.astype(mx.float32), windows, arrays)
-    if noise is not None:
-        if noise.shape[0] > 1:
-            noise = mx.take(noise, tree.depths, axis=0)
-        logits = restrict(logits, arrays) / arrays["temp"] + noise
+    if "seed" in arrays:
+        every = integers(range(logits.shape[-1]))
+        drawn = gumbel(noise_keys(arrays["seed"], position + 1 + tree.depths), every)
+        logits = restrict(logits, arrays) / arrays["temp"] + drawn
     return mx.argmax(logits, axis=-1).view(mx.int32)
 
 
@@ -240,22 +291,14 @@ def _occurrences(window: mx.array, vocab_size: int) -> mx.array:
     return counts.at[rows, mx.maximum(window, 0)].add((window >= 0).astype(mx.float32))
 
 
-def recent_tokens(
-    tree: DraftTree, history: mx.array, position: mx.array, size: int, depth: int
-) -> mx.array:
+def recent_tokens(tree: DraftTree, history: mx.array, position: mx.array, size: int) -> mx.array:
     """The last ``size`` tokens up to and including every node: (N, size) int32, -1 for none.
 
     history (C,) int32 holds the token at every position below the root's ``position`` (1,).
     """
-    tokens, _, depths, ancestors = tree
-    levels = mx.arange(depth + 1, dtype=mx.int32)
-    # The node at each depth of each node's path (N, L+1); past the node itself: never read.
-    at = mx.argmax(
-        ancestors[:, None, :] & (depths[None, None, :] == levels[None, :, None]), axis=-1
-    )
-    path = mx.take(tokens, at)
-    where = position + depths[:, None] - (size - 1) + mx.arange(size, dtype=mx.int32)[None]
+    where = position + tree.depths[:, None] - (size - 1) + mx.arange(size, dtype=mx.int32)[None]
     old = mx.take(history, mx.clip(where, 0, history.shape[0] - 1))
-    new = mx.take_along_axis(path, mx.clip(where - position, 0, depth), axis=-1)
+    on_path = mx.clip(where - position, 0, tree.paths.shape[1] - 1)
+    new = mx.take_along_axis(tree.paths, on_path, axis=-1)
     recent = mx.where(where < position, old, new)
     return mx.where(where < 0, -1, recent)

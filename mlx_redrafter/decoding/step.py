@@ -1,7 +1,7 @@
 """One decode step: draft, choose a tree, verify, accept, commit. One compiled graph per bucket.
 
 Everything that varies from step to step is an array; the tree's shape, the KV capacity and the
-active sampling features are the bucket. Only ``[count, tokens...]`` goes back to the host.
+active sampling features are the bucket. Only the tokens go back to the host.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ import mlx.core as mx
 from mlx_redrafter.decoding import beam, lookup, sampling
 from mlx_redrafter.decoding.accept import walk
 from mlx_redrafter.decoding.sampling import Arrays
-from mlx_redrafter.decoding.tree import DraftTree, TreeShape, best_nodes, chain, integers, root_only
+from mlx_redrafter.decoding.tree import (
+    Candidates,
+    DraftTree,
+    TreeShape,
+    best_nodes,
+    chain,
+    distinct,
+    integers,
+    joined,
+    root_only,
+)
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.models import Decoder, cache
 
@@ -23,10 +33,11 @@ State = dict[str, Any]
 """What stays on the device between steps:
 
 root (1,) int32     the last token: chosen, but not yet in the cache
-seen                what the drafter reads of the position that predicted the root: the target's
-                    last hidden state (1, D) and one (1, D) per context layer; () without a drafter
 position (1,) int32 the root's
 kv                  one slab per layer
+seen                (with a drafter only) what it reads of the position that predicted the root: the
+                    outputs of its context layers side by side (1, *), or the target's last hidden
+                    state
 history (C,) int32  the tokens by position, the root's included (penalties and lookup only)
 pending             (after a tree only) that step's own rows, (1, 2*Hkv, N, Dh) per layer, and the
                     slots (N,) int32 where they belong. The next step writes them there before its
@@ -37,14 +48,16 @@ pending             (after a tree only) that step's own rows, (1, 2*Hkv, N, Dh) 
 
 def make_state(
     root: mx.array,
-    seen: tuple[mx.array, ...],
+    seen: mx.array | None,
     position: mx.array,
     kv: list[mx.array],
     history: mx.array | None = None,
     pending: tuple[list[mx.array], mx.array] | None = None,
 ) -> State:
     """Always the same keys in the same order: another order is another graph to mx.compile."""
-    state: State = {"root": root, "seen": seen, "position": position, "kv": kv}
+    state: State = {"root": root, "position": position, "kv": kv}
+    if seen is not None:
+        state["seen"] = seen
     if history is not None:
         state["history"] = history
     if pending is not None:
@@ -88,48 +101,42 @@ def make_step(
         on_trace: called once per trace.
 
     Returns:
-        step(state, arrays) -> (emitted (L+2,) int32: the count, then L+1 tokens of which the
-        first ``count`` are valid; the next state).
+        step(state, arrays) -> (text (L+2,) int32: the root's token, the new ones, and END from
+        there on; the next state).
     """
     shape = bucket.shape
     layers = drafter.context_layers if drafter is not None else ()
+    vocabulary = integers(range(target.config.vocab_size))
+    drafted = drafter.select(vocabulary) if drafter is not None else vocabulary
+    mx.eval(drafted)
 
     def step(state: State, arrays: Arrays) -> tuple[mx.array, State]:
         on_trace()
         root, position = state["root"], state["position"]
-        noise = None
-        if "sample" in bucket.features:
-            noise = sampling.gumbel(
-                arrays["seed"], position + 1, shape.longest + 1, target.config.vocab_size
-            )
-
+        noise = sampling.noise(arrays, position + 1, shape.depth, drafted)
         tree = draft(drafter, state, shape, arrays.get("temp"), noise)
 
         write = writer(state, shape.nodes)
         hidden, inner, kv = verify(target, tree, position, state["kv"], write, layers)
 
         windows = {
-            name: sampling.recent_tokens(tree, state["history"], position, size, shape.longest)
+            name: sampling.recent_tokens(tree, state["history"], position, size)
             for name, size in bucket.windows
         }
-        choices = sampling.choose(target.logits(hidden), tree, windows, arrays, noise)
-        path, count = walk(tree, choices, shape.longest)
+        choices = sampling.choose(target.logits(hidden), tree, windows, arrays, position)
+        last, count, text = walk(tree, choices)
 
-        emitted = mx.take(choices, path)  # (L+1,)
-        last = mx.take(path, count - 1)  # (1,)
-        seen: tuple[mx.array, ...] = ()
-        history = pending = None
+        history = pending = seen = None
         if drafter is not None:
-            seen = (hidden, *inner)
-            if shape.drafts:
-                seen = tuple(mx.take(x, last, axis=0) for x in seen)
+            seen = mx.concatenate(list(inner or (hidden,)), axis=-1)
+            seen = mx.take(seen, last, axis=0) if shape.drafts else seen
         if "history" in state:
-            history = mx.slice_update(state["history"], emitted, position + 1, (0,))
+            history = mx.slice_update(state["history"], text, position, (0,))
         if not shape.one_path:
-            pending = (write.rows, row_slots(path, count, position, shape.nodes))
-        root = mx.take(choices, last)
+            pending = (write.rows, row_slots(tree, last, count, position))
+        root = mx.take(choices, last) if shape.drafts else choices
         new = make_state(root, seen, position + count, kv, history, pending)
-        return mx.concatenate([count, emitted]), new
+        return text, new
 
     return step
 
@@ -138,27 +145,28 @@ def draft(
     drafter: Drafter | None,
     state: State,
     shape: TreeShape,
-    temperature: mx.array | None,
-    noise: mx.array | None,
+    temperature: mx.array | None = None,
+    noise: beam.Noise | None = None,
 ) -> DraftTree:
     """The tree that the target will check."""
-    root = state["root"]
-    looked = found = None
-    if shape.lookup:
-        looked = lookup.search(state["history"], state["position"], shape.lookup)
-    if drafter is not None and shape.depth:
-        hidden, *inner = state["seen"]
-        context = drafter.context(hidden, tuple(inner))[0]
-        found = beam.search(drafter, context, root, shape, temperature, noise)
-    if found is not None and looked is not None:
-        both = lookup.merge(found, looked, shape.width)
-        return best_nodes(root, both, shape.nodes, shape.longest)
-    candidates = found if found is not None else looked
-    if candidates is None:
+    root, columns = state["root"], shape.longest + 2
+    if not shape.drafts:
         return root_only(root)
-    if shape.one_path:
-        return chain(root, candidates)
-    return best_nodes(root, candidates, shape.nodes, shape.longest)
+    if shape.one_path and shape.lookup:
+        return chain(lookup.follow(state["history"], state["position"], columns)[0])
+    found: list[Candidates] = []
+    if drafter is not None and shape.depth:
+        context = drafter.context(state["seen"])[0]
+        found = beam.search(drafter, context, root, shape, temperature, noise)
+        if shape.one_path:
+            return chain(found[-1].paths.reshape(-1))
+    if shape.lookup:
+        looked = lookup.search(state["history"], state["position"], shape.lookup, columns)
+        found = [looked, *found[1:]]  # the root once
+    candidates = joined(found)
+    if shape.lookup and shape.depth:
+        candidates = distinct(candidates)
+    return best_nodes(candidates, shape.nodes)
 
 
 def writer(state: State, nodes: int) -> cache.Write:
@@ -170,16 +178,15 @@ def writer(state: State, nodes: int) -> cache.Write:
     return cache.Commit(position, slots, rows)
 
 
-def row_slots(path: mx.array, count: mx.array, position: mx.array, nodes: int) -> mx.array:
+def row_slots(tree: DraftTree, last: mx.array, count: mx.array, position: mx.array) -> mx.array:
     """Where the rows of a tree's N nodes belong: (N,) int32.
 
     Accepted ones behind the prefix by their depth; all others in one slot behind the next tree.
     """
-    levels = integers(range(path.shape[0]))
-    at = (path == integers(range(nodes)).reshape(-1, 1)) & (levels < count)  # (N, L+1)
-    depths = mx.max(mx.where(at, levels, -1), axis=-1)
+    n = tree.tokens.shape[0]
+    accepted = mx.take(tree.ancestors, last, axis=0).reshape(-1)
     # An array and not a number: one fused kernel serves every size.
-    return position + mx.where(depths < 0, count + integers([nodes] * nodes), depths)
+    return position + mx.where(accepted, tree.depths, count + integers([n] * n))
 
 
 def verify(
@@ -204,5 +211,5 @@ def verify(
     prefix = mx.broadcast_to(slots < position, (n, slots.shape[0]))
     mask = mx.slice_update(prefix, tree.ancestors, position, (1,))
     key_positions = mx.slice_update(slots, positions, position, (0,))
-    tokens = mx.maximum(tree.tokens, 0)  # fillers carry -1
-    return target(tokens, positions, mask, key_positions, kv, write, layers)
+    # A filler's negative token reads some row of the embedding; nobody reads what comes of it.
+    return target(tree.tokens, positions, mask, key_positions, kv, write, layers)

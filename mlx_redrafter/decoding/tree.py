@@ -1,26 +1,25 @@
 """The draft tree: which candidates the target checks in one pass, and who may see whom.
 
-Worked example, width 2, depth 2, four nodes. Beam search proposes a trellis of candidates; the
-best three join the root (scores are joint log-probabilities):
+A candidate is the path that leads to it. Worked example, width 2, depth 2, four nodes: beam search
+proposes four paths behind the root "I"; the root and the best three become the tree (costs are
+negative joint log-probabilities):
 
-    candidate   0 "a"    1 "the"    2 "a cat"    3 "the dog"
-    parent      root     root       0            1
-    score       -0.4     -1.5       -0.9         -2.0
+    candidate   "I"   "I am"   "I was"   "I am a"   "I was the"
+    cost        0     0.4      1.5       0.9        2.0
 
-    slot        0 root   1 "a"      2 "the"      3 "cat"
-    parents     0        0          0            1
-    depths      0        1          1            2
-    ancestors   x...     xx..       x.x.         xx.x       (row i: what node i may attend to)
+    slot        0 "I"    1 "am"   2 "a"    3 "was"
+    depths      0        1        2        1
+    ancestors   x...     xx..     xxx.     x..x      (row i: what node i may attend to)
 
-The chosen set is closed under parents because a child's joint score never exceeds its parent's
-and ties go to the lower candidate number, which is the shallower one.
+A node sees those whose path is a beginning of its own. The chosen set is closed: a path never costs
+less than its beginnings, and of equal costs the shorter path goes first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -120,25 +119,30 @@ DEFAULT = TreeShape(lookup=7)
 
 
 class Candidates(NamedTuple):
-    """Proposed nodes, shallow ones first, from any source.
+    """Proposed paths, from any source, every one with all its beginnings.
 
-    tokens (K,) int32; parents (K,) int32, another candidate's number or -1 for the root; scores
-    (K,) float32, joint log-probability along the path, never above the parent's; -inf: not valid.
+    paths (K, L+2) int32: the root's token, then drafted tokens, then END; the last column is always
+    END. costs (K,) float32, the negative joint log-probability, never below that of a beginning;
+    infinite: not valid. depths: drafted tokens on each path, known before anything is drafted.
     """
 
-    tokens: mx.array
-    parents: mx.array
-    scores: mx.array
+    paths: mx.array
+    costs: mx.array
+    depths: tuple[int, ...]
 
 
 class DraftTree(NamedTuple):
-    """tokens (N,) int32 (-1: filler that nothing matches); parents (N,) int32, the root is its own
-    parent; depths (N,) int32; ancestors (N, N) bool, self included. Slot 0 is the root."""
+    """tokens (N,) int32; depths (N,) int32; ancestors (N, N) bool, self included; paths (N, L+2)
+    int32 as those of the candidates. Slot 0 is the root. A filler, which stands where there was no
+    valid candidate, has NEVER for its tokens: nothing matches it."""
 
     tokens: mx.array
-    parents: mx.array
     depths: mx.array
     ancestors: mx.array
+    paths: mx.array
+
+
+END, NEVER = -1, -2
 
 
 def integers(values: Iterable[int]) -> mx.array:
@@ -148,59 +152,62 @@ def integers(values: Iterable[int]) -> mx.array:
 
 def root_only(root: mx.array) -> DraftTree:
     """The tree of plain decoding. root (1,) int32."""
-    zero = integers([0])
-    return DraftTree(root, zero, zero, mx.array([[True]]))
+    return DraftTree(root, integers([0]), mx.array([[True]]), root.reshape(1, 1))
 
 
-def chain(root: mx.array, candidates: Candidates) -> DraftTree:
-    """Candidates that follow one another; everything but the tokens is known beforehand."""
-    n = candidates.tokens.shape[0] + 1
-    return DraftTree(
-        mx.concatenate([root, candidates.tokens]),
-        integers([0, *range(n - 1)]),
-        integers(range(n)),
-        mx.array(np.tri(n, dtype=bool)),
+def beginnings(path: mx.array) -> mx.array:
+    """One path (L+2,) and all its beginnings, from the root on: (L+1, L+2)."""
+    columns = path.shape[0]
+    return mx.where(mx.array(np.tri(columns - 1, columns, dtype=bool)), path, integers([END]))
+
+
+def chain(path: mx.array) -> DraftTree:
+    """The tree of one path (L+2,); everything but the tokens is known beforehand."""
+    n = path.shape[0] - 1
+    depths, ancestors = integers(range(n)), mx.array(np.tri(n, dtype=bool))
+    return DraftTree(path[:n], depths, ancestors, beginnings(path))
+
+
+def joined(parts: Sequence[Candidates]) -> Candidates:
+    """All parts in one."""
+    depths = tuple(depth for part in parts for depth in part.depths)
+    return Candidates(
+        mx.concatenate([part.paths for part in parts]),
+        mx.concatenate([part.costs for part in parts]),
+        depths,
     )
 
 
-def best_nodes(root: mx.array, candidates: Candidates, nodes: int, depth: int) -> DraftTree:
-    """The root and the ``nodes - 1`` candidates of highest joint score (OPT-Tree's rule: optimal
-    for a fixed N, since the expected tokens of a step are one plus the sum of path probabilities).
-
-    root (1,) int32; candidates of at most ``depth`` levels. Works on K x K and N x N arrays only.
-    """
-    tokens, parents, scores = candidates
-    k = tokens.shape[0]
-    if k == nodes - 1:
-        slot = integers(range(1, nodes))
-        chosen_scores = scores
-    else:
-        lower = mx.array(np.tri(k, k=-1, dtype=bool))  # (K, K): the candidates with lower numbers
-        column = scores.reshape(k, 1)
-        ahead = ((scores > column) | ((scores == column) & lower)).sum(-1)
-        # An array and not a number: one fused kernel serves every size.
-        picked = ahead < integers([nodes - 1] * k)  # (K,)
-        slot = (picked & lower).sum(-1) + 1  # of those that are picked
-        wanted = integers(range(1, nodes)).reshape(-1, 1)
-        chosen = mx.argmax(picked & (slot == wanted), axis=-1)  # (N-1,)
-        tokens, parents = mx.take(tokens, chosen), mx.take(parents, chosen)
-        chosen_scores = mx.take(scores, chosen)
-    valid = chosen_scores > -mx.inf
-    # A parent of -1, the root, looks at the last entry, which does not matter.
-    parent_slot = mx.where(valid & (parents >= 0), mx.take(slot, parents), 0)
-    node_tokens = mx.concatenate([root, mx.where(valid, tokens, -1)])
-    return _with_ancestors(node_tokens, mx.concatenate([integers([0]), parent_slot]), depth)
+def distinct(candidates: Candidates) -> Candidates:
+    """Every path once, at the least of its costs; the others are not valid."""
+    paths, costs, depths = candidates
+    same = mx.all(paths[:, None] == paths[None], axis=-1)  # (K, K)
+    least = mx.min(mx.where(same, costs, mx.inf), axis=-1)
+    first = mx.argmax(same, axis=-1).view(mx.int32) == integers(range(len(depths)))
+    return Candidates(paths, mx.where(first, least, mx.inf), depths)
 
 
-def _with_ancestors(tokens: mx.array, parents: mx.array, depth: int) -> DraftTree:
-    """Transitive closure by pointer doubling: after k rounds a node sees 2^k ancestors."""
-    n = tokens.shape[0]
-    own = mx.array(np.eye(n, dtype=bool))
-    # One round needs no look at a matrix: a node sees itself and its parent.
-    ancestors = own | (parents.reshape(n, 1) == integers(range(n)))
-    jump, reach = mx.take(parents, parents), 2
-    while reach <= depth:
-        ancestors = ancestors | mx.take(ancestors, jump, axis=0)
-        jump = mx.take(jump, jump)
-        reach *= 2
-    return DraftTree(tokens, parents, ancestors.sum(-1) - 1, ancestors)
+_Number = TypeVar("_Number", float, mx.array)
+
+
+def rising(cost: _Number, depth: _Number) -> _Number:
+    """Costs that rise strictly along a path: however a sort treats ties, a parent comes before its
+    child. The preference for shorter paths is a thousandth and changes nothing else."""
+    return cost + (cost + 1) * (depth * (1 / 1024))
+
+
+def best_nodes(candidates: Candidates, nodes: int) -> DraftTree:
+    """The ``nodes`` candidates of lowest cost (OPT-Tree's rule: optimal for a fixed N, since the
+    expected tokens of a step are one plus the sum of path probabilities), the root the first."""
+    paths, costs, lengths = candidates
+    depths = integers(lengths)
+    # An array and not a number: one fused kernel serves every shape.
+    root = mx.array(np.arange(paths.shape[1]) == 0)
+    paths = mx.where((costs.reshape(-1, 1) < mx.inf) | root, paths, integers([NEVER]))
+    if len(lengths) > nodes:
+        chosen = mx.argsort(rising(costs, mx.array(lengths, mx.float32)))[:nodes]
+        paths, depths = mx.take(paths, chosen, axis=0), mx.take(depths, chosen)
+    # Over (N, N, L+2): is the second path a beginning of the first?
+    ancestors = mx.all((paths[None] == END) | (paths[None] == paths[:, None]), axis=-1)
+    tokens = mx.take_along_axis(paths, depths.reshape(-1, 1), axis=1).reshape(-1)
+    return DraftTree(tokens, depths, ancestors, paths)

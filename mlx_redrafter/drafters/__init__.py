@@ -12,7 +12,7 @@ class Drafter(Protocol):
 
     @property
     def context_layers(self) -> tuple[int, ...]:
-        """Target layers whose outputs it reads besides the last hidden state."""
+        """Target layers whose outputs it reads; none: it reads the last hidden state."""
         ...
 
     @property
@@ -20,8 +20,9 @@ class Drafter(Protocol):
         """``Dc``: the size of what is kept from one step to the next."""
         ...
 
-    def context(self, hidden: mx.array, inner: tuple[mx.array, ...]) -> mx.array:
-        """(M, D) final hidden states and one (M, D) per context layer -> (M, Dc)."""
+    def context(self, seen: mx.array) -> mx.array:
+        """What the context layers put out, side by side (M, layers * D), or, without context
+        layers, the final hidden states (M, D) -> (M, Dc)."""
         ...
 
     def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
@@ -29,7 +30,10 @@ class Drafter(Protocol):
         ...
 
     def step(self, tokens: mx.array, state: mx.array, fixed: mx.array) -> tuple[mx.array, mx.array]:
-        """Consume tokens (R,) of the target's vocabulary: logits (R, Vd), state (R, S)."""
+        """Consume tokens (R,) of the target's vocabulary: logits (R, Vd), state (R, S).
+
+        A state of one row, given or returned, is that of all beams.
+        """
         ...
 
     def follow(

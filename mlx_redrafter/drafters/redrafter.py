@@ -150,6 +150,9 @@ class ReDrafter(nn.Module):
             ids = self.draft_vocab if self.config.draft_vocab_size else every
             self._rows = target.head_rows(ids)
             mx.eval(self._rows)
+        if self.config.context_layers:
+            self._scale = self._context_scale()
+            mx.eval(self._scale)
         if self.has_gates:
             # What the cell makes of a draft token's embedding never changes: a row per token.
             self._gates = self.rnn_w(self._embed(self.draft_vocab))
@@ -172,12 +175,19 @@ class ReDrafter(nn.Module):
     def context_size(self) -> int:
         return self.config.hidden_size
 
-    def context(self, hidden: mx.array, inner: tuple[mx.array, ...]) -> mx.array:
-        """(M, D), one (M, D) per context layer -> (M, D)."""
-        if not inner:
-            return hidden
-        normed = [norm(x) for norm, x in zip(self.context_norm, inner, strict=True)]
-        return self.context_proj(mx.concatenate(normed, axis=-1))
+    def context(self, seen: mx.array) -> mx.array:
+        """The context layers' outputs (M, layers * D), or the final hidden states -> (M, D)."""
+        if not self.config.context_layers:
+            return seen
+        rows = seen.shape[0]
+        every = seen.reshape(rows, len(self.context_norm), -1)
+        normed = mx.fast.rms_norm(every, None, self.context_norm[0].eps) * self._context_scale()
+        return self.context_proj(normed.reshape(rows, -1))
+
+    def _context_scale(self) -> mx.array:
+        """The weights of all norms (layers, D); gathered once, unless they are being trained."""
+        weights = self.get("_scale")
+        return mx.stack([norm.weight for norm in self.context_norm]) if weights is None else weights
 
     def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
         """(D,) -> the first state (1, D), and h or its half of the projection (1, *)."""
@@ -263,7 +273,7 @@ def _parts(linear: nn.Module, x: mx.array, count: int) -> list[mx.array]:
 
 
 def _halves(linear: nn.Module, size: int) -> tuple[nn.Module, nn.Module]:
-    """Split a projection of [h, s] into one of h (with the bias) and one of s, as it is stored."""
+    """Split a projection of [h, s] into one of h and one of s (with the bias), as it is stored."""
     parts: list[nn.Module]
     if isinstance(linear, nn.QuantizedLinear) and size % linear.group_size == 0:
         parts = [_quantized_part(linear, size, start) for start in (0, size)]
@@ -274,7 +284,7 @@ def _halves(linear: nn.Module, size: int) -> tuple[nn.Module, nn.Module]:
         for part, start in zip(parts, (0, size), strict=True):
             part.weight = mx.contiguous(linear.weight[:, start : start + size])
     if "bias" in linear:
-        parts[0].bias = linear.bias
+        parts[1].bias = linear.bias  # where a sum follows anyway, in one kernel with it
     mx.eval([part.parameters() for part in parts])
     return parts[0], parts[1]
 

@@ -12,22 +12,16 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_redrafter.api import Model, stream_generate
 from mlx_redrafter.decoding import beam, lookup, sampling
 from mlx_redrafter.decoding.prospects import KINDS, LOOKUP, Prospects, beam_of
-from mlx_redrafter.decoding.tree import Candidates, TreeShape
+from mlx_redrafter.decoding.tree import END, Candidates, TreeShape, integers, joined, rising
 from mlx_redrafter.models import cache
 from mlx_redrafter.prompts import Prompt
 
 WIDTHS = {1: 4, 2: 4, 3: 4, 4: 5}  # beam width: deepest level that is recorded
 TEMPERATURES = (0.0, 0.8)
 
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Tokens, parents and scores of ``Candidates``."""
-
-
-@dataclass
-class Node:
-    token: int
-    parent: int
-    score: float
+Arrays = tuple[np.ndarray, np.ndarray]
+"""Paths, without the root's token, and costs of ``Candidates``."""
+Path = tuple[int, ...]
 
 
 @dataclass
@@ -52,8 +46,8 @@ class Answer:
         if not shape.drafts:
             return 1
         if (at, shape) not in self._known:
-            nodes = self.candidates(at, shape)
-            self._known[at, shape] = self.accepted(at, nodes, best(nodes, shape.nodes)) + 1
+            chosen = best(self.candidates(at, shape), shape.nodes)
+            self._known[at, shape] = self.accepted(at, chosen) + 1
         return min(self._known[at, shape], len(self.tokens) - at)
 
     def steps(self, shape: TreeShape) -> int:
@@ -67,42 +61,32 @@ class Answer:
         """The same answer with the drafts that knew nothing of the noise."""
         return replace(self, drafts=self.blind)
 
-    def candidates(self, at: int, shape: TreeShape) -> list[Node]:
-        """Beams and lookup in one list, each path once (as ``lookup.merge``)."""
-        found: list[Node] = []
+    def candidates(self, at: int, shape: TreeShape) -> dict[Path, float]:
+        """What beams and lookup cost, each path once (as ``tree.distinct``)."""
+        found: dict[Path, float] = {}
+        sources = [(0, shape.lookup)] if shape.lookup else []
         if shape.depth:
-            tokens, parents, scores = self.drafts[at][shape.width]
-            some = range(shape.width * shape.depth)
-            found = [Node(int(tokens[i]), int(parents[i]), float(scores[i])) for i in some]
-        numbers = {(node.parent, node.token): i for i, node in enumerate(found)}
-        tokens, _, scores = self.drafts[at][0]
-        last = -1
-        for token, score in list(zip(tokens, scores, strict=True))[: shape.lookup]:
-            if not np.isfinite(score):
-                break
-            same = numbers.get((last, int(token)))
-            if same is None:
-                found.append(Node(int(token), last, float(score)))
-                last = len(found) - 1
-            else:
-                found[same].score = max(found[same].score, float(score))
-                last = same
+            sources.append((shape.width, shape.width * shape.depth))
+        for source, count in sources:
+            paths, costs = self.drafts[at][source]
+            for row, cost in zip(paths[1 : count + 1], costs[1 : count + 1], strict=True):
+                path = tuple(int(token) for token in row if token != END)
+                if np.isfinite(cost):
+                    found[path] = min(found.get(path, np.inf), float(cost))
         return found
 
-    def accepted(self, at: int, nodes: Sequence[Node], chosen: set[int]) -> int:
-        """How many of the chosen nodes the answer goes through."""
-        here, count = -1, 0
-        children = {(nodes[i].parent, nodes[i].token): i for i in chosen}
-        while at + count < len(self.tokens):
-            if (following := children.get((here, self.tokens[at + count]))) is None:
-                break
-            here, count = following, count + 1
+    def accepted(self, at: int, chosen: set[Path]) -> int:
+        """How many of the chosen drafts the answer goes through."""
+        count = 0
+        while at + count < len(self.tokens) and tuple(self.tokens[at : at + count + 1]) in chosen:
+            count += 1
         return count
 
 
-def best(nodes: Sequence[Node], size: int) -> set[int]:
+def best(candidates: dict[Path, float], size: int) -> set[Path]:
     """The best-first choice of ``tree.best_nodes``."""
-    return set(sorted(range(len(nodes)), key=lambda i: (-nodes[i].score, i))[: size - 1])
+    order = sorted(candidates, key=lambda path: rising(candidates[path], len(path)))
+    return set(order[: size - 1])
 
 
 def record(
@@ -128,7 +112,9 @@ DraftFunction = Callable[..., list[Candidates]]
 
 
 def _draft_function(model: Model, temp: float, shared_noise: bool) -> DraftFunction:
-    drafter, vocab = model.drafter, model.target.config.vocab_size
+    drafter = model.drafter
+    vocabulary = integers(range(model.target.config.vocab_size))
+    drafted = drafter.select(vocabulary) if drafter is not None else vocabulary
 
     @mx.compile
     def drafts(
@@ -136,15 +122,14 @@ def _draft_function(model: Model, temp: float, shared_noise: bool) -> DraftFunct
     ) -> list[Candidates]:
         noise = temperature = None
         if shared_noise:
-            noise = sampling.gumbel(seed, position + 1, max(WIDTHS.values()), vocab)
+            noise = sampling.noise({"seed": seed}, position + 1, max(WIDTHS.values()), drafted)
             temperature = mx.array(temp)
-        found = [lookup.search(history, position, LOOKUP)]
+        found = [lookup.search(history, position, LOOKUP, LOOKUP + 2)]
         for width, depth in WIDTHS.items():
             if drafter is None:
                 break
-            # "lookup" here makes a chain keep its scores
-            shape = TreeShape(width, depth, 1 + depth, lookup=1)
-            found.append(beam.search(drafter, context, root, shape, temperature, noise))
+            shape = TreeShape(width, depth, 1 + width * depth)
+            found.append(joined(beam.search(drafter, context, root, shape, temperature, noise)))
         return found
 
     return drafts
@@ -161,7 +146,9 @@ def _drafts(
         mx.array(text), positions, slots[None] <= positions[:, None], slots, kv,
         cache.Append(mx.array([0])), drafter.context_layers if drafter is not None else (),
     )  # fmt: skip
-    context = drafter.context(hidden, inner) if drafter is not None else hidden
+    context = hidden
+    if drafter is not None:
+        context = drafter.context(mx.concatenate(list(inner or (hidden,)), axis=-1))
     # One capacity for all answers of a length class, or every answer would be traced again.
     history = mx.array([*text, *[0] * (-n % 1024)], mx.int32)
     key = mx.array([seed], mx.uint32)
@@ -170,7 +157,7 @@ def _drafts(
             context[root - 1], mx.array([text[root]]), mx.array([root]), history, key
         )  # fmt: skip
         mx.eval(found)
-        arrays = [(np.array(c.tokens), np.array(c.parents), np.array(c.scores)) for c in found]
+        arrays = [(np.array(c.paths)[:, 1:], np.array(c.costs)) for c in found]
         yield dict(zip((0, *WIDTHS), arrays, strict=False))
 
 

@@ -67,15 +67,15 @@ def after_draft_walk(
     def walk(answer: Answer) -> float:
         at, seconds = 0, 0.0
         while at < len(answer.tokens):
-            nodes = answer.candidates(at, shape)
-            chances = sorted((right(n.score, answer.sampled) for n in nodes), reverse=True)
+            found = answer.candidates(at, shape)
+            chances = sorted((right(c, answer.sampled) for c in found.values()), reverse=True)
             gains = np.concatenate([[0.0], np.cumsum(chances)])
 
             def worth(size: int, gains: np.ndarray = gains) -> float:
                 return float(gains[min(size, len(gains)) - 1]) - rate * costs.checking(size)
 
             size = max(sizes, key=worth)
-            at += answer.accepted(at, nodes, best(nodes, size)) + 1
+            at += answer.accepted(at, best(found, size)) + 1
             seconds += costs.checking(size) + draft + lost
         return seconds
 
@@ -83,7 +83,7 @@ def after_draft_walk(
 
 
 class Calibration:
-    """From a node's joint score to the chance that the answer goes through it: 40 quantile bins."""
+    """From a path's cost to the chance that the answer goes through it: 40 quantile bins."""
 
     def __init__(self, answers: Sequence[Answer], shape: TreeShape) -> None:
         self._bins = {}
@@ -91,24 +91,14 @@ class Calibration:
             scores, right = [], []
             for answer in (a for a in answers if a.sampled == sampled):
                 for at in range(len(answer.tokens)):
-                    nodes = answer.candidates(at, shape)
-                    reached = {-1: 0}
-                    for i, node in enumerate(nodes):
-                        depth = reached.get(node.parent)
-                        hit = (
-                            depth is not None
-                            and at + depth < len(answer.tokens)
-                            and answer.tokens[at + depth] == node.token
-                        )
-                        if hit and depth is not None:
-                            reached[i] = depth + 1
-                        scores.append(node.score)
-                        right.append(hit)
+                    for path, cost in answer.candidates(at, shape).items():
+                        scores.append(-cost)
+                        right.append(path == tuple(answer.tokens[at : at + len(path)]))
             self._bins[sampled] = _monotone_bins(np.array(scores), np.array(right, float))
 
-    def __call__(self, score: float, sampled: bool) -> float:
+    def __call__(self, cost: float, sampled: bool) -> float:
         edges, chance = self._bins[sampled]
-        at = int(np.searchsorted(edges, score)) - 1
+        at = int(np.searchsorted(edges, -cost)) - 1
         return float(chance[min(max(at, 0), len(chance) - 1)])
 
 

@@ -24,7 +24,8 @@ def contexts(drafter: ReDrafter, target: Decoder, features: mx.array) -> mx.arra
     inner = tuple(
         features[:, layers.index(i)].astype(target.dtype) for i in drafter.config.context_layers
     )
-    return drafter.context(final_hidden(target, features), inner)
+    seen = inner or (final_hidden(target, features),)
+    return drafter.context(mx.concatenate(list(seen), axis=-1))
 
 
 def head_inputs(
