@@ -43,6 +43,15 @@ class PrefillStats:
         self.declined[reason] += layers
         self.dense_pairs += layers * pairs
 
+    def add(self, other: PrefillStats) -> None:
+        """Accumulate another prompt's statistics into this one."""
+        for name in ("chunks", "sparse_chunks", "sparse_layers"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("scored_pairs", "sparse_pairs", "dense_pairs"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.declined.update(other.declined)
+        self.mode = other.mode
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
@@ -76,7 +85,7 @@ class DraftStats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0  # launching steps and waiting for them: draft, verify, commit
     host_seconds: float = 0.0  # whoever consumes the tokens: text, printing
-    sparse_prefill: PrefillStats | None = None  # where it was on, of the last answer
+    sparse_prefill: PrefillStats | None = None  # where it was on
 
     def record(self, produced: int, drafted: int, shape: str = "") -> None:
         """One step that produced ``produced`` tokens (accepted drafts and the bonus)."""
@@ -114,7 +123,9 @@ class DraftStats:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.histogram.update(other.histogram)
         self.shapes.update(other.shapes)
-        self.sparse_prefill = other.sparse_prefill or self.sparse_prefill
+        if other.sparse_prefill is not None:
+            self.sparse_prefill = self.sparse_prefill or PrefillStats(other.sparse_prefill.mode)
+            self.sparse_prefill.add(other.sparse_prefill)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
