@@ -27,14 +27,14 @@ def minference(options: SparsePrefill) -> Selector:
         patterns = options.head_patterns(layer, chunk.heads)
         columns, distances = lines(chunk, patterns, options.last_queries)
         blocks = top_blocks(chunk, patterns)
-        seen = list(_seen(chunk, columns, distances, blocks, options))
+        seen = list(keys_seen(chunk, columns, distances, blocks, options))
         counts = mx.stack([row.astype(mx.int32).sum(axis=1) for row in seen])
         return Columns(seen, cast(list[list[int]], counts.tolist()))
 
     return select
 
 
-def _seen(
+def keys_seen(
     chunk: Chunk,
     columns: mx.array,
     distances: mx.array,

@@ -1,0 +1,332 @@
+"""Reading prompts densely and sparsely: chunks, families, sessions, and what is written after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
+
+import mlx.core as mx  # isort: skip
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import RANKS, SHAPES, Oracle, prompt_of, run
+from tiny_models import CASES, build
+
+from mlx_redrafter.decoding.engine import Engine
+from mlx_redrafter.decoding.sampling import SamplingParams
+from mlx_redrafter.errors import OptionError
+from mlx_redrafter.models import Decoder, cache, load_model
+from mlx_redrafter.prefill import reading
+from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill
+from mlx_redrafter.prefill.reading import Part, parts, read
+from mlx_redrafter.prefill.session import Session
+from mlx_redrafter.prefill.sparse import SELECTORS, SparseAttention
+from mlx_redrafter.stats import DraftStats, PrefillStats
+
+SMALL: dict[str, Any] = {
+    "block": 16, "stride": 4, "min_context": 32, "dense_tail": 16, "sink": 16, "local": 16,
+    "max_density": 1.0, "tau": 0.5,
+}  # fmt: skip
+# Lines so few that the tiny prompts are thinned out.
+FEW = tuple({head: HeadPattern(vertical=1, slash=1) for head in range(4)} for _ in range(3))
+MODES = {
+    mode: SparsePrefill(mode, **SMALL, patterns=FEW if mode == "minference" else None)  # type: ignore[arg-type]
+    for mode in SELECTORS
+}
+XATTENTION, TRIANGLEMIX = MODES["xattention"], MODES["trianglemix"]
+
+
+def fresh(target: Decoder, length: int) -> Session:
+    return Session(kv=cache.new_cache(target.config, cache.bucket(length), target.dtype))
+
+
+def read_by(
+    target: Decoder,
+    prompt: list[int],
+    options: SparsePrefill | None = None,
+    step: int = 64,
+) -> tuple[mx.array, Session, PrefillStats | None]:
+    """Final hidden state (1, D), the session, what sparse prefill did."""
+    session = fresh(target, len(prompt))
+    sparse = SparseAttention(options, target.config) if options is not None else None
+    hidden, _ = read(target, prompt, session, step, sparse=sparse)
+    return hidden, session, sparse.stats if sparse is not None else None
+
+
+def rows(session: Session) -> np.ndarray:
+    """All keys and values of the tokens that the session holds."""
+    return np.stack([np.array(slab)[0, :, : len(session.tokens)] for slab in session.kv])
+
+
+def as_before(target: Decoder, prompt: list[int], step: int) -> tuple[mx.array, list[mx.array]]:
+    """The loop as the engine had it: the passes, masks and slots of dense reading, to the letter."""
+    kv = cache.new_cache(target.config, cache.bucket(len(prompt)), target.dtype)
+    slots = mx.arange(kv[0].shape[2], dtype=mx.int32)
+    total, done = len(prompt) - 1, 0
+    while done < total:
+        chunk = list(prompt[done : min(done + step, total)])
+        positions = mx.arange(done, done + len(chunk), dtype=mx.int32)
+        filled = slots[: min(cache.bucket(done + len(chunk)), slots.shape[0])]
+        hidden, _, kv = target(
+            mx.array(chunk, mx.int32), positions, filled[None] <= positions[:, None], filled, kv,
+            cache.Append(mx.array([done], mx.int32)),
+        )  # fmt: skip
+        done += len(chunk)
+    return hidden[-1:], kv
+
+
+@pytest.mark.parametrize("step", [1, 24, 64, 512])
+@pytest.mark.parametrize("length", [2, 25, 65, 300])
+def test_off_is_to_the_bit_what_it_was(target: Decoder, step: int, length: int) -> None:
+    if length * step > 60 * length and length < 60 or step == 1 and length > 30:
+        pytest.skip("nothing new")
+    prompt = prompt_of(length)
+    expected, kv = as_before(target, prompt, step)
+    hidden, session, _ = read_by(target, prompt, None, step)
+    assert np.array_equal(np.array(hidden), np.array(expected))
+    for mine, theirs in zip(session.kv, kv, strict=True):
+        assert np.array_equal(np.array(mine), np.array(theirs))
+
+
+def test_off_in_the_engine_is_no_option_at_all(target: Decoder) -> None:
+    prompt, sessions = prompt_of(200), [Session(), Session()]
+    engine = Engine(target, None, compiled=False)
+    answers = [
+        run(engine, prompt, None, None, 5, session, sparse_prefill=options)
+        for session, options in zip(sessions, (None, SparsePrefill()), strict=True)
+    ]
+    assert answers[0] == answers[1]
+    assert np.array_equal(rows(sessions[0]), rows(sessions[1]))
+    assert sessions[1].tag == ""
+
+
+def test_chunks_are_whole_blocks_between_dense_ends() -> None:
+    assert list(parts(0, 200, 64, XATTENTION)) == [
+        Part(0, 32, "short context"),
+        Part(32, 96),
+        Part(96, 160),
+        Part(160, 176),
+        Part(176, 199, "dense tail"),
+    ]
+    assert list(parts(70, 150, 40, XATTENTION)) == [
+        Part(70, 80, "not whole blocks"),
+        Part(80, 112),
+        Part(112, 128),
+        Part(128, 149, "dense tail"),
+    ]
+    assert list(parts(0, 32, 64, XATTENTION)) == [Part(0, 31, "short context")]
+    assert list(parts(0, 50, 64, XATTENTION)) == [
+        Part(0, 32, "short context"),
+        Part(32, 49, "dense tail"),
+    ] or list(parts(0, 50, 64, XATTENTION)) == [Part(0, 49, "dense tail")]
+    assert list(parts(0, 49, 100)) == [Part(0, 48, "off")]
+    assert list(parts(48, 49, 100)) == []
+    assert list(parts(0, 66, 8, MODES["a_shape"]))[-3:] == [
+        Part(24, 32, "short context"), Part(32, 48), Part(48, 64),
+    ] or list(parts(0, 66, 8, MODES["a_shape"]))[-1] == Part(64, 65, "dense tail")  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [None, *MODES.values()], ids=["off", *MODES])
+def test_every_token_is_read_once_and_the_tail_densely(options: SparsePrefill | None) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        prompt, step = int(rng.integers(1, 300)), int(rng.integers(1, 100))
+        start = int(rng.integers(0, prompt))
+        at = start
+        for part in parts(start, prompt, step, options):
+            assert part.start == at < part.stop
+            assert part.stop - part.start <= max(step, 16)
+            if options is not None and not part.dense:
+                assert part.start % 16 == part.stop % 16 == 0
+                assert part.start >= 32
+                assert part.stop <= prompt - options.tail
+            at = part.stop
+        assert at == prompt - 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_with_every_key_each_family_reads_as_densely(case: str, tmp_path: Path) -> None:
+    """tau 1 and everything local: the same hidden state, the same next token."""
+    build(tmp_path, case)
+    target = load_model(tmp_path)
+    everything = [
+        SparsePrefill("xattention", **{**SMALL, "tau": 1.0}),
+        SparsePrefill("a_shape", **{**SMALL, "local": 512}),
+        SparsePrefill("minference", **SMALL),  # 1000 columns
+    ]
+    windowed = sum(map(bool, target.config.layer_windows))
+    for length, step in ((150, 64), (131, 37)):
+        prompt = prompt_of(length, vocab=target.config.vocab_size)
+        expected, dense, _ = read_by(target, prompt, None, step)
+        logits = target.logits(expected)
+        for options in everything:
+            hidden, session, stats = read_by(target, prompt, options, step)
+            assert stats is not None
+            assert stats.declined["sliding window"] == windowed * stats.sparse_chunks
+            assert stats.sparse_layers > 0
+            assert stats.density == stats.whole_density == 1.0
+            assert mx.abs(hidden - expected).max().item() <= 1e-4
+            assert np.allclose(rows(session), rows(dense), atol=1e-4)
+            assert mx.argmax(target.logits(hidden)).item() == mx.argmax(logits).item()
+
+
+def test_quantised_weights_are_read_sparsely(tmp_path: Path) -> None:
+    build(tmp_path, "qwen3")
+    target = load_model(tmp_path)
+    nn.quantize(target, group_size=32, bits=4, class_predicate=lambda _, m: _fits(m))
+    prompt = prompt_of(150)
+    expected, _, _ = read_by(target, prompt)
+    options = SparsePrefill("xattention", **{**SMALL, "tau": 1.0})
+    hidden, _, stats = read_by(target, prompt, options)
+    assert stats is not None
+    assert stats.sparse_layers > 0
+    assert mx.abs(hidden - expected).max().item() <= 1e-4
+
+
+def _fits(module: nn.Module) -> bool:
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_less_than_every_key_is_counted_and_changes_something(target: Decoder, mode: str) -> None:
+    prompt = prompt_of(400)
+    expected, _, _ = read_by(target, prompt)
+    hidden, _, stats = read_by(target, prompt, MODES[mode])
+    assert stats is not None
+    assert (stats.chunks, stats.sparse_chunks) == (8, 6) or mode == "a_shape"
+    lower = 6 if mode == "trianglemix" else 0
+    assert stats.declined["lower layer"] == lower
+    assert stats.sparse_layers == 3 * stats.sparse_chunks - lower
+    assert 0.05 < stats.density < 0.9
+    assert stats.density < stats.whole_density < 1
+    assert not np.allclose(np.array(hidden), np.array(expected), atol=1e-4)
+
+
+def test_a_layer_that_would_score_too_much_is_dense(target: Decoder) -> None:
+    prompt = prompt_of(300)
+    expected, dense, _ = read_by(target, prompt, None, 64)
+    options = SparsePrefill("xattention", **{**SMALL, "max_density": 0.01})
+    hidden, session, stats = read_by(target, prompt, options)
+    assert stats is not None
+    assert (stats.sparse_layers, stats.sparse_chunks) == (0, 0)
+    assert stats.declined["too many keys"] > 0
+    assert mx.abs(hidden - expected).max().item() <= 1e-4
+
+
+def test_patterns_of_another_model_are_refused(target: Decoder) -> None:
+    options = SparsePrefill("minference", patterns=FEW[:2])
+    with pytest.raises(OptionError, match="has 2 layers and the model 3"):
+        run(Engine(target, None, compiled=False), prompt_of(5), sparse_prefill=options)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temp=0.8, seed=3)], ids=str)
+@pytest.mark.parametrize("mode", ["trianglemix", "xattention", "minference"])
+def test_drafted_text_after_a_sparse_prefill_is_the_plain_text_after_it(
+    target: Decoder, mode: str, params: SamplingParams
+) -> None:
+    prompt, options = prompt_of(300, seed=5), MODES[mode]
+    stats = DraftStats()
+    plain = run(
+        Engine(target, None, compiled=False), prompt, params, None, 24, None, stats,
+        sparse_prefill=options,
+    )  # fmt: skip
+    assert stats.sparse_prefill is not None
+    assert stats.sparse_prefill.sparse_layers > 0
+    assert stats.sparse_prefill.density < 0.9
+    # It finds its place by hidden states of dense reading: right sometimes, which is enough.
+    drafter = Oracle(target, [prompt + plain], RANKS)
+    engine = Engine(target, drafter, compiled=False)
+    for name in ("chain", "beam-3x4-8", "beam-and-lookup"):
+        stats = DraftStats()
+        drafted = run(engine, prompt, params, SHAPES[name], 24, None, stats, sparse_prefill=options)
+        assert stats.sparse_prefill is not None
+        assert stats.sparse_prefill.sparse_layers > 0
+        assert drafted == plain
+        assert stats.drafted > 0
+
+
+def turn(
+    target: Decoder, prompt: list[int], session: Session, options: SparsePrefill | None
+) -> int:
+    """One request; how many prompt tokens it had to read."""
+    stats = DraftStats()
+    run(
+        Engine(target, None, compiled=False), prompt, None, None, 3, session, stats,
+        sparse_prefill=options,
+    )  # fmt: skip
+    return stats.prefill_tokens
+
+
+def test_a_sparse_prefix_serves_only_its_own_configuration(target: Decoder) -> None:
+    prompt = prompt_of(200)
+    longer = prompt + prompt_of(60, seed=2)
+    for second, kept in ((XATTENTION, 198), (TRIANGLEMIX, 32), (None, 32)):
+        session = Session()
+        assert turn(target, prompt, session, XATTENTION) == 200
+        assert (session.tag, session.sparse_from) == (XATTENTION.tag, 32)
+        assert turn(target, prompt, session, second) == 200 - kept  # what is before 32 is dense
+        assert session.tag == (second.tag if second else "")
+        if second is None:
+            fresh_one = Session()
+            turn(target, prompt, fresh_one, None)
+            assert np.allclose(rows(session), rows(fresh_one), atol=1e-4)
+    session = Session()
+    turn(target, prompt, session, None)
+    assert turn(target, longer, session, XATTENTION) == 60  # a dense prefix serves everybody
+    assert (session.tag, session.sparse_from) == (XATTENTION.tag, 208)
+    session.trim(150)
+    assert session.tag == ""
+    assert turn(target, prompt, session, None) == 50
+
+
+def test_a_prompt_too_short_to_be_sparse_leaves_a_dense_session(target: Decoder) -> None:
+    session = Session()
+    turn(target, prompt_of(30), session, XATTENTION)
+    assert session.tag == ""
+
+
+def test_an_interrupt_within_a_sparse_pass_leaves_an_empty_session(
+    target: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slabs were handed over; one between passes leaves what was read."""
+    prompt, session = prompt_of(200), Session()
+
+    def interrupted(self: SparseAttention, layer: int, chunk: Any) -> str:
+        if layer == 1 and chunk.offset >= 96:
+            raise KeyboardInterrupt
+        return "interrupted later"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseAttention, "choose", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(Engine(target, None, compiled=False), prompt, None, None, 3, session,
+                prefill_step_size=64, sparse_prefill=XATTENTION)  # fmt: skip
+    assert (session.tokens, session.kv, session.tag) == ([], [], "")
+    again, fresh_one = Session(), Session()
+    engine = Engine(target, None, compiled=False)
+    for one in (session, fresh_one, again):
+        run(engine, prompt, None, None, 3, one, sparse_prefill=XATTENTION)
+    assert np.array_equal(rows(session), rows(fresh_one))
+
+
+@pytest.mark.parametrize("handed_over", [True, False])
+def test_a_pass_that_reads_back_does_not_copy_the_slabs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handed_over: bool
+) -> None:
+    """xattention evaluates each layer on the way. With a name for the old slabs all are copied."""
+    build(tmp_path, "llama", num_hidden_layers=4, max_position_embeddings=1 << 17)
+    target, prompt = load_model(tmp_path), prompt_of(97)
+    if not handed_over:
+        monkeypatch.setattr(reading, "Given", list)
+    session = Session(kv=cache.new_cache(target.config, 1 << 16, target.dtype))
+    mx.eval(session.kv, target.parameters())
+    sparse = SparseAttention(SparsePrefill("xattention", **{**SMALL, "tau": 0.3}), target.config)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    read(target, prompt, session, 64, sparse=sparse)
+    assert sparse.stats.sparse_layers == 4
+    slab = session.kv[0].nbytes
+    assert ((mx.get_peak_memory() - before) < slab / 2) == handed_over
