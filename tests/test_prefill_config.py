@@ -97,6 +97,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         ({"local": -1}, "local -1"),
         ({"start_layer": -1}, "start_layer -1"),
         ({"max_density": 0}, "max_density 0"),
+        ({"over": "more"}, "over more is not possible: use dense or cap"),
         ({"last_queries": 0}, "last_queries 0"),
         ({"mode": "xattention", "patterns": ()}, "patterns are for mode minference"),
     ],

@@ -65,6 +65,22 @@ def test_every_key_chosen_is_dense_attention(
         assert mx.abs(attend_to(chosen, chunk, softmax) - expected).max().item() <= 1e-5
 
 
+@pytest.mark.parametrize(("dtype", "close"), [(mx.float32, 1e-5), (mx.bfloat16, 2e-2)])
+def test_the_fused_kernels_path(
+    dtype: mx.Dtype, close: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Metal runs, through mx.fast's own fallback on a CPU."""
+    monkeypatch.setattr("mlx_redrafter.models.attention.fused_kernels", lambda: True)
+    q, keys, values = random_case(6, 8, 2, 112, 64)
+    slab = mx.nan_to_num(reference.slab_of(keys, values, 256)).astype(dtype)
+    table = np.stack([reference.of_blocks([range(7 + j) for j in range(4)], 112, 64, BLOCK)] * 8)
+    expected = reference.attention(q, keys, values, table, 0.4, 0.0)
+    chunk = Chunk(mx.array(q).astype(dtype), slab, 112, BLOCK, 0.4)
+    for chosen in everything(chunk):
+        out = attend_to(chosen, chunk, softmax).astype(mx.float32)
+        assert np.allclose(np.array(out), expected, atol=close)
+
+
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
 @pytest.mark.parametrize("seed", range(6))
 def test_chosen_blocks_in_any_order_are_the_definition(seed: int, softcap: float) -> None:

@@ -118,6 +118,21 @@ def test_xattention_picks_a_planted_block_for_the_head_that_wants_it() -> None:
     assert sorted(local.ids[0][1].tolist()) == [0, 19]
 
 
+def test_xattention_can_be_capped() -> None:
+    """At tau 0.9 every block wants most; capped, each query block stays under the density."""
+    chunk = chunk_of(8, offset=320, n=48)
+    free, capped = (
+        xattention(options_of("xattention", tau=0.9, max_density=0.3, over=over))(0, chunk)
+        for over in ("dense", "cap")
+    )
+    assert isinstance(free, Blocks)
+    assert isinstance(capped, Blocks)
+    assert free.pairs(chunk) > 0.6 * chunk.causal_pairs
+    assert 0.2 * chunk.causal_pairs < capped.pairs(chunk) <= 0.3 * chunk.causal_pairs
+    for many, few in zip(free.ids, capped.ids, strict=True):
+        assert many[:, : few.shape[1]].tolist() == few.tolist()
+
+
 def test_xattention_with_tau_1_is_dense() -> None:
     chunk = chunk_of(1)
     chosen = xattention(options_of("xattention", tau=1.0))(0, chunk)

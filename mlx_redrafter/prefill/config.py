@@ -49,6 +49,8 @@ class SparsePrefill:
         start_layer: layers below are dense; None: half of them for trianglemix, none for others.
         max_density: a layer whose selection scores a larger share of the pairs reads the chunk
             densely, as it would not pay.
+        over: what becomes of xattention's blocks beyond that: ``dense``, or ``cap`` for as many as
+            fit, which hold less than tau.
         last_queries: of a chunk, by which minference chooses.
         patterns: of minference, as `read_patterns` gives them; None: the default for every head.
 
@@ -66,6 +68,7 @@ class SparsePrefill:
     local: int = 512
     start_layer: int | None = None
     max_density: float = 0.5
+    over: Literal["dense", "cap"] = "dense"
     last_queries: int = 64
     patterns: Patterns | None = field(default=None, hash=False)
 
@@ -84,6 +87,7 @@ class SparsePrefill:
             need(getattr(self, name) >= 0, name, "0 or more")
         need(self.start_layer is None or self.start_layer >= 0, "start_layer", "0 or more")
         need(0 < self.max_density <= 1, "max_density", "a number above 0 and at most 1")
+        need(self.over in ("dense", "cap"), "over", "dense or cap")
         need(self.last_queries > 0, "last_queries", "1 or more")
         if self.patterns is not None and self.mode != "minference":
             raise OptionError(

@@ -63,6 +63,7 @@ def ranked(mass: mx.array, chunk: Chunk, options: SparsePrefill) -> tuple[mx.arr
     """mass (Hkv, n/b, K) -> blocks (Hkv, n/b, K), the most wanted first, and how many (n/b,).
 
     What is always kept comes first. The own block, whose mass counts, is not among them.
+    With ``over`` cap a query block has no more than max_density allows.
     """
     count, total = mass.shape[2], mass.sum(axis=-1, keepdims=True)
     own = mx.array(list(chunk.past_blocks), mx.int32)[:, None]  # (n/b, 1)
@@ -75,5 +76,10 @@ def ranked(mass: mx.array, chunk: Chunk, options: SparsePrefill) -> tuple[mx.arr
     held = mx.cumsum(held, axis=-1, inclusive=False)
     held = held + mx.take_along_axis(mass, mx.broadcast_to(own, (*mass.shape[:2], 1)), axis=-1)
     needed = (held < options.tau * total).sum(axis=-1).max(axis=0)  # (n/b,)
-    kept = [len(always(b, options.sink_blocks, options.local_blocks)) for b in chunk.past_blocks]
-    return order, mx.clip(needed, mx.array(kept), own[:, 0])
+    past = chunk.past_blocks
+    kept = [len(always(b, options.sink_blocks, options.local_blocks)) for b in past]
+    most = [*past]
+    if options.over == "cap":  # a query block scores half of its own block
+        fitting = [int(options.max_density * (b + 0.5) - 0.5) for b in past]
+        most = [max(least, fit) for least, fit in zip(kept, fitting, strict=True)]
+    return order, mx.clip(needed, mx.array(kept), mx.array(most))
