@@ -21,8 +21,10 @@ from mlx_redrafter.models import Decoder, cache, load_model
 from mlx_redrafter.prefill import reading
 from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill
 from mlx_redrafter.prefill.reading import Part, parts, read
+from mlx_redrafter.prefill.selectors import Blocks, Chunk
 from mlx_redrafter.prefill.session import Session
 from mlx_redrafter.prefill.sparse import SELECTORS, SparseAttention
+from mlx_redrafter.prefill.xattention import everything
 from mlx_redrafter.stats import DraftStats, PrefillStats
 
 SMALL: dict[str, Any] = {
@@ -123,7 +125,7 @@ def test_chunks_are_whole_blocks_between_dense_ends() -> None:
         Part(24, 32, "short context"),
         Part(32, 48),
         Part(48, 64),
-        Part(64, 65, "dense tail"),
+        Part(64, 65, "not whole blocks"),
     ]
 
 
@@ -252,6 +254,21 @@ def test_a_layer_that_would_score_too_much_is_dense(target: Decoder) -> None:
     assert (stats.sparse_layers, stats.sparse_chunks) == (0, 0)
     assert stats.declined["too many keys"] > 0
     assert mx.abs(hidden - expected).max().item() <= 1e-4
+
+
+def test_another_selector_can_be_measured(target: Decoder) -> None:
+    prompt = prompt_of(200)
+    expected, _, _ = read_by(target, prompt)
+    options, seen = MODES["a_shape"], []
+
+    def select(layer: int, chunk: Chunk) -> Blocks:
+        seen.append((layer, chunk.offset))
+        return everything(chunk)
+
+    sparse = SparseAttention(options, target.config, selector=select)
+    hidden, _ = read(target, prompt, fresh(target, 200), 64, sparse=sparse)
+    assert mx.abs(hidden - expected).max().item() <= 1e-4
+    assert seen == [(layer, at) for at in (32, 96, 160) for layer in range(3)]
 
 
 def test_patterns_of_another_model_are_refused(target: Decoder) -> None:

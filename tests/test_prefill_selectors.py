@@ -14,7 +14,7 @@ from mlx_redrafter.prefill import minference
 from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill
 from mlx_redrafter.prefill.selectors import Blocks, Chunk, Columns, a_shape
 from mlx_redrafter.prefill.sparse import SELECTORS
-from mlx_redrafter.prefill.xattention import block_mass, xattention
+from mlx_redrafter.prefill.xattention import block_mass, ranked, xattention
 
 
 def chunk_of(seed: int, softcap: float = 0.0, **sizes: int) -> Chunk:
@@ -131,6 +131,15 @@ def test_xattention_can_be_capped() -> None:
     assert 0.2 * chunk.causal_pairs < capped.pairs(chunk) <= 0.3 * chunk.causal_pairs
     for many, few in zip(free.ids, capped.ids, strict=True):
         assert many[:, : few.shape[1]].tolist() == few.tolist()
+
+
+def test_what_is_always_kept_comes_before_a_block_that_holds_everything() -> None:
+    mass = np.zeros((2, 1, 12), np.float32)
+    mass[:, 0, 5] = 8.0
+    chunk = chunk_of(0, offset=176, n=16)
+    order, counts = ranked(mx.array(mass), chunk, options_of("xattention", sink=16, local=32))
+    assert counts.tolist() == [4]
+    assert [row[:4] for row in order[:, 0].tolist()] == [[0, 9, 10, 5]] * 2
 
 
 def test_xattention_with_tau_1_is_dense() -> None:

@@ -48,7 +48,7 @@ def parts(
     early = "short context" if start < options.min_context else "not whole blocks"
     yield from _split(start, first, step, early)
     yield from _split(first, last, max(block, step // block * block), "")
-    yield from _split(last, total, step, "dense tail")
+    yield from _split(last, total, step, "dense tail" if options.tail else "not whole blocks")
 
 
 def _split(start: int, stop: int, step: int, dense: str) -> Iterator[Part]:

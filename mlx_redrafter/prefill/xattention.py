@@ -69,7 +69,7 @@ def ranked(mass: mx.array, chunk: Chunk, options: SparsePrefill) -> tuple[mx.arr
     own = mx.array(list(chunk.past_blocks), mx.int32)[:, None]  # (n/b, 1)
     numbers = mx.arange(count)
     sure = (numbers < options.sink_blocks) | (numbers >= own - options.local_blocks)
-    wanted = mx.where(sure, mass + total, mass)
+    wanted = mx.where(sure, mass + 2 * total, mass)
     wanted = mx.where(numbers < own, wanted, -1.0)
     order = mx.argsort(-wanted, axis=-1).astype(mx.int32)
     held = mx.take_along_axis(mx.where(numbers < own, mass, 0.0), order, axis=-1)
