@@ -11,24 +11,13 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 import prefill_reference as reference
 import pytest
+from prefill_cases import BLOCK, random_case, who_sees_whom
 
 from mlx_redrafter.models.attention import attend, softmax
 from mlx_redrafter.prefill import consumer
 from mlx_redrafter.prefill.consumer import block_sparse_attention, column_sparse_attention
 from mlx_redrafter.prefill.selectors import Blocks, Chunk, Columns
 from mlx_redrafter.prefill.sparse import attend_to
-
-BLOCK = 16
-
-
-def random_case(
-    seed: int, heads: int = 4, kv_heads: int = 2, offset: int = 64, n: int = 48, size: int = 8
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """q (H, n, Dh), keys and values (Hkv, offset + n, Dh)."""
-    rng = np.random.default_rng(seed)
-    shapes = ((heads, n, size), *2 * [(kv_heads, offset + n, size)])
-    q, keys, values = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
-    return q, keys, values
 
 
 def everything(chunk: Chunk) -> list[Any]:
@@ -106,21 +95,6 @@ def ones(chunk: Chunk, ids: list[mx.array]) -> float:
     slab = mx.concatenate([chunk.slab[:, : chunk.kv_heads], values], axis=1)
     out = block_sparse_attention(chunk.q, slab, ids, chunk.offset, block=BLOCK, scale=0.4)
     return mx.abs(out - 1).max().item()
-
-
-def who_sees_whom(chosen: Blocks | Columns, chunk: Chunk) -> np.ndarray:
-    """(H, n, length) of integers: how often each key enters, read off the result.
-
-    Queries of zeros look at everything alike, and the value of key k is the k-th unit vector.
-    """
-    length, kv_heads = chunk.length, chunk.kv_heads
-    q = np.zeros((chunk.heads, chunk.q.shape[1], length), np.float32)
-    values = np.stack([np.eye(length, dtype=np.float32)] * kv_heads)
-    slab = reference.slab_of(np.zeros_like(values), values, chunk.slab.shape[2])
-    out = attend_to(chosen, Chunk(mx.array(q), slab, chunk.offset, BLOCK, 1.0), softmax)
-    weights = np.array(out).reshape(-1, chunk.heads, length).transpose(1, 0, 2)
-    own = np.arange(chunk.offset, length)  # the diagonal enters once and gives the unit
-    return weights / weights[:, np.arange(len(own)), own][..., None]
 
 
 def test_who_sees_whom_is_what_was_chosen() -> None:

@@ -8,7 +8,7 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 import prefill_reference as reference
 import pytest
-from test_prefill_consumer import BLOCK, random_case, who_sees_whom
+from prefill_cases import BLOCK, random_case, who_sees_whom
 
 from mlx_redrafter.prefill import minference
 from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill
