@@ -14,9 +14,10 @@ _EXPORTS = {
     "stream_generate": "api",
     "Model": "api",
     "GenerationResponse": "api",
-    "Session": "decoding.engine",
+    "Session": "prefill.session",
     "SamplingParams": "decoding.sampling",
     "TreeShape": "decoding.tree",
+    "SparsePrefill": "prefill.config",
     "DraftStats": "stats",
     "RedrafterError": "errors",
 }
@@ -27,6 +28,7 @@ __all__ = [
     "RedrafterError",
     "SamplingParams",
     "Session",
+    "SparsePrefill",
     "TreeShape",
     "__version__",
     "generate",
@@ -42,10 +44,11 @@ if TYPE_CHECKING:
         load,
         stream_generate,
     )
-    from mlx_redrafter.decoding.engine import Session
     from mlx_redrafter.decoding.sampling import SamplingParams
     from mlx_redrafter.decoding.tree import TreeShape
     from mlx_redrafter.errors import RedrafterError
+    from mlx_redrafter.prefill.config import SparsePrefill
+    from mlx_redrafter.prefill.session import Session
     from mlx_redrafter.stats import DraftStats
 
 # The only work at import: on Linux the BLAS must be in place before mlx.core is loaded.

@@ -24,6 +24,7 @@ from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.drafters.redrafter import ReDrafter
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.stats import DraftStats
 
 
@@ -113,6 +114,7 @@ def stream_generate(
     session: Session | None = None,
     prefill_step_size: int = 512,
     prompt_progress_callback: Progress | None = None,
+    sparse_prefill: SparsePrefill | None = None,
     **sampling: Any,
 ) -> Iterator[GenerationResponse]:
     """Generate an answer, one response per token.
@@ -127,6 +129,8 @@ def stream_generate(
         stop_tokens: token ids that end the answer besides the model's own.
         session: keeps the KV cache for the next request; what follows a stop is not left in it.
         prompt_progress_callback: called with (tokens read, tokens in the prompt).
+        sparse_prefill: read a long prompt with sparse attention; the answer may then differ from
+            that of a prompt that was read densely. Drafted or not it is the same.
         sampling: see :class:`SamplingParams`: temp, top_p, top_k, min_p, penalties, seed, ...
 
     Raises:
@@ -150,7 +154,7 @@ def stream_generate(
     steps = model.engine.generate(
         ids, params, shape, max_tokens,
         session=session, stats=answer.stats, prefill_step_size=prefill_step_size,
-        progress=prompt_progress_callback,
+        progress=prompt_progress_callback, sparse_prefill=sparse_prefill,
     )  # fmt: skip
     room = min(max_tokens, model.target.config.max_positions - len(ids))
     with _wired(model.target):

@@ -14,7 +14,7 @@ from mlx_redrafter.errors import RedrafterError
 
 if TYPE_CHECKING:
     from mlx_redrafter.api import GenerationResponse
-    from mlx_redrafter.stats import DraftStats
+    from mlx_redrafter.stats import DraftStats, PrefillStats
 
 LONG_PROMPT = 1024
 # Where the command line keeps, in its context, whether an error shows its traceback.
@@ -124,7 +124,18 @@ def details(stats: DraftStats) -> str:
         ("steps by shape", shapes or "-"),
         ("seconds", seconds),
     ]
+    if stats.sparse_prefill is not None:
+        rows.insert(1, ("sparse prefill", sparse_prefill(stats.sparse_prefill)))
     return "\n".join(f"  {name:<18}{value}" for name, value in rows)
+
+
+def sparse_prefill(stats: PrefillStats) -> str:
+    """What sparse prefill did with a prompt, in a few words."""
+    text = f"{stats.mode}: {stats.sparse_chunks} of {stats.chunks} chunks"
+    if stats.sparse_layers:
+        text += f", in their sparse layers {stats.density:.0%} of the attention"
+    reasons = ", ".join(f"{reason} {count}" for reason, count in stats.declined.most_common())
+    return text + (f"; dense layer passes: {reasons}" if reasons else "")
 
 
 class AnswerWriter:

@@ -293,12 +293,12 @@ def _shown(name: str, options: DecodeOptions) -> str:
 def _parsed(key: str, text: str) -> Any:
     """The value of an option from its text; raises OptionError."""
     hint = get_type_hints(DecodeOptions)[key]
-    kinds = get_args(hint) or (hint,)
+    kinds = (hint,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
     if text == "off" and type(None) in kinds:
         return None
     if any(get_origin(kind) is list for kind in kinds):
         return [text]
-    if any(get_origin(kind) is Literal for kind in kinds):
+    if str in kinds or any(get_origin(kind) is Literal for kind in kinds):
         return text
     number = float if float in kinds else int
     try:

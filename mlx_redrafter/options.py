@@ -18,9 +18,10 @@ from mlx_redrafter.errors import OptionError
 
 if TYPE_CHECKING:
     from mlx_redrafter.decoding.tree import TreeShape
+    from mlx_redrafter.prefill.config import SparsePrefill
 
 T = TypeVar("T")
-MODEL, SAMPLING, DRAFTING = "Model", "Sampling", "Drafting"
+MODEL, SAMPLING, DRAFTING, PROMPT = "Model", "Sampling", "Drafting", "Long prompts"
 
 
 def _use_blas(ctx: typer.Context, value: str | None) -> str | None:
@@ -172,6 +173,26 @@ class DecodeOptions:
         ),
     ] = None
     prefill_step_size: Annotated[int, typer.Option(help="Prompt tokens read in one pass.")] = 512
+    sparse_prefill: Annotated[
+        Literal["off", "trianglemix", "xattention", "minference"],
+        typer.Option(
+            rich_help_panel=PROMPT,
+            help="Read a long prompt with sparse attention, which may change the answer.",
+        ),
+    ] = "off"
+    sparse_prefill_config: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=PROMPT, metavar="PATH", help="MInference's JSON file for the model."
+        ),
+    ] = None
+    sparse_prefill_min_context: Annotated[
+        int, typer.Option(rich_help_panel=PROMPT, help="Tokens that are read densely before that.")
+    ] = 32768
+    sparse_prefill_tau: Annotated[
+        float,
+        typer.Option(rich_help_panel=PROMPT, help="Share of the attention that xattention keeps."),
+    ] = 0.9
 
     def tree(self) -> TreeShape | None:
         """The tree asked for, None where no option says anything; raises OptionError."""
@@ -195,14 +216,33 @@ class DecodeOptions:
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `stream_generate`; raises OptionError."""
-        own = ("system_prompt", "beam_width", "beam_length", "nodes", "candidates", "lookup")
+        own = ["system_prompt", "beam_width", "beam_length", "nodes", "candidates", "lookup"]
+        own += [f"sparse_prefill_{name}" for name in ("config", "min_context", "tau")]
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in own:
             del given[name]
         given["logit_bias"] = parse_logit_bias(self.logit_bias)
         given["stop"] = tuple(self.stop or ())
         given["tree"] = self.tree()
+        given["sparse_prefill"] = self.sparse()
         return given
+
+    def sparse(self) -> SparsePrefill | None:
+        """How a long prompt is read, None where it is read densely; raises OptionError."""
+        from mlx_redrafter.prefill.config import SparsePrefill, read_patterns
+
+        if self.sparse_prefill_config is not None and self.sparse_prefill != "minference":
+            raise OptionError(
+                "--sparse-prefill-config needs --sparse-prefill minference, which it configures"
+            )
+        file = self.sparse_prefill_config
+        chosen = SparsePrefill(
+            self.sparse_prefill,
+            tau=self.sparse_prefill_tau,
+            min_context=self.sparse_prefill_min_context,
+            patterns=read_patterns(file) if file is not None else None,
+        )
+        return chosen if chosen.mode != "off" else None
 
     def check(self) -> None:
         """Refuse impossible values before a model is loaded; raises OptionError."""

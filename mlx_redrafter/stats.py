@@ -8,6 +8,64 @@ from typing import Any
 
 
 @dataclass
+class PrefillStats:
+    """What sparse prefill did. A layer pass is one layer reading one chunk of the prompt; pairs
+    are of a query and a key that dense causal attention would score, over all query heads."""
+
+    mode: str
+    chunks: int = 0
+    sparse_chunks: int = 0  # with a sparse layer in them
+    sparse_layers: int = 0  # layer passes
+    declined: Counter[str] = field(default_factory=Counter)  # dense layer passes by reason
+    scored_pairs: int = 0  # in the sparse layer passes
+    sparse_pairs: int = 0  # that dense attention would have scored in them
+    dense_pairs: int = 0  # in the dense layer passes
+
+    @property
+    def density(self) -> float:
+        """Share of the pairs that the sparse layer passes scored."""
+        return self.scored_pairs / self.sparse_pairs if self.sparse_pairs else 1.0
+
+    @property
+    def whole_density(self) -> float:
+        """Share of the pairs that the whole prefill scored, dense layer passes included."""
+        pairs = self.sparse_pairs + self.dense_pairs
+        return (self.scored_pairs + self.dense_pairs) / pairs if pairs else 1.0
+
+    def sparse(self, scored: int, pairs: int) -> None:
+        """One layer pass over some of the pairs."""
+        self.sparse_layers += 1
+        self.scored_pairs += scored
+        self.sparse_pairs += pairs
+
+    def dense(self, reason: str, pairs: int, layers: int = 1) -> None:
+        """Layer passes over all pairs, so many in each."""
+        self.declined[reason] += layers
+        self.dense_pairs += layers * pairs
+
+    def add(self, other: PrefillStats) -> None:
+        """Accumulate another prompt's statistics into this one."""
+        for name in ("chunks", "sparse_chunks", "sparse_layers"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("scored_pairs", "sparse_pairs", "dense_pairs"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.declined.update(other.declined)
+        self.mode = other.mode
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "mode": self.mode,
+            "chunks": self.chunks,
+            "sparse_chunks": self.sparse_chunks,
+            "sparse_layers": self.sparse_layers,
+            "declined": dict(self.declined.most_common()),
+            "density": round(self.density, 4),
+            "whole_density": round(self.whole_density, 4),
+        }
+
+
+@dataclass
 class DraftStats:
     """Statistics of one answer; all counts are integers, all times are seconds.
 
@@ -27,6 +85,7 @@ class DraftStats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0  # launching steps and waiting for them: draft, verify, commit
     host_seconds: float = 0.0  # whoever consumes the tokens: text, printing
+    sparse_prefill: PrefillStats | None = None  # where it was on
 
     def record(self, produced: int, drafted: int, shape: str = "") -> None:
         """One step that produced ``produced`` tokens (accepted drafts and the bonus)."""
@@ -64,9 +123,13 @@ class DraftStats:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.histogram.update(other.histogram)
         self.shapes.update(other.shapes)
+        if other.sparse_prefill is not None:
+            self.sparse_prefill = self.sparse_prefill or PrefillStats(other.sparse_prefill.mode)
+            self.sparse_prefill.add(other.sparse_prefill)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
+        sparse = {"sparse_prefill": self.sparse_prefill.as_dict()} if self.sparse_prefill else {}
         return {
             "steps": self.steps,
             "tokens": self.tokens,
@@ -83,4 +146,5 @@ class DraftStats:
                 "draft_verify": round(self.decode_seconds, 4),
                 "host": round(self.host_seconds, 4),
             },
+            **sparse,
         }

@@ -84,6 +84,10 @@ def test_commands_change_the_next_answer() -> None:
     assert talk.command("/set candidates beams") == Reply("candidates = beams")
     assert talk.command("/set candidates off") == Reply("candidates = default")
     assert talk.command("/set logit_bias 42=-5") == Reply("logit_bias = ['42=-5']")
+    assert talk.command("/set sparse_prefill xattention").text == "sparse_prefill = xattention"
+    assert talk.arguments()["sparse_prefill"].mode == "xattention"
+    assert talk.command("/set sparse_prefill off") == Reply("sparse_prefill = off")
+    assert talk.arguments()["sparse_prefill"] is None
     assert talk.command("/drafter off") == Reply("drafting is off")
     arguments = talk.arguments()
     assert (arguments["temp"], arguments["max_tokens"], arguments["stop"]) == (0.5, 9, ("END",))
@@ -106,6 +110,11 @@ def test_commands_change_the_next_answer() -> None:
         ("/set max_tokens 0", "max_tokens 0 is not possible: use 1 or more"),
         ("/set nodes 99", "99 nodes are not possible with beam width 3, beam length 4"),
         ("/set candidates x", "candidate mode 'x' is unknown: use trellis or beams"),
+        (
+            "/set sparse_prefill x",
+            "sparse prefill: mode x is not possible: use off, a_shape, tri_shape, trianglemix, "
+            "xattention, minference",
+        ),
         ("/retry", "there is no question to answer again"),
         ("/stats", "no answer yet"),
         ("/save", "/save needs a file name"),

@@ -14,11 +14,13 @@ from fakes import SUMMARY, FakeModel, FakeTokenizer, install
 from typer.testing import CliRunner
 
 import mlx_redrafter
-from mlx_redrafter import cli
+from mlx_redrafter import cli, console
 from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.demo import Run, verdict
 from mlx_redrafter.errors import HubError, OptionError
 from mlx_redrafter.options import DecodeOptions, parse_logit_bias
+from mlx_redrafter.prefill.config import SparsePrefill
+from mlx_redrafter.stats import DraftStats, PrefillStats
 
 DEFAULTS = {
     "max_tokens": 512,
@@ -37,6 +39,7 @@ DEFAULTS = {
     "stop": (),
     "prefill_step_size": 512,
     "tree": None,
+    "sparse_prefill": None,
 }
 ASKED = "[user]Capital?[assistant]"
 
@@ -86,6 +89,30 @@ def test_generate_verbose_adds_what_drafting_did(runner: CliRunner, model: FakeM
     )
 
 
+def test_statistics_say_what_sparse_prefill_did() -> None:
+    stats = DraftStats(sparse_prefill=PrefillStats("trianglemix", chunks=4, sparse_chunks=1))
+    assert stats.sparse_prefill is not None
+    stats.sparse_prefill.dense("short context", pairs=30, layers=6)
+    stats.sparse_prefill.dense("lower layer", pairs=40)
+    stats.sparse_prefill.sparse(scored=10, pairs=40)
+    assert console.details(stats).splitlines()[1] == (
+        "  sparse prefill    trianglemix: 1 of 4 chunks, in their sparse layers 25% of the "
+        "attention; dense layer passes: short context 6, lower layer 1"
+    )
+    total = DraftStats()
+    total.add(stats)
+    total.add(stats)
+    assert total.as_dict()["sparse_prefill"] == {
+        "mode": "trianglemix",
+        "chunks": 8,
+        "sparse_chunks": 2,
+        "sparse_layers": 2,
+        "declined": {"short context": 12, "lower layer": 2},
+        "density": 0.25,
+        "whole_density": round((10 + 220) / (40 + 220), 4),
+    }
+
+
 def test_generate_json_is_one_object_and_nothing_else(runner: CliRunner, model: FakeModel) -> None:
     model.drafter_folder = Path("some") / "drafter"
     result = runner.invoke(cli.app, ["generate", "--json", "--seed", "7", "Capital?"])
@@ -114,7 +141,8 @@ def test_every_option_reaches_the_generation(runner: CliRunner, model: FakeModel
         " --presence-penalty 0.2 --presence-context-size 31 --frequency-penalty 0.3"
         " --frequency-context-size 32 --logit-bias 42=-5 --logit-bias 7=1.5 --seed 3 --stop END"
         " --stop FIN --system-prompt Hi --beam-width 4 --beam-length 5 --nodes 16"
-        " --candidates beams --lookup 3 --prefill-step-size 64 Capital?"
+        " --candidates beams --lookup 3 --prefill-step-size 64 --sparse-prefill xattention"
+        " --sparse-prefill-min-context 4096 --sparse-prefill-tau 0.8 Capital?"
     )
     result = runner.invoke(cli.app, line.split())
     assert result.exit_code == 0, result.output
@@ -137,6 +165,7 @@ def test_every_option_reaches_the_generation(runner: CliRunner, model: FakeModel
         "stop": ("END", "FIN"),
         "prefill_step_size": 64,
         "tree": TreeShape(width=4, depth=5, nodes=16, mode="beams", lookup=3),
+        "sparse_prefill": SparsePrefill("xattention", tau=0.8, min_context=4096),
     }
 
 
@@ -181,6 +210,12 @@ def test_a_template_that_refuses_the_system_prompt_is_one_line(
         (["--seed", "-1"], "seed -1 is not possible"),
         (["--max-tokens", "0"], "max_tokens 0 is not possible: use 1 or more"),
         (["--prefill-step-size", "0"], "prefill_step_size 0 is not possible: use 1 or more"),
+        (["--sparse-prefill-tau", "0"], "sparse prefill: tau 0.0 is not possible: use a number"),
+        (["--sparse-prefill-config", "x.json"], "--sparse-prefill-config needs --sparse-prefill"),
+        (
+            ["--sparse-prefill", "minference", "--sparse-prefill-config", "x.json"],
+            "x.json cannot be read (No such file or directory)",
+        ),
         (["--beam-width", "0"], "beam width 0 is not possible"),
         (["--beam-length", "0", "--lookup", "0"], "beam length 0 is not possible"),
         (["--nodes", "99"], "99 nodes are not possible"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ CONVERT = Path(mlx_redrafter.convert.__file__).parent
 LAYERS = [
     {"errors", "stats", "blas", "kernels"},
     {"models", "drafters"},
+    {"prefill"},
     {"decoding"},
     {
         "api",
@@ -120,6 +122,14 @@ def test_the_layer_test_can_fail() -> None:
     ]
     guarded = "if TYPE_CHECKING:\n    from mlx_redrafter.decoding import step"
     assert violations("models", guarded) == []
+
+
+def test_every_package_folder_is_installed() -> None:
+    """By name in pyproject.toml, because convert/ lies elsewhere."""
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    listed = set(re.findall(r'"mlx_redrafter\.(\w+)",', text.partition("packages = [")[2]))
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} | {"convert"}
+    assert folders == listed
 
 
 def test_import_is_quick_and_loads_no_mlx_torch_or_network() -> None:

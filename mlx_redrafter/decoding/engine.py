@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
@@ -24,29 +24,11 @@ from mlx_redrafter.decoding.tree import END, TreeShape
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, cache
-from mlx_redrafter.stats import DraftStats
-
-Progress = Callable[[int, int], None]
-
-
-@dataclass
-class Session:
-    """The KV cache of a conversation and the tokens that are in it.
-
-    Give the same session to the next request: the beginning that both prompts share is not read
-    again. Not to be used by two requests at a time.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    kv: list[mx.array] = field(default_factory=list)
-
-    def trim(self, length: int) -> None:
-        """Forget everything from position ``length`` on."""
-        del self.tokens[length:]
-
-    def clear(self) -> None:
-        self.tokens.clear()
-        self.kv.clear()
+from mlx_redrafter.prefill.config import SparsePrefill
+from mlx_redrafter.prefill.reading import Progress, read
+from mlx_redrafter.prefill.session import Session
+from mlx_redrafter.prefill.sparse import SparseAttention
+from mlx_redrafter.stats import DraftStats, PrefillStats
 
 
 @dataclass(frozen=True)
@@ -94,16 +76,18 @@ class Engine:
         stats: DraftStats | None = None,
         prefill_step_size: int = 512,
         progress: Progress | None = None,
+        sparse_prefill: SparsePrefill | None = None,
     ) -> Generator[Emitted, None, None]:
         """Yield the tokens after the prompt, a step at a time, until ``max_tokens`` or the end of
         the context. Closing the iterator leaves the session consistent.
 
         Args:
             shape: of every step, or what chooses it.
+            sparse_prefill: how the prompt is read; every step attends to all of it.
 
         Raises:
             OptionError: empty prompt, a token outside the vocabulary, a prompt that fills the
-                context.
+                context, patterns of another model.
         """
         session = session if session is not None else Session()
         stats = stats if stats is not None else DraftStats()
@@ -117,7 +101,8 @@ class Engine:
         # and the first step would have to copy them all.
         yield from self._decode(
             self._prefill(
-                prompt, policy.shapes, params, session, stats, prefill_step_size, progress
+                prompt, policy.shapes, params, session, stats, prefill_step_size, progress,
+                sparse_prefill,
             ),
             arrays, params, policy, room, session, stats, list(prompt),
         )  # fmt: skip
@@ -147,44 +132,32 @@ class Engine:
         stats: DraftStats,
         step_size: int,
         progress: Progress | None,
+        options: SparsePrefill | None,
     ) -> State:
         """Read what the session lacks of all but the last prompt token, which is the first root."""
         start = time.perf_counter()
-        session.trim(_shared(session, prompt))
+        sparse = None
+        if options is not None and options.mode != "off":
+            stats.sparse_prefill = PrefillStats(options.mode)
+            sparse = SparseAttention(options, self.target.config, stats.sparse_prefill)
+        session.keep_shared(prompt, sparse.options.tag if sparse is not None else "")
         stats.prefill_tokens += len(prompt) - len(session.tokens)
         needed = cache.bucket(len(prompt) + 2 * max(shape.nodes for shape in shapes))
         if not session.kv:
             session.kv = cache.new_cache(self.target.config, needed, self.target.dtype)
         elif session.kv[0].shape[2] < needed:
             session.kv = cache.grow(session.kv, needed)
-        slots = mx.arange(session.kv[0].shape[2], dtype=mx.int32)
         layers = self.drafter.context_layers if self.drafter is not None else ()
-        hidden = mx.zeros((1, self.target.config.hidden_size), self.target.dtype)
-        inner = tuple(hidden for _ in layers)
-        total = len(prompt) - 1
-        while len(session.tokens) < total:
-            done = len(session.tokens)
-            if progress is not None:
-                progress(done, len(prompt))
-            chunk = list(prompt[done : min(done + step_size, total)])
-            positions = mx.arange(done, done + len(chunk), dtype=mx.int32)
-            # Slots past the chunk are empty: attention reads a bucket's worth and not all of them.
-            filled = slots[: min(cache.bucket(done + len(chunk)), slots.shape[0])]
-            mask = filled[None] <= positions[:, None]
-            hidden, inner, session.kv = self.target(
-                mx.array(chunk, mx.int32), positions, mask, filled, session.kv,
-                cache.Append(mx.array([done], mx.int32)), layers,
-            )  # fmt: skip
-            hidden, inner = hidden[-1:], tuple(x[-1:] for x in inner)
-            mx.eval(hidden, inner, session.kv)
-            session.tokens.extend(chunk)
-        if progress is not None:
-            progress(len(prompt), len(prompt))
+        hidden, inner = read(
+            self.target, prompt, session, step_size,
+            layers=layers, sparse=sparse, progress=progress,
+        )  # fmt: skip
         history = None
         if params.windows or any(shape.lookup for shape in shapes):
-            history = mx.array([*prompt, *[0] * (slots.shape[0] - len(prompt))], mx.int32)
+            room = session.kv[0].shape[2] - len(prompt)
+            history = mx.array([*prompt, *[0] * room], mx.int32)
         stats.prefill_seconds += time.perf_counter() - start
-        root, position = mx.array([prompt[-1]], mx.int32), mx.array([total], mx.int32)
+        root, position = mx.array([prompt[-1]], mx.int32), mx.array([len(prompt) - 1], mx.int32)
         seen = None if self.drafter is None else mx.concatenate(list(inner or (hidden,)), axis=-1)
         return make_state(root, seen, position, session.kv, history)
 
@@ -255,14 +228,6 @@ class Engine:
             # its own behind them; without one, the last tree's rows are still in tree order.
             session.kv = state["kv"]
             session.tokens[:] = known[:in_place]
-
-
-def _shared(session: Session, prompt: Sequence[int]) -> int:
-    """How many tokens of the prompt need not be read again."""
-    # The drafter needs the hidden state before the root: one token is always read.
-    limit = max(0, min(len(session.tokens), len(prompt) - 2))
-    pairs = zip(session.tokens[:limit], prompt, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), limit)
 
 
 def _grown(state: State, capacity: int) -> State:

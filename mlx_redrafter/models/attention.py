@@ -1,4 +1,4 @@
-"""Attention of N tokens over a slab, with an explicit mask."""
+"""Attention of N tokens over a slab, with an explicit mask or bottom-right causal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from .rope import fused_kernels
+
+Softmax = Callable[[mx.array], mx.array]
 
 
 def softmax(scores: mx.array) -> mx.array:
@@ -24,25 +26,36 @@ def softmax(scores: mx.array) -> mx.array:
 def attend(
     q: mx.array,
     slab: mx.array,
-    mask: mx.array,
+    mask: mx.array | None,
     scale: float,
     softcap: float,
-    softmax: Callable[[mx.array], mx.array] = softmax,
+    softmax: Softmax = softmax,
 ) -> mx.array:
     """q (H, B*n, Dh) over slabs (B, 2*Hkv, C, Dh) where mask (B*n, S) is True; (B*n, H*Dh).
 
-    Decoding has one sequence, B = 1. Only the first S <= C slots are read.
+    Decoding has one sequence, B = 1. Only the first S <= C slots are read. Without a mask the n
+    queries of a slab are those of its last n slots, and each sees its own and all before it.
     """
-    if mask.shape[1] < slab.shape[2]:
+    if mask is not None and mask.shape[1] < slab.shape[2]:
         slab = slab[:, :, : mask.shape[1]]
     if softcap == 0.0 and fused_kernels():
         rows, half = slab.shape[0], slab.shape[1] // 2
         queries = q.reshape(q.shape[0], rows, -1, q.shape[2]).transpose(1, 0, 2, 3)
         out = mx.fast.scaled_dot_product_attention(
-            queries, slab[:, :half], slab[:, half:], scale=scale, mask=_by_row(mask, rows)
-        )
+            queries, slab[:, :half], slab[:, half:], scale=scale,
+            mask="causal" if mask is None else _by_row(mask, rows),
+        )  # fmt: skip
         return out.transpose(0, 2, 1, 3).reshape(q.shape[1], -1)
     return _attend_unfused(q, slab, mask, scale, softcap, softmax)
+
+
+Attend = Callable[[mx.array, mx.array, mx.array, float, float, Softmax], mx.array]
+"""How one layer of one pass attends; arguments and result as of `attend`."""
+
+
+def dense(layer: int) -> Attend:
+    """Every layer looks at every slot that its mask shows."""
+    return attend
 
 
 def _by_row(mask: mx.array, rows: int) -> mx.array:
@@ -53,10 +66,10 @@ def _by_row(mask: mx.array, rows: int) -> mx.array:
 def _attend_unfused(
     q: mx.array,
     slab: mx.array,
-    mask: mx.array,
+    mask: mx.array | None,
     scale: float,
     softcap: float,
-    softmax: Callable[[mx.array], mx.array],
+    softmax: Softmax,
 ) -> mx.array:
     """The operations of MLX's own fallback (mlx/fast.cpp), in that order.
 
@@ -74,7 +87,11 @@ def _attend_unfused(
         scores = mx.tanh(scores / softcap) * softcap
     scores = scores.reshape(rows, kv_heads, repeats, n, capacity)
     lowest = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
-    scores = mx.where(mask.reshape(rows, 1, 1, n, capacity), scores, lowest)
+    if mask is None:
+        seen = mx.arange(capacity) <= mx.arange(capacity - n, capacity)[:, None]  # (n, C)
+    else:
+        seen = mask.reshape(rows, 1, 1, n, capacity)
+    scores = mx.where(seen, scores, lowest)
     scores = softmax(scores)
     out = scores.reshape(rows, kv_heads, repeats * n, capacity) @ values
     out = out.reshape(rows, kv_heads, repeats, n, dim).transpose(0, 3, 1, 2, 4)

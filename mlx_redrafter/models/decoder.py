@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
 
 from . import vectorised
-from .attention import attend, softmax
+from .attention import Attend, dense, softmax
 from .cache import Write
 from .config import DecoderConfig
 from .fuse import fuse
 from .rope import Rope, Rotation, fused_kernels
 
-LayerWrite = Callable[[mx.array, mx.array], mx.array]
+LayerWrite = Callable[[mx.array], mx.array]
 Rotate = Callable[[mx.array, int], mx.array]
 
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """Gemma's gated activation, as mlx-lm computes it."""
     return nn.gelu_approx(gate) * up
+
+
+def _writing(write: Write, index: int, kv: Sequence[mx.array]) -> LayerWrite:
+    """A layer's own write. It fetches the slab only then: another name for it would outlive the
+    update, and a layer that is evaluated within the pass would have to copy it."""
+    return lambda rows: write(index, kv[index], rows)
 
 
 class Attention(nn.Module):
@@ -81,11 +86,11 @@ class Attention(nn.Module):
         return mx.concatenate([q, k, v], axis=1)
 
     def __call__(
-        self, x: mx.array, mask: mx.array, rotate: Rotate, slab: mx.array, write: LayerWrite
+        self, x: mx.array, mask: mx.array, rotate: Rotate, write: LayerWrite, attend: Attend
     ) -> tuple[mx.array, mx.array]:
         """x (N, D) -> (N, D) and the slab with N more rows."""
         rows = rotate(self._project(x), self._heads + self._kv_heads)  # (H + 2 Hkv, N, Dh)
-        slab = write(slab, rows[self._heads :][None])
+        slab = write(rows[self._heads :][None])
         q = rows[: self._heads]
         attended = attend(q, slab, mask, self._scale, self._softcap, self._softmax)
         return self.o_proj(attended), slab
@@ -158,12 +163,12 @@ class Block(nn.Module):
         x: mx.array,
         mask: mx.array,
         rotate: Rotate,
-        slab: mx.array,
         write: LayerWrite,
+        attend: Attend,
     ) -> tuple[mx.array, mx.array]:
         """x (N, D) -> (N, D) and the slab with N more rows."""
         inputs = x if self._norms == "post" else self.input_layernorm(x)
-        r, slab = self.self_attn(inputs, mask, rotate, slab, write)
+        r, slab = self.self_attn(inputs, mask, rotate, write, attend)
         # The same checkpoint name is the norm after attention, or (Llama) before the MLP.
         h = self._add(x, r if self._norms == "pre" else self.post_attention_layernorm(r))
         if self._norms == "pre":
@@ -212,13 +217,15 @@ class Decoder(nn.Module):
         kv: Sequence[mx.array],
         write: Write,
         layers: Sequence[int] = (),
+        attention: Callable[[int], Attend] = dense,
     ) -> tuple[mx.array, tuple[mx.array, ...], list[mx.array]]:
         """Run N tokens.
 
         tokens (N,), positions (N,) int32; mask (N, C) bool, True where a token may attend (prefix,
         ancestors and itself); key_positions (C,) int32, the position of the token in every slot
         (only sliding windows read it); kv: one slab (1, 2*Hkv, C, Dh) per layer; write: where the
-        new rows go; layers: indices of blocks whose output is wanted too.
+        new rows go; layers: indices of blocks whose output is wanted too; attention: how a layer
+        attends.
 
         Returns hidden (N, D) after the final norm, the wanted outputs (N, D), and the new slabs.
         """
@@ -231,7 +238,7 @@ class Decoder(nn.Module):
         for index, block in enumerate(self.model.layers):
             rotate = self._rotate(self.config.layer_ropes[index], rotations)
             window_mask = masks[self.config.layer_windows[index]]
-            x, slab = block(x, window_mask, rotate, kv[index], partial(write, index))
+            x, slab = block(x, window_mask, rotate, _writing(write, index, kv), attention(index))
             outputs.append(x)
             new_kv.append(slab)
         return self.model.norm(x), tuple(outputs[i] for i in layers), new_kv

@@ -1,0 +1,1 @@
+"""Reading a prompt: in chunks, densely or with sparse attention. Importing it loads no MLX."""
