@@ -52,17 +52,9 @@ def searched(drafter: ReDrafter) -> tuple[np.ndarray, list[list[int]], np.ndarra
     shape = TreeShape(width, length - 1, width * (length - 1), "beams")  # the root is not counted
     context = mx.array(pool["context"].astype(np.float32))
     root = mx.array(pool["root"].astype(np.int32))
-    tokens, parents, scores = (
-        np.array(part) for part in beam.search(drafter, context, root, shape)
-    )
-    beams = []
-    for leaf in range(len(tokens) - width, len(tokens)):
-        path, node = [], leaf
-        while node >= 0:
-            path.append(int(tokens[node]))
-            node = int(parents[node])
-        beams.append([int(root.item()), *path[::-1]])
-    return np.concatenate(rows), beams, scores[-width:]
+    last = beam.search(drafter, context, root, shape)[-1]
+    beams = [path[:-1] for path in last.paths.tolist()]  # without the end
+    return np.concatenate(rows), beams, -np.array(last.costs)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
