@@ -172,7 +172,14 @@ class DecodeOptions:
             help="Tokens drafted from the text itself, where it said the same before; 0: none.",
         ),
     ] = None
-    prefill_step_size: Annotated[int, typer.Option(help="Prompt tokens read in one pass.")] = 512
+    prefill_step_size: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=PROMPT,
+            help="Prompt tokens read in one pass.",
+            show_default="measured once; 512 for short prompts",
+        ),
+    ] = None
     sparse_prefill: Annotated[
         Literal["off", "trianglemix", "xattention", "minference"],
         typer.Option(
@@ -252,7 +259,7 @@ class DecodeOptions:
         known = {f.name for f in dataclasses.fields(SamplingParams)}
         SamplingParams(**{name: value for name, value in given.items() if name in known})
         for name in ("max_tokens", "prefill_step_size"):
-            if given[name] < 1:
+            if given[name] is not None and given[name] < 1:
                 raise OptionError(f"{name} {given[name]} is not possible: use 1 or more")
 
 
