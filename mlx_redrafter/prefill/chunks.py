@@ -18,6 +18,7 @@ LONG = 2048  # tokens to read: what the best size saves on fewer is less than me
 FAR = 2048  # tokens in the cache
 _LAYERS = 2  # that are timed: all are alike, and a pass over all of them would take seconds
 _CLEAR = 0.95  # of the usual size's time; what is not clearly faster may be noise
+_SLOWER = 1.2  # times the fastest: larger ones still are slower yet
 # One layer's attention scores, without a fused kernel: heads x chunk x context x 4 bytes. Masking
 # and softmax hold up to three such arrays at a time. 32 heads over a context of 32,768 tokens are
 # 4 MiB for each token of the chunk: 256 of them at most.
@@ -78,11 +79,22 @@ def most(config: DecoderConfig, prompt: int) -> int:
 
 
 def measure(target: Decoder) -> Chunks:
-    """Time passes over a few of the target's layers."""
+    """Time passes over a few of the target's layers; sizes beyond the usual one until they are
+    clearly slower."""
     few = _shallow(target)
-    sizes = [n for n in SIZES if n <= max(USUAL, most(target.config, FAR + n))]
-    runs = {(n, at): _reading(few, n, at) for n in sizes for at in (0, FAR)}
-    found = clock.fastest(runs, 3, warm=True)
+    runs: dict[tuple[int, int], clock.Run] = {}
+    least = float("inf")
+    for n in SIZES:
+        if n > USUAL and n > most(target.config, FAR + n):
+            break
+        mine = {(n, at): _reading(few, n, at) for at in (0, FAR)}
+        once = clock.fastest(mine, 1, warm=n == SIZES[0])[n, FAR] / n
+        if n > USUAL and once > _SLOWER * least:
+            break
+        least = min(least, once)
+        runs |= mine
+    found = clock.fastest(runs, 3)
+    sizes = list(dict.fromkeys(n for n, _ in runs))
     near, far = ({n: found[n, at] / n for n in sizes} for at in (0, FAR))
     return Chunks(near, far, few.config.num_layers)
 
