@@ -51,6 +51,7 @@ LAYERS = [
         "lanes",
         "race",
         "race_screen",
+        "waiting",
     },
     {"convert", "training"},
     {"bench", "counts"},

@@ -90,7 +90,7 @@ def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
 def test_measured_at_the_first_long_prompt_and_kept(
     loaded: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    best = Chunks({**FLAT, 256: 0.5e-4}, FLAT)
+    best = Chunks(*[{**FLAT, 256: 0.5e-4}] * 2)
     calls: list[Decoder] = []
     monkeypatch.setattr(chunks, "measure", lambda target: calls.append(target) or best)
     assert tuning.step_size(loaded, 2048) == USUAL
@@ -100,7 +100,14 @@ def test_measured_at_the_first_long_prompt_and_kept(
     loaded.engine.chunks = None  # as in another process
     assert tuning.step_size(loaded, 6000, cached=100) == 256
     assert len(calls) == 1
-    plain = Model("tiny", loaded.folder, loaded.target, None, None, Engine(loaded.target, None))
+    plain = Model(
+        "tiny",
+        loaded.folder,
+        loaded.target,
+        None,
+        None,
+        Engine(loaded.target, None, compiled=False),
+    )
     assert tuning.step_size(plain, 4000) == 256 and len(calls) == 1, "without a drafter the same"
     (file,) = (tmp_path / "cache" / "costs").glob("*.json")
     file.write_text('{"near": {}, "far": {}, "layers": 2}')
