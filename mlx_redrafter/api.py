@@ -112,7 +112,7 @@ def stream_generate(
     stop: str | Sequence[str] = (),
     stop_tokens: Sequence[int] = (),
     session: Session | None = None,
-    prefill_step_size: int = 512,
+    prefill_step_size: int | None = None,
     prompt_progress_callback: Progress | None = None,
     sparse_prefill: SparsePrefill | None = None,
     **sampling: Any,
@@ -128,6 +128,8 @@ def stream_generate(
         stop: strings that end the answer; neither they nor what follows is emitted.
         stop_tokens: token ids that end the answer besides the model's own.
         session: keeps the KV cache for the next request; what follows a stop is not left in it.
+        prefill_step_size: prompt tokens read in one pass; None: for a long prompt what is fastest
+            on this machine (the first time it is measured, which takes a few seconds).
         prompt_progress_callback: called with (tokens read, tokens in the prompt).
         sparse_prefill: read a long prompt with sparse attention; the answer may then differ from
             that of a prompt that was read densely. Drafted or not it is the same.
@@ -143,13 +145,16 @@ def stream_generate(
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if any(not s for s in stop):
         raise OptionError("a stop string is empty: give at least one character")
-    if prefill_step_size < 1:
+    if prefill_step_size is not None and prefill_step_size < 1:
         raise OptionError(f"prefill_step_size {prefill_step_size} is not possible: use 1 or more")
     ids = _encode(tokenizer, prompt)
     shape: TreeShape | Policy = TreeShape.plain()
     if draft and (model.drafting or tree):
         shape = tree or tuning.policy(model, sampled=params.temp > 0)
     session = session if session is not None else Session()
+    if prefill_step_size is None:
+        cached = session.shared(ids, sparse_prefill.tag if sparse_prefill is not None else "")
+        prefill_step_size = tuning.step_size(model, len(ids), cached)
     answer = _Answer(tokenizer, len(ids), stop, {*tokenizer.eos_token_ids, *stop_tokens})
     steps = model.engine.generate(
         ids, params, shape, max_tokens,

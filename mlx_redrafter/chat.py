@@ -12,6 +12,7 @@ from mlx_redrafter import console
 from mlx_redrafter.conversation import Conversation, unfinished, unquoted
 from mlx_redrafter.errors import OptionError, RedrafterError
 from mlx_redrafter.options import DecodeOptions
+from mlx_redrafter.waiting import Waiting
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -29,7 +30,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.set = False
-        self.waiting = console.Waiting()
+        self.waiting = Waiting()
 
     def on_signal(self, *_: object) -> None:
         if self.set:
@@ -39,7 +40,6 @@ class StopFlag:
     def on_progress(self, done: int, total: int) -> None:
         self.waiting.on_progress(done, total)
         if self.set:
-            self.waiting.on_progress(total, total)
             raise Interrupted
 
 
@@ -51,7 +51,7 @@ def stoppable() -> Iterator[StopFlag]:
     try:
         yield flag
     finally:
-        flag.waiting.over()
+        flag.waiting.close()
         signal.signal(signal.SIGINT, before)
 
 
@@ -128,7 +128,7 @@ class Chat:
         try:
             with silent_keys(), stoppable() as flag, self._stream(prompt, flag) as stream:
                 for last in stream:
-                    flag.waiting.over()
+                    flag.waiting.close()
                     pieces.append(last.text)
                     writer.write(last.text)
                     if flag.set:

@@ -111,17 +111,18 @@ def generate(
     options.check()
     model, tokenizer = source.load(options.tree())
     from mlx_redrafter.api import stream_generate
+    from mlx_redrafter.waiting import Waiting
 
     ids = text if raw else _render(tokenizer, text, options.system_prompt)
     writer = console.AnswerWriter(
         (tokenizer.think_start, tokenizer.think_end), dim=sys.stdout.isatty()
     )
     pieces, tokens, last = [], [], None
-    waiting = console.Waiting()
+    waiting = Waiting()
     arguments = {"prompt_progress_callback": waiting.on_progress, **options.arguments()}
     try:
         for last in stream_generate(model, tokenizer, ids, **arguments):
-            waiting.over()
+            waiting.close()
             pieces.append(last.text)
             tokens.append(last.token)
             if not as_json:
@@ -131,7 +132,7 @@ def generate(
         console.write("\n")
         raise
     finally:
-        waiting.over()
+        waiting.close()
     assert last is not None, "a generation yields at least one response"
     if as_json:
         typer.echo(json.dumps(_as_json(model, options, "".join(pieces), tokens, last)))

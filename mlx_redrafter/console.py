@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from mlx_redrafter.api import GenerationResponse
     from mlx_redrafter.stats import DraftStats, PrefillStats
 
-LONG_PROMPT = 1024
 # Where the command line keeps, in its context, whether an error shows its traceback.
 DEBUG = "mlx_redrafter.debug"
 DIM_ON, DIM_OFF = "\x1b[2m", "\x1b[22m"
@@ -57,34 +55,6 @@ def write(text: str) -> None:
     """A piece of an answer, as it is, to stdout at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-class Waiting:
-    """Says why the first word is not there yet: a long prompt, or kernels being compiled."""
-
-    PATIENCE = 4.0  # seconds
-
-    def __init__(self) -> None:
-        self.timer = threading.Timer(
-            self.PATIENCE,
-            note,
-            ["still working: what is used for the first time here has to be compiled ..."],
-        )
-        self.timer.daemon = True
-
-    def on_progress(self, done: int, total: int) -> None:
-        """How much of the prompt is read; one line on a terminal that the answer then replaces."""
-        if total > LONG_PROMPT and sys.stderr.isatty():
-            text = f"{DIM_ON}reading the prompt: {done} of {total} tokens{DIM_OFF}"
-            sys.stderr.write(f"\r\x1b[2K{text if done < total else ''}")
-            sys.stderr.flush()
-        # MLX compiles fused kernels with g++ on Linux, some ten seconds for a first answer.
-        if done >= total and sys.platform == "linux" and not self.timer.ident:
-            self.timer.start()
-
-    def over(self) -> None:
-        """The first word is there, or will never be."""
-        self.timer.cancel()
 
 
 def summary(last: GenerationResponse) -> str:

@@ -285,7 +285,8 @@ def _count(messages: Sequence[Message]) -> str:
 
 def _shown(name: str, options: DecodeOptions) -> str:
     value = getattr(options, name)
-    if value is None and name in ("beam_width", "beam_length", "nodes", "candidates", "lookup"):
+    automatic = ("beam_width", "beam_length", "nodes", "candidates", "lookup", "prefill_step_size")
+    if value is None and name in automatic:
         return "default"
     return "off" if value is None or value == [] else str(value)
 

@@ -53,6 +53,28 @@ Debug = Annotated[
 ]
 
 
+SparseMode = Annotated[
+    Literal["off", "trianglemix", "xattention", "minference"],
+    typer.Option(
+        rich_help_panel=PROMPT,
+        help="Read a long prompt with sparse attention, which may change the answer.",
+    ),
+]
+SparseConfig = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=PROMPT, metavar="PATH", help="MInference's JSON file for the model."
+    ),
+]
+SparseMinContext = Annotated[
+    int, typer.Option(rich_help_panel=PROMPT, help="Tokens that are read densely before that.")
+]
+SparseTau = Annotated[
+    float,
+    typer.Option(rich_help_panel=PROMPT, help="Share of the attention that xattention keeps."),
+]
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model and drafter to load."""
@@ -172,27 +194,18 @@ class DecodeOptions:
             help="Tokens drafted from the text itself, where it said the same before; 0: none.",
         ),
     ] = None
-    prefill_step_size: Annotated[int, typer.Option(help="Prompt tokens read in one pass.")] = 512
-    sparse_prefill: Annotated[
-        Literal["off", "trianglemix", "xattention", "minference"],
+    prefill_step_size: Annotated[
+        int | None,
         typer.Option(
             rich_help_panel=PROMPT,
-            help="Read a long prompt with sparse attention, which may change the answer.",
-        ),
-    ] = "off"
-    sparse_prefill_config: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=PROMPT, metavar="PATH", help="MInference's JSON file for the model."
+            help="Prompt tokens read in one pass.",
+            show_default="measured once; 512 for short prompts",
         ),
     ] = None
-    sparse_prefill_min_context: Annotated[
-        int, typer.Option(rich_help_panel=PROMPT, help="Tokens that are read densely before that.")
-    ] = 32768
-    sparse_prefill_tau: Annotated[
-        float,
-        typer.Option(rich_help_panel=PROMPT, help="Share of the attention that xattention keeps."),
-    ] = 0.9
+    sparse_prefill: SparseMode = "off"
+    sparse_prefill_config: SparseConfig = None
+    sparse_prefill_min_context: SparseMinContext = 32768
+    sparse_prefill_tau: SparseTau = 0.9
 
     def tree(self) -> TreeShape | None:
         """The tree asked for, None where no option says anything; raises OptionError."""
@@ -229,20 +242,12 @@ class DecodeOptions:
 
     def sparse(self) -> SparsePrefill | None:
         """How a long prompt is read, None where it is read densely; raises OptionError."""
-        from mlx_redrafter.prefill.config import SparsePrefill, read_patterns
-
-        if self.sparse_prefill_config is not None and self.sparse_prefill != "minference":
-            raise OptionError(
-                "--sparse-prefill-config needs --sparse-prefill minference, which it configures"
-            )
-        file = self.sparse_prefill_config
-        chosen = SparsePrefill(
+        return sparse_prefill(
             self.sparse_prefill,
-            tau=self.sparse_prefill_tau,
-            min_context=self.sparse_prefill_min_context,
-            patterns=read_patterns(file) if file is not None else None,
+            self.sparse_prefill_config,
+            self.sparse_prefill_min_context,
+            self.sparse_prefill_tau,
         )
-        return chosen if chosen.mode != "off" else None
 
     def check(self) -> None:
         """Refuse impossible values before a model is loaded; raises OptionError."""
@@ -252,8 +257,23 @@ class DecodeOptions:
         known = {f.name for f in dataclasses.fields(SamplingParams)}
         SamplingParams(**{name: value for name, value in given.items() if name in known})
         for name in ("max_tokens", "prefill_step_size"):
-            if given[name] < 1:
+            if given[name] is not None and given[name] < 1:
                 raise OptionError(f"{name} {given[name]} is not possible: use 1 or more")
+
+
+def sparse_prefill(
+    mode: Any, config: str | None, min_context: int, tau: float
+) -> SparsePrefill | None:
+    """The four options as one, None where a prompt is read densely; raises OptionError."""
+    from mlx_redrafter.prefill.config import SparsePrefill, read_patterns
+
+    if config is not None and mode != "minference":
+        raise OptionError(
+            "--sparse-prefill-config needs --sparse-prefill minference, which it configures"
+        )
+    patterns = read_patterns(config) if config is not None else None
+    chosen = SparsePrefill(mode, tau=tau, min_context=min_context, patterns=patterns)
+    return chosen if chosen.mode != "off" else None
 
 
 def parse_logit_bias(items: Sequence[str] | None) -> dict[int, float]:

@@ -16,6 +16,7 @@ from mlx_redrafter import console, race_screen
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.lanes import Lane, Piece, View, synchronize, take_turns, views
 from mlx_redrafter.options import DecodeOptions, ModelOptions
+from mlx_redrafter.waiting import Waiting
 
 if TYPE_CHECKING:
     from mlx_redrafter.decoding.tree import TreeShape
@@ -88,14 +89,19 @@ def _decode(
     """Warm both up and let them run to the end: (plain, drafted); on ``out`` if it is live."""
     from mlx_redrafter.api import stream_generate
 
-    def stream(draft: bool) -> Any:
-        arguments = {**options.arguments(), "tree": tree, "draft": draft}
+    def stream(draft: bool, **more: Any) -> Any:
+        arguments = {**options.arguments(), "tree": tree, "draft": draft, **more}
         return stream_generate(model, tokenizer, prompt, **arguments)
 
     for draft in (False, True):
-        with contextlib.closing(stream(draft)) as warming:
+        with (
+            contextlib.closing(Waiting()) as waiting,
+            contextlib.closing(
+                stream(draft, prompt_progress_callback=waiting.on_progress)
+            ) as warming,
+        ):
             for _ in itertools.islice(warming, WARM_UP_TOKENS):
-                pass
+                waiting.close()
     synchronize()
     with contextlib.ExitStack() as stack:
         # Both stay open to the end: on Metal the first to close would unpin the other's weights.

@@ -10,13 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_redrafter import console, figures, reports, tuning
-from mlx_redrafter.api import load
+from mlx_redrafter.api import Model, load
 from mlx_redrafter.decoding import prospects
 from mlx_redrafter.decoding.costs import FAR, NEAR, Costs
 from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.prefill.chunks import FAR as BEHIND
+from mlx_redrafter.prefill.chunks import Chunks
 
 PLAIN = TreeShape.plain()
+LENGTHS = (1024, 4096, 16384, 65536)  # tokens of a prompt
 FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -35,6 +38,7 @@ def run(model: str, drafter: str, again: bool, plot: Path | None, as_json: bool)
         raise OptionError(figures.MISSING)
     loaded, _ = load(model, drafter)
     known = tuning.costs(loaded, console.note, again)
+    chunks = tuning.prompt_chunks(loaded, console.note, again)
     table = prospects.load(loaded.drafter_folder)
     choices = {
         kind: [row(s, known, table, sampled) for s in tuning.policy(loaded, sampled).shapes]
@@ -45,13 +49,18 @@ def run(model: str, drafter: str, again: bool, plot: Path | None, as_json: bool)
         draw(known, plot)
         console.note(f"written: {plot}")
     if as_json:
-        print(json.dumps({**facts, "costs": known.as_dict(), "choices": choices}))
+        measured = {"costs": known.as_dict(), "choices": choices, "chunks": chunks.as_dict()}
+        print(json.dumps({**facts, **measured, "prefill_step_sizes": step_sizes(loaded)}))
         return
     out = Console(highlight=False)
     out.print("Passes of the model", style="bold")
     out.print(passes(known))
     out.print("\nWhat the policy chooses from", style="bold")
     out.print(offers(choices))
+    out.print("\nReading a prompt", style="bold")
+    out.print(chunk_sizes(chunks, loaded.target.config.num_layers))
+    sizes = step_sizes(loaded).items()
+    out.print("chosen: " + ", ".join(f"{n} for {prompt} tokens" for prompt, n in sizes))
     shown = ("name", "machine", "device", "dtype", "mlx", "blas")
     console.note(", ".join(f"{name} {facts[name]}" for name in shown))
 
@@ -91,6 +100,23 @@ def offers(choices: dict[str, list[dict[str, Any]]]) -> Table:
             figures = (r["milliseconds"], r["tokens_per_step"], r["times_plain"])
             shown.add_row(r["shape"], kind, *(f"{x:.2f}" for x in figures))
     return shown
+
+
+def chunk_sizes(known: Chunks, layers: int) -> Table:
+    """What a prompt token takes in a model of so many layers, by how many are read at a time."""
+    titles = ("ms a token at the beginning", f"behind {BEHIND} tokens")
+    shown = reports.table("tokens read at a time", *titles)
+    whole = layers / known.layers
+    for n in known.near:
+        shown.add_row(str(n), *(f"{1e3 * whole * part[n]:.2f}" for part in (known.near, known.far)))
+    return shown
+
+
+def step_sizes(model: Model) -> dict[int, int]:
+    """The chunk that is chosen, by the length of the prompt."""
+    longest = model.target.config.max_positions
+    prompts = [n for n in LENGTHS if n < longest] or [longest]
+    return {prompt: tuning.step_size(model, prompt) for prompt in prompts}
 
 
 def draw(known: Costs, file: Path) -> None:

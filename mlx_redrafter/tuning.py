@@ -1,4 +1,5 @@
-"""What steps cost on this machine: measured at first use, kept on disk; the policy made of it."""
+"""What steps and prompt chunks cost on this machine: measured at first use, kept on disk; the
+choices made of it."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 
@@ -21,11 +22,13 @@ from mlx_redrafter.decoding import prospects
 from mlx_redrafter.decoding.costs import Costs, measure
 from mlx_redrafter.decoding.policy import Automatic, contenders
 from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.prefill import chunks
 
 if TYPE_CHECKING:
     from mlx_redrafter.api import Model
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -64,15 +67,43 @@ def costs(model: Model, say: Say = lambda text: None, again: bool = False) -> Co
     if engine.costs is not None and not again:
         if engine.costs.drifted:
             with contextlib.suppress(OSError):
-                _file(model).unlink(missing_ok=True)
+                _file(conditions(model)).unlink(missing_ok=True)
         return engine.costs
-    file = _file(model)
-    found = None if again else _read(file)
+    file = _file(conditions(model))
+    found = None if again else _read(file, Costs.from_dict)
     if found is None:
         say("measuring what drafting costs on this machine (once, a few seconds) ...")
         found = measure(model.target, model.drafter, engine.step_function, engine.compiled)
         _write(file, {**conditions(model), **found.as_dict()})
     engine.costs = found
+    return found
+
+
+def step_size(model: Model, prompt: int, cached: int = 0) -> int:
+    """How many tokens of a prompt to read in one pass, where nobody says it.
+
+    Measures at the first prompt that is long enough to gain by it. Drafted or plain it is the same
+    size: it depends on the prompt, what of it is cached, and the machine.
+    """
+    most = chunks.most(model.target.config, prompt)
+    if prompt - cached <= chunks.LONG:
+        return min(chunks.USUAL, most)
+    return prompt_chunks(model).size(cached, prompt, most)
+
+
+def prompt_chunks(model: Model, say: Say = lambda text: None, again: bool = False) -> chunks.Chunks:
+    """What sizes of a prompt's chunks cost; kept as :func:`costs` are, beside them."""
+    engine = model.engine
+    if engine.chunks is not None and not again:
+        return engine.chunks
+    facts = {name: fact for name, fact in conditions(model).items() if name != "drafter"}
+    file = _file({**facts, "of": "chunks"})
+    found = None if again else _read(file, chunks.Chunks.from_dict)
+    if found is None:
+        say("measuring what size of a prompt's chunks is best (once, a few seconds) ...")
+        found = chunks.measure(model.target)
+        _write(file, {**facts, **found.as_dict()})
+    engine.chunks = found
     return found
 
 
@@ -92,11 +123,11 @@ def conditions(model: Model) -> dict[str, Any]:
     }
 
 
-def _file(model: Model) -> Path:
+def _file(facts: dict[str, Any]) -> Path:
     from mlx_redrafter import __version__
 
-    facts = json.dumps({**conditions(model), "program": __version__}, sort_keys=True)
-    key = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    text = json.dumps({**facts, "program": __version__}, sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
     return hub.cache_dir() / "costs" / f"{key}.json"
 
 
@@ -109,10 +140,10 @@ def _prospects(folder: Path | None) -> prospects.Prospects:
     return prospects.load(folder)
 
 
-def _read(file: Path) -> Costs | None:
+def _read(file: Path, parse: Callable[[Any], T]) -> T | None:
     """None where there is nothing that can be used: then it is measured."""
     try:
-        return Costs.from_dict(json.loads(file.read_text()))
+        return parse(json.loads(file.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

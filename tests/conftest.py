@@ -24,6 +24,7 @@ from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
 from mlx_redrafter.models import Decoder, cache, load_model
+from mlx_redrafter.prefill.chunks import Chunks
 from mlx_redrafter.stats import DraftStats
 
 V, D = 97, 32
@@ -52,6 +53,7 @@ SHAPES = {
 }
 COSTS = Costs({1: 10e-3, 2: 10.5e-3, 4: 11e-3, 8: 14e-3, 16: 22e-3}, (1e-6, 2e-6),
               {w: (0.3e-3, 0.3e-3 * w) for w in (1, 2, 3, 4)}, 0.5e-3)  # fmt: skip
+CHUNKS = Chunks(dict.fromkeys((128, 512, 1024), 1e-5), {128: 3e-5, 512: 2e-5, 1024: 4e-5}, 2)
 # The right token is first, second or third choice, or none: long runs, side branches, rejections.
 RANKS = (0, 1, 0, 0, 2, 0, 0, 0, 1, 9, 0)
 PENALTIES = SamplingParams(
@@ -66,6 +68,7 @@ def known_costs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Tests of other things need not measure the machine: drafting a little always pays."""
     if "measured" not in request.keywords:
         monkeypatch.setattr(tuning, "costs", lambda *_, **__: Costs.from_dict(COSTS.as_dict()))
+        monkeypatch.setattr(tuning, "prompt_chunks", lambda *_, **__: CHUNKS)
 
 
 def write_target(folder: Path, seed: int = 7, **changes: Any) -> Path:

@@ -21,6 +21,7 @@ from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prompts import COPY, DEV, prompt_file, read_prompts
 from mlx_redrafter.stats import DraftStats
 
@@ -256,3 +257,58 @@ def test_wrong_options_are_one_line(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(cli.app, ["bench", *arguments])
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ") and message in result.stderr
+
+
+# --- sparse prefill -----------------------------------------------------------------------------
+
+READ = SparsePrefill("xattention", block=16, stride=4, min_context=32, dense_tail=16, sink=16,
+                     local=16, max_density=1.0, tau=0.5)  # fmt: skip
+
+
+def test_all_of_our_ways_read_the_prompt_sparsely(tiny_model: Model) -> None:
+    others = [
+        ways.automatic(tiny_model, LENGTH, 0, READ),
+        ways.ours(tiny_model, TreeShape.chain(2), LENGTH, 0, sparse=READ),
+    ]
+    comparison = compare.Comparison(tiny_model, others, LENGTH, 1, perfect=True, sparse=READ)
+    (turn,) = comparison.turns([("long", prompt_of(300, seed=5))])
+    assert {t["way"] for t in turn.timings} >= {"plain", "automatic", "chain of 2"}
+    assert all(t["same"] and t["prefill_density"] < 0.9 for t in turn.timings)
+    for nodes in ways.PERFECT:
+        (found,) = (t for t in turn.timings if t["way"] == f"perfect, {nodes} nodes")
+        assert found["histogram"][str(nodes - 1)] == LENGTH // nodes, "it knows its place"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--sparse-prefill", "xattention"], "the longest prompt has"),
+        (["--sparse-prefill", "xattention", "--divergence"], "leave out --sparse-prefill"),
+        (["--sparse-prefill-config", "x.json"], "needs --sparse-prefill minference"),
+        (["--sparse-prefill", "xattention", "--sparse-prefill-tau", "2"], "tau 2.0"),
+    ],
+)
+def test_sparse_options_that_make_no_sense_are_refused_in_one_line(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch, given: list[str], said: str
+) -> None:
+    monkeypatch.setattr(measuring, "load", lambda *_, **__: (tiny_model, Tokenizer()))
+    result = CliRunner().invoke(cli.app, ["bench", "--count", "1", *given])
+    assert result.exit_code == 1 and said in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_sparse_prefill_is_among_the_conditions(command: list[str], tmp_path: Path) -> None:
+    rows = [{"prompt": "abc " * 120, "category": "x"}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "out"
+    given = ["--sparse-prefill", "xattention", "--sparse-prefill-min-context", "128"]
+    result = CliRunner().invoke(cli.app, [*command, "-o", str(out), "--temp", "0", *given])
+    assert result.exit_code == 0, result.output
+    assert "sparsely by our ways, densely by mlx_lm: mode xattention" in result.stderr
+    known = document.read(out).conditions["sparse_prefill"]
+    assert known == {
+        "mode": "xattention", "min_context": 128, "tau": 0.9, "config": None,
+        "tag": SparsePrefill("xattention", min_context=128).tag,
+    }  # fmt: skip
+    dense = CliRunner().invoke(cli.app, [*command, "--temp", "0", "--json"])
+    assert json.loads(dense.stdout)["conditions"]["sparse_prefill"] is None

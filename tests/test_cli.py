@@ -37,7 +37,7 @@ DEFAULTS = {
     "logit_bias": {},
     "seed": 0,
     "stop": (),
-    "prefill_step_size": 512,
+    "prefill_step_size": None,
     "tree": None,
     "sparse_prefill": None,
 }

@@ -18,7 +18,7 @@ CONVERT = Path(mlx_redrafter.convert.__file__).parent
 
 # A module may import those of its own row and of the rows above it.
 LAYERS = [
-    {"errors", "stats", "blas", "kernels"},
+    {"errors", "stats", "blas", "kernels", "clock"},
     {"models", "drafters"},
     {"prefill"},
     {"decoding"},
@@ -51,6 +51,7 @@ LAYERS = [
         "lanes",
         "race",
         "race_screen",
+        "waiting",
     },
     {"convert", "training"},
     {"bench", "counts"},

@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 import typer
 
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.options import Blas, Debug
+from mlx_redrafter.options import (
+    Blas,
+    Debug,
+    SparseConfig,
+    SparseMinContext,
+    SparseMode,
+    SparseTau,
+)
+from mlx_redrafter.options import (
+    sparse_prefill as sparse_options,
+)
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 
@@ -68,6 +78,10 @@ def bench(
         bool, typer.Option(help="Also a drafter that knows the answer, 4, 8 and 16 nodes.")
     ] = True,
     seed: Annotated[int, typer.Option(help="Of sampled answers.")] = 0,
+    sparse_prefill: SparseMode = "off",
+    sparse_prefill_config: SparseConfig = None,
+    sparse_prefill_min_context: SparseMinContext = 32768,
+    sparse_prefill_tau: SparseTau = 0.9,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Time many widths, depths and nodes instead.")
     ] = False,
@@ -105,7 +119,10 @@ def bench(
         model=model, drafter=drafter, dtype=dtype, prompts=prompts, count=count,
         max_tokens=max_tokens, rounds=rounds, temps=tuple(temp or ()), shapes=tuple(shape or ()),
         mlx_lm_draft=mlx_lm_draft, draft_tokens=draft_tokens, perfect=perfect, seed=seed,
-        output=output, as_json=as_json,
+        output=output, as_json=as_json, sparse_prefill_config=sparse_prefill_config,
+        sparse_prefill=sparse_options(
+            sparse_prefill, sparse_prefill_config, sparse_prefill_min_context, sparse_prefill_tau
+        ),
     )  # fmt: skip
     if not measuring.measure(options):
         raise typer.Exit(1)

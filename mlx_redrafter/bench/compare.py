@@ -10,6 +10,7 @@ from mlx_redrafter.api import Model
 from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import cache
+from mlx_redrafter.prefill.config import SparsePrefill
 
 from . import ways
 from .costs import VerifyClock
@@ -25,7 +26,8 @@ class Turn:
 
     ``timings``: way, shape (ours only; that of most steps), temp, prompt (its number), group,
     round, turn, tokens, steps and seconds (those of the first step left out), nodes (tokens checked
-    per pass, on average), histogram (steps by accepted drafts), same (as plain decoding's?).
+    per pass, on average), histogram (steps by accepted drafts), same (as plain decoding's?),
+    prefill_density (share of the prompt's attention that was computed, where it was sparse).
     ``passes``: turn, prompt, capacity (slots), nodes, seconds of a bare pass.
     """
 
@@ -46,6 +48,7 @@ class Comparison:
         perfect: also time a perfect drafter, at temperature 0.
         seed: of sampled answers.
         turn: number of the next turn.
+        sparse: how all of our own ways read a long prompt; None: densely.
     """
 
     model: Model
@@ -56,6 +59,7 @@ class Comparison:
     perfect: bool = False
     seed: int = 0
     turn: int = 0
+    sparse: SparsePrefill | None = None
     _warm: set[tuple[Any, ...]] = field(default_factory=set)
     _clocks: dict[int, VerifyClock] = field(default_factory=dict)
 
@@ -63,14 +67,15 @@ class Comparison:
         """Prompt by prompt, numbered from ``first`` on, so that a run that is stopped has whole
         prompts; within a prompt temperature by temperature and round by round, every turn
         starting with another way."""
-        plain = ways.ours(self.model, TreeShape.plain(), self.max_tokens, self.seed, ways.PLAIN)
+        length, seed, sparse = self.max_tokens, self.seed, self.sparse
+        plain = ways.ours(self.model, TreeShape.plain(), length, seed, ways.PLAIN, sparse)
         for number, (group, ids) in enumerate(prompts, first):
             for temp in self.temps:
                 row: list[Way] = [plain, *self.others]
                 known = self._warm_up(row, ids, temp)
                 if self.perfect and temp == 0:
                     answer = known or plain.decode(ids, temp).tokens
-                    replays = ways.perfect(self.model, ids, answer, self.max_tokens, self.seed)
+                    replays = ways.perfect(self.model, ids, answer, length, seed, sparse)
                     for way in replays:  # another answer is another graph
                         way.decode(ids, temp)
                     row += replays
@@ -133,6 +138,8 @@ def _timing(way: Way, answer: Answer, plain: list[int], temp: float) -> dict[str
     stats = answer.stats
     # mlx_lm draws other random numbers than we do: only greedy answers can be the same.
     comparable = temp == 0 or way.shapes
+    read = stats.sparse_prefill
+    sparse = {"prefill_density": round(read.whole_density, 4)} if read is not None else {}
     return {
         "way": way.name,
         "shape": ways.describe(way.most_used(stats)),
@@ -142,4 +149,5 @@ def _timing(way: Way, answer: Answer, plain: list[int], temp: float) -> dict[str
         "nodes": 1 + stats.drafted / stats.steps,
         "histogram": {str(k): n for k, n in sorted(stats.histogram.items())},
         "same": answer.tokens == plain if comparable else None,
+        **sparse,
     }

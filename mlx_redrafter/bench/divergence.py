@@ -19,11 +19,10 @@ from mlx_redrafter.decoding.costs import bare_pass
 from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.doctor import TOLERANCE
 from mlx_redrafter.models import cache
+from mlx_redrafter.prefill.chunks import USUAL
 
 from . import ways
 from .compare import Encoded
-
-_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def _one_row(model: Model, read: Any, text: Sequence[int], prompt: int) -> mx.ar
     target = model.target
     kv = cache.new_cache(target.config, cache.bucket(len(text)), target.dtype)
     # The last token of the prompt is the root of the first step: a row of its own.
-    starts = [*range(0, prompt - 1, _CHUNK), *range(prompt - 1, len(text)), len(text)]
+    starts = [*range(0, prompt - 1, USUAL), *range(prompt - 1, len(text)), len(text)]
     for start, end in pairwise(starts):
         ids = mx.array(list(text[start:end]), mx.int32)
         hidden, kv = read(ids, mx.array([start], mx.int32), kv)

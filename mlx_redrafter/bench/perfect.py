@@ -11,9 +11,13 @@ import mlx.core as mx
 
 from mlx_redrafter.decoding.costs import bare_pass
 from mlx_redrafter.models import Decoder, cache
+from mlx_redrafter.prefill.chunks import USUAL
+from mlx_redrafter.prefill.config import SparsePrefill
+from mlx_redrafter.prefill.reading import read
+from mlx_redrafter.prefill.session import Session
+from mlx_redrafter.prefill.sparse import SparseAttention
 
 _WRONG = -1000.0  # far below the right draft, at any temperature and whatever the noise
-_CHUNK = 512
 _SIZES = 64  # the known text is padded to a multiple, so that few kernels serve all answers
 
 
@@ -27,16 +31,23 @@ class Replay:
         target: the model.
         prompt: token ids.
         answer: what the target answers.
+        sparse: how the prompt is read, which its hidden states depend on; None: densely.
     """
 
     context_layers: tuple[int, ...] = ()
 
-    def __init__(self, target: Decoder, prompt: Sequence[int], answer: Sequence[int]) -> None:
+    def __init__(
+        self,
+        target: Decoder,
+        prompt: Sequence[int],
+        answer: Sequence[int],
+        sparse: SparsePrefill | None = None,
+    ) -> None:
         self.context_size: int = target.config.hidden_size
         text = [*prompt, *answer]
         first = max(0, len(prompt) - 2)  # the place that predicts the first root
         following = mx.array([*text[first + 1 :], 0], mx.int32)
-        hidden = _hidden(target, text)[first:].astype(mx.float32)
+        hidden = _hidden(target, prompt, answer, sparse).astype(mx.float32)
         more = -following.shape[0] % _SIZES
         self._tokens = mx.pad(following, (0, more))  # (T,) the token after each place
         self._hidden = mx.pad(hidden, [(0, more), (0, 0)], constant_values=1e9)  # (T, D)
@@ -63,13 +74,16 @@ class Replay:
         return mx.take(values, self._tokens)
 
 
-def _hidden(target: Decoder, text: Sequence[int]) -> mx.array:
-    """The final hidden state after every token, (T, D), read in chunks as a prompt is."""
-    kv = cache.new_cache(target.config, cache.bucket(len(text)), target.dtype)
-    read, chunks = bare_pass(target), []
-    for done in range(0, len(text), _CHUNK):
-        ids = mx.array(list(text[done : done + _CHUNK]), mx.int32)
-        hidden, kv = read(ids, mx.array([done], mx.int32), kv)
-        mx.eval(hidden, kv)
-        chunks.append(hidden)
-    return mx.concatenate(chunks)
+def _hidden(
+    target: Decoder, prompt: Sequence[int], answer: Sequence[int], sparse: SparsePrefill | None
+) -> mx.array:
+    """The final hidden states after the last two tokens of the prompt, which is read as the engine
+    reads it, and after every token of the answer: (T, D)."""
+    config, last = target.config, len(prompt) - 1
+    kv = cache.new_cache(config, cache.bucket(len(prompt) + len(answer)), target.dtype)
+    session = Session(kv=kv)
+    attention = SparseAttention(sparse, config) if sparse is not None else None
+    before, _ = read(target, prompt, session, USUAL, sparse=attention)
+    ids = mx.array([prompt[last], *answer], mx.int32)
+    hidden, _ = bare_pass(target)(ids, mx.array([last], mx.int32), session.kv)
+    return mx.concatenate([before, hidden]) if last else hidden

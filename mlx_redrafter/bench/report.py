@@ -38,6 +38,9 @@ def tables(document: Document) -> None:
     _cost(document.cost_curve)
     known = document.conditions
     console.note(", ".join(f"{name} {known[name]}" for name in _SHOWN if name in known))
+    if sparse := known.get("sparse_prefill"):
+        held = ", ".join(f"{name} {value}" for name, value in sparse.items() if value is not None)
+        console.note(f"prompts read sparsely by our ways, densely by mlx_lm: {held}")
 
 
 def _speed(temp: float, rows: Sequence[Row]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -15,6 +16,7 @@ from mlx_redrafter import console, reports
 from mlx_redrafter.api import Model, load
 from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prompts import Prompt, prompt_file, read_prompts
 
 from . import divergence, document, plots, report, sweep, ways
@@ -45,6 +47,8 @@ class BenchOptions:
     seed: int = 0
     output: Path | None = None
     as_json: bool = False
+    sparse_prefill: SparsePrefill | None = None
+    sparse_prefill_config: str | None = None
 
     def numbers(self) -> tuple[int, int, int]:
         """Prompts, tokens and rounds.
@@ -74,6 +78,11 @@ def measure(options: BenchOptions) -> bool:
     count, max_tokens, rounds = options.numbers()
     shapes = list(dict.fromkeys(ways.parse_shape(text) for text in options.shapes))
     temps = _temperatures(options)
+    sparse = options.sparse_prefill
+    if options.kind == DIVERGENCE and sparse is not None:
+        raise OptionError(
+            "--divergence weighs each difference by a dense pass: leave out --sparse-prefill"
+        )
     file = prompt_file(options.prompts)
     prompts = read_prompts(file, count)
     if options.output is not None:
@@ -84,13 +93,23 @@ def measure(options: BenchOptions) -> bool:
         raise OptionError(f"there is no drafter for {options.model}: give one with --drafter")
     facts = {"max_tokens": max_tokens, "rounds": rounds, "temps": temps, "seed": options.seed}
     facts |= {"mlx_lm_draft": options.mlx_lm_draft, "shapes": options.shapes}
-    result = Document(options.kind, document.conditions(model, file, prompts, facts))
+    facts["sparse_prefill"] = _sparse_facts(options)
     encoded = encode(prompts, tokenizer)
+    longest = max(len(ids) for _, ids in encoded)
+    if sparse is not None and longest <= sparse.min_context:
+        raise OptionError(
+            f"the longest prompt has {longest} tokens, and {sparse.min_context} are read densely "
+            "before --sparse-prefill begins: give longer --prompts, or a smaller "
+            "--sparse-prefill-min-context"
+        )
+    result = Document(options.kind, document.conditions(model, file, prompts, facts))
     with _reported(result, options):
         if options.kind == DIVERGENCE:
             _divergence(result, model, encoded, shapes, max_tokens, options)
         else:
-            comparison = Comparison(model, [], max_tokens, rounds, temps, seed=options.seed)
+            comparison = Comparison(
+                model, [], max_tokens, rounds, temps, seed=options.seed, sparse=sparse
+            )
             _compare(result, comparison, encoded, shapes, options)
         result.complete = True
     return not any(case["bug"] for case in result.cases)
@@ -100,6 +119,15 @@ def show_again(folder: Path, as_json: bool) -> None:
     """Tables and plots of what a run wrote, whole or stopped."""
     found = document.read(folder)
     _show(found, folder, as_json)
+
+
+def _sparse_facts(options: BenchOptions) -> dict[str, Any] | None:
+    """How long prompts are read, for whoever reads the figures; None: densely."""
+    sparse, file = options.sparse_prefill, options.sparse_prefill_config
+    if sparse is None:
+        return None
+    facts = {"mode": sparse.mode, "min_context": sparse.min_context, "tau": sparse.tau}
+    return {**facts, "config": Path(file).name if file else None, "tag": sparse.tag}
 
 
 def _temperatures(options: BenchOptions) -> tuple[float, ...]:
@@ -125,7 +153,8 @@ def _compare(
 ) -> None:
     """Speed, or a sweep."""
     model, tokens, seed = comparison.model, comparison.max_tokens, comparison.seed
-    usual = ways.automatic(model, tokens, seed)
+    sparse = comparison.sparse
+    usual = ways.automatic(model, tokens, seed, sparse)
     turns = len(prompts) * len(comparison.temps) * comparison.rounds
     if options.kind == SWEEP:
         grid = shapes or sweep.grid()
@@ -138,7 +167,10 @@ def _compare(
             draft = ways.load_draft(options.mlx_lm_draft, model)
             number = options.draft_tokens
             comparison.others.append(ways.mlx_lm_draft(reference, draft, number, tokens, seed))
-        comparison.others += [usual, *(ways.ours(model, s, tokens, seed) for s in shapes)]
+        comparison.others += [
+            usual,
+            *(ways.ours(model, s, tokens, seed, sparse=sparse) for s in shapes),
+        ]
         comparison.perfect = options.perfect
         source = comparison.turns(prompts)
     with reports.progress(turns) as step:

@@ -37,7 +37,8 @@ def turns(
     blocks = [shapes[i : i + BLOCK] for i in range(0, len(shapes), BLOCK)]
     for number, prompt in enumerate(prompts):
         for block in blocks:
-            comparison.others = [usual, *(ours(model, s, length, seed) for s in block)]
+            mine = (ours(model, s, length, seed, sparse=comparison.sparse) for s in block)
+            comparison.others = [usual, *mine]
             yield from comparison.turns([prompt], number)
 
 

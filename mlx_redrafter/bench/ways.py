@@ -21,6 +21,7 @@ from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.errors import ModelError, OptionError
+from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.stats import DraftStats
 
 from .perfect import Replay
@@ -70,14 +71,14 @@ class Way:
         return next((by_name.get(name) for name, _ in stats.shapes.most_common(1)), None)
 
 
-def automatic(model: Model, max_tokens: int, seed: int) -> Way:
+def automatic(model: Model, max_tokens: int, seed: int, sparse: SparsePrefill | None = None) -> Way:
     """What is drafted when nobody says how much: the policy's choice at every step."""
     shapes = {s for sampled in (False, True) for s in tuning.policy(model, sampled).shapes}
 
     def choose(temp: float) -> Policy:
         return tuning.policy(model, sampled=temp > 0)
 
-    decode = _decoder(model.engine, choose, max_tokens, seed)
+    decode = _decoder(model.engine, choose, max_tokens, seed, sparse)
     return Way(AUTOMATIC, decode, tuple(sorted(shapes, key=lambda shape: shape.nodes)))
 
 
@@ -102,21 +103,37 @@ def parse_shape(text: str) -> TreeShape:
     return TreeShape(width, depth, nodes, lookup=looked)
 
 
-def ours(model: Model, shape: TreeShape, max_tokens: int, seed: int, name: str = "") -> Way:
-    """Our engine with one tree shape, a fresh session for every answer."""
-    decode = _decoder(model.engine, lambda temp: shape, max_tokens, seed)
+def ours(
+    model: Model,
+    shape: TreeShape,
+    max_tokens: int,
+    seed: int,
+    name: str = "",
+    sparse: SparsePrefill | None = None,
+) -> Way:
+    """Our engine with one tree shape, a fresh session for every answer; ``sparse``: how it reads a
+    long prompt."""
+    decode = _decoder(model.engine, lambda temp: shape, max_tokens, seed, sparse)
     return Way(name or str(shape), decode, (shape,))
 
 
 def perfect(
-    model: Model, prompt: Sequence[int], answer: Sequence[int], max_tokens: int, seed: int
+    model: Model,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    max_tokens: int,
+    seed: int,
+    sparse: SparsePrefill | None = None,
 ) -> list[Way]:
     """Drafters that know this one answer, for every size of ``PERFECT`` that it fills twice."""
-    replay = Replay(model.target, prompt, answer)
+    replay = Replay(model.target, prompt, answer, sparse)
     engine = Engine(model.target, replay, model.engine.compiled)
-    shapes = [TreeShape.chain(n - 1) for n in PERFECT if 2 * n <= len(answer)]
     own = replace(model, engine=engine, drafter=None)
-    return [ours(own, s, max_tokens, seed, f"{PERFECT_NAME}, {s.nodes} nodes") for s in shapes]
+    return [
+        ours(own, TreeShape.chain(n - 1), max_tokens, seed, f"{PERFECT_NAME}, {n} nodes", sparse)
+        for n in PERFECT
+        if 2 * n <= len(answer)
+    ]
 
 
 def mlx_lm(reference: nn.Module, max_tokens: int, seed: int) -> Way:
@@ -185,13 +202,19 @@ def load_draft(name: str, model: Model) -> nn.Module:
 
 
 def _decoder(
-    engine: Engine, choose: Callable[[float], TreeShape | Policy], max_tokens: int, seed: int
+    engine: Engine,
+    choose: Callable[[float], TreeShape | Policy],
+    max_tokens: int,
+    seed: int,
+    sparse: SparsePrefill | None,
 ) -> Callable[[list[int], float], Answer]:
     def decode(ids: list[int], temp: float) -> Answer:
         params, session = SamplingParams(temp=temp, seed=seed), Session()
         stats = DraftStats()
         shape = choose(temp)
-        steps = engine.generate(ids, params, shape, max_tokens, session=session, stats=stats)
+        steps = engine.generate(
+            ids, params, shape, max_tokens, session=session, stats=stats, sparse_prefill=sparse
+        )
         found = _timed((emitted.tokens for emitted in steps), 0)
         capacity = session.kv[0].shape[2]
         return Answer(found.tokens, found.first, found.seconds, stats, capacity)

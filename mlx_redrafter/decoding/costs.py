@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import statistics
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_redrafter import clock
 from mlx_redrafter.decoding import beam
 from mlx_redrafter.decoding.step import Bucket, make_state, nothing_pending
 from mlx_redrafter.decoding.tree import TreeShape
@@ -26,12 +26,11 @@ from mlx_redrafter.models import Decoder, cache
 NODES = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 WIDTHS = (1, 2, 3, 4)
 NEAR, FAR = 256, 2048  # tokens in the cache
-_ROUNDS, _PATIENCE = 6, 2.0  # seconds
+_ROUNDS = 6
 _LINEAR = 0.9  # of N times one token: nothing can be gained there
 _ENOUGH = 6  # measured steps of a shape that outweigh the table
 _APART = 1.25  # two shapes' corrections: the table is no longer true
 
-Run = Callable[[], None]
 Pass = Callable[[mx.array, mx.array, list[mx.array]], tuple[mx.array, list[mx.array]]]
 
 
@@ -137,20 +136,20 @@ def measure(
     whatever else the machine does can only make it slower."""
     build = mx.compile if compiled else lambda f: f
     far = min(FAR, target.config.max_positions // 2)
-    passes: dict[int, Run] = {}
+    passes: dict[int, clock.Run] = {}
     for nodes in NODES:
         passes[nodes] = _timed_pass(target, nodes, NEAR, build)
         passes[nodes]()  # traces, and may compile kernels
         if nodes in (4, 8):
-            few = _fastest({1: passes[1], nodes: passes[nodes]}, 2)
+            few = clock.fastest({1: passes[1], nodes: passes[nodes]}, 2)
             if few[nodes] > _LINEAR * nodes * few[1]:
                 break
-    verify = _fastest(passes, _ROUNDS)
+    verify = clock.fastest(passes, _ROUNDS)
     least = float("inf")
     for n in sorted(verify, reverse=True):  # a pass over more tokens is never faster
         least = verify[n] = min(least, verify[n])
     ends = min(verify), max(verify)
-    long = _fastest({n: _timed_pass(target, n, far, build) for n in ends}, 3, warm=True)
+    long = clock.fastest({n: _timed_pass(target, n, far, build) for n in ends}, 3, warm=True)
     per_token = [max(long[n] - verify[n], 0.0) / max(far - NEAR, 1) for n in ends]
     costs = Costs(verify, (per_token[0], per_token[1]))
     if drafter is not None:
@@ -163,30 +162,15 @@ def _measure_draft(
 ) -> None:
     widths = [w for w in WIDTHS if w <= target.config.vocab_size]
     runs = {(w, d): _draft_levels(target, drafter, w, d, build) for w in widths for d in (1, 3)}
-    found = _fastest(runs, _ROUNDS, warm=True)
+    found = clock.fastest(runs, _ROUNDS, warm=True)
     for w in widths:
         costs.draft[w] = found[w, 1], max(found[w, 3] - found[w, 1], 0.0) / 2
     shape = TreeShape(2, 2, min(5, max(costs.verify)), lookup=2)
     if shape.nodes > 2 and shape.width in costs.draft:
-        whole = _fastest({0: _whole_step(target, drafter, shape, step_function)}, _ROUNDS, True)
+        whole = clock.fastest(
+            {0: _whole_step(target, drafter, shape, step_function)}, _ROUNDS, True
+        )
         costs.rest = max(whole[0] - costs.table(shape), 0.0)
-
-
-def _fastest(runs: Mapping[Any, Run], rounds: int, warm: bool = False) -> dict[Any, float]:
-    """Seconds of the fastest of so many rounds; of fewer, but two, where they take long."""
-    if warm:
-        for run in runs.values():
-            run()
-    found = {name: float("inf") for name in runs}
-    begin = time.perf_counter()
-    for done in range(rounds):
-        if done >= 2 and time.perf_counter() - begin > _PATIENCE:
-            break
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            found[name] = min(found[name], time.perf_counter() - start)
-    return found
 
 
 def bare_pass(target: Decoder) -> Pass:
@@ -222,7 +206,7 @@ def verify_pass(target: Decoder) -> Pass:
     return run
 
 
-def _timed_pass(target: Decoder, nodes: int, position: int, build: Any) -> Run:
+def _timed_pass(target: Decoder, nodes: int, position: int, build: Any) -> clock.Run:
     """The target over a chain of so many tokens."""
     kv = cache.new_cache(target.config, cache.bucket(position + nodes), target.dtype)
     tokens, start = mx.zeros((nodes,), mx.int32), mx.array([position], mx.int32)
@@ -236,7 +220,9 @@ def _timed_pass(target: Decoder, nodes: int, position: int, build: Any) -> Run:
     return once
 
 
-def _draft_levels(target: Decoder, drafter: Drafter, width: int, depth: int, build: Any) -> Run:
+def _draft_levels(
+    target: Decoder, drafter: Drafter, width: int, depth: int, build: Any
+) -> clock.Run:
     shape = TreeShape(width, depth, 1 + width * depth)
     context = mx.zeros((drafter.context_size,), target.dtype)
     root = mx.zeros((1,), mx.int32)
@@ -244,7 +230,9 @@ def _draft_levels(target: Decoder, drafter: Drafter, width: int, depth: int, bui
     return lambda: mx.eval(run(context, root))
 
 
-def _whole_step(target: Decoder, drafter: Drafter, shape: TreeShape, step_function: Any) -> Run:
+def _whole_step(
+    target: Decoder, drafter: Drafter, shape: TreeShape, step_function: Any
+) -> clock.Run:
     kv = cache.new_cache(target.config, cache.bucket(NEAR + 32), target.dtype)
     layers = max(1, len(drafter.context_layers))
     position = mx.array([NEAR], mx.int32)

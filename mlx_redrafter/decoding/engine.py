@@ -24,6 +24,7 @@ from mlx_redrafter.decoding.tree import END, TreeShape
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, cache
+from mlx_redrafter.prefill.chunks import USUAL, Chunks
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import Progress, read
 from mlx_redrafter.prefill.session import Session
@@ -53,6 +54,7 @@ class Engine:
         self.compiled = compiled
         self.traces = 0
         self.costs: Costs | None = None  # of steps on this machine, once they are known
+        self.chunks: Chunks | None = None  # of prompts, likewise
         self._steps: dict[Bucket, StepFunction] = {}
 
     def step_function(self, bucket: Bucket) -> StepFunction:
@@ -74,7 +76,7 @@ class Engine:
         *,
         session: Session | None = None,
         stats: DraftStats | None = None,
-        prefill_step_size: int = 512,
+        prefill_step_size: int = USUAL,
         progress: Progress | None = None,
         sparse_prefill: SparsePrefill | None = None,
     ) -> Generator[Emitted, None, None]:

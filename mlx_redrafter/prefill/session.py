@@ -35,16 +35,18 @@ class Session:
         self.kv.clear()
 
     def keep_shared(self, prompt: Sequence[int], tag: str) -> None:
-        """Forget what the prompt does not begin with, and what another sparse prefill has read.
+        """Forget what does not serve a request."""
+        self.trim(self.shared(prompt, tag))
 
-        What was read densely serves every request.
-        """
+    def shared(self, prompt: Sequence[int], tag: str) -> int:
+        """Tokens that serve a request: the prompt begins with them, and they were not read by
+        another sparse prefill. What was read densely serves every request."""
         # The drafter needs the hidden state before the root: one token is always read.
         limit = max(0, min(len(self.tokens), len(prompt) - 2))
         if self.tag not in ("", tag):
             limit = min(limit, self.sparse_from)
         pairs = zip(self.tokens[:limit], prompt, strict=False)
-        self.trim(next((i for i, (a, b) in enumerate(pairs) if a != b), limit))
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), limit)
 
     def read_sparsely(self, tag: str, start: int) -> None:
         """Note that position ``start`` and what follows is about to be read so."""
