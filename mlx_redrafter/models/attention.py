@@ -64,6 +64,11 @@ def _by_row(mask: mx.array, rows: int) -> mx.array:
     return mask if rows == 1 else mask.reshape(rows, 1, -1, mask.shape[1])
 
 
+def masked_softmax(scores: mx.array, seen: mx.array, softmax: Softmax = softmax) -> mx.array:
+    """Over the last axis, of the scores that are seen (bool, of a shape that fits)."""
+    return _masked(softmax)(scores, seen)
+
+
 @functools.cache
 def _masked(softmax: Softmax) -> Callable[[mx.array, mx.array], mx.array]:
     """The softmax of the scores that are seen. Compiled on its own, as reading a prompt is not: the

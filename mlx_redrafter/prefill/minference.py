@@ -12,6 +12,7 @@ from typing import cast
 
 import mlx.core as mx
 
+from mlx_redrafter.models.attention import masked_softmax
 from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill
 from mlx_redrafter.prefill.selectors import Chunk, Columns, Selection, Selector
 
@@ -99,7 +100,7 @@ def last_queries(chunk: Chunk, last: int) -> mx.array:
     if chunk.softcap:
         scores = mx.tanh(scores / chunk.softcap) * chunk.softcap
     seen = mx.arange(chunk.length) <= mx.arange(chunk.length - r, chunk.length)[:, None]
-    return mx.softmax(mx.where(seen, scores, -mx.inf), axis=-1)
+    return masked_softmax(scores, seen)
 
 
 def diagonal_sums(mass: mx.array) -> mx.array:

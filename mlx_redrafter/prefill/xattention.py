@@ -6,6 +6,7 @@ from typing import cast
 
 import mlx.core as mx
 
+from mlx_redrafter.models.attention import masked_softmax
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.selectors import Blocks, Chunk, Selection, Selector, always
 
@@ -54,7 +55,7 @@ def block_mass(chunk: Chunk, stride: int) -> mx.array:
         scores = mx.tanh(scores / chunk.softcap) * chunk.softcap
     scores = scores.reshape(kv_heads, -1, rows, columns)
     seen = mx.arange(columns) <= mx.arange(first, first + rows)[:, None]
-    mass = mx.softmax(mx.where(seen, scores, -mx.inf), axis=-1).sum(axis=1)  # over the group
+    mass = masked_softmax(scores, seen).sum(axis=1)  # over the group
     per = chunk.block // stride
     return mass.reshape(kv_heads, rows // per, per, columns // per, per).sum(axis=(2, 4))
 
