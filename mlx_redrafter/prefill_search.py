@@ -62,7 +62,10 @@ def run(
     reports.show("What fits the heads", shown(facts))
     windows = sum(w > 0 for w in config.layer_windows)
     if windows:
-        console.note(f"{windows} layers have a sliding window and stay dense: theirs is not used")
+        console.note(
+            f"{windows} of {config.num_layers} layers have a sliding window and stay dense: their "
+            "patterns are not used"
+        )
     console.note(
         f"written: {out}; use it with --sparse-prefill minference --sparse-prefill-config {out}"
     )
