@@ -220,7 +220,7 @@ def main(
     sizes = [int(n) for n in numbers(lengths, "lengths")]
     asked = list(cases(chosen, sizes, numbers(depths, "depths"), seeds, count))
     outcomes: list[Outcome] = []
-    facts = {**reports.conditions(loaded, []), "min_context": min_context}
+    facts = {**reports.conditions(loaded), "min_context": min_context}
     with reports.progress(len(asked)) as step:
         for case in asked:
             outcomes.append(answer_all(loaded, tokenizer, case, compared))

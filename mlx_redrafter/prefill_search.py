@@ -56,7 +56,7 @@ def run(
         draw(results, plot)
     facts = summary(results, alone)
     if as_json:
-        conditions = reports.conditions(loaded, [])
+        conditions = reports.conditions(loaded)
         print(json.dumps({**facts, "length": length, "density": density, **conditions}))
         return
     reports.show("What fits the heads", shown(facts))
