@@ -4,7 +4,7 @@
 
 Grey is the attention mass of one head, on a logarithmic scale, by cells of 32 queries and 32 keys;
 orange is where a pattern looks, per block of 128 queries, stronger where it keeps more of the keys.
-Needs matplotlib.
+Needs matplotlib, which brings Pillow.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mlx_redrafter.prefill_search import STEP, read_text
 
 import mlx.core as mx  # isort: skip  (after the package, which chooses the BLAS)
 import numpy as np
+from PIL import Image
 
 from mlx_redrafter.decoding.engine import Session
 from mlx_redrafter.models import cache
@@ -30,6 +31,7 @@ from mlx_redrafter.prefill.sparse import SELECTORS, SparseAttention
 from mlx_redrafter.prefill.xattention import everything
 
 CELL = 32
+HEADS = ["19.4", "12.4", "10.3", "28.3", "24.3", "20.5"]
 
 
 @dataclass
@@ -96,7 +98,7 @@ def capture(panels: Sequence[Panel], length: int) -> None:
 
 def draw(panels: Sequence[Panel], length: int, file: Path) -> None:
     """All panels in two rows."""
-    figure = figures.new(10.5, 7.4)
+    figure = figures.new(9.6, 6.9)
     for axes, panel in zip(figure.subplots(2, 3).flat, panels, strict=True):
         shown = np.log10(np.maximum(panel.mass / CELL, 1e-5))
         future = np.triu(np.ones_like(shown), 1) > 0
@@ -112,14 +114,17 @@ def draw(panels: Sequence[Panel], length: int, file: Path) -> None:
             f"{panel.kept / length:.1%} of the mass", fontsize=8,
         )  # fmt: skip
         axes.tick_params(labelsize=7)
+        axes.set_xlabel("key", fontsize=7)
+        axes.set_ylabel("query", fontsize=7)
     figures.save(figure, file)
+    Image.open(file).convert("RGB").quantize(48, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--patterns", type=Path, required=True, help="as prefill-search writes it")
     parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--heads", nargs=6, default=["0.0"] * 6, help="layer.head of each panel")
+    parser.add_argument("--heads", nargs=6, default=HEADS, help="layer.head of each panel")
     parser.add_argument("--out", type=Path, default=Path("sparse_heads.png"))
     given = parser.parse_args()
     searched = SparsePrefill("minference", patterns=read_patterns(given.patterns))
