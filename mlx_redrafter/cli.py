@@ -288,10 +288,9 @@ def tune(
 
 @app.command("prefill-search")
 def prefill_search(
+    *,
     model: Annotated[str, typer.Argument(help="Built-in name, local folder or hub id.")] = BUILTIN,
-    out: Annotated[
-        Path, typer.Option(help="File for the patterns, in MInference's format.")
-    ] = Path("patterns.json"),
+    out: Annotated[Path, typer.Option(help="File for the patterns, in MInference's format.")],
     text: Annotated[
         Path | None, typer.Option(help="What to read.", show_default="Python's help topics")
     ] = None,

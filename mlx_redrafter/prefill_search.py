@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,9 @@ def check_length(length: int, density: float, tokens: int, config: DecoderConfig
 
 
 def _check_files(out: Path, plot: Path | None) -> None:
-    if not out.parent.is_dir() or out.is_dir():
-        raise OptionError(f"{out} cannot be written: give a file in an existing folder")
+    writable = os.access(out if out.exists() else out.parent, os.W_OK)
+    if not out.parent.is_dir() or out.is_dir() or not writable:
+        raise OptionError(f"{out} cannot be written: give a file in an existing folder of yours")
     if plot is not None and (plot.suffix not in FORMATS or not plot.parent.is_dir()):
         raise OptionError(
             f"the plot cannot be written to {plot}: give a file in an existing folder that ends "

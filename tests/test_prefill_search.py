@@ -130,6 +130,16 @@ def test_recall_error_and_density_are_those_of_the_consumer(searched: Search) ->
     assert np.allclose(recall, (mass * table[:, rows]).sum(axis=2).mean(axis=1), atol=1e-4)
 
 
+@pytest.mark.parametrize(("asked", "given"), [(3, 6), (1, 2), (1000, 63)])
+def test_a_number_of_blocks_is_obeyed(asked: int, given: int) -> None:
+    """In 64 tokens; what a file says beyond upstream's 100 means 100, here more than there are."""
+    chunk = chunks()[1]
+    chosen = searching.minference.top_blocks(chunk, [HeadPattern("block_sparse", asked, 1)] * 4)
+    assert chosen is not None
+    last = chunk.past_blocks[-1]
+    assert np.array(chosen)[:, -1, :last].sum(axis=1).tolist() == 4 * [given]
+
+
 def test_a_layer_that_is_not_measured_has_its_window(searched: Search) -> None:
     assert searched.results()[1] == {h: Found(HeadPattern("stream_llm", 0, 0)) for h in range(4)}
 
@@ -226,7 +236,7 @@ def test_layers_with_a_window_get_a_pattern_that_is_never_used(text: Path, tmp_p
         (["--length", 2048, "--text", "short"], "the text has 3 tokens and --length is 2048: give"),
         (["--text", "none.txt"], "none.txt cannot be read (No such file or directory)"),
         (["--text", "latin"], "latin is not UTF-8 text: convert it first (iconv)"),
-        (["--out", "nowhere/out.json"], "cannot be written: give a file in an existing folder"),
+        (["--out", "nowhere/out.json"], "cannot be written: give a file in an existing folder of"),
         (["--plot", "plot.txt"], "the plot cannot be written to plot.txt"),
         (["--density", 1.5], "--density 1.5 is not possible: use a number between 0 and 1"),
     ],
