@@ -52,10 +52,11 @@ class Panel:
         self.mass = np.zeros((self.cells, self.cells))
         self.seen = np.zeros((self.cells, self.cells))
 
-    def take(self, chunk: Chunk, dense: mx.array) -> None:
-        """A chunk of its layer; dense (H, n, length) is all of its attention."""
+    def take(self, chunk: Chunk) -> None:
+        """A chunk of its layer."""
         first, stop = chunk.offset // CELL, chunk.length // CELL
-        mass = dense[self.head].reshape(stop - first, CELL, stop, CELL).sum(axis=(1, 3))
+        dense = self._dense(chunk)
+        mass = dense.reshape(stop - first, CELL, stop, CELL).sum(axis=(1, 3))
         self.mass[first:stop, :stop] = np.array(mass)
         chosen = SELECTORS[self.options.mode](self.options)(self.layer, chunk)
         for j, number in enumerate(chunk.past_blocks):
@@ -65,9 +66,17 @@ class Panel:
             self.seen[past // CELL : end // CELL, : end // CELL] = keys.reshape(-1, CELL).mean(
                 axis=1
             )
-            rows = np.array(dense[self.head, j * chunk.block : (j + 1) * chunk.block, :end])
-            self.kept += float((rows @ keys).sum())
+            rows = np.array(dense[j * chunk.block : (j + 1) * chunk.block, :end].sum(axis=0))
+            self.kept += float(rows @ keys)
             self.pairs += chunk.block * keys[:past].sum() + chunk.block * (chunk.block + 1) / 2
+
+    def _dense(self, chunk: Chunk) -> mx.array:
+        """All attention of the head's queries in a chunk: (n, length)."""
+        kv = self.head * chunk.kv_heads // chunk.heads
+        slab = chunk.slab[:, mx.array([kv, chunk.kv_heads + kv])]
+        q = chunk.q[self.head : self.head + 1]
+        alone = Chunk(q, slab, chunk.offset, chunk.block, chunk.scale, chunk.softcap)
+        return probabilities(alone, mx.arange(q.shape[1]))[0]
 
     def _keys(self, chosen: Selection, chunk: Chunk, j: int, past: int) -> np.ndarray:
         """(past,) bool: which keys before query block j are looked at."""
@@ -83,11 +92,9 @@ def capture(panels: Sequence[Panel], length: int) -> None:
     config = model.target.config
 
     def select(layer: int, chunk: Chunk) -> Selection:
-        wanted = [panel for panel in panels if panel.layer == layer]
-        if wanted:
-            dense = probabilities(chunk, mx.arange(chunk.q.shape[1]))
-            for panel in wanted:
-                panel.take(chunk, dense)
+        for panel in panels:
+            if panel.layer == layer:
+                panel.take(chunk)
         return everything(chunk)
 
     tokens = tokenizer.encode(read_text(None))[: length + 1]
@@ -110,14 +117,15 @@ def draw(panels: Sequence[Panel], length: int, file: Path) -> None:
         axes.imshow(veil, extent=extent)
         share = panel.pairs / (length * (length + 1) / 2)
         axes.set_title(
-            f"{panel.title}\nlayer {panel.layer}, head {panel.head}: {share:.0%} of the pairs, "
-            f"{panel.kept / length:.1%} of the mass", fontsize=8,
+            f"{panel.title}\nlayer {panel.layer}, head {panel.head}: "
+            f"{share:.0%} of pairs, {panel.kept / length:.1%} of mass",
+            fontsize=7,
         )  # fmt: skip
         axes.tick_params(labelsize=7)
         axes.set_xlabel("key", fontsize=7)
         axes.set_ylabel("query", fontsize=7)
     figures.save(figure, file)
-    Image.open(file).convert("RGB").quantize(48, dither=Image.Dither.NONE).save(file, optimize=True)
+    Image.open(file).convert("RGB").quantize(40, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
 def main() -> None:
