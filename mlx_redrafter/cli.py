@@ -287,6 +287,33 @@ def tune(
     report.run(model, drafter, again, plot, as_json)
 
 
+@app.command("prefill-search")
+def prefill_search(
+    *,
+    model: Annotated[str, typer.Argument(help="Built-in name, local folder or hub id.")] = BUILTIN,
+    out: Annotated[Path, typer.Option(help="File for the patterns, in MInference's format.")],
+    text: Annotated[
+        Path | None, typer.Option(help="What to read.", show_default="Python's help topics")
+    ] = None,
+    length: Annotated[
+        int, typer.Option(help="Tokens of it; patterns fit prompts of that length best.")
+    ] = 4096,
+    density: Annotated[
+        float, typer.Option(help="Share of the pairs of dense attention that a head may score.")
+    ] = 0.35,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw what fits which head into this PNG or SVG file.")
+    ] = None,
+    as_json: Json = False,
+    blas: Blas = None,
+    debug: Debug = False,
+) -> None:
+    """Search the sparse pattern of every head for --sparse-prefill minference."""
+    from mlx_redrafter import prefill_search as searching
+
+    searching.run(model, out, text, length, density, plot, as_json)
+
+
 @app.command(
     context_settings={
         "allow_extra_args": True,

@@ -58,14 +58,14 @@ def progress(total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-def conditions(model: Model, prompts: list[Prompt]) -> dict[str, Any]:
-    """Model, drafter, prompts and machine."""
+def conditions(model: Model, prompts: list[Prompt] | None = None) -> dict[str, Any]:
+    """Model and machine; with prompts also their number, and the drafter."""
     facts = machine()
+    drafter = model.drafter_folder.name if model.drafter_folder else None
     return {
         "model": model.name,
         "dtype": str(model.target.dtype).removeprefix("mlx.core."),
-        "drafter": model.drafter_folder.name if model.drafter_folder else None,
-        "prompts": len(prompts),
+        **({} if prompts is None else {"drafter": drafter, "prompts": len(prompts)}),
         "chip": facts["chip"],
         "device": device(),
         "mlx": facts["mlx"],

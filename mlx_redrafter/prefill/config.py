@@ -21,7 +21,7 @@ class HeadPattern:
     """What one query head looks at.
 
     ``vertical`` columns and ``slash`` distances (diagonals); of stream_llm the first tokens and the
-    local window; of block_sparse nothing.
+    local window; of block_sparse ``vertical`` blocks of 64 tokens, at most 100.
     """
 
     kind: Kind = "vertical_and_slash"

@@ -18,7 +18,7 @@ from mlx_redrafter.prefill.selectors import Chunk, Columns, Selection, Selector
 
 # Of vertical_and_slash: at least so many, and always the first columns and shortest distances.
 _LEAST_VERTICAL, _LEAST_SLASH, _FIRST_COLUMNS, _SHORT_DISTANCES = 30, 50, 30, 100
-_TOP_TOKENS = 6400  # of block_sparse: 100 blocks of 64
+_TOP_TOKENS, _TOP_BLOCK = 6400, 64  # of block_sparse: upstream has 100 blocks of 64, always
 
 
 def minference(options: SparsePrefill) -> Selector:
@@ -70,18 +70,34 @@ def slash_union(distances: mx.array, past: int, block: int) -> mx.array:
 
 def lines(chunk: Chunk, patterns: Sequence[HeadPattern], last: int) -> tuple[mx.array, mx.array]:
     """The columns and distances that each head looks at: two (H, length) bool."""
-    length = chunk.length
-    wanted = [p.kind == "vertical_and_slash" for p in patterns]
-    slots = mx.arange(length)
-    if any(wanted):
-        mass = last_queries(chunk, last)
-        dynamic = mx.array(wanted)[:, None]
-        vertical = [min(length, max(p.vertical, _LEAST_VERTICAL)) for p in patterns]
-        slash = [min(length, max(p.slash, _LEAST_SLASH)) for p in patterns]
-        columns = top(mass.sum(axis=1), vertical, slots < _FIRST_COLUMNS) & dynamic
-        distances = top(diagonal_sums(mass), slash, slots < _SHORT_DISTANCES) & dynamic
-    else:
-        columns = distances = mx.zeros((len(patterns), length), mx.bool_)
+    if any(p.kind == "vertical_and_slash" for p in patterns):
+        return lines_of(ranks(chunk, last), patterns)
+    nothing = mx.zeros((len(patterns), chunk.length), mx.int32)
+    return lines_of((nothing, nothing), patterns)
+
+
+def ranks(chunk: Chunk, last: int) -> tuple[mx.array, mx.array]:
+    """Ranks, from 0, of the columns and of the distances by their mass: two (H, length) int32."""
+    mass = last_queries(chunk, last)
+    slots = mx.arange(chunk.length)
+    return (
+        ranked(mass.sum(axis=1), slots < _FIRST_COLUMNS),
+        ranked(diagonal_sums(mass), slots < _SHORT_DISTANCES),
+    )
+
+
+def lines_of(
+    ranks: tuple[mx.array, mx.array], patterns: Sequence[HeadPattern]
+) -> tuple[mx.array, mx.array]:
+    """Ranks (H, length) of columns and distances -> those that each head looks at, bool."""
+    slots = mx.arange(ranks[0].shape[1])
+    dynamic = [p.kind == "vertical_and_slash" for p in patterns]
+    vertical = [
+        max(p.vertical, _LEAST_VERTICAL) * d for p, d in zip(patterns, dynamic, strict=True)
+    ]
+    slash = [max(p.slash, _LEAST_SLASH) * d for p, d in zip(patterns, dynamic, strict=True)]
+    columns = ranks[0] < mx.array(vertical)[:, None]
+    distances = ranks[1] < mx.array(slash)[:, None]
     if any(p.kind == "stream_llm" for p in patterns):
         stream = [(p.vertical, p.slash) if p.kind == "stream_llm" else (0, 0) for p in patterns]
         columns = columns | (slots < mx.array([first for first, _ in stream])[:, None])
@@ -91,15 +107,20 @@ def lines(chunk: Chunk, patterns: Sequence[HeadPattern], last: int) -> tuple[mx.
 
 def last_queries(chunk: Chunk, last: int) -> mx.array:
     """Attention of the last R queries of a chunk to everything before them: (H, R, length)."""
-    heads, n, size = chunk.q.shape
-    r = min(last, n)
-    q = (chunk.q[:, n - r :] * mx.array(chunk.scale, chunk.q.dtype)).reshape(
-        chunk.kv_heads, -1, size
-    )
-    scores = (q @ chunk.keys.swapaxes(-1, -2)).astype(mx.float32).reshape(heads, r, -1)
+    n = chunk.q.shape[1]
+    return probabilities(chunk, mx.arange(max(0, n - last), n))
+
+
+def probabilities(chunk: Chunk, rows: mx.array) -> mx.array:
+    """Dense attention of some of a chunk's queries, rows (R,): (H, R, length) float32."""
+    heads, _, size = chunk.q.shape
+    q = chunk.q[:, rows] * mx.array(chunk.scale, chunk.q.dtype)
+    q = q.reshape(chunk.kv_heads, -1, size)
+    scores = (q @ chunk.keys.swapaxes(-1, -2)).astype(mx.float32)
+    scores = scores.reshape(heads, rows.shape[0], -1)
     if chunk.softcap:
         scores = mx.tanh(scores / chunk.softcap) * chunk.softcap
-    seen = mx.arange(chunk.length) <= mx.arange(chunk.length - r, chunk.length)[:, None]
+    seen = mx.arange(chunk.length) <= chunk.offset + rows[:, None]
     return masked_softmax(scores, seen)
 
 
@@ -115,18 +136,18 @@ def diagonal_sums(mass: mx.array) -> mx.array:
     return shifted.sum(axis=1)[:, length - 1 :: -1]  # column length-1-d holds distance d
 
 
-def top(values: mx.array, counts: Sequence[int], sure: mx.array) -> mx.array:
-    """values (H, length) -> bool: the largest counts[h] of a row, those that are sure first."""
+def ranked(values: mx.array, sure: mx.array) -> mx.array:
+    """values (H, length) -> int32 ranks in their rows, 0 the largest; those that are sure first."""
     order = mx.argsort(mx.where(sure, -mx.inf, -values), axis=1)
-    rank = mx.broadcast_to(mx.arange(values.shape[1]), values.shape)
-    chosen = rank < mx.array(list(counts))[:, None]
-    return mx.put_along_axis(mx.zeros(values.shape, mx.bool_), order, chosen, axis=1)
+    rank = mx.broadcast_to(mx.arange(values.shape[1], dtype=mx.int32), values.shape)
+    return mx.put_along_axis(mx.zeros(values.shape, mx.int32), order, rank, axis=1)
 
 
 def top_blocks(chunk: Chunk, patterns: Sequence[HeadPattern]) -> mx.array | None:
     """The blocks of the heads with the pattern block_sparse: (H, n/b, length/b) bool, or None.
 
-    Means of queries and keys stand for their blocks (ops/block_sparse_flash_attention.py).
+    Means of queries and keys stand for their blocks (ops/block_sparse_flash_attention.py). Upstream
+    takes 100 of 64 tokens whatever the file says; here a smaller ``vertical`` is obeyed.
     """
     if not any(p.kind == "block_sparse" for p in patterns):
         return None
@@ -137,7 +158,11 @@ def top_blocks(chunk: Chunk, patterns: Sequence[HeadPattern]) -> mx.array | None
     scores = (q @ keys.swapaxes(-1, -2)).astype(mx.float32).reshape(heads, n // chunk.block, -1)
     numbers, own = mx.arange(scores.shape[2]), mx.array(list(chunk.past_blocks))[:, None]
     order = mx.argsort(mx.where(numbers < own, -scores, mx.inf), axis=-1)
-    count = [_TOP_TOKENS // chunk.block * (p.kind == "block_sparse") for p in patterns]
+    tokens = [min(p.vertical * _TOP_BLOCK, _TOP_TOKENS) for p in patterns]
+    count = [
+        most // chunk.block * (p.kind == "block_sparse")
+        for most, p in zip(tokens, patterns, strict=True)
+    ]
     chosen = numbers < mx.array(count)[:, None, None]
     chosen = mx.broadcast_to(chosen, scores.shape)
     return mx.put_along_axis(mx.zeros(scores.shape, mx.bool_), order, chosen, axis=-1)
