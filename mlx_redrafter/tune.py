@@ -14,10 +14,8 @@ from mlx_redrafter.api import load
 from mlx_redrafter.decoding import prospects
 from mlx_redrafter.decoding.costs import FAR, NEAR, Costs
 from mlx_redrafter.decoding.tree import TreeShape
-from mlx_redrafter.errors import OptionError
 
 PLAIN = TreeShape.plain()
-FORMATS = (".png", ".svg", ".pdf")
 
 
 def run(model: str, drafter: str, again: bool, plot: Path | None, as_json: bool) -> None:
@@ -26,13 +24,8 @@ def run(model: str, drafter: str, again: bool, plot: Path | None, as_json: bool)
     Raises:
         OptionError: a plot file of another kind, or in a folder that does not exist.
     """
-    if plot is not None and (plot.suffix not in FORMATS or not plot.parent.is_dir()):
-        raise OptionError(
-            f"the plot cannot be written to {plot}: give a file in an existing folder that ends "
-            f"in {', '.join(FORMATS)}"
-        )
-    if plot is not None and not figures.available():
-        raise OptionError(figures.MISSING)
+    if plot is not None:
+        figures.check(plot)
     loaded, _ = load(model, drafter)
     known = tuning.costs(loaded, console.note, again)
     table = prospects.load(loaded.drafter_folder)

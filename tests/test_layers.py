@@ -53,7 +53,7 @@ LAYERS = [
         "race_screen",
     },
     {"convert", "training"},
-    {"bench", "counts"},
+    {"bench", "counts", "prefill_bench"},
     {"cli"},
     {"__main__"},
 ]
