@@ -95,15 +95,14 @@ def sweep(row: Row) -> None:
 
 def layer(found: Row) -> None:
     """One layer at a long prefix."""
-    filled = table(
-        "", "ms", "lowest-highest", "selection", "density", "x pairs", "x program", "x fast"
-    )
+    filled = table("", "ms", "low-high", "select", "density", "x pairs", "x own", "x fast")
+    filled.collapse_padding = True
     for way in found["ways"]:
         sparse = way["way"].partition(",")[0] in SELECTORS
         filled.add_row(
             way["way"], f"{way['milliseconds']:.0f}", f"{way['lowest']:.0f}-{way['highest']:.0f}",
             f"{way['selection_milliseconds']:.0f}" if sparse else "", f"{way['density']:.1%}",
-            f"{way['times_pairs']:.2f}", f"{way['times_program']:.2f}", f"{way['times_fused']:.2f}",
+            f"{way['times_pairs']:.2f}", f"{way['times_own']:.2f}", f"{way['times_fused']:.2f}",
         )  # fmt: skip
     show_table(
         f"Layer {found['layer']}: {found['queries']} queries behind {found['prefix']} tokens "

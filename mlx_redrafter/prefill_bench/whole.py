@@ -31,9 +31,12 @@ class Reading:
 
 def read_once(target: Decoder, prompt: Sequence[int], sparse: SparseAttention | None) -> None:
     """Into a new session; all but the last token."""
-    capacity = cache.bucket(len(prompt))
-    session = Session(kv=cache.new_cache(target.config, capacity, target.dtype))
-    read(target, prompt, session, STEP, sparse=sparse)
+    read(target, prompt, new_session(target, len(prompt)), STEP, sparse=sparse)
+
+
+def new_session(target: Decoder, length: int) -> Session:
+    """With room for so many tokens."""
+    return Session(kv=cache.new_cache(target.config, cache.bucket(length), target.dtype))
 
 
 def timed(
