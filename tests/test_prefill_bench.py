@@ -198,7 +198,7 @@ def test_the_command_compares_writes_and_draws(tiny: None, tmp_path: Path) -> No
     assert [way["way"] for way in row["ways"]] == ["dense", "trianglemix", "xattention"]
     for name in ("seconds", "times_dense", "predicted_seconds", "density", "whole_density"):
         assert name in row["ways"][1]
-    assert len(row["quality"]) == 2 and len(row["sweep"]) == 9
+    assert len(row["quality"]) == 2 and len(row["sweep"]) == 16
 
 
 def test_one_layer_is_timed_against_both_dense_paths(tiny: None, tmp_path: Path) -> None:

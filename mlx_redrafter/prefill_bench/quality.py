@@ -45,12 +45,19 @@ def defaults(modes: Sequence[Mode], compared: bool) -> list[Method]:
 
 
 def sweep(modes: Sequence[Mode], heads: int, layers: int) -> list[Method]:
-    """XAttention by tau, TriangleMix by its window, MInference by its lines."""
+    """XAttention by tau, stride and layers, TriangleMix by its window, MInference by its lines."""
     found: list[Method] = []
     if "xattention" in modes:
-        found += [
-            Method(f"xattention, tau {t:g}", SparsePrefill("xattention", tau=t)) for t in TAUS
-        ]
+        for start, where in ((0, ""), (layers // 2, ", upper half")):
+            found += [
+                Method(
+                    f"xattention, tau {tau:g}{where}",
+                    SparsePrefill("xattention", tau=tau, start_layer=start),
+                )
+                for tau in TAUS
+            ]
+            options = SparsePrefill("xattention", stride=8, start_layer=start)
+            found.append(Method(f"xattention, stride 8{where}", options))
     if "trianglemix" in modes:
         found += [
             Method(f"trianglemix, local {n}", SparsePrefill("trianglemix", local=n))
