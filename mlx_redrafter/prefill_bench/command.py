@@ -28,7 +28,7 @@ def prefill_bench(
         str, typer.Option(help="Prompt lengths in tokens, multiples of 128.")
     ] = "2048,4096,8192",
     modes: Annotated[
-        str, typer.Option(help="Of --sparse-prefill: also a_shape, tri_shape.")
+        str, typer.Option(help="Of sparse prefill; there are also a_shape, tri_shape.")
     ] = "trianglemix,xattention,minference",
     text: Annotated[
         Path | None, typer.Option(help="What is read.", show_default="Python's manual")
@@ -63,9 +63,9 @@ def prefill_bench(
 ) -> None:
     """Compare dense and sparse reading of a long prompt on this machine.
 
-    Time, share of the attention that is left, and how much of it that keeps
-    (recall). For the built-in model on 2 cores: 2048 tokens take about a minute,
-    8192 more than ten.
+    Time, the share of the query-key pairs that is scored (density), and how
+    much of the attention these hold (recall). The built-in model takes about a
+    minute for 2048 tokens on a CPU, and more than ten for 8192.
     """
     from . import run as measuring
 
