@@ -162,9 +162,10 @@ def test_expectation_is_amdahls() -> None:
     assert whole.expected(10, 0.6, 0.5) == pytest.approx(7)
     stats = PrefillStats("a_shape")
     stats.sparse(25, 100)
-    turn = [whole.Reading("dense", 8.0, 8.0, None), whole.Reading("a_shape", 4.0, 4.0, stats)]
+    turn = [whole.Reading("dense", 8.0, 8.0, None), whole.Reading("a_shape", 4.0, 2.0, stats)]
     dense, sparse = whole.rows([turn, turn], share=0.5)
     assert dense["seconds"] == 8 and sparse["times_dense"] == 2
+    assert sparse["times_dense_processor"] == 4
     assert sparse["predicted_seconds"] == 5 and sparse["density"] == 0.25
 
 

@@ -94,12 +94,14 @@ def rows(rounds: Sequence[Sequence[Reading]], share: float) -> list[dict[str, An
     for way in ways:
         mine = [_of(turn, way) for turn in rounds]
         ratios = [dense[i].seconds / one.seconds for i, one in enumerate(mine)]
+        busy = [dense[i].processor / one.processor for i, one in enumerate(mine)]
         stats = mine[0].stats
         assert stats is not None, "every way but the dense one has statistics"
         predicted = expected(seconds, share, stats.whole_density)
         found.append({
             **_row(mine),
             "times_dense": round(statistics.median(ratios), 4),
+            "times_dense_processor": round(statistics.median(busy), 4),
             "predicted_seconds": round(predicted, 4),
             "predicted_times_dense": round(seconds / predicted, 4),
             **stats.as_dict(),
