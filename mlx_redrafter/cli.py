@@ -329,6 +329,21 @@ def bench(ctx: typer.Context) -> None:
 
 
 @app.command(
+    "prefill-bench",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+)
+def prefill_bench(ctx: typer.Context) -> None:
+    """Compare dense and sparse reading of long prompts: time, density, recall."""
+    from mlx_redrafter.prefill_bench import command
+
+    command.run(ctx)
+
+
+@app.command(
     context_settings={
         "allow_extra_args": True,
         "ignore_unknown_options": True,

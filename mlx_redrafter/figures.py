@@ -15,6 +15,24 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 MISSING = 'plots need matplotlib: pip install "mlx-redrafter[plot]"'
 
 
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check(plot: Path) -> None:
+    """Refuse what could not be drawn at the end of a long measurement.
+
+    Raises:
+        OptionError: a file of another kind, a folder that does not exist, no matplotlib.
+    """
+    if plot.suffix not in FORMATS or not plot.parent.is_dir():
+        raise OptionError(
+            f"the plot cannot be written to {plot}: give a file in an existing folder that ends "
+            f"in {', '.join(FORMATS)}"
+        )
+    if not available():
+        raise OptionError(MISSING)
+
+
 def available() -> bool:
     """Is matplotlib there?"""
     return find_spec("matplotlib") is not None

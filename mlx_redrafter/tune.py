@@ -14,13 +14,11 @@ from mlx_redrafter.api import Model, load
 from mlx_redrafter.decoding import prospects
 from mlx_redrafter.decoding.costs import FAR, NEAR, Costs
 from mlx_redrafter.decoding.tree import TreeShape
-from mlx_redrafter.errors import OptionError
 from mlx_redrafter.prefill.chunks import FAR as BEHIND
 from mlx_redrafter.prefill.chunks import Chunks
 
 PLAIN = TreeShape.plain()
 LENGTHS = (1024, 4096, 16384, 65536)  # tokens of a prompt
-FORMATS = (".png", ".svg", ".pdf")
 
 
 def run(model: str, drafter: str, again: bool, plot: Path | None, as_json: bool) -> None:
@@ -29,13 +27,8 @@ def run(model: str, drafter: str, again: bool, plot: Path | None, as_json: bool)
     Raises:
         OptionError: a plot file of another kind, or in a folder that does not exist.
     """
-    if plot is not None and (plot.suffix not in FORMATS or not plot.parent.is_dir()):
-        raise OptionError(
-            f"the plot cannot be written to {plot}: give a file in an existing folder that ends "
-            f"in {', '.join(FORMATS)}"
-        )
-    if plot is not None and not figures.available():
-        raise OptionError(figures.MISSING)
+    if plot is not None:
+        figures.check(plot)
     loaded, _ = load(model, drafter)
     known = tuning.costs(loaded, console.note, again)
     chunks = tuning.prompt_chunks(loaded, console.note, again)

@@ -57,7 +57,7 @@ LAYERS = [
         "needles",
     },
     {"convert", "training"},
-    {"bench", "counts"},
+    {"bench", "counts", "prefill_bench"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,1 @@
+"""`mlx-redrafter prefill-bench`: sparse beside dense reading of a prompt: time, density, recall."""

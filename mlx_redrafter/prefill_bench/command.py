@@ -1,0 +1,77 @@
+"""`mlx-redrafter prefill-bench`: its options. Nothing heavy is imported before they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_redrafter.options import Blas, Debug
+
+app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+def run(ctx: typer.Context) -> None:
+    """The command with the arguments of the context that `mlx-redrafter prefill-bench` got."""
+    command = typer.main.get_command(app)
+    with command.make_context("prefill-bench", list(ctx.args), parent=ctx.parent) as inner:
+        command.invoke(inner)
+
+
+@app.command()
+def prefill_bench(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Built-in name, local folder or hub id.")
+    ] = "smollm2-135m",
+    lengths: Annotated[
+        str, typer.Option(help="Prompt lengths in tokens, multiples of 128.")
+    ] = "2048,4096,8192",
+    modes: Annotated[
+        str, typer.Option(help="Of sparse prefill; there are also a_shape, tri_shape.")
+    ] = "trianglemix,xattention,minference",
+    text: Annotated[
+        Path | None, typer.Option(help="What is read.", show_default="Python's manual")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="How often each is timed.", show_default="1; layer 7")
+    ] = None,
+    min_context: Annotated[
+        int | None,
+        typer.Option(help="Sparse from this token on.", show_default="a quarter of the length"),
+    ] = None,
+    quality: Annotated[
+        bool,
+        typer.Option(
+            "--quality",
+            help="Also recall and error by layer, beside random, nearest and best blocks at equal "
+            "density, and by tau, window and lines.",
+        ),
+    ] = False,
+    layer: Annotated[
+        bool, typer.Option("--layer", help="Time one attention layer at a long prefix instead.")
+    ] = False,
+    prefix: Annotated[int, typer.Option(help="Of --layer, in tokens.")] = 32768,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Write everything into this file.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw time by length into this PNG or SVG file.")
+    ] = None,
+    blas: Blas = None,
+    debug: Debug = False,
+) -> None:
+    """Compare dense and sparse reading of a long prompt on this machine.
+
+    Time, the share of the query-key pairs that is scored (density), and how
+    much of the attention these hold (recall). The built-in model takes about a
+    minute for 2048 tokens on a CPU, and more than ten for 8192.
+    """
+    from . import run as measuring
+
+    settings = measuring.Settings(
+        model=model, lengths=measuring.numbers(lengths), modes=measuring.names(modes), text=text,
+        rounds=rounds, min_context=min_context, quality=quality, layer=layer, prefix=prefix,
+        json=as_json, plot=plot,
+    )  # fmt: skip
+    measuring.measure(settings)
