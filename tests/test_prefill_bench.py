@@ -122,7 +122,9 @@ def probe(byte_target: Decoder) -> quality.Probe:
     prompt = material.tokens(ByteTokenizer(), None, 1025)  # type: ignore[arg-type]
     methods = [
         quality.Method("trianglemix", SparsePrefill("trianglemix", local=128, sink=128), True),
-        quality.Method("xattention", SparsePrefill("xattention", tau=0.5, local=128), True),
+        quality.Method(
+            "xattention", SparsePrefill("xattention", tau=0.5, local=128, start_layer=0), True
+        ),
         quality.Method("minference", SparsePrefill("minference"), True),
     ]
     probe = quality.Probe(byte_target.config, methods, 512)

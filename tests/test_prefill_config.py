@@ -128,4 +128,8 @@ def test_the_tag_tells_configurations_apart(tmp_path: Path) -> None:
 def test_where_layers_start() -> None:
     assert SparsePrefill("trianglemix").first_layer(31) == 15
     assert SparsePrefill("trianglemix", start_layer=3).first_layer(31) == 3
-    assert SparsePrefill("xattention").first_layer(31) == 0
+    assert SparsePrefill("xattention").first_layer(31) == 15
+    assert SparsePrefill("xattention", start_layer=0).first_layer(31) == 0
+    assert (
+        SparsePrefill("minference").first_layer(31) == SparsePrefill("a_shape").first_layer(31) == 0
+    )

@@ -126,7 +126,7 @@ def test_with_every_key_each_position_has_the_same_next_token(
     grouped: Decoder, length: int, step: int
 ) -> None:
     """Blocks of 128, from position 128 on; a ragged rest is read densely."""
-    options = SparsePrefill("xattention", tau=1.0, max_density=1.0)
+    options = SparsePrefill("xattention", tau=1.0, max_density=1.0, start_layer=0)
     sparse = SparseAttention(options, grouped.config)
     tokens = mx.array(prompt_of(length), mx.int32)
     slots = mx.arange(cache.bucket(length))
@@ -156,7 +156,7 @@ def test_with_every_key_each_family_reads_as_densely(case: str, tmp_path: Path) 
     build(tmp_path, case)
     target = load_model(tmp_path)
     everything = [
-        SparsePrefill("xattention", **{**SMALL, "tau": 1.0}),
+        SparsePrefill("xattention", **{**SMALL, "tau": 1.0, "start_layer": 0}),
         SparsePrefill("a_shape", **{**SMALL, "local": 512}),
         SparsePrefill("minference", **SMALL),  # 1000 columns
     ]
@@ -182,7 +182,7 @@ def test_quantised_weights_are_read_sparsely(tmp_path: Path) -> None:
     nn.quantize(target, group_size=32, bits=4, class_predicate=lambda _, m: _fits(m))
     prompt = prompt_of(150)
     expected, _, _ = read_by(target, prompt)
-    options = SparsePrefill("xattention", **{**SMALL, "tau": 1.0})
+    options = SparsePrefill("xattention", **{**SMALL, "tau": 1.0, "start_layer": 0})
     hidden, _, stats = read_by(target, prompt, options)
     assert stats is not None
     assert stats.sparse_layers > 0
@@ -200,7 +200,7 @@ def test_less_than_every_key_is_counted_and_changes_something(target: Decoder, m
     hidden, _, stats = read_by(target, prompt, MODES[mode])
     assert stats is not None
     assert (stats.chunks, stats.sparse_chunks) == (8, 6)
-    lower = 6 if mode == "trianglemix" else 0
+    lower = 6 if mode in ("trianglemix", "xattention") else 0
     assert stats.declined["lower layer"] == lower
     assert stats.sparse_layers == 3 * stats.sparse_chunks - lower
     assert 0.05 < stats.density < 0.9
@@ -211,7 +211,7 @@ def test_less_than_every_key_is_counted_and_changes_something(target: Decoder, m
 def test_a_layer_that_would_score_too_much_is_dense(target: Decoder) -> None:
     prompt = prompt_of(300)
     expected, _, _ = read_by(target, prompt, None, 64)
-    options = SparsePrefill("xattention", **{**SMALL, "max_density": 0.01})
+    options = SparsePrefill("xattention", **{**SMALL, "max_density": 0.01, "start_layer": 0})
     hidden, _, stats = read_by(target, prompt, options)
     assert stats is not None
     assert (stats.sparse_layers, stats.sparse_chunks) == (0, 0)

@@ -128,7 +128,9 @@ def test_a_pass_that_reads_back_does_not_copy_the_slabs(
         monkeypatch.setattr(reading, "Given", list)
     session = Session(kv=cache.new_cache(target.config, 1 << 16, target.dtype))
     mx.eval(session.kv, target.parameters())
-    sparse = SparseAttention(SparsePrefill("xattention", **{**SMALL, "tau": 0.3}), target.config)
+    sparse = SparseAttention(
+        SparsePrefill("xattention", **{**SMALL, "tau": 0.3, "start_layer": 0}), target.config
+    )
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()

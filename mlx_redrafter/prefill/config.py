@@ -46,7 +46,8 @@ class SparsePrefill:
         min_context: what is before this position is read densely.
         dense_tail: the last tokens of the prompt are read densely (not with a_shape).
         sink, local: the first keys and those before a query block that are always looked at.
-        start_layer: layers below are dense; None: half of them for trianglemix, none for others.
+        start_layer: layers below are dense; None: half of them for trianglemix and xattention (in
+            the lower half blocks of keys hold too little, docs/decisions.md), none for others.
         max_density: a layer whose selection scores a larger share of the pairs reads the chunk
             densely, as it would not pay.
         over: what becomes of xattention's blocks beyond that: ``dense``, or ``cap`` for as many as
@@ -122,7 +123,7 @@ class SparsePrefill:
         """The first layer that may be sparse, of so many."""
         if self.start_layer is not None:
             return self.start_layer
-        return layers // 2 if self.mode == "trianglemix" else 0
+        return layers // 2 if self.mode in ("trianglemix", "xattention") else 0
 
     def head_patterns(self, layer: int, heads: int) -> list[HeadPattern]:
         """The pattern of every query head of a layer."""
