@@ -201,7 +201,7 @@ def test_the_command_compares_writes_and_draws(tiny: None, tmp_path: Path) -> No
     assert [way["way"] for way in row["ways"]] == ["dense", "trianglemix", "xattention"]
     for name in ("seconds", "times_dense", "predicted_seconds", "density", "whole_density"):
         assert name in row["ways"][1]
-    assert len(row["quality"]) == 2 and len(row["sweep"]) == 16
+    assert len(row["quality"]) == 2 and len(row["sweep"]) == 18
 
 
 def test_one_layer_is_timed_against_both_dense_paths(tiny: None, tmp_path: Path) -> None:
@@ -249,19 +249,30 @@ def test_a_text_that_is_too_short_is_said(tiny: None, tmp_path: Path) -> None:
 def test_a_run_that_is_stopped_shows_what_it_has(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = run._length
+    real = whole.in_turn
 
-    def stopped(model: Any, prompt: Any, *rest: Any) -> Any:
+    def stopped(target: Any, prompt: Any, *rest: Any) -> Any:
         if len(prompt) > 600:
             raise KeyboardInterrupt
-        return real(model, prompt, *rest)
+        return real(target, prompt, *rest)
 
-    monkeypatch.setattr(run, "_length", stopped)
+    monkeypatch.setattr(whole, "in_turn", stopped)
     file = tmp_path / "out.json"
-    result = bench("--lengths", "512,1024", "--modes", "a_shape", "--json", file)
+    result = bench("--lengths", "512,1024", "--modes", "a_shape", "--quality", "--json", file)
     assert result.exit_code == cli.INTERRUPTED and "incomplete" in result.stderr
     found = json.loads(file.read_text())
-    assert not found["complete"] and len(found["lengths"]) == 1
+    first, second = found["lengths"]
+    assert not found["complete"] and len(first["ways"]) == 2
+    assert second["ways"] == [] and second["quality"][0]["recall"] > 0  # looked at before
+
+
+def test_quality_alone(tiny: None, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    more = ("--modes", "xattention", "--quality", "--rounds", 0, "--json", file)
+    result = bench("--lengths", "1024", *more, "--plot", tmp_path / "none.png")
+    assert result.exit_code == 0 and "seconds" not in result.stdout
+    assert json.loads(file.read_text())["lengths"][0]["ways"] == []
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_help_promises_nothing_that_was_not_measured() -> None:

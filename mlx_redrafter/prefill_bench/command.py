@@ -34,7 +34,10 @@ def prefill_bench(
         Path | None, typer.Option(help="What is read.", show_default="Python's manual")
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(help="How often each is timed.", show_default="1; layer 7")
+        int | None,
+        typer.Option(
+            help="How often each is timed; 0 with --quality: not at all.", show_default="1; layer 7"
+        ),
     ] = None,
     min_context: Annotated[
         int | None,

@@ -15,7 +15,7 @@ def draw(document: Mapping[str, Any], file: Path) -> Path:
     Raises:
         OptionError: no matplotlib.
     """
-    rows = document["lengths"]
+    rows = [row for row in document["lengths"] if row["ways"]]
     lengths = [row["length"] for row in rows]
     figure = figures.new(6, 3.8)
     axes = figure.subplots()

@@ -21,7 +21,7 @@ from .recall import Sample, blocks_seen, kept, sample, seen
 
 ROWS = 32  # of the sampled query block, of 128
 ITSELF = "itself"
-TAUS = (0.7, 0.8, 0.9, 0.95, 0.99)
+TAUS = (0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 WINDOWS = (512, 1024, 2048, 4096)
 LINES = ((100, 800), (500, 700), (3500, 100), (1000, 6096))  # sizes of MInference's own search
 

@@ -27,7 +27,8 @@ def show(document: Mapping[str, Any]) -> None:
     if "layer" in document:
         layer(document["layer"])
     for row in document.get("lengths", []):
-        times(row)
+        if row["ways"]:
+            times(row)
         if "quality" in row:
             methods(row)
             for one in row["quality"]:
@@ -55,9 +56,8 @@ def times(row: Row) -> None:
             ]  # fmt: skip
         filled.add_row(way["way"], *cells)
     share = f"attention is {row['attention_share']:.0%} of a dense prefill"
-    show_table(
-        f"{row['length']} tokens, sparse from token {row['min_context']} on; {share}", filled
-    )
+    title = f"{row['length']} tokens, sparse from token {row['min_context']} on; {share}"
+    show_table(title, filled)
     for way in row["ways"]:
         if way.get("declined"):
             reasons = ", ".join(f"{why} {count}" for why, count in way["declined"].items())

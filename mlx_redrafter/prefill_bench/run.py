@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -62,11 +62,13 @@ class Settings:
             raise OptionError(
                 f"--prefix {self.prefix} is not possible: use a multiple of {BLOCK} from {SHORTEST}"
             )
-        for name in ("rounds", "min_context"):
-            given = getattr(self, name)
-            if given is not None and given < 1:
-                option = name.replace("_", "-")
-                raise OptionError(f"--{option} {given} is not possible: use 1 or more")
+        least = 0 if self.quality and not self.layer else 1
+        if self.rounds is not None and self.rounds < least:
+            raise OptionError(
+                f"--rounds {self.rounds} is not possible: use 1 or more, or 0 with --quality"
+            )
+        if self.min_context is not None and self.min_context < 1:
+            raise OptionError(f"--min-context {self.min_context} is not possible: use 1 or more")
         if self.plot is not None:
             figures.check(self.plot)
         if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
@@ -132,7 +134,7 @@ def _lengths(
     """Whole prefills, shortest first."""
     lengths = sorted(set(settings.lengths))
     prompt = material.tokens(tokenizer, settings.text, lengths[-1] + 1)
-    rounds = settings.rounds or 1
+    rounds = 1 if settings.rounds is None else settings.rounds
     document["conditions"]["rounds"] = rounds
     document["lengths"] = []
     for mode in (None, *settings.modes):  # compiles what is used for the first time
@@ -141,48 +143,45 @@ def _lengths(
     turns = len(lengths) * (1 + rounds * (1 + len(settings.modes)))
     with reports.progress(turns) as step:
         for length in lengths:
-            row = _length(model, prompt[: length + 1], rounds, settings, step)
-            document["lengths"].append(row)
-            _write(document, settings.json)
+            for row in _length(model, prompt[: length + 1], rounds, settings, step):
+                document["lengths"] = [*document["lengths"][: lengths.index(length)], row]
+                _write(document, settings.json)
 
 
 def _length(
-    model: Model, prompt: Sequence[int], rounds: int, settings: Settings, step: Any
-) -> dict[str, Any]:
-    """One length: once to see where time and attention go, then in turns."""
+    model: Model, prompt: Sequence[int], rounds: int, settings: Settings, step: Callable[[], None]
+) -> Iterator[dict[str, Any]]:
+    """One length: once to see where time and attention go, then in turns; all known after each."""
     length, target = len(prompt) - 1, model.target
-    start = settings.start(length)
-    ways: dict[str, SparsePrefill | None] = {whole.DENSE: None}
-    ways |= {mode: SparsePrefill(mode, min_context=start) for mode in settings.modes}
-    config = target.config
-    own = quality.defaults(settings.modes, settings.quality)
-    others = (
-        quality.sweep(settings.modes, config.num_heads, config.num_layers)
-        if settings.quality
-        else []
-    )
+    config, start = target.config, settings.start(length)
+    own, others = quality.defaults(settings.modes, settings.quality), []
+    if settings.quality:
+        others = quality.sweep(settings.modes, config.num_heads, config.num_layers)
     probe = quality.Probe(config, [*own, *others], start)
     reading = whole.probed(target, prompt, probe)
     share = probe.seconds / (reading.seconds - probe.looking)
-    step()
-    readings = whole.in_turns(target, prompt, ways, rounds, step)
-    shown = whole.rows(readings, share)
-    for way in shown:
-        sparse = quality.figures(
-            one for one in probe.looks
-            if one.method == way["way"] and one.control == quality.ITSELF and one.pays
-        )  # fmt: skip
-        way |= {name: sparse[name] for name in ("recall", "recall_p5", "error") if sparse}
-    row: dict[str, Any] = {
-        "length": length,
-        "min_context": start,
-        "attention_share": round(share, 4),
-        "ways": shown,
-    }
+    row = {"length": length, "min_context": start, "attention_share": round(share, 4), "ways": []}
     if settings.quality:
         row["quality"] = quality.rows(probe.looks, own)
         row["sweep"] = quality.rows(probe.looks, others)
-    return row
+    step()
+    yield row
+    ways: dict[str, SparsePrefill | None] = {whole.DENSE: None}
+    ways |= {mode: SparsePrefill(mode, min_context=start) for mode in settings.modes}
+    done: list[list[whole.Reading]] = []
+    for turn in range(rounds):
+        done.append(whole.in_turn(target, prompt, ways, turn, step))
+        row["ways"] = [way | _kept(probe, way["way"]) for way in whole.rows(done, share)]
+        yield row
+
+
+def _kept(probe: quality.Probe, way: str) -> dict[str, float]:
+    """Recall and error of the layer passes that a mode reads sparsely."""
+    found = quality.figures(
+        one for one in probe.looks
+        if one.method == way and one.control == quality.ITSELF and one.pays
+    )  # fmt: skip
+    return {name: found[name] for name in ("recall", "recall_p5", "error") if found}
 
 
 def _layer(
@@ -219,7 +218,7 @@ def _reported(document: dict[str, Any], settings: Settings) -> Iterator[None]:
             document["conditions"]["load_average_after"] = [round(x, 2) for x in os.getloadavg()]
             report.show(document)
             _write(document, settings.json)
-            if settings.plot is not None and document.get("lengths"):
+            if settings.plot and any(row["ways"] for row in document.get("lengths", [])):
                 draw(document, settings.plot)
             written = [f for f in (settings.json, settings.plot) if f is not None and f.is_file()]
             if written:

@@ -57,22 +57,18 @@ def probed(
     return Reading(way, seconds, processor, sparse.stats if sparse is not None else None)
 
 
-def in_turns(
+def in_turn(
     target: Decoder,
     prompt: Sequence[int],
     ways: Mapping[str, SparsePrefill | None],
-    rounds: int,
+    turn: int,
     done: Callable[[], None] = lambda: None,
-) -> list[list[Reading]]:
-    """Every way once in each round, each round beginning with another one."""
-    names = list(ways)
-    found: list[list[Reading]] = []
-    for turn in range(rounds):
-        order = names[turn % len(names) :] + names[: turn % len(names)]
-        found.append([])
-        for name in order:
-            found[-1].append(timed(target, prompt, name, ways[name]))
-            done()
+) -> list[Reading]:
+    """Every way once; each turn begins with another one."""
+    names, found = list(ways), []
+    for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        found.append(timed(target, prompt, name, ways[name]))
+        done()
     return found
 
 
@@ -86,8 +82,7 @@ def expected(seconds: float, share: float, density: float) -> float:
 
 def rows(rounds: Sequence[Sequence[Reading]], share: float) -> list[dict[str, Any]]:
     """One row for every way: medians, ratios within a round, and the expectation."""
-    ways = list(dict.fromkeys(one.way for one in rounds[0]))
-    ways.remove(DENSE)
+    ways = [one.way for one in rounds[0] if one.way != DENSE]  # the first turn begins with it
     dense = {i: _of(turn, DENSE) for i, turn in enumerate(rounds)}
     found = [_row(list(dense.values()))]
     seconds = found[0]["seconds"]
