@@ -43,6 +43,9 @@ class Commands(TyperGroup):
             raise typer.Exit(PIPE_CLOSED) from None
 
 
+# A command whose options are read by its own file.
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
@@ -314,13 +317,7 @@ def prefill_search(
     searching.run(model, out, text, length, density, plot, as_json)
 
 
-@app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "help_option_names": [],
-    }
-)
+@app.command(context_settings=PASSED_ON)
 def bench(ctx: typer.Context) -> None:
     """Time mlx_lm, plain and drafted decoding, in turns in one process."""
     from mlx_redrafter.bench import command
@@ -328,14 +325,7 @@ def bench(ctx: typer.Context) -> None:
     command.run(ctx)
 
 
-@app.command(
-    "prefill-bench",
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "help_option_names": [],
-    },
-)
+@app.command("prefill-bench", context_settings=PASSED_ON)
 def prefill_bench(ctx: typer.Context) -> None:
     """Compare dense and sparse reading of long prompts: time, density, recall."""
     from mlx_redrafter.prefill_bench import command
@@ -343,13 +333,7 @@ def prefill_bench(ctx: typer.Context) -> None:
     command.run(ctx)
 
 
-@app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "help_option_names": [],
-    }
-)
+@app.command(context_settings=PASSED_ON)
 def convert(ctx: typer.Context) -> None:
     """Convert a drafter or a base model: PyTorch, TensorRT-LLM or GGUF to MLX, and back."""
     from mlx_redrafter.convert import command
@@ -357,13 +341,7 @@ def convert(ctx: typer.Context) -> None:
     command.run(ctx)
 
 
-@app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "help_option_names": [],
-    }
-)
+@app.command(context_settings=PASSED_ON)
 def train(ctx: typer.Context) -> None:
     """Train a drafter for any model on this machine: prompts, answers, fit, evaluation."""
     from mlx_redrafter.training import command

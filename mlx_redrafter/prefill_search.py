@@ -24,7 +24,6 @@ from mlx_redrafter.prefill.sparse import SparseAttention
 STEP = 512  # prompt tokens of a pass, as `generate` has it
 Results = Sequence[dict[int, Found]]
 LATE = 0.75  # of the length: keys before a query of the second half, on average
-FORMATS = (".png", ".svg", ".pdf")
 
 
 def run(
@@ -142,13 +141,8 @@ def _check_files(out: Path, plot: Path | None) -> None:
     writable = os.access(out if out.exists() else out.parent, os.W_OK)
     if not out.parent.is_dir() or out.is_dir() or not writable:
         raise OptionError(f"{out} cannot be written: give a file in an existing folder of yours")
-    if plot is not None and (plot.suffix not in FORMATS or not plot.parent.is_dir()):
-        raise OptionError(
-            f"the plot cannot be written to {plot}: give a file in an existing folder that ends "
-            f"in {', '.join(FORMATS)}"
-        )
-    if plot is not None and not figures.available():
-        raise OptionError(figures.MISSING)
+    if plot is not None:
+        figures.check(plot)
 
 
 def name(pattern: HeadPattern) -> str:

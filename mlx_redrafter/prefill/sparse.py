@@ -64,14 +64,18 @@ class SparseAttention:
             softmax: Softmax,
         ) -> mx.array:
             chunk = Chunk(q, slab, offset, self.options.block, scale, softcap)
-            chosen = self.choose(layer, chunk)
-            if isinstance(chosen, str):
-                self.stats.dense(chosen, chunk.causal_pairs)
-                return attend(q, slab, mask, scale, softcap, softmax)
-            self.stats.sparse(chosen.pairs(chunk), chunk.causal_pairs)
-            return attend_to(chosen, chunk, softmax)
+            return self.attend(layer, chunk, mask, softmax)
 
         return attend_sparsely
+
+    def attend(self, layer: int, chunk: Chunk, mask: mx.array, softmax: Softmax) -> mx.array:
+        """A layer's attention to a chunk: (n, H*Dh)."""
+        chosen = self.choose(layer, chunk)
+        if isinstance(chosen, str):
+            self.stats.dense(chosen, chunk.causal_pairs)
+            return attend_densely(chunk, mask, softmax)
+        self.stats.sparse(chosen.pairs(chunk), chunk.causal_pairs)
+        return attend_to(chosen, chunk, softmax)
 
     def count(self, start: int, stop: int, dense: str) -> None:
         """A chunk is read; ``dense`` says why no layer was asked."""
@@ -96,6 +100,11 @@ class SparseAttention:
         if chosen.pairs(chunk) > self.options.max_density * chunk.causal_pairs:
             return "too many keys"
         return chosen
+
+
+def attend_densely(chunk: Chunk, mask: mx.array, softmax: Softmax) -> mx.array:
+    """A chunk's attention to all that its mask shows: (n, H*Dh)."""
+    return attend(chunk.q, chunk.slab, mask, chunk.scale, chunk.softcap, softmax)
 
 
 def attend_to(chosen: Selection, chunk: Chunk, softmax: Softmax) -> mx.array:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_redrafter.models import Decoder, DecoderConfig
-from mlx_redrafter.models.attention import Attend, Softmax, attend, softmax
+from mlx_redrafter.models.attention import Softmax, attend, softmax
 from mlx_redrafter.prefill.config import Mode, SparsePrefill
 from mlx_redrafter.prefill.selectors import Blocks, Chunk, Selection
-from mlx_redrafter.prefill.sparse import SELECTORS, SparseAttention, attend_to
+from mlx_redrafter.prefill.sparse import SELECTORS, SparseAttention, attend_densely, attend_to
 
 from .whole import STEP, read_once
 
@@ -30,27 +30,13 @@ class Capture(SparseAttention):
         self.layer = layer
         self.chunk: Chunk | None = None
 
-    def at(self, offset: int) -> Callable[[int], Attend]:
+    def attend(self, layer: int, chunk: Chunk, mask: mx.array, softmax: Softmax) -> mx.array:
         """Dense attention of every layer."""
-
-        def of_layer(layer: int) -> Attend:
-            def keeping(
-                q: mx.array,
-                slab: mx.array,
-                mask: mx.array,
-                scale: float,
-                softcap: float,
-                softmax: Softmax,
-            ) -> mx.array:
-                if layer == self.layer:
-                    copied = slab + 0  # another name for it would make the next chunk copy it
-                    mx.eval(q, copied)
-                    self.chunk = Chunk(q, copied, offset, self.options.block, scale, softcap)
-                return attend(q, slab, mask, scale, softcap, softmax)
-
-            return keeping
-
-        return of_layer
+        if layer == self.layer:
+            copied = chunk.slab + 0  # another name for it would make the next chunk copy it
+            mx.eval(chunk.q, copied)
+            self.chunk = replace(chunk, slab=copied)
+        return attend_densely(chunk, mask, softmax)
 
 
 def real_chunk(target: Decoder, prompt: Sequence[int], layer: int, prefix: int) -> Chunk:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_redrafter.models import DecoderConfig
-from mlx_redrafter.models.attention import Attend, Softmax, attend
+from mlx_redrafter.models.attention import Softmax
 from mlx_redrafter.prefill.config import HeadPattern, Mode, SparsePrefill
 from mlx_redrafter.prefill.selectors import Chunk, Selector
-from mlx_redrafter.prefill.sparse import SELECTORS, SparseAttention
+from mlx_redrafter.prefill.sparse import SELECTORS, SparseAttention, attend_densely
 
 from . import controls
 from .recall import Sample, blocks_seen, kept, sample, seen
@@ -106,32 +106,18 @@ class Probe(SparseAttention):
         self.seconds = self.looking = 0.0
         self.looks: list[Look] = []
 
-    def at(self, offset: int) -> Callable[[int], Attend]:
+    def attend(self, layer: int, chunk: Chunk, mask: mx.array, softmax: Softmax) -> mx.array:
         """Dense attention, timed; what it read is looked at afterwards."""
-
-        def of_layer(layer: int) -> Attend:
-            def timed(
-                q: mx.array,
-                slab: mx.array,
-                mask: mx.array,
-                scale: float,
-                softcap: float,
-                softmax: Softmax,
-            ) -> mx.array:
-                mx.eval(q, slab, mask)
-                start = time.perf_counter()
-                out = attend(q, slab, mask, scale, softcap, softmax)
-                mx.eval(out)
-                done = time.perf_counter()
-                self.seconds += done - start
-                if offset >= self.min_context and not self.config.layer_windows[layer]:
-                    self._look(layer, Chunk(q, slab, offset, self.options.block, scale, softcap))
-                self.looking += time.perf_counter() - done
-                return out
-
-            return timed
-
-        return of_layer
+        mx.eval(chunk.q, chunk.slab, mask)
+        start = time.perf_counter()
+        out = attend_densely(chunk, mask, softmax)
+        mx.eval(out)
+        done = time.perf_counter()
+        self.seconds += done - start
+        if chunk.offset >= self.min_context and not self.config.layer_windows[layer]:
+            self._look(layer, chunk)
+        self.looking += time.perf_counter() - done
+        return out
 
     def _look(self, layer: int, chunk: Chunk) -> None:
         blocks = len(chunk.past_blocks)
