@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_redrafter import figures, load
-from mlx_redrafter.prefill_search import STEP, read_text
+from mlx_redrafter.prefill.chunks import USUAL as STEP
+from mlx_redrafter.prompts import long_text
 
 import mlx.core as mx  # isort: skip  (after the package, which chooses the BLAS)
 import numpy as np
@@ -97,7 +98,7 @@ def capture(panels: Sequence[Panel], length: int) -> None:
                 panel.take(chunk)
         return everything(chunk)
 
-    tokens = tokenizer.encode(read_text(None))[: length + 1]
+    tokens = tokenizer.encode(long_text(None))[: length + 1]
     session = Session(kv=cache.new_cache(config, cache.bucket(length), model.target.dtype))
     options = SparsePrefill("minference", min_context=0, dense_tail=0)
     read(model.target, tokens, session, STEP, sparse=SparseAttention(options, config, None, select))

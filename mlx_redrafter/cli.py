@@ -138,7 +138,10 @@ def generate(
         waiting.close()
     assert last is not None, "a generation yields at least one response"
     if as_json:
-        typer.echo(json.dumps(_as_json(model, options, "".join(pieces), tokens, last)))
+        from mlx_redrafter import reports
+
+        found = reports.answer(model, options.seed, "".join(pieces), tokens, last)
+        typer.echo(json.dumps(found))
         return
     writer.close()
     console.write("\n")
@@ -376,27 +379,6 @@ def _read_prompt(prompt: str | None) -> str:
     except UnicodeError:
         raise OptionError("the prompt is not UTF-8 text: convert it first (iconv)") from None
     return prompt
-
-
-def _as_json(
-    model: Any, options: DecodeOptions, text: str, tokens: list[int], last: Any
-) -> dict[str, Any]:
-    from mlx_redrafter.info import device
-
-    return {
-        "text": text,
-        "tokens": tokens,
-        "finish_reason": last.finish_reason,
-        "prompt_tokens": last.prompt_tokens,
-        "prompt_tps": round(last.prompt_tps, 2),
-        "generation_tps": round(last.generation_tps, 2),
-        "peak_memory_gb": round(last.peak_memory, 3),
-        "stats": last.stats.as_dict(),
-        "model": model.name,
-        "drafter": str(model.drafter_folder) if model.drafter_folder else None,
-        "device": device(),
-        "seed": options.seed,
-    }
 
 
 def main() -> None:

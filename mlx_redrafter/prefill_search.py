@@ -15,13 +15,14 @@ from mlx_redrafter.api import Model, load
 from mlx_redrafter.decoding.engine import Session
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import DecoderConfig, cache
+from mlx_redrafter.prefill import chunks
 from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill, write_patterns
 from mlx_redrafter.prefill.reading import parts, read
 from mlx_redrafter.prefill.search import CANDIDATES, Found, Search, split
 from mlx_redrafter.prefill.selectors import Chunk, Selection
 from mlx_redrafter.prefill.sparse import SparseAttention
+from mlx_redrafter.prompts import long_text
 
-STEP = 512  # prompt tokens of a pass, as `generate` has it
 Results = Sequence[dict[int, Found]]
 LATE = 0.75  # of the length: keys before a query of the second half, on average
 
@@ -39,7 +40,7 @@ def run(
     _check_files(out, plot)
     if not 0 < density < 1:
         raise OptionError(f"--density {density:g} is not possible: use a number between 0 and 1")
-    source = read_text(text)
+    source = long_text(text)
     loaded, tokenizer = load(model, None)
     config = loaded.target.config
     tokens = list(tokenizer.encode(source))
@@ -88,7 +89,13 @@ def search(
         return chosen
 
     session = Session(kv=cache.new_cache(config, cache.bucket(len(tokens)), target.dtype))
-    read(target, tokens, session, STEP, sparse=SparseAttention(options, config, selector=select))
+    read(
+        target,
+        tokens,
+        session,
+        chunks.USUAL,
+        sparse=SparseAttention(options, config, selector=select),
+    )
     layers = [i for i, window in enumerate(config.layer_windows) if not window]
     heads = range(config.num_heads)
     return searching.results(), [searching.fitting(i, head) for i in layers for head in heads]
@@ -99,21 +106,8 @@ def _options(length: int) -> SparsePrefill:
 
 
 def _sparse_parts(length: int) -> list[Any]:
-    return [part for part in parts(0, length, STEP, _options(length)) if not part.dense]
-
-
-def read_text(file: Path | None) -> str:
-    """A text file, or what comes with every CPython: the topics of its help."""
-    if file is None:
-        from pydoc_data import topics
-
-        return "\n\n".join(topics.topics.values())
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"{file} cannot be read ({error.strerror})") from None
-    except UnicodeError:
-        raise OptionError(f"{file} is not UTF-8 text: convert it first (iconv)") from None
+    every = parts(0, length, chunks.USUAL, _options(length))
+    return [part for part in every if not part.dense]
 
 
 def check_length(length: int, density: float, tokens: int, config: DecoderConfig) -> None:

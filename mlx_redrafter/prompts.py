@@ -10,6 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.errors import OptionError
 
+MANUAL = "pydoc_data.topics"  # ships with every CPython, some 100,000 tokens
 ASSETS = Path(__file__).parent / "assets"
 DEV, COPY = ASSETS / "prompts_dev.jsonl", ASSETS / "prompts_copy.jsonl"
 
@@ -64,3 +65,21 @@ def _group(row: dict[str, str]) -> str:
 
 def _groups(prompts: list[Prompt]) -> list[str]:
     return list(dict.fromkeys(p.group for p in prompts))
+
+
+def long_text(file: Path | None) -> str:
+    """What a file says, or the topics of Python's help() in alphabetical order.
+
+    Raises:
+        OptionError: no such file, not UTF-8.
+    """
+    if file is None:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[name] for name in sorted(topics))
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"{file} cannot be read ({error.strerror}): give a text file") from None
+    except UnicodeError:
+        raise OptionError(f"{file} is not UTF-8 text: convert it first (iconv)") from None

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from mlx_redrafter import acceptance as counting
 from mlx_redrafter import console
-from mlx_redrafter.api import Model, load
+from mlx_redrafter.api import GenerationResponse, Model, load
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.info import device, machine
 from mlx_redrafter.prompts import DEV, Prompt, read_prompts
@@ -70,6 +70,26 @@ def conditions(model: Model, prompts: list[Prompt] | None = None) -> dict[str, A
         "device": device(),
         "mlx": facts["mlx"],
         "blas": facts["blas"],
+    }
+
+
+def answer(
+    model: Model, seed: int, text: str, tokens: list[int], last: GenerationResponse
+) -> dict[str, Any]:
+    """What `generate --json` says of an answer."""
+    return {
+        "text": text,
+        "tokens": tokens,
+        "finish_reason": last.finish_reason,
+        "prompt_tokens": last.prompt_tokens,
+        "prompt_tps": round(last.prompt_tps, 2),
+        "generation_tps": round(last.generation_tps, 2),
+        "peak_memory_gb": round(last.peak_memory, 3),
+        "stats": last.stats.as_dict(),
+        "model": model.name,
+        "drafter": str(model.drafter_folder) if model.drafter_folder else None,
+        "device": device(),
+        "seed": seed,
     }
 
 

@@ -21,7 +21,7 @@ from mlx_redrafter.decoding.step import (
     nothing_pending,
 )
 from mlx_redrafter.decoding.tree import END, TreeShape
-from mlx_redrafter.drafters import Drafter
+from mlx_redrafter.drafters import Drafter, seen
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, cache
 from mlx_redrafter.prefill.chunks import USUAL, Chunks
@@ -160,8 +160,8 @@ class Engine:
             history = mx.array([*prompt, *[0] * room], mx.int32)
         stats.prefill_seconds += time.perf_counter() - start
         root, position = mx.array([prompt[-1]], mx.int32), mx.array([len(prompt) - 1], mx.int32)
-        seen = None if self.drafter is None else mx.concatenate(list(inner or (hidden,)), axis=-1)
-        return make_state(root, seen, position, session.kv, history)
+        read_last = None if self.drafter is None else seen(hidden, inner)
+        return make_state(root, read_last, position, session.kv, history)
 
     def _decode(
         self,

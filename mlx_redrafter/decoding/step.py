@@ -26,7 +26,7 @@ from mlx_redrafter.decoding.tree import (
     joined,
     root_only,
 )
-from mlx_redrafter.drafters import Drafter
+from mlx_redrafter.drafters import Drafter, seen
 from mlx_redrafter.models import Decoder, cache
 
 State = dict[str, Any]
@@ -106,9 +106,10 @@ def make_step(
     """
     shape = bucket.shape
     layers = drafter.context_layers if drafter is not None else ()
-    vocabulary = integers(range(target.config.vocab_size))
-    drafted = drafter.select(vocabulary) if drafter is not None else vocabulary
-    mx.eval(drafted)
+    drafted = integers(range(target.config.vocab_size))
+    if drafter is not None:
+        drafted = drafter.select(drafted)
+        mx.eval(drafted)
 
     def step(state: State, arrays: Arrays) -> tuple[mx.array, State]:
         on_trace()
@@ -126,16 +127,16 @@ def make_step(
         choices = sampling.choose(target.logits(hidden), tree, windows, arrays, position)
         last, count, text = walk(tree, choices)
 
-        history = pending = seen = None
+        history = pending = read = None
         if drafter is not None:
-            seen = mx.concatenate(list(inner or (hidden,)), axis=-1)
-            seen = mx.take(seen, last, axis=0) if shape.drafts else seen
+            read = seen(hidden, inner)
+            read = mx.take(read, last, axis=0) if shape.drafts else read
         if "history" in state:
             history = mx.slice_update(state["history"], text, position, (0,))
         if not shape.one_path:
             pending = (write.rows, row_slots(tree, last, count, position))
         root = mx.take(choices, last) if shape.drafts else choices
-        new = make_state(root, seen, position + count, kv, history, pending)
+        new = make_state(root, read, position + count, kv, history, pending)
         return text, new
 
     return step

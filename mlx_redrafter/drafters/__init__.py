@@ -49,3 +49,9 @@ class Drafter(Protocol):
     def select(self, values: mx.array) -> mx.array:
         """(V,) values of the target's vocabulary -> (Vd,) of the drafter's."""
         ...
+
+
+def seen(hidden: mx.array, inner: tuple[mx.array, ...]) -> mx.array:
+    """What a drafter reads of a pass: the outputs of its context layers side by side, or, without
+    any, the final hidden states. (M, D), one (M, D) per context layer -> (M, *)."""
+    return mx.concatenate(list(inner), axis=-1) if inner else hidden

@@ -18,6 +18,7 @@ from mlx_redrafter.api import Model, load
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.info import machine
 from mlx_redrafter.prefill.config import Mode, SparsePrefill
+from mlx_redrafter.prompts import MANUAL
 
 from . import layer, material, quality, report, whole
 from .plots import draw
@@ -121,7 +122,7 @@ def conditions(model: Model, settings: Settings) -> dict[str, Any]:
         "mlx_redrafter": here["mlx_redrafter"],
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "load_average": [round(x, 2) for x in os.getloadavg()],
-        "text": settings.text.name if settings.text else material.TOPICS,
+        "text": settings.text.name if settings.text else MANUAL,
         "tokens_per_pass": whole.STEP,
         "sampled_rows": quality.ROWS,
         "sparse_prefill": ways,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_redrafter.models import Decoder, cache
+from mlx_redrafter.prefill.chunks import USUAL
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import read
 from mlx_redrafter.prefill.session import Session
@@ -16,7 +17,7 @@ from mlx_redrafter.prefill.sparse import SparseAttention
 from mlx_redrafter.stats import PrefillStats
 
 DENSE = "dense"
-STEP = 512  # tokens of a pass
+STEP = USUAL  # tokens of a pass
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from mlx_redrafter.api import Model, stream_generate
 from mlx_redrafter.decoding import beam, lookup, sampling
 from mlx_redrafter.decoding.prospects import KINDS, LOOKUP, Prospects, beam_of
 from mlx_redrafter.decoding.tree import END, Candidates, TreeShape, integers, joined, rising
+from mlx_redrafter.drafters import seen
 from mlx_redrafter.models import cache
 from mlx_redrafter.prompts import Prompt
 
@@ -148,7 +149,7 @@ def _drafts(
     )  # fmt: skip
     context = hidden
     if drafter is not None:
-        context = drafter.context(mx.concatenate(list(inner or (hidden,)), axis=-1))
+        context = drafter.context(seen(hidden, inner))
     # One capacity for all answers of a length class, or every answer would be traced again.
     history = mx.array([*text, *[0] * (-n % 1024)], mx.int32)
     key = mx.array([seed], mx.uint32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_redrafter.drafters import seen
 from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
 from mlx_redrafter.models import Decoder
 
@@ -24,8 +25,7 @@ def contexts(drafter: ReDrafter, target: Decoder, features: mx.array) -> mx.arra
     inner = tuple(
         features[:, layers.index(i)].astype(target.dtype) for i in drafter.config.context_layers
     )
-    seen = inner or (final_hidden(target, features),)
-    return drafter.context(mx.concatenate(list(seen), axis=-1))
+    return drafter.context(seen(final_hidden(target, features), inner))
 
 
 def head_inputs(
