@@ -19,6 +19,7 @@ from mlx_redrafter.bench import run as measuring
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.drafters.loading import save_drafter
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.prefill.config import SparsePrefill
@@ -240,10 +241,25 @@ def test_json_and_the_dtype(command: list[str]) -> None:
     assert {row["way"] for row in found["summary"]} == {"plain", "mlx_lm", "automatic"}
 
 
+def test_another_drafter_is_measured_in_the_same_turns(command: list[str], tmp_path: Path) -> None:
+    other = random_drafter(load_model(tmp_path / "model"), seed=2, cell="gru")
+    save_drafter(tmp_path / "other", other)
+    given = ["--json", "--shape", "1x2", "--shape", "lookup3", "--against", str(tmp_path / "other")]
+    result = CliRunner().invoke(cli.app, [*command, *given])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["conditions"]["against"] == "other"
+    rows = {row["way"]: row for row in found["summary"] if row["temp"] == 0}
+    assert rows.keys() >= {"automatic", "automatic, other", "chain of 2", "chain of 2, other"}
+    assert "lookup of 3, other" not in rows, "lookup alone needs no drafter"
+    assert all(rows[f"{way}, other"]["same"] == 1 for way in ("automatic", "chain of 2"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--rounds", "0"], "--rounds 0"),
+        (["--sweep", "--against", "nowhere"], "leave out --sweep"),
         (["--max-tokens", "1"], "--max-tokens 1"),
         (["--shape", "wide"], "not a tree shape"),
         (["--sweep", "--divergence"], "give one of them"),

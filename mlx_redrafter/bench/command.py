@@ -38,6 +38,10 @@ def bench(
     drafter: Annotated[
         str, typer.Option("--drafter", "-d", help="Local folder or hub id; 'auto' looks for one.")
     ] = "auto",
+    against: Annotated[
+        str | None,
+        typer.Option(help="Another drafter, measured in the same turns: folder or hub id."),
+    ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="Of weights and arithmetic.", show_default="float32 on a CPU"),
@@ -116,7 +120,7 @@ def bench(
         raise OptionError("--sweep and --divergence are two measurements: give one of them")
     options = measuring.BenchOptions(
         kind="sweep" if sweep else "divergence" if divergence else "speed",
-        model=model, drafter=drafter, dtype=dtype, prompts=prompts, count=count,
+        model=model, drafter=drafter, against=against, dtype=dtype, prompts=prompts, count=count,
         max_tokens=max_tokens, rounds=rounds, temps=tuple(temp or ()), shapes=tuple(shape or ()),
         mlx_lm_draft=mlx_lm_draft, draft_tokens=draft_tokens, perfect=perfect, seed=seed,
         output=output, as_json=as_json, sparse_prefill_config=sparse_prefill_config,

@@ -34,6 +34,7 @@ class BenchOptions:
     kind: str = SPEED
     model: str = "smollm2-135m"
     drafter: str = "auto"
+    against: str | None = None
     dtype: str | None = None
     prompts: str = "dev"
     count: int | None = None
@@ -79,6 +80,8 @@ def measure(options: BenchOptions) -> bool:
     shapes = list(dict.fromkeys(ways.parse_shape(text) for text in options.shapes))
     temps = _temperatures(options)
     sparse = options.sparse_prefill
+    if options.kind != SPEED and options.against is not None:
+        raise OptionError("--against compares speeds: leave out --sweep and --divergence")
     if options.kind == DIVERGENCE and sparse is not None:
         raise OptionError(
             "--divergence weighs each difference by a dense pass: leave out --sparse-prefill"
@@ -93,6 +96,7 @@ def measure(options: BenchOptions) -> bool:
         raise OptionError(f"there is no drafter for {options.model}: give one with --drafter")
     facts = {"max_tokens": max_tokens, "rounds": rounds, "temps": temps, "seed": options.seed}
     facts |= {"mlx_lm_draft": options.mlx_lm_draft, "shapes": options.shapes}
+    facts["against"] = Path(options.against).name if options.against is not None else None
     facts["sparse_prefill"] = _sparse_facts(options)
     encoded = encode(prompts, tokenizer)
     longest = max(len(ids) for _, ids in encoded)
@@ -171,6 +175,13 @@ def _compare(
             usual,
             *(ways.ours(model, s, tokens, seed, sparse=sparse) for s in shapes),
         ]
+        if options.against is not None:
+            other = ways.with_drafter(model, options.against)
+            comparison.others += ways.named_after(
+                other,
+                ways.automatic(other, tokens, seed, sparse),
+                *(ways.ours(other, s, tokens, seed, sparse=sparse) for s in shapes if s.depth),
+            )
         comparison.perfect = options.perfect
         source = comparison.turns(prompts)
     with reports.progress(turns) as step:

@@ -20,6 +20,7 @@ from mlx_redrafter.decoding.engine import Engine, Session
 from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.errors import ModelError, OptionError
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.stats import DraftStats
@@ -115,6 +116,20 @@ def ours(
     long prompt."""
     decode = _decoder(model.engine, lambda temp: shape, max_tokens, seed, sparse)
     return Way(name or str(shape), decode, (shape,))
+
+
+def with_drafter(model: Model, drafter: str) -> Model:
+    """The same target with another drafter, by folder or hub id. Raises HubError, DrafterError."""
+    folder = hub.resolve(drafter)
+    other = load_drafter(folder, model.target)
+    engine = Engine(model.target, other, model.engine.compiled)
+    return replace(model, drafter=other, drafter_folder=folder, engine=engine, drafting=True)
+
+
+def named_after(model: Model, *found: Way) -> list[Way]:
+    """The ways, named after the folder of the model's drafter besides."""
+    assert model.drafter_folder is not None
+    return [replace(way, name=f"{way.name}, {model.drafter_folder.name}") for way in found]
 
 
 def perfect(

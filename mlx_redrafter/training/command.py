@@ -204,12 +204,16 @@ def _stages(
     config, before = folder.settle(given, file)
     with folder.alone(config.out):
         try:
+            import mlx.core as mx
+
             from . import stages
 
             run = stages.open_run(config, before, stages.Evaluating(**asked))
             for name, stage in stages.STAGES.items():
                 if only in (None, name):
+                    mx.reset_peak_memory()
                     stage(run)
+                    console.note(f"{name}: at most {mx.get_peak_memory() / 1e9:.1f} GB of memory")
         except RedrafterError:
             if before is None and not folder.decided(config.out):
                 (config.out / folder.FILE).unlink(missing_ok=True)  # nothing was begun
