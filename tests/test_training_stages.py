@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from tiny_chat import SMALL, begin, contents, lines_of, refusal, stop_at, words,
 from typer.testing import CliRunner
 
 from mlx_redrafter import cli
+from mlx_redrafter.decoding import prospects
+from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.prompts import Prompt, read_prompts
 from mlx_redrafter.training import folder, imports, prompts, stages, supply
 from mlx_redrafter.training.shards import read_conversations
@@ -186,5 +189,10 @@ def test_one_command_makes_a_drafter_from_nothing_but_a_model(tmp_path: Path, mo
     assert "tokens per step" in result.stderr
     made = {file.name for file in (out / "drafter").iterdir()}
     assert made >= {"README.md", "config.json", "evaluation.json", "model.safetensors"}
+    own, usual = prospects.load(out / "drafter"), prospects.load(None)
+    shape = TreeShape(1, 2, 3, lookup=prospects.LOOKUP)
+    assert 1 <= own.tokens(shape, sampled=True) != usual.tokens(shape, sampled=True)
+    for stage in ("prompts", "answers", "fit", "evaluate"):
+        assert re.search(rf"^{stage}: at most \d+\.\d GB", result.stderr, re.MULTILINE)
     card = (out / "drafter" / "README.md").read_text()
     assert f"--model {model.name} --out run" in card and str(tmp_path) not in card

@@ -1,8 +1,8 @@
 """What a step of a shape yields on average text: tokens per step, recorded with a drafter.
 
-The table is made by replaying drafts along the model's own answers (``mlx_redrafter.replay``). A
-drafter without one of its own is reckoned with the built-in model's: the policy learns the
-difference.
+The table is made by replaying drafts along the model's own answers (``mlx_redrafter.replay``);
+training writes one beside every drafter. A drafter without one is reckoned with the built-in
+model's: the policy learns the difference.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ def shapes(drafter: bool) -> list[TreeShape]:
             if nodes <= 1 + width * depth + LOOKUP and (depth == 0 or nodes > depth):
                 found.append(TreeShape(max(width, 1), depth, nodes, lookup=LOOKUP))
     return found
+
+
+def save(file: Path, table: Prospects) -> None:
+    file.write_text(json.dumps(table.as_dict(), indent=1, sort_keys=True) + "\n")
 
 
 def load(folder: Path | None) -> Prospects:

@@ -60,9 +60,9 @@ def main(
             answers.append(answer)
             step()
     shapes = prospects.shapes(loaded.drafter is not None)
-    table = tabulate(answers, list({*shapes, *prospects.shapes(drafter=False)}))
+    table = tabulate(answers, loaded.drafter is not None)
     if write is not None:
-        write.write_text(json.dumps(table.as_dict(), indent=1) + "\n")
+        prospects.save(write, table)
         console.note(f"written: {write}")
     costs = tuning.costs(loaded, console.note)
     speed, yields = compare(answers, shapes, table, costs, lost), sources(answers)

@@ -10,7 +10,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.api import Model, stream_generate
-from mlx_redrafter.decoding import beam, lookup, sampling
+from mlx_redrafter.decoding import beam, lookup, prospects, sampling
 from mlx_redrafter.decoding.prospects import KINDS, LOOKUP, Prospects, beam_of
 from mlx_redrafter.decoding.tree import END, Candidates, TreeShape, integers, joined, rising
 from mlx_redrafter.drafters import seen
@@ -96,10 +96,12 @@ def record(
     prompts: Sequence[Prompt],
     max_tokens: int,
     seed: int = 0,
+    blind: bool = True,
 ) -> Iterator[Answer]:
-    """Write every answer, greedy and sampled, and draft before each of its tokens."""
+    """Write every answer, greedy and sampled, and draft before each of its tokens; if ``blind``,
+    sampled ones a second time without their noise."""
     for temp in TEMPERATURES:
-        noises = (True, False) if temp else (False,)
+        noises = ((True, False) if blind else (True,)) if temp else (False,)
         functions = [_draft_function(model, temp, noise) for noise in noises]
         for prompt in prompts:
             ids = list(prompt.encode(tokenizer))
@@ -162,8 +164,9 @@ def _drafts(
         yield dict(zip((0, *WIDTHS), arrays, strict=False))
 
 
-def tabulate(answers: Sequence[Answer], shapes: Sequence[TreeShape]) -> Prospects:
-    """Tokens per step of answers decoded with every shape."""
+def tabulate(answers: Sequence[Answer], drafter: bool) -> Prospects:
+    """Tokens per step of answers decoded with every shape; ``drafter``: also those with beams."""
+    shapes = {*prospects.shapes(drafter), *prospects.shapes(drafter=False)}
     table: dict[bool, dict[tuple[int, int], dict[int, float]]] = {False: {}, True: {}}
     for shape in shapes:
         if not shape.drafts:

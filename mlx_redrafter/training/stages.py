@@ -34,6 +34,7 @@ from .shards import Shard, feature_bytes, read_conversations, record_layers, rec
 from .supply import Supply
 
 _EXPECTED = 0.75  # length of an answer, as a share of the longest, before any is known
+_PROSPECT_PROMPTS = 24  # whose drafts are recorded for the policy
 _FROM_MEASURED = 1.02  # prompts more than the answers so far say are needed
 
 
@@ -293,9 +294,12 @@ def _state(row: dict[str, Any]) -> str:
 
 
 def evaluate(run: Run) -> None:
-    """Measure the drafter live on prompts kept out of training; write plots and its model card."""
+    """Measure the drafter live on prompts kept out of training; write plots, its model card, and
+    the table of what every shape of a step yields."""
     from mlx_redrafter.api import load
+    from mlx_redrafter.decoding import prospects
     from mlx_redrafter.prompts import read_prompts
+    from mlx_redrafter.replay.record import TEMPERATURES, record, tabulate
 
     from . import card, plots
     from . import evaluate as measuring
@@ -316,6 +320,13 @@ def evaluate(run: Run) -> None:
             model, tokenizer, chosen, max_tokens=asked.max_tokens, on_answer=bar.add
         )
     measuring.write(place, result)
+    some = chosen[:_PROSPECT_PROMPTS]
+    with Bar("drafts", len(TEMPERATURES) * len(some), "answers") as bar:
+        drafts = []
+        for answer in record(model, tokenizer, some, asked.max_tokens, blind=False):
+            drafts.append(answer)
+            bar.add()
+    prospects.save(place / prospects.FILE, tabulate(drafts, drafter=True))
     plots.write_all(place, config.out / "fit" / "log.jsonl")
     conversations = [c for s in shards(config.out) for c in s.conversations()]
     positions = _fitted_steps(config.out) * config.batch_positions
