@@ -102,6 +102,8 @@ def _stages(
     again = 0.0 if cached else config.positions / reading
     questions = len(read_prompts())
     live = questions * len(evaluate.SHAPES) * len(evaluate.TEMPERATURES) * 128 / _TOKENS_PER_STEP
+    # An answer along which drafts are recorded takes about as long as its tokens one by one.
+    recorded = min(evaluate.RECORDED, questions) * len(evaluate.TEMPERATURES) * 128
     write, fit = (memory.of_stage(parts, names) for names in (memory.WRITING, memory.FITTING))
     text = round(config.answer_tokens * 7 + count * 60 * 6)  # JSON takes about so much of a token
     return (
@@ -113,8 +115,8 @@ def _stages(
               2 * checkpoint + (0 if cached else round(config.cache_gb * 1e9)),
               f"{config.batch_positions / step:,.0f} positions/s"
               + ("" if cached else f", reading again at {reading:,.0f} tokens/s")),
-        Stage("evaluate", live * decoding, parts["target"] + parts["drafter"], 2_000_000,
-              f"{questions} prompts, {1000 * decoding:.0f} ms per step"),
+        Stage("evaluate", (live + recorded) * decoding, parts["target"] + parts["drafter"],
+              2_000_000, f"{questions} prompts, {1000 * decoding:.0f} ms per step"),
     )  # fmt: skip
 
 

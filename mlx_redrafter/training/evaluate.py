@@ -38,6 +38,7 @@ FILE = "evaluation.json"
 SHAPES = (TreeShape.chain(4), TreeShape(3, 4, 8), DEFAULT)
 TEMPERATURES = (0.0, 0.8)
 DEPTH = 5  # K, draft positions that are compared
+RECORDED = 24  # prompts along whose answers drafts are recorded, for the policy
 BINS = 10
 _FLOATS = 2**26  # logits that exist at a time, in all K steps together
 

@@ -34,7 +34,6 @@ from .shards import Shard, feature_bytes, read_conversations, record_layers, rec
 from .supply import Supply
 
 _EXPECTED = 0.75  # length of an answer, as a share of the longest, before any is known
-_PROSPECT_PROMPTS = 24  # whose drafts are recorded for the policy
 _FROM_MEASURED = 1.02  # prompts more than the answers so far say are needed
 
 
@@ -320,7 +319,7 @@ def evaluate(run: Run) -> None:
             model, tokenizer, chosen, max_tokens=asked.max_tokens, on_answer=bar.add
         )
     measuring.write(place, result)
-    some = chosen[:_PROSPECT_PROMPTS]
+    some = chosen[: measuring.RECORDED]
     with Bar("drafts", len(TEMPERATURES) * len(some), "answers") as bar:
         drafts = []
         for answer in record(model, tokenizer, some, asked.max_tokens, blind=False):
