@@ -11,7 +11,10 @@ from mlx_redrafter.errors import OptionError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # colour-blind safe
+# Colour-blind safe (Okabe and Ito).
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000",
+)  # fmt: skip
 MISSING = 'plots need matplotlib: pip install "mlx-redrafter[plot]"'
 
 
