@@ -101,7 +101,7 @@ def record(
     """Write every answer, greedy and sampled, and draft before each of its tokens; if ``blind``,
     sampled ones a second time without their noise."""
     for temp in TEMPERATURES:
-        noises = ((True, False) if blind else (True,)) if temp else (False,)
+        noises = [True, False] if temp and blind else [temp > 0]
         functions = [_draft_function(model, temp, noise) for noise in noises]
         for prompt in prompts:
             ids = list(prompt.encode(tokenizer))
