@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo chat test lint exactness counts clean
+.PHONY: demo chat test test-slow lint exactness counts clean
 
 demo: $(STAMP)
 	@$(BIN)/mlx-redrafter demo
@@ -13,8 +13,14 @@ demo: $(STAMP)
 chat: $(STAMP)
 	@$(BIN)/mlx-redrafter chat
 
+# A file of tests stays in one process. What is marked slow has a target of its own.
+PYTEST = $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
+
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST) -m "not slow"
+
+test-slow: $(STAMP)
+	@$(PYTEST) -m slow
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,14 @@ from mlx_redrafter.prefill.chunks import Chunks
 from mlx_redrafter.stats import DraftStats
 
 V, D = 97, 32
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # MLX writes the kernels that it compiles into the temporary folder under fixed names: two
+    # processes that make the same one at once would load a half-written library.
+    own = f"mlx-redrafter-{os.getuid()}-{worker}"
+    tempfile.tempdir = os.environ["TMPDIR"] = str(Path(tempfile.gettempdir(), own))
+    Path(tempfile.tempdir).mkdir(parents=True, exist_ok=True)
+
 TINY: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": D,
