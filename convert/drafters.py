@@ -15,7 +15,7 @@ from mlx_redrafter.convert.checkpoint import Checkpoint
 from mlx_redrafter.convert.formats import Format
 from mlx_redrafter.convert.mapping import Mapping
 from mlx_redrafter.convert.writer import OutputFolder, ShardWriter
-from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
+from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import ConvertError
 from mlx_redrafter.models.weights import preview
 

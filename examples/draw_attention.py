@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_redrafter import figures, load
-from mlx_redrafter.prefill.chunks import USUAL as STEP
+from mlx_redrafter.budget.chunks import USUAL as STEP
 from mlx_redrafter.prompts import long_text
 
 import mlx.core as mx  # isort: skip  (after the package, which chooses the BLAS)
 import numpy as np
 from PIL import Image
 
+from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.decoding.engine import Session
-from mlx_redrafter.models import cache
 from mlx_redrafter.prefill.config import SparsePrefill, read_patterns
 from mlx_redrafter.prefill.minference import probabilities
 from mlx_redrafter.prefill.reading import read
@@ -99,7 +99,7 @@ def capture(panels: Sequence[Panel], length: int) -> None:
         return everything(chunk)
 
     tokens = tokenizer.encode(long_text(None))[: length + 1]
-    session = Session(kv=cache.new_cache(config, cache.bucket(length), model.target.dtype))
+    session = Session().open(model.target.caches, capacity_for(length), model.target.dtype)
     options = SparsePrefill("minference", min_context=0, dense_tail=0)
     read(model.target, tokens, session, STEP, sparse=SparseAttention(options, config, None, select))
 

@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 
 from mlx_redrafter import load
 from mlx_redrafter.drafters.loading import save_drafter
-from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
+from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 
 
 def frequent_tokens(answers: Path, count: int) -> list[int]:

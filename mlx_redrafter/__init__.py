@@ -14,9 +14,9 @@ _EXPORTS = {
     "stream_generate": "api",
     "Model": "api",
     "GenerationResponse": "api",
-    "Session": "prefill.session",
+    "Session": "cache.session",
     "SamplingParams": "decoding.sampling",
-    "TreeShape": "decoding.tree",
+    "TreeShape": "tree.shape",
     "SparsePrefill": "prefill.config",
     "DraftStats": "stats",
     "RedrafterError": "errors",
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
         load,
         stream_generate,
     )
+    from mlx_redrafter.cache.session import Session
     from mlx_redrafter.decoding.sampling import SamplingParams
-    from mlx_redrafter.decoding.tree import TreeShape
     from mlx_redrafter.errors import RedrafterError
     from mlx_redrafter.prefill.config import SparsePrefill
-    from mlx_redrafter.prefill.session import Session
     from mlx_redrafter.stats import DraftStats
+    from mlx_redrafter.tree.shape import TreeShape
 
 # The only work at import: on Linux the BLAS must be in place before mlx.core is loaded.
 blas.prepare()

@@ -9,10 +9,10 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.api import Model, stream_generate
-from mlx_redrafter.decoding.engine import Session
-from mlx_redrafter.decoding.tree import DEFAULT, TreeShape
+from mlx_redrafter.cache.session import Session
 from mlx_redrafter.prompts import Prompt
 from mlx_redrafter.stats import DraftStats
+from mlx_redrafter.tree.shape import DEFAULT, TreeShape
 
 SHAPES = (TreeShape.chain(4), TreeShape(3, 4, 8), TreeShape(4, 5, 16), DEFAULT)
 TEMPERATURES = (0.0, 0.8)

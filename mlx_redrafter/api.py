@@ -15,25 +15,31 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter import blas, hub, tuning
-from mlx_redrafter.decoding.engine import Engine, Progress, Session
+from mlx_redrafter import blas, hub
+from mlx_redrafter.budget.machine import Budget
+from mlx_redrafter.cache.session import Session
+from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.policy import Policy
+from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.drafters.loading import load_drafter
-from mlx_redrafter.drafters.redrafter import ReDrafter
+from mlx_redrafter.drafters.lookup import Lookup
+from mlx_redrafter.drafters.recurrent import ReDrafter
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.prefill.config import SparsePrefill
+from mlx_redrafter.prefill.reading import Progress
 from mlx_redrafter.stats import DraftStats
+from mlx_redrafter.tree.shape import TreeShape
 
 
 @dataclass(frozen=True)
 class Model:
-    """A target model, its drafter (or None), and the engine that runs both.
+    """A target model, what drafts for it, and the engine that runs both.
 
-    ``drafting`` is False where plain decoding was asked for; without a drafter and with it the
-    text itself still is a source of drafts.
+    ``drafter`` is the trained one, or None; the text itself drafts besides, unless plain decoding
+    was asked for: ``engine.drafters`` has all that draft. ``budget`` knows what pays here.
     """
 
     name: str
@@ -42,7 +48,27 @@ class Model:
     drafter: ReDrafter | None
     drafter_folder: Path | None
     engine: Engine
-    drafting: bool = True
+    budget: Budget
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        folder: Path,
+        target: Decoder,
+        drafter: ReDrafter | None = None,
+        drafter_folder: Path | None = None,
+        *,
+        text: bool = True,
+        compiled: bool = True,
+    ) -> Model:
+        """Put together of loaded parts; ``text``: does the text itself draft?"""
+        drafters: list[Drafter] = [Lookup()] if text else []
+        if drafter is not None:
+            drafters.append(drafter)
+        engine = Engine(target, drafters, compiled)
+        budget = Budget(engine, target, folder, drafter_folder)
+        return cls(name, folder, target, drafter, drafter_folder, engine, budget)
 
 
 @dataclass(frozen=True)
@@ -95,9 +121,10 @@ def load(
         drafter_folder = hub.resolve(drafter) if drafter is not None else None
     target = load_model(folder, dtype)
     loaded = load_drafter(drafter_folder, target) if drafter_folder is not None else None
-    engine = Engine(target, loaded, compiled)
-    drafting = drafter is not None
-    model = Model(path_or_hf_repo, folder, target, loaded, drafter_folder, engine, drafting)
+    model = Model.of(
+        path_or_hf_repo, folder, target, loaded, drafter_folder,
+        text=drafter is not None, compiled=compiled,
+    )  # fmt: skip
     return model, hub.load_tokenizer(folder)
 
 
@@ -149,18 +176,17 @@ def stream_generate(
         raise OptionError(f"prefill_step_size {prefill_step_size} is not possible: use 1 or more")
     ids = _encode(tokenizer, prompt)
     shape: TreeShape | Policy = TreeShape.plain()
-    if draft and (model.drafting or tree):
-        shape = tree or tuning.policy(model, sampled=params.temp > 0)
+    if draft and model.engine.drafters:
+        shape = tree or model.budget.policy(sampled=params.temp > 0)
     session = session if session is not None else Session()
     if prefill_step_size is None:
         cached = session.shared(ids, sparse_prefill.tag if sparse_prefill is not None else "")
-        prefill_step_size = tuning.step_size(model, len(ids), cached)
+        prefill_step_size = model.budget.step_size(len(ids), cached)
     answer = _Answer(tokenizer, len(ids), stop, {*tokenizer.eos_token_ids, *stop_tokens})
-    steps = model.engine.generate(
-        ids, params, shape, max_tokens,
-        session=session, stats=answer.stats, prefill_step_size=prefill_step_size,
-        progress=prompt_progress_callback, sparse_prefill=sparse_prefill,
-    )  # fmt: skip
+    steps = model.engine.generate(Request(
+        ids, params, shape, max_tokens, session, answer.stats, prefill_step_size,
+        prompt_progress_callback, sparse_prefill,
+    ))  # fmt: skip
     room = min(max_tokens, model.target.config.max_positions - len(ids))
     with _wired(model.target):
         try:

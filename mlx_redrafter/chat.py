@@ -86,7 +86,7 @@ class Chat:
         quiet: bool = False,
         verbose: bool = False,
     ) -> None:
-        from mlx_redrafter.decoding.engine import Session
+        from mlx_redrafter.cache.session import Session
 
         if not tokenizer.has_chat_template:
             raise OptionError(

@@ -159,27 +159,24 @@ def differences(
     """Compare one pass over `following[:N]`, after `prompt`, with N single steps, for every N."""
     import mlx.core as mx
 
-    from mlx_redrafter.models import cache
+    from mlx_redrafter.budget.costs import bare_pass
+    from mlx_redrafter.cache.layer import Kept, new_caches
+    from mlx_redrafter.cache.slabs import capacity_for
 
-    capacity = cache.bucket(len(prompt) + len(following))
-    slots = mx.arange(capacity, dtype=mx.int32)
+    bare = bare_pass(model)
 
-    def run(
-        tokens: Sequence[int], start: int, kv: list[mx.array]
-    ) -> tuple[mx.array, list[mx.array]]:
-        positions = mx.arange(start, start + len(tokens), dtype=mx.int32)
-        mask = slots[None] <= positions[:, None]
-        write = cache.Append(mx.array([start], mx.int32))
+    def run(tokens: Sequence[int], start: int, caches: list[Kept]) -> tuple[mx.array, list[Kept]]:
         ids = mx.array(list(tokens), mx.int32)
-        hidden, _, kv = model(ids, positions, mask, slots, kv, write)
+        hidden, caches = bare(ids, mx.array([start], mx.int32), caches)
         logits = model.logits(hidden).astype(mx.float32)
-        mx.eval(logits, kv)
-        return logits, kv
+        mx.eval(logits, caches)
+        return logits, caches
 
-    _, prefix = run(prompt, 0, cache.new_cache(model.config, capacity, model.dtype))
-    rows, kv = [], prefix
+    capacity = capacity_for(len(prompt) + len(following))
+    _, prefix = run(prompt, 0, new_caches(model.caches, capacity, model.dtype))
+    rows, caches = [], prefix
     for i, token in enumerate(following[: max(sizes)]):
-        row, kv = run([token], len(prompt) + i, kv)
+        row, caches = run([token], len(prompt) + i, caches)
         rows.append(row)
     single = mx.concatenate(rows)  # (N, V)
     found = []
@@ -309,28 +306,30 @@ def in_place() -> Check:
     """
     import mlx.core as mx
 
-    from mlx_redrafter.decoding.engine import Engine, Session
+    from mlx_redrafter.cache.session import Session
+    from mlx_redrafter.decoding.engine import Engine
+    from mlx_redrafter.decoding.request import Request
     from mlx_redrafter.decoding.sampling import SamplingParams
-    from mlx_redrafter.decoding.tree import TreeShape
-    from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
-    from mlx_redrafter.models import Decoder, cache, decoder_config
+    from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
+    from mlx_redrafter.models import Decoder, decoder_config
+    from mlx_redrafter.tree.shape import TreeShape
 
     layers, capacity = 16, 16384
     mx.random.seed(0)
     target = Decoder(decoder_config({**TINY, "num_hidden_layers": layers}))
     drafter = ReDrafter(ReDrafterConfig(target.config.hidden_size, target.config.vocab_size, 64))
-    engine = Engine(target, drafter.bind(target))
+    engine = Engine(target, [drafter.bind(target)])
     mx.eval(target.parameters(), drafter.parameters())
-    session = Session(kv=cache.new_cache(target.config, capacity, target.dtype))
-    mx.eval(session.kv)
-    slab = session.kv[0].nbytes
+    session = Session().open(target.caches, capacity, target.dtype)
+    mx.eval(session.caches)
+    slab = session.caches[0].nbytes
     extra = 0.0
     for count in (4, 32):  # the first answer compiles
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         prompt = [1, 2, 3, 4]
-        for _ in engine.generate(prompt, SamplingParams(), TreeShape(), count, session=session):
+        for _ in engine.generate(Request(prompt, SamplingParams(), TreeShape(), count, session)):
             pass
         extra = (mx.get_peak_memory() - before) / slab
     text = f"a step ahead needs the memory of {extra:.1f} of {layers} layers' slabs"

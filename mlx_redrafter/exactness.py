@@ -29,7 +29,7 @@ from mlx_lm.utils import load_model as load_mlx_lm
 from mlx_redrafter import blas, console
 from mlx_redrafter.acceptance import SHAPES
 from mlx_redrafter.api import Model, load, stream_generate
-from mlx_redrafter.decoding.engine import Session
+from mlx_redrafter.cache.session import Session
 from mlx_redrafter.prompts import DEV, Prompt, read_prompts
 
 

@@ -104,7 +104,7 @@ def _model(folder: Path, context: int | None) -> dict[str, Any]:
 def _drafter(found: Path, folder: Path) -> dict[str, Any]:
     """Facts of a drafter beside the model in `folder`; `problem` says why it does not fit."""
     from mlx_redrafter.drafters.loading import check_compatible
-    from mlx_redrafter.drafters.redrafter import ReDrafterConfig
+    from mlx_redrafter.drafters.recurrent import ReDrafterConfig
     from mlx_redrafter.models import Decoder, decoder_config
     from mlx_redrafter.models.weights import read_json, read_weights, weight_files
 

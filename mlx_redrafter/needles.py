@@ -22,8 +22,8 @@ from rich.console import Console
 
 from mlx_redrafter import console, reports
 from mlx_redrafter.api import Model, load, stream_generate
+from mlx_redrafter.cache.session import Session
 from mlx_redrafter.conversation import render
-from mlx_redrafter.decoding.engine import Session
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.haystack import TASKS, Case, make
 from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill, read_patterns

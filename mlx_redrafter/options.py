@@ -17,8 +17,8 @@ from mlx_redrafter.console import DEBUG
 from mlx_redrafter.errors import OptionError
 
 if TYPE_CHECKING:
-    from mlx_redrafter.decoding.tree import TreeShape
     from mlx_redrafter.prefill.config import SparsePrefill
+    from mlx_redrafter.tree.shape import TreeShape
 
 T = TypeVar("T")
 MODEL, SAMPLING, DRAFTING, PROMPT = "Model", "Sampling", "Drafting", "Long prompts"
@@ -108,13 +108,12 @@ class ModelOptions:
 
         Without a tree to decode with, what drafting costs here is known afterwards.
         """
-        from mlx_redrafter import tuning
         from mlx_redrafter.api import load
 
         drafter = None if self.no_draft else self.drafter
         model, tokenizer = load(self.model, drafter, revision=self.revision)
         if drafter is not None and tree is None:
-            tuning.costs(model, console.note)
+            model.budget.costs(console.note)
         return model, tokenizer
 
 
@@ -209,7 +208,7 @@ class DecodeOptions:
 
     def tree(self) -> TreeShape | None:
         """The tree asked for, None where no option says anything; raises OptionError."""
-        from mlx_redrafter.decoding.tree import DEFAULT, TreeShape
+        from mlx_redrafter.tree.shape import DEFAULT, TreeShape
 
         asked: dict[str, Any] = {
             "width": self.beam_width,

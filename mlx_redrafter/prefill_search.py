@@ -12,12 +12,12 @@ from rich.table import Table
 
 from mlx_redrafter import console, figures, reports
 from mlx_redrafter.api import Model, load
-from mlx_redrafter.decoding.engine import Session
+from mlx_redrafter.cache.session import Session
+from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.models import DecoderConfig, cache
-from mlx_redrafter.prefill import chunks
+from mlx_redrafter.models import DecoderConfig
 from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill, write_patterns
-from mlx_redrafter.prefill.reading import parts, read
+from mlx_redrafter.prefill.reading import USUAL, parts, read
 from mlx_redrafter.prefill.search import CANDIDATES, Found, Search, split
 from mlx_redrafter.prefill.selectors import Chunk, Selection
 from mlx_redrafter.prefill.sparse import SparseAttention
@@ -88,12 +88,12 @@ def search(
         on_pass()
         return chosen
 
-    session = Session(kv=cache.new_cache(config, cache.bucket(len(tokens)), target.dtype))
+    session = Session().open(target.caches, capacity_for(len(tokens)), target.dtype)
     read(
         target,
         tokens,
         session,
-        chunks.USUAL,
+        USUAL,
         sparse=SparseAttention(options, config, selector=select),
     )
     layers = [i for i, window in enumerate(config.layer_windows) if not window]
@@ -106,7 +106,7 @@ def _options(length: int) -> SparsePrefill:
 
 
 def _sparse_parts(length: int) -> list[Any]:
-    every = parts(0, length, chunks.USUAL, _options(length))
+    every = parts(0, length, USUAL, _options(length))
     return [part for part in every if not part.dense]
 
 

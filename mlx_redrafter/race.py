@@ -16,10 +16,11 @@ from mlx_redrafter import console, race_screen
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.lanes import Lane, Piece, View, synchronize, take_turns, views
 from mlx_redrafter.options import DecodeOptions, ModelOptions
+from mlx_redrafter.tree.shape import TEXT
 from mlx_redrafter.waiting import Waiting
 
 if TYPE_CHECKING:
-    from mlx_redrafter.decoding.tree import TreeShape
+    from mlx_redrafter.tree.shape import TreeShape
 
 WARM_UP_TOKENS = 8
 PLAIN, DRAFTED = "plain decoding", "with drafting"
@@ -123,7 +124,7 @@ def tree_of(model: Any, options: DecodeOptions) -> TreeShape | None:
     tree = options.tree()
     if tree is None or model.drafter is not None:
         return tree
-    tree = tree.without_drafter()
+    tree = tree.only([TEXT])
     if not tree.drafts:
         raise OptionError(
             f"there is no drafter for {model.name} and --lookup 0 leaves nothing to draft from: "

@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mlx_redrafter import console, figures, reports, tuning
+from mlx_redrafter import console, figures, reports
 from mlx_redrafter.api import Model, load
-from mlx_redrafter.decoding import prospects
-from mlx_redrafter.decoding.costs import FAR, NEAR, Costs
-from mlx_redrafter.decoding.tree import TreeShape
-from mlx_redrafter.prefill.chunks import FAR as BEHIND
-from mlx_redrafter.prefill.chunks import Chunks
+from mlx_redrafter.budget import yields
+from mlx_redrafter.budget.chunks import FAR as BEHIND
+from mlx_redrafter.budget.chunks import Chunks
+from mlx_redrafter.budget.costs import FAR, NEAR, Costs
+from mlx_redrafter.tree.shape import TreeShape
 
 PLAIN = TreeShape.plain()
 LENGTHS = (1024, 4096, 16384, 65536)  # tokens of a prompt
@@ -30,14 +30,14 @@ def run(model: str, drafter: str, again: bool, plot: Path | None, as_json: bool)
     if plot is not None:
         figures.check(plot)
     loaded, _ = load(model, drafter)
-    known = tuning.costs(loaded, console.note, again)
-    chunks = tuning.prompt_chunks(loaded, console.note, again)
-    table = prospects.load(loaded.drafter_folder)
+    known = loaded.budget.costs(console.note, again)
+    chunks = loaded.budget.chunks(console.note, again)
+    table = yields.load(loaded.drafter_folder)
     choices = {
-        kind: [row(s, known, table, sampled) for s in tuning.policy(loaded, sampled).shapes]
-        for kind, sampled in prospects.KINDS.items()
+        kind: [row(s, known, table, sampled) for s in loaded.budget.policy(sampled).shapes]
+        for kind, sampled in yields.KINDS.items()
     }
-    facts = {"name": loaded.name, **tuning.conditions(loaded)}
+    facts = {"name": loaded.name, **loaded.budget.conditions()}
     if plot is not None:
         draw(known, plot)
         console.note(f"written: {plot}")
@@ -58,9 +58,7 @@ def run(model: str, drafter: str, again: bool, plot: Path | None, as_json: bool)
     console.note(", ".join(f"{name} {facts[name]}" for name in shown))
 
 
-def row(
-    shape: TreeShape, known: Costs, table: prospects.Prospects, sampled: bool
-) -> dict[str, Any]:
+def row(shape: TreeShape, known: Costs, table: yields.Yields, sampled: bool) -> dict[str, Any]:
     """What is expected of a shape on average text."""
     tokens, seconds = table.tokens(shape, sampled), known.table(shape)
     return {
@@ -109,7 +107,7 @@ def step_sizes(model: Model) -> dict[int, int]:
     """The chunk that is chosen, by the length of the prompt."""
     longest = model.target.config.max_positions
     prompts = [n for n in LENGTHS if n < longest] or [longest]
-    return {prompt: tuning.step_size(model, prompt) for prompt in prompts}
+    return {prompt: model.budget.step_size(prompt) for prompt in prompts}
 
 
 def draw(known: Costs, file: Path) -> None:

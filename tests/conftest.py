@@ -19,15 +19,23 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model as load_mlx_lm
 from tiny_gguf import write_gguf
 
-from mlx_redrafter import tuning
-from mlx_redrafter.decoding.costs import Costs
-from mlx_redrafter.decoding.engine import Engine, Session
+from mlx_redrafter.budget.chunks import Chunks
+from mlx_redrafter.budget.costs import Costs
+from mlx_redrafter.budget.machine import Budget
+from mlx_redrafter.cache.layer import Pass, new_caches
+from mlx_redrafter.cache.session import Session
+from mlx_redrafter.cache.slabs import capacity_for
+from mlx_redrafter.decoding.engine import Engine
+from mlx_redrafter.decoding.policy import Policy
+from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import TreeShape
-from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
-from mlx_redrafter.models import Decoder, cache, load_model
-from mlx_redrafter.prefill.chunks import Chunks
+from mlx_redrafter.drafters import Drafter
+from mlx_redrafter.drafters.beam import BeamDrafter
+from mlx_redrafter.drafters.lookup import Lookup
+from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
+from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.stats import DraftStats
+from mlx_redrafter.tree.shape import TreeShape
 
 V, D = 97, 32
 
@@ -77,8 +85,9 @@ PENALTIES = SamplingParams(
 def known_costs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests of other things need not measure the machine: drafting a little always pays."""
     if "measured" not in request.keywords:
-        monkeypatch.setattr(tuning, "costs", lambda *_, **__: Costs.from_dict(COSTS.as_dict()))
-        monkeypatch.setattr(tuning, "prompt_chunks", lambda *_, **__: CHUNKS)
+        costs = lambda *_, **__: Costs.from_dict(COSTS.as_dict())  # noqa: E731
+        monkeypatch.setattr(Budget, "costs", costs)
+        monkeypatch.setattr(Budget, "chunks", lambda *_, **__: CHUNKS)
 
 
 def write_target(folder: Path, seed: int = 7, **changes: Any) -> Path:
@@ -144,18 +153,15 @@ def drafter(target: Decoder) -> ReDrafter:
 def hidden_states(target: Decoder, tokens: Sequence[int]) -> np.ndarray:
     """Final hidden state after every token of a sequence, from one causal pass: (T, D)."""
     n = len(tokens)
-    capacity = cache.bucket(n)
+    capacity = capacity_for(n)
     slots, zero = mx.arange(capacity, dtype=mx.int32), mx.array([0], mx.int32)
     positions = slots[:n]
-    kv = cache.new_cache(target.config, capacity, target.dtype)
-    hidden, _, _ = target(
-        mx.array(list(tokens), mx.int32), positions, slots[None] <= positions[:, None], slots, kv,
-        cache.Append(zero),
-    )  # fmt: skip
-    return np.array(hidden)
+    run = Pass(new_caches(target.caches, capacity, target.dtype), zero)
+    ids, mask = mx.array(list(tokens), mx.int32), slots[None] <= positions[:, None]
+    return np.array(target(ids, positions, mask, slots, run)[0])
 
 
-class Oracle:
+class Oracle(BeamDrafter):
     """A drafter that knows how answers go on; it recognises the place by the hidden state.
 
     Args:
@@ -166,13 +172,12 @@ class Oracle:
     """
 
     FAN = 6
-    context_layers = ()
 
     def __init__(
         self, target: Decoder, texts: Sequence[Sequence[int]], ranks: Sequence[int] = (0,)
     ) -> None:
-        self.context_size = target.config.hidden_size
         vocab = target.config.vocab_size
+        self.vocabulary = mx.arange(vocab, dtype=mx.int32)
         rng = np.random.default_rng(0)
         hidden, rows = [], []
         for text in texts:
@@ -192,8 +197,8 @@ class Oracle:
         self._rows = mx.array(np.pad(np.stack(rows), ((0, more), (0, 0)), mode="edge"))
         mx.eval(self._hidden, self._rows)
 
-    def context(self, seen: mx.array) -> mx.array:
-        return seen
+    def context(self, read: mx.array) -> mx.array:
+        return read
 
     def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
         place = mx.argmin(mx.square(self._hidden - context[None]).sum(-1))
@@ -212,21 +217,16 @@ class Oracle:
     def token_ids(self, picks: mx.array) -> mx.array:
         return picks
 
-    def select(self, values: mx.array) -> mx.array:
-        return values
 
-
-class Constant:
+class Constant(BeamDrafter):
     """A drafter with the same logits whatever happens: ties, infinities, NaN."""
 
-    context_layers = ()
-
     def __init__(self, target: Decoder, row: np.ndarray) -> None:
-        self.context_size = target.config.hidden_size
+        self.vocabulary = mx.arange(target.config.vocab_size, dtype=mx.int32)
         self._row = mx.array(row.astype(np.float32))
 
-    def context(self, seen: mx.array) -> mx.array:
-        return seen
+    def context(self, read: mx.array) -> mx.array:
+        return read
 
     def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
         return mx.zeros((1, 1)), context
@@ -242,8 +242,40 @@ class Constant:
     def token_ids(self, picks: mx.array) -> mx.array:
         return picks
 
-    def select(self, values: mx.array) -> mx.array:
-        return values
+
+def engine_of(target: Decoder, drafter: Drafter | None = None, compiled: bool = True) -> Engine:
+    """An engine that drafts from the text and with a drafter."""
+    return Engine(target, [Lookup(), *([drafter] if drafter is not None else [])], compiled)
+
+
+def asked(
+    prompt: Sequence[int],
+    params: SamplingParams | None = None,
+    shape: TreeShape | Policy | None = None,
+    max_tokens: int = 24,
+    **more: Any,
+) -> Request:
+    """A request; plain and greedy unless told otherwise, and without what is None."""
+    params = SamplingParams() if params is None else params
+    shape = TreeShape.plain() if shape is None else shape
+    given = {name: value for name, value in more.items() if value is not None}
+    return Request(prompt, params, shape, max_tokens, **given)
+
+
+def one_pass(
+    target: Decoder,
+    tokens: mx.array,
+    positions: mx.array,
+    mask: mx.array,
+    key_positions: mx.array,
+    caches: Sequence[Any],
+    at: mx.array,
+    **more: Any,
+) -> tuple[mx.array, tuple[mx.array, ...], list[Any]]:
+    """hidden, wanted outputs and the caches after a pass whose rows go to the slots from ``at``."""
+    run = Pass(caches, at)
+    hidden, outputs = target(tokens, positions, mask, key_positions, run, **more)
+    return hidden, outputs, run.caches
 
 
 def run(
@@ -257,12 +289,8 @@ def run(
     **more: Any,
 ) -> list[int]:
     """All tokens of an answer."""
-    shape = TreeShape.plain() if shape is None else shape
-    params = SamplingParams() if params is None else params
-    steps = engine.generate(
-        prompt, params, shape, max_tokens, session=session, stats=stats, **more
-    )  # fmt: skip
-    return [token for step in steps for token in step.tokens]
+    request = asked(prompt, params, shape, max_tokens, session=session, stats=stats, **more)
+    return [token for step in engine.generate(request) for token in step.tokens]
 
 
 def prompt_of(length: int, seed: int = 0, vocab: int = V) -> list[int]:
@@ -273,7 +301,7 @@ def plainly(
     target: Decoder, prompt: list[int], n: int = 24, params: SamplingParams | None = None
 ) -> list[int]:
     """The answer without a drafter; uncompiled, which for a few tokens is quicker."""
-    return run(Engine(target, None, compiled=False), prompt, params, None, n)
+    return run(engine_of(target, None, compiled=False), prompt, params, None, n)
 
 
 @pytest.fixture(scope="session")
@@ -292,8 +320,8 @@ def assert_holds(session: Session, target: Decoder, tokens: list[int]) -> None:
     """The session says it holds ``tokens``, and its slabs are those of reading them afresh."""
     assert session.tokens == tokens
     fresh = Session()
-    run(Engine(target, None, compiled=False), [*tokens, 0], max_tokens=1, session=fresh)
-    for mine, theirs in zip(session.kv, fresh.kv, strict=True):
+    run(engine_of(target, None, compiled=False), [*tokens, 0], max_tokens=1, session=fresh)
+    for mine, theirs in zip(session.caches, fresh.caches, strict=True):
         rows = np.array(mine)[:, :, : len(tokens)], np.array(theirs)[:, :, : len(tokens)]
         assert np.allclose(*rows, atol=1e-4)
 

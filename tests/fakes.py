@@ -47,6 +47,7 @@ class FakeModel:
     error: Exception | None = None
     name: str = "fake"
     drafter_folder: Path | None = None
+    budget: Any = field(default_factory=lambda: SimpleNamespace(costs=lambda *_: None))
     target: Any = field(
         default_factory=lambda: SimpleNamespace(config=SimpleNamespace(max_positions=1000))
     )
@@ -91,6 +92,5 @@ def install(monkeypatch: pytest.MonkeyPatch, model: FakeModel) -> FakeModel:
     # By name: the package exports a function that is called as this module is.
     module = importlib.import_module("mlx_redrafter.api")
     monkeypatch.setattr(module, "load", model.load)
-    monkeypatch.setattr("mlx_redrafter.tuning.costs", lambda *_: None)
     monkeypatch.setattr(module, "stream_generate", model.stream_generate)
     return model

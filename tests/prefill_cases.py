@@ -10,12 +10,12 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 import prefill_reference as reference
 
-from mlx_redrafter.models import Decoder, cache
-from mlx_redrafter.models.attention import softmax
+from mlx_redrafter.cache.session import Session
+from mlx_redrafter.cache.slabs import capacity_for
+from mlx_redrafter.models import Decoder
 from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill
 from mlx_redrafter.prefill.reading import read
 from mlx_redrafter.prefill.selectors import Blocks, Chunk, Columns
-from mlx_redrafter.prefill.session import Session
 from mlx_redrafter.prefill.sparse import SELECTORS, SparseAttention, attend_to
 from mlx_redrafter.stats import PrefillStats
 
@@ -34,7 +34,7 @@ XATTENTION, TRIANGLEMIX = MODES["xattention"], MODES["trianglemix"]
 
 
 def fresh(target: Decoder, length: int) -> Session:
-    return Session(kv=cache.new_cache(target.config, cache.bucket(length), target.dtype))
+    return Session().open(target.caches, capacity_for(length), target.dtype)
 
 
 def read_by(
@@ -46,13 +46,13 @@ def read_by(
     """Final hidden state (1, D), the session, what sparse prefill did."""
     session = fresh(target, len(prompt))
     sparse = SparseAttention(options, target.config) if options is not None else None
-    hidden, _ = read(target, prompt, session, step, sparse=sparse)
+    hidden = read(target, prompt, session, step, sparse=sparse).hidden
     return hidden, session, sparse.stats if sparse is not None else None
 
 
 def rows(session: Session) -> np.ndarray:
     """All keys and values of the tokens that the session holds."""
-    return np.stack([np.array(slab)[0, :, : len(session.tokens)] for slab in session.kv])
+    return np.stack([np.array(slab)[0, :, : len(session.tokens)] for slab in session.caches])
 
 
 def random_case(
@@ -74,7 +74,7 @@ def who_sees_whom(chosen: Blocks | Columns, chunk: Chunk) -> np.ndarray:
     q = np.zeros((chunk.heads, chunk.q.shape[1], length), np.float32)
     values = np.stack([np.eye(length, dtype=np.float32)] * kv_heads)
     slab = reference.slab_of(np.zeros_like(values), values, chunk.slab.shape[2])
-    out = attend_to(chosen, Chunk(mx.array(q), slab, chunk.offset, BLOCK, 1.0), softmax)
+    out = attend_to(chosen, Chunk(mx.array(q), slab, chunk.offset, BLOCK, 1.0))
     weights = np.array(out).reshape(-1, chunk.heads, length).transpose(1, 0, 2)
     own = np.arange(chunk.offset, length)  # the diagonal enters once and gives the unit
     return weights / weights[:, np.arange(len(own)), own][..., None]

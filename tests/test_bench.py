@@ -9,22 +9,21 @@ from typing import Any
 
 import mlx.nn as nn
 import pytest
-from conftest import ByteTokenizer, plainly, prompt_of, random_drafter, run, write_target
+from conftest import ByteTokenizer, engine_of, plainly, prompt_of, random_drafter, run, write_target
 from typer.testing import CliRunner
 
 from mlx_redrafter import cli
 from mlx_redrafter.api import Model
 from mlx_redrafter.bench import compare, document, perfect, plots, sweep, ways
 from mlx_redrafter.bench import run as measuring
-from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.drafters.loading import save_drafter
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prompts import COPY, DEV, prompt_file, read_prompts
 from mlx_redrafter.stats import DraftStats
+from mlx_redrafter.tree.shape import TreeShape
 
 LENGTH = 36
 
@@ -35,7 +34,7 @@ class Tokenizer(ByteTokenizer):
 
 def model_of(target: Decoder, folder: Path) -> Model:
     drafter = random_drafter(target)
-    return Model("tiny", folder, target, drafter, None, Engine(target, drafter, compiled=False))
+    return Model.of("tiny", folder, target, drafter, compiled=False)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +118,7 @@ def test_replay_drafts_what_it_was_told(target: Decoder, temp: float) -> None:
     accepted = []
     for known in (answer, wrong):
         drafter, stats = perfect.Replay(target, prompt, known), DraftStats()
-        engine = Engine(target, drafter, compiled=False)
+        engine = engine_of(target, drafter, compiled=False)
         assert run(engine, prompt, params, TreeShape.chain(3), 24, stats=stats) == answer
         accepted.append(stats.accepted)
     assert accepted[0] == 18  # 6 steps of 3 drafts

@@ -13,9 +13,8 @@ from conftest import hidden_states, prompt_of, random_drafter
 
 from mlx_redrafter.api import Model
 from mlx_redrafter.bench import divergence, summary, ways
-from mlx_redrafter.decoding.engine import Engine
-from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.models import Decoder
+from mlx_redrafter.tree.shape import TreeShape
 
 
 def timing(way: str, prompt: int, turn: int, speed: float, **more: Any) -> dict[str, Any]:
@@ -80,8 +79,7 @@ def test_the_cost_curve_is_of_medians_in_rising_order() -> None:
 @pytest.fixture(scope="module")
 def model(target: Decoder, target_folder: Any) -> Model:
     drafter = random_drafter(target)
-    engine = Engine(target, drafter, compiled=False)
-    return Model("tiny", target_folder, target, drafter, None, engine)
+    return Model.of("tiny", target_folder, target, drafter, compiled=False)
 
 
 def other(way: ways.Way, at: int, token: int) -> ways.Way:

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 import mlx_redrafter
 from mlx_redrafter import cli, console
-from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.demo import Run, verdict
 from mlx_redrafter.errors import HubError, OptionError
 from mlx_redrafter.options import DecodeOptions, parse_logit_bias
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.stats import DraftStats, PrefillStats
+from mlx_redrafter.tree.shape import TreeShape
 
 DEFAULTS = {
     "max_tokens": 512,

@@ -14,11 +14,11 @@ import tiny_drafters as tiny
 from tiny_drafters import apple_config, apple_weights, assert_same_bits, read, renamed, write
 
 from mlx_redrafter.convert import convert, shards
-from mlx_redrafter.decoding import beam
-from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.drafters import beam
 from mlx_redrafter.drafters.loading import load_drafter, save_drafter
-from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
+from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import ConvertError, DrafterError, OptionError
+from mlx_redrafter.tree.shape import TreeShape
 
 VARIANTS = [
     f"{cell}-{width}-{blocks}"

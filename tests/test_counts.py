@@ -15,13 +15,14 @@ from typer.testing import CliRunner
 
 from mlx_redrafter.counts import metal, parts, report, sizes
 from mlx_redrafter.counts.graph import graph, metal_shaped
-from mlx_redrafter.decoding import beam
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import DEFAULT, TreeShape
+from mlx_redrafter.drafters import Drafter, beam
 from mlx_redrafter.drafters.loading import save_drafter
-from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
+from mlx_redrafter.drafters.lookup import Lookup
+from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, decoder_config, load_model
+from mlx_redrafter.tree.shape import DEFAULT, TEXT, TreeShape
 
 CHAIN = TreeShape.chain(4)
 # Dispatches of a step to those of a plain step, as it is; never to rise.
@@ -55,9 +56,13 @@ def built_in() -> tuple[Decoder, ReDrafter]:
     return target, drafter.bind(target)
 
 
+def sources(target: Decoder, drafter: ReDrafter) -> tuple[Decoder, list[Drafter]]:
+    return target, [Lookup(), drafter]
+
+
 @pytest.fixture(scope="module")
 def counted(built_in: tuple[Decoder, ReDrafter]) -> dict[TreeShape, parts.Counts]:
-    return {s: parts.count(*built_in, s) for s in (*report.SHAPES, DEFAULT)}
+    return {s: parts.count(*sources(*built_in), s) for s in (*report.SHAPES, DEFAULT)}
 
 
 def test_the_budget_of_dispatches(counted: dict[TreeShape, parts.Counts]) -> None:
@@ -83,11 +88,12 @@ def test_parts_add_up(counted: dict[TreeShape, parts.Counts]) -> None:
 
 def test_a_sampled_step_has_noise_and_no_wide_sort(built_in: tuple[Decoder, ReDrafter]) -> None:
     params = SamplingParams(temp=0.8, top_k=40, repetition_penalty=1.2)
-    counts = parts.count(*built_in, TreeShape(3, 4, 8), params)
+    counts = parts.count(*sources(*built_in), TreeShape(3, 4, 8), params)
     assert counts.parts["choose tokens"][1] > 31  # bisection
     shape = TreeShape(3, 2, 7)
     greedy, drawn = (
-        parts.count(*built_in, shape, SamplingParams(temp=temp)).dispatches for temp in (0, 0.8)
+        parts.count(*sources(*built_in), shape, SamplingParams(temp=temp)).dispatches
+        for temp in (0, 0.8)
     )
     assert greedy < drawn < greedy + 30, "noise in few kernels"
     assert counts.widest_sort <= beam.SORT_WIDTH and not counts.unknown
@@ -183,7 +189,7 @@ def test_bytes_of_a_step(built_in: tuple[Decoder, ReDrafter]) -> None:
         assert found.target - plain.target == (shape.nodes - 1) * row
         expected = 4 * level + once + row + beams * 3 * 64 * 2
         assert found.drafter == pytest.approx(expected, abs=4 * 64)
-    assert sizes.read(target, drafter, DEFAULT.without_drafter(), 100).drafter == 0
+    assert sizes.read(target, drafter, DEFAULT.only([TEXT]), 100).drafter == 0
 
 
 def test_an_8b_model_is_reckoned_without_its_memory() -> None:

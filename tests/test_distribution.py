@@ -13,13 +13,13 @@ from itertools import product
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import Constant, hidden_states, write_target
+from conftest import Constant, asked, engine_of, hidden_states, write_target
 
 from mlx_redrafter.decoding import sampling
-from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import DraftTree, TreeShape
 from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.tree.nodes import DraftTree
+from mlx_redrafter.tree.shape import TreeShape
 
 V, LENGTH, DRAWS = 5, 3, 100_000
 PROMPT = [2, 0, 4, 1]
@@ -105,7 +105,7 @@ def production(logits: Floats, table: Floats, seeds: Ints) -> tuple[Ints, Ints]:
         for answer in product(range(V), repeat=length):
             same = mx.broadcast_to(mx.array(logits[number(answer)]), (len(seeds), V))
             root = mx.array([start + length - 1], mx.int32)
-            chosen = sampling.choose(same, every, {}, arrays, root)
+            chosen = sampling.sample(same, every, {}, arrays, root)
             choices[number(answer)] = np.array(chosen)
 
     def candidates(tokens: Ints, at: Ints) -> Floats:
@@ -226,11 +226,11 @@ def test_the_engine_agrees_with_the_port(five: Decoder, logits: Floats, table: F
     """Tokens and steps of the real thing, on 400 seeds, with and without drafting."""
     seeds = np.arange(400)
     answers, steps = production(logits, table, seeds)
-    engine = Engine(five, Bigram(five, table), compiled=False)
+    engine = engine_of(five, Bigram(five, table), compiled=False)
     for seed in seeds.tolist():
         params = SamplingParams(temp=TEMP, seed=seed)
         for shape in (TreeShape(WIDTH, DEPTH, 1 + WIDTH * DEPTH), TreeShape.plain()):
-            emitted = [e.tokens for e in engine.generate(PROMPT, params, shape, LENGTH)]
+            emitted = [e.tokens for e in engine.generate(asked(PROMPT, params, shape, LENGTH))]
             assert [t for tokens in emitted for t in tokens] == answers[seed].tolist()
             if shape.drafts:
                 assert [len(tokens) for tokens in emitted] == [n for n in steps[seed] if n]

@@ -11,16 +11,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import D, V, prompt_of, random_drafter, run
+from conftest import D, V, engine_of, prompt_of, random_drafter, run
 from edits import Edit, edit_config, edit_file, edit_weights
 
-from mlx_redrafter.decoding import beam
-from mlx_redrafter.decoding.engine import Engine
-from mlx_redrafter.decoding.tree import END, TreeShape
+from mlx_redrafter.drafters import beam
 from mlx_redrafter.drafters.loading import load_drafter, save_drafter
-from mlx_redrafter.drafters.redrafter import ReDrafter
+from mlx_redrafter.drafters.recurrent import ReDrafter
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.models import Decoder
+from mlx_redrafter.tree.nodes import END
+from mlx_redrafter.tree.shape import TreeShape
 
 Weights = dict[str, np.ndarray]
 E = 24
@@ -152,10 +152,10 @@ def one_draft(drafter: ReDrafter) -> list[np.ndarray]:
     rng = np.random.default_rng(7)
     hidden = mx.array(rng.standard_normal((2, D)).astype(np.float32))
     inner = tuple(
-        mx.array(rng.standard_normal((2, D)).astype(np.float32)) for _ in drafter.context_layers
+        mx.array(rng.standard_normal((2, D)).astype(np.float32)) for _ in drafter.features
     )
     context = drafter.context(mx.concatenate(inner or (hidden,), axis=-1))
-    assert context.shape == (2, drafter.context_size)
+    assert context.shape == (2, D)
     state, fixed = drafter.start(context[1])
     first, state = drafter.step(mx.array([3], mx.int32), state, fixed)
     state = mx.concatenate([state, state])
@@ -163,7 +163,7 @@ def one_draft(drafter: ReDrafter) -> list[np.ndarray]:
     size = drafter.config.output_size
     assert first.shape == (1, size) and second.shape == (2, size)
     ids = drafter.token_ids(mx.arange(size))
-    chosen = drafter.select(mx.arange(V))
+    chosen = drafter.vocabulary
     assert ids.tolist() == chosen.tolist()
     return [np.array(x) for x in (context, first, second, ids)]
 
@@ -176,10 +176,10 @@ def test_saved_and_loaded_is_the_same(
     save_drafter(tmp_path, drafter, {"note": "ignored by the reader"})
     loaded = load_drafter(tmp_path, target)
     assert loaded.config == drafter.config
-    assert loaded.context_layers == config.get("context_layers", ())
+    assert loaded.features == config.get("context_layers", ())
     for mine, theirs in zip(one_draft(drafter), one_draft(loaded), strict=True):
         assert np.array_equal(mine, theirs)
-    steps = Engine(target, loaded, compiled=False)
+    steps = engine_of(target, loaded, compiled=False)
     prompt = prompt_of(7)
     assert run(steps, prompt, None, TreeShape(), 6) == run(steps, prompt, max_tokens=6)
 

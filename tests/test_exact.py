@@ -18,6 +18,7 @@ from conftest import (
     Oracle,
     V,
     assert_holds,
+    engine_of,
     plainly,
     prompt_of,
     random_drafter,
@@ -27,13 +28,14 @@ from conftest import (
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 
+from mlx_redrafter.cache import session as session_module
+from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding import sampling
-from mlx_redrafter.decoding.engine import Engine, Session
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.models import Decoder, DecoderConfig, cache, load_model
+from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.stats import DraftStats
+from mlx_redrafter.tree.shape import TreeShape
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "apple-sum": {"cell": "sum"},
@@ -67,7 +69,7 @@ def test_greedy_with_a_random_drafter_and_an_oracle(
     target: Decoder, texts: list[Any], oracle: Oracle, shape: TreeShape
 ) -> None:
     for drafter in (random_drafter(target), oracle):
-        engine, stats = Engine(target, drafter), DraftStats()
+        engine, stats = engine_of(target, drafter), DraftStats()
         for prompt, answer in texts:
             assert run(engine, prompt, None, shape, 40, stats=stats) == answer
         assert stats.tokens == 40 * len(texts) == stats.accepted + stats.steps
@@ -80,7 +82,7 @@ def test_every_kind_of_drafter(target: Decoder, texts: list[Any], config: dict[s
     sampled = SamplingParams(temp=0.8, top_k=10, seed=3)
     drafter = random_drafter(target, **config)
     for compiled, params in ((True, SamplingParams()), (False, sampled)):
-        engine = Engine(target, drafter, compiled)
+        engine = engine_of(target, drafter, compiled)
         for prompt, _ in texts[:3]:
             answer = plainly(target, prompt, 16, params)
             for name in ("chain", "beam-3x4-8", "beams-3x4-8"):
@@ -98,7 +100,7 @@ def test_adversarial_drafters(target: Decoder, texts: list[Any]) -> None:
     sampled = SamplingParams(temp=1.0, seed=1)
     plain = plainly(target, prompt, 10, sampled)
     for drafter in (worst, never, *(Constant(target, row) for row in rows)):
-        engine = Engine(target, drafter, compiled=False)
+        engine = engine_of(target, drafter, compiled=False)
         for name in ("chain", "beam-3x4-8", "beams-3x4-8"):
             assert run(engine, prompt, None, SHAPES[name], 10) == answer[:10]
             assert run(engine, prompt, sampled, SHAPES[name], 10) == plain
@@ -107,7 +109,7 @@ def test_adversarial_drafters(target: Decoder, texts: list[Any]) -> None:
 def test_fewer_draft_tokens_than_beams(target: Decoder, texts: list[Any]) -> None:
     """A beam wider than the drafter's vocabulary drafts what there is, or is refused in a line."""
     prompt, answer = texts[2]
-    engine = Engine(target, random_drafter(target, draft_vocab_size=3), compiled=False)
+    engine = engine_of(target, random_drafter(target, draft_vocab_size=3), compiled=False)
     with contextlib.suppress(OptionError):
         assert run(engine, prompt, None, TreeShape(4, 3, 8), 10) == answer[:10]
 
@@ -145,7 +147,7 @@ def test_penalties_equal_mlx_lm(
         expected = [token for token, _ in steps]
         assert expected != unpenalised[:30]
         assert plainly(target, prompt, 30, params) == expected
-        engine = Engine(target, Oracle(target, [prompt + expected], RANKS), compiled=False)
+        engine = engine_of(target, Oracle(target, [prompt + expected], RANKS), compiled=False)
         for name in ("chain", "beam-4x5-16", "beams-3x4-8"):
             assert run(engine, prompt, params, SHAPES[name], 30) == expected
 
@@ -160,7 +162,7 @@ def test_sampled_with_and_without_drafting(target: Decoder, name: str) -> None:
     options, turn = COMBINATIONS[name], list(COMBINATIONS).index(name)
     shapes = [list(SHAPES.values())[(turn + i) % len(SHAPES)] for i in (0, 1, 3)]
     rng = np.random.default_rng(turn)
-    plain, runs = Engine(target, None), []
+    plain, runs = engine_of(target, None), []
     for i in range(12):
         params = SamplingParams(
             temp=float(rng.uniform(0.3, 1.2)), seed=int(rng.integers(2**32)), **options
@@ -171,14 +173,14 @@ def test_sampled_with_and_without_drafting(target: Decoder, name: str) -> None:
     knower = Oracle(target, [p + a for p, _, a in runs], RANKS)
     stats = DraftStats()
     for shape in shapes:
-        knowing = Engine(target, knower, compiled=shape == shapes[0])
+        knowing = engine_of(target, knower, compiled=shape == shapes[0])
         for prompt, params, answer in runs:
             found = DraftStats()
             assert run(knowing, prompt, params, shape, 20, stats=found) == answer, (shape, params)
             if shape.depth:  # these texts do not repeat themselves
                 stats.add(found)
     assert stats.tokens_per_step > 1.7
-    guessing = Engine(target, random_drafter(target), compiled=False)
+    guessing = engine_of(target, random_drafter(target), compiled=False)
     for prompt, params, answer in runs:
         assert run(guessing, prompt, params, shapes[0], 20) == answer, params
 
@@ -194,7 +196,7 @@ def test_sampled_tokens_are_the_rule_on_mlx_lms_distribution(
             params.logit_bias, **{name: getattr(params, name) for name in names}
         )
         tokens = prompt_of(5, seed=i)
-        answer = run(Engine(target, None), tokens, params, None, 12)
+        answer = run(engine_of(target, None), tokens, params, None, 12)
         for token in answer:
             logits = mlx_lm_model(mx.array([tokens]))[:, -1]
             for processor in processors:
@@ -213,7 +215,7 @@ def test_sampled_tokens_are_the_rule_on_mlx_lms_distribution(
 
 
 def test_seed_and_position_matter(target: Decoder) -> None:
-    engine = Engine(target, None)
+    engine = engine_of(target, None)
     prompt = prompt_of(6)
     answers = [run(engine, prompt, SamplingParams(temp=1.0, seed=s), None, 12) for s in range(8)]
     assert len({tuple(a) for a in answers}) == 8
@@ -222,7 +224,7 @@ def test_seed_and_position_matter(target: Decoder) -> None:
 
 def test_uncompiled_is_the_same(target: Decoder, texts: list[Any], oracle: Oracle) -> None:
     prompt, answer = texts[2]
-    engine = Engine(target, oracle, compiled=False)
+    engine = engine_of(target, oracle, compiled=False)
     assert run(engine, prompt, None, SHAPES["beam-3x4-8"], 40) == answer
 
 
@@ -237,26 +239,26 @@ def test_cache_grows_in_mid_answer(
     """The same answer whether the slabs grow (256 -> 384) during it or were large at first."""
     prompt = prompt_of(200)
     answer = plainly(target, prompt, 70, params)
-    sizes, new_cache = [], cache.new_cache
+    sizes, new_caches = [], session_module.new_caches
 
-    def recorded(config: DecoderConfig, capacity: int, dtype: mx.Dtype) -> list[mx.array]:
+    def recorded(kinds: Any, capacity: int, dtype: mx.Dtype) -> list[mx.array]:
         sizes.append(capacity)
-        return new_cache(config, capacity, dtype)
+        return new_caches(kinds, capacity, dtype)
 
     # Penalties compile many kernels of their own, so with them one shape is compiled.
     compiled = params != PENALTIES or shape == SHAPES["beam-4x5-16"]
-    engine = Engine(target, Oracle(target, [prompt + answer], RANKS), compiled)
-    monkeypatch.setattr(cache, "new_cache", recorded)
+    engine = engine_of(target, Oracle(target, [prompt + answer], RANKS), compiled)
+    monkeypatch.setattr(session_module, "new_caches", recorded)
     session = Session()
     assert run(engine, prompt, params, shape, 70, session) == answer
-    assert sizes == [256] and session.kv[0].shape[2] == 384
+    assert sizes == [256] and session.caches[0].shape[2] == 384
     assert_holds(session, target, (prompt + answer)[:-1])
 
 
 @pytest.mark.parametrize("shape", [TreeShape.plain(), *SHAPES.values()], ids=["plain", *SHAPES])
 def test_max_tokens_cuts_anywhere(target: Decoder, texts: list[Any], shape: TreeShape) -> None:
     prompt, answer = texts[2]
-    engine = Engine(target, Oracle(target, [prompt + answer]))
+    engine = engine_of(target, Oracle(target, [prompt + answer]))
     for n in range(1, 14):
         stats, session = DraftStats(), Session()
         assert run(engine, prompt, None, shape, n, session, stats) == answer[:n]
@@ -270,7 +272,7 @@ def test_context_end(
 ) -> None:
     short = load_model(write_target(tmp_path, max_position_embeddings=40))
     prompt, answer = texts[3]
-    engine = Engine(short, Oracle(short, [prompt + answer]))
+    engine = engine_of(short, Oracle(short, [prompt + answer]))
     assert run(engine, prompt, None, shape, 1000) == answer[:20]
     long = prompt + answer[:19]
     assert run(engine, long, None, shape, 1000) == answer[19:20]
@@ -289,12 +291,12 @@ def test_impossible_requests(target: Decoder, prompt: list[int], n: int, said: s
 
 def test_prompt_chunks_do_not_matter(target: Decoder, texts: list[Any], oracle: Oracle) -> None:
     prompt, answer = texts[4]
-    engine = Engine(target, oracle)
+    engine = engine_of(target, oracle)
     for size in (1, 7, 32, 33):
         seen: list[tuple[int, int]] = []
         tokens = run(
             engine, prompt, None, SHAPES["beam-3x4-8"], 12,
-            prefill_step_size=size, progress=lambda *a, seen=seen: seen.append(a),
+            step_size=size, progress=lambda *a, seen=seen: seen.append(a),
         )  # fmt: skip
         assert tokens == answer[:12]
         assert seen[0] == (0, len(prompt)) and seen[-1] == (len(prompt), len(prompt))
@@ -306,7 +308,7 @@ def test_sliding_window_target(tmp_path: Path) -> None:
     target = load_model(write_target(tmp_path, layer_types=types, sliding_window=3))
     prompt = prompt_of(12, seed=5)
     answer = plainly(target, prompt, 40)
-    engine, stats = Engine(target, Oracle(target, [prompt + answer], RANKS)), DraftStats()
+    engine, stats = engine_of(target, Oracle(target, [prompt + answer], RANKS)), DraftStats()
     for shape in SHAPES.values():
         assert run(engine, prompt, None, shape, 40, stats=stats) == answer
     assert stats.tokens_per_step > 1.7

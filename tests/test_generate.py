@@ -11,11 +11,11 @@ import pytest
 from conftest import ByteTokenizer, Oracle, plainly, write_target
 
 from mlx_redrafter.api import GenerationResponse, Model, generate, stream_generate
-from mlx_redrafter.decoding.engine import Engine, Session
+from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.tree.shape import TreeShape
 
 PROMPT = "once"
 # Small letters only, so that every token is a piece of text.
@@ -25,8 +25,7 @@ TREES = {"chain": TreeShape.chain(4), "beam": TreeShape(3, 4, 8)}
 
 
 def model_of(target: Decoder, drafter: Any) -> Model:
-    engine = Engine(target, drafter, compiled=False)
-    return Model("tiny", Path("."), target, drafter, None, engine)
+    return Model.of("tiny", Path("."), target, drafter, compiled=False)
 
 
 @pytest.fixture(scope="module")

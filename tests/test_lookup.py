@@ -7,23 +7,14 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
-from conftest import plainly, prompt_of, run
+from conftest import engine_of, plainly, prompt_of, run
 
-from mlx_redrafter.decoding import lookup
-from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import (
-    END,
-    NEVER,
-    Candidates,
-    TreeShape,
-    beginnings,
-    best_nodes,
-    distinct,
-    joined,
-)
+from mlx_redrafter.drafters import lookup
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.stats import DraftStats
+from mlx_redrafter.tree.nodes import END, FILLER, Candidates, best_nodes, distinct, joined, prefixes
+from mlx_redrafter.tree.shape import TreeShape
 
 
 def continuation(text: list[int], length: int) -> tuple[int, list[int]]:
@@ -38,7 +29,7 @@ def continuation(text: list[int], length: int) -> tuple[int, list[int]]:
             best = max(best, (size, end))
     size, end = best
     if size == 0:
-        return 0, [NEVER] * length
+        return 0, [FILLER] * length
     return size, [text[end + 1 + i % (last - end)] for i in range(length)]
 
 
@@ -93,7 +84,7 @@ def test_joined_candidates_are_the_union_of_paths(width: int, depth: int, length
         row = [9, *random.integers(0, 4, columns - 2).tolist(), END]
         costs = [0.3 * i if i <= length else np.inf for i in range(columns - 1)]
         path = mx.array(row, mx.int32)
-        chain = Candidates(beginnings(path), mx.array(costs), tuple(range(columns - 1)))
+        chain = Candidates(prefixes(path), mx.array(costs), tuple(range(columns - 1)))
         mine, its = paths(beams), paths(chain)
         shared += len(mine.keys() & its.keys()) - 1  # the root
         candidates = distinct(joined([chain, beams]))
@@ -103,7 +94,7 @@ def test_joined_candidates_are_the_union_of_paths(width: int, depth: int, length
             best = min(mine.get(one, np.inf), its.get(one, np.inf))
             assert cost == pytest.approx(best, abs=1e-5)
         tree = best_nodes(candidates, 8)
-        kept = {tuple(t for t in p if t >= 0) for p in tree.paths.tolist() if NEVER not in p}
+        kept = {tuple(t for t in p if t >= 0) for p in tree.paths.tolist() if FILLER not in p}
         assert len(kept) == min(8, len(found)) and kept <= found.keys()
         assert all(p[:-1] in kept for p in kept if len(p) > 1), "a parent is missing"
     assert shared > 10
@@ -113,7 +104,7 @@ def test_a_repetitive_text_is_drafted_without_a_drafter(target: Decoder) -> None
     """The prompt holds the answer: lookup finds it there."""
     prompt = prompt_of(6)
     answer = plainly(target, prompt, 24)
-    engine, stats = Engine(target, None), DraftStats()
+    engine, stats = engine_of(target, None), DraftStats()
     for params in (None, SamplingParams(temp=0.7, seed=3)):
         expected = plainly(target, prompt, 24, params)
         found = run(engine, prompt, params, TreeShape(3, 4, 8, lookup=7), 24, stats=stats)
@@ -126,7 +117,7 @@ def test_a_cycle_is_accepted_whole(target: Decoder) -> None:
     """A model that repeats itself: every draft of a full match is right."""
     shape = TreeShape(1, 0, 8, lookup=7)
     stats = DraftStats()
-    engine = Engine(target, None)
+    engine = engine_of(target, None)
     bias = SamplingParams(logit_bias={7: 1000.0})
     assert run(engine, prompt_of(4), bias, shape, 64, stats=stats) == [7] * 64
     assert stats.tokens_per_step > 5

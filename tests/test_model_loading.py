@@ -13,9 +13,9 @@ from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 from tiny_models import C, Runner, assert_close, build, save, tokens_of
 
+from mlx_redrafter.cache.layer import Pass, new_caches
 from mlx_redrafter.errors import ModelError
 from mlx_redrafter.models import SUPPORTED, load_model
-from mlx_redrafter.models.cache import Append, new_cache
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -78,11 +78,10 @@ def test_dtype_policy(tmp_path: Path) -> None:
     for dtype in (mx.float16, mx.bfloat16):
         model = load_model(tmp_path, dtype)
         assert {v.dtype for _, v in tree_flatten(model.parameters())} == {model.dtype} == {dtype}
-        hidden, _, kv = model(
-            tokens_of(3), mx.arange(3), mx.ones((3, C), mx.bool_), mx.arange(C),
-            new_cache(model.config, C, dtype), Append(mx.array([0])),
-        )  # fmt: skip
-        assert hidden.dtype == model.logits(hidden).dtype == kv[0].dtype == dtype
+        run = Pass(new_caches(model.caches, C, dtype), mx.array([0]))
+        mask = mx.ones((3, C), mx.bool_)
+        hidden, _ = model(tokens_of(3), mx.arange(3), mask, mx.arange(C), run)
+        assert hidden.dtype == model.logits(hidden).dtype == run.caches[0].dtype == dtype
 
 
 def test_hugging_face_layouts(tmp_path: Path) -> None:

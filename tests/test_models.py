@@ -12,8 +12,8 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.cache import make_prompt_cache
 from tiny_models import CASES, PREFIX, TOLERANCE, C, Runner, assert_close, build, tokens_of
 
+from mlx_redrafter.cache.layer import Pass, new_caches
 from mlx_redrafter.models import SUPPORTED, Decoder, attention, load_model, rope
-from mlx_redrafter.models.cache import Append, Commit, new_cache
 
 WINDOWED = {"llama-window", "gemma3_text", "gemma3"}
 
@@ -79,8 +79,8 @@ def test_tree_equals_sequential_decoding(case: str, model: Decoder) -> None:
     offset = mx.array([PREFIX])
     arguments = tree.arguments()
     nothing = [mx.zeros((*slab.shape[:2], 12, slab.shape[3])) for slab in start.kv]
-    write = Commit(offset, mx.full((12,), C - 1), nothing)
-    hidden, _, slabs = model(*arguments, start.copy().kv, write)
+    verify = Pass(start.copy().kv, offset, pending=(nothing, mx.full((12,), C - 1)))
+    hidden, _ = model(*arguments, verify)
     logits = model.logits(hidden)
     for leaf in tree.leaves():
         path, single = tree.paths[leaf], start.copy()
@@ -89,11 +89,12 @@ def test_tree_equals_sequential_decoding(case: str, model: Decoder) -> None:
         # The next pass writes the accepted path behind the prefix, and goes on as plain decoding.
         bonus, at = tokens_of(1, seed=leaf), mx.array([single.used])
         slots = [PREFIX + path.index(n) if n in path else C - 1 for n in range(12)]
-        commit = Commit(at, mx.array(slots), write.rows)
+        slabs = [s + 0 for s in verify.caches]
+        commit = Pass(slabs, at, pending=(verify.rows, mx.array(slots)))
         seen = (mx.arange(C) <= at)[None]
-        hidden, _, kept = model(bonus, at, seen, mx.arange(C), [s + 0 for s in slabs], commit)
+        hidden, _ = model(bonus, at, seen, mx.arange(C), commit)
         assert_close(model.logits(hidden), single(bonus))
-        for ours, theirs in zip(kept, single.kv, strict=True):
+        for ours, theirs in zip(commit.caches, single.kv, strict=True):
             assert_close(ours[:, :, : single.used], theirs[:, :, : single.used])
 
     def error(index: int, wrong: mx.array) -> float:
@@ -135,9 +136,9 @@ def test_inner_layers_and_embeddings(tmp_path: Path) -> None:
     build(tmp_path, "granite")
     model = load_model(tmp_path)
     prompt, slots = tokens_of(9), mx.arange(C)
-    kv, offset = new_cache(model.config, C, model.dtype), mx.array([0])
+    run = Pass(new_caches(model.caches, C, model.dtype), mx.array([0]))
     mask = slots <= mx.arange(9)[:, None]
-    hidden, inner, _ = model(prompt, mx.arange(9), mask, slots, kv, Append(offset), (1, 0))
+    hidden, inner = model(prompt, mx.arange(9), mask, slots, run, (1, 0))
     assert_close(model.model.norm(inner[0]), hidden, 0.0)
     reference, _ = mlx_lm_utils.load_model(tmp_path)
     h = reference.model.embed_tokens(prompt[None])

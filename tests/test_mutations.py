@@ -7,29 +7,30 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import PENALTIES, RANKS, SHAPES, Oracle, plainly, prompt_of, run
+from conftest import PENALTIES, RANKS, SHAPES, Oracle, engine_of, plainly, prompt_of, run
 
+from mlx_redrafter.cache.slabs import Slab
 from mlx_redrafter.decoding import sampling
 from mlx_redrafter.decoding import step as step_module
-from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import END, DraftTree, TreeShape
 from mlx_redrafter.drafters import Drafter
-from mlx_redrafter.models import Decoder, cache
+from mlx_redrafter.models import Decoder
 from mlx_redrafter.stats import DraftStats
+from mlx_redrafter.tree.nodes import END, DraftTree
+from mlx_redrafter.tree.shape import TreeShape
 
 
 def drafted_differently(target: Decoder, params: SamplingParams, shape: TreeShape) -> int:
     """How many of five answers change when they are drafted (0 is the rule)."""
     prompts = [prompt_of(4 + i, seed=50 + i) for i in range(5)]
     runs = [(prompt, plainly(target, prompt, 24, params)) for prompt in prompts]
-    engine = Engine(target, Oracle(target, [p + a for p, a in runs], RANKS), compiled=False)
+    engine = engine_of(target, Oracle(target, [p + a for p, a in runs], RANKS), compiled=False)
     return sum(run(engine, p, params, shape, 24) != a for p, a in runs)
 
 
 def eager_walk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accepts one node more than the target's choices match."""
-    walk = step_module.walk
+    walk = step_module.accept
 
     def mutated(tree: DraftTree, choices: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         last, count, text = walk(tree, choices)
@@ -44,7 +45,7 @@ def eager_walk(monkeypatch: pytest.MonkeyPatch) -> None:
         pairs = (deeper, last), (count + 1, count), (longer, text)
         return tuple(mx.where(more, *pair) for pair in pairs)  # type: ignore[return-value]
 
-    monkeypatch.setattr(step_module, "walk", mutated)
+    monkeypatch.setattr(step_module, "accept", mutated)
 
 
 def penalties_without_path(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,13 +60,13 @@ def penalties_without_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def noise_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = sampling.choose
+    choose = sampling.sample
 
     def mutated(logits: mx.array, tree: DraftTree, *rest: Any) -> mx.array:
         slots = mx.arange(tree.depths.shape[0], dtype=mx.int32)
         return choose(logits, tree._replace(depths=slots), *rest)
 
-    monkeypatch.setattr(sampling, "choose", mutated)
+    monkeypatch.setattr(sampling, "sample", mutated)
 
 
 def verify_another_tree(
@@ -104,12 +105,15 @@ def slots_as_depths(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    class InTreeOrder(cache.Commit):
-        def __init__(self, offset: mx.array, slots: mx.array, pending: list[mx.array]) -> None:
-            in_order = mx.minimum(slots[0] + mx.arange(slots.size), slots.max())
-            super().__init__(offset, in_order, pending)
+    commit = Slab.commit
 
-    monkeypatch.setattr(cache, "Commit", InTreeOrder)
+    def in_tree_order(
+        self: Slab, kept: mx.array, pending: mx.array, slots: mx.array, position: mx.array
+    ) -> mx.array:
+        in_order = mx.minimum(slots[0] + mx.arange(slots.size), slots.max())
+        return commit(self, kept, pending, in_order, position)
+
+    monkeypatch.setattr(Slab, "commit", in_tree_order)
 
 
 GREEDY, SAMPLED = SamplingParams(), SamplingParams(temp=1.0, seed=9)
@@ -145,8 +149,8 @@ def test_a_drafter_is_used_at_all(target: Decoder) -> None:
     """Guards the guards: the drafter's context follows the accepted path."""
 
     class Blind(Oracle):
-        def context(self, seen: mx.array) -> mx.array:
-            return mx.zeros_like(seen)
+        def context(self, read: mx.array) -> mx.array:
+            return mx.zeros_like(read)
 
     prompt = prompt_of(9)
     answer = plainly(target, prompt, 30)
@@ -155,7 +159,7 @@ def test_a_drafter_is_used_at_all(target: Decoder) -> None:
     for kind in drafters:
         stats = DraftStats()
         drafter = kind(target, [prompt + answer])  # type: ignore[call-arg]
-        engine = Engine(target, drafter, compiled=False)
+        engine = engine_of(target, drafter, compiled=False)
         assert run(engine, prompt, None, TreeShape.chain(4), 30, stats=stats) == answer
         steps[kind] = stats.steps
     assert steps[Oracle] == 6 and steps[Blind] > 12

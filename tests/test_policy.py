@@ -8,21 +8,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import COSTS, Oracle, assert_holds, plainly, random_drafter, run, write_target
+from conftest import (
+    COSTS,
+    Oracle,
+    asked,
+    assert_holds,
+    engine_of,
+    plainly,
+    random_drafter,
+    run,
+    write_target,
+)
 
-from mlx_redrafter import tune, tuning
+from mlx_redrafter import tune
 from mlx_redrafter.api import Model
-from mlx_redrafter.decoding import prospects, step
-from mlx_redrafter.decoding.costs import NODES, Costs, measure
-from mlx_redrafter.decoding.engine import Engine, Session
-from mlx_redrafter.decoding.policy import Automatic, contenders, expected
+from mlx_redrafter.budget import machine, yields
+from mlx_redrafter.budget.automatic import Automatic, contenders, expected
+from mlx_redrafter.budget.costs import NODES, Costs, measure
+from mlx_redrafter.cache.session import Session
+from mlx_redrafter.decoding import step
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.stats import DraftStats
+from mlx_redrafter.tree.shape import TreeShape
 
 PLAIN, CHAIN, TREE = TreeShape.plain(), TreeShape.chain(3), TreeShape(3, 3, 8, lookup=7)
 MIXED = (PLAIN, CHAIN, TREE, TreeShape(2, 2, 4, lookup=7), TreeShape(1, 0, 3, lookup=2))
@@ -44,9 +56,9 @@ class Dice:
 
 
 def automatic(costs: Costs, drafter: bool = True, sampled: bool = False) -> Automatic:
-    table = prospects.load(None)
+    table = yields.load(None)
     tokens = lambda shape: table.tokens(shape, sampled)  # noqa: E731
-    shapes = contenders(prospects.shapes(drafter), tokens, costs.seconds)
+    shapes = contenders(yields.shapes(drafter), tokens, costs.seconds)
     return Automatic(shapes, tokens, costs.seconds)
 
 
@@ -58,7 +70,7 @@ def test_any_choice_gives_the_same_text(target: Decoder, texts: list[Any], seed:
     sampled = SamplingParams(temp=0.9, top_k=20, seed=seed, repetition_penalty=1.2)
     drafters = Oracle(target, [p + a for p, a in texts], (0, 0, 1)), random_drafter(target)
     for drafter, (prompt, answer) in itertools.product(drafters, texts[1:4]):
-        engine = Engine(target, drafter, compiled=seed % 2 == 0)
+        engine = engine_of(target, drafter, compiled=seed % 2 == 0)
         session = Session()
         assert run(engine, prompt, None, Dice(MIXED, seed), 40, session) == answer
         longer = [*prompt, *answer[:20], 7]
@@ -69,10 +81,12 @@ def test_any_choice_gives_the_same_text(target: Decoder, texts: list[Any], seed:
 
 def test_an_answer_cut_anywhere_leaves_a_true_cache(target: Decoder, texts: list[Any]) -> None:
     prompt, answer = texts[2]
-    engine = Engine(target, Oracle(target, [prompt + answer]), compiled=False)
+    engine = engine_of(target, Oracle(target, [prompt + answer]), compiled=False)
     for n in range(1, 14):
         session = Session()
-        steps = engine.generate(prompt, SamplingParams(), Dice(MIXED, n), 30, session=session)
+        steps = engine.generate(
+            asked(prompt, SamplingParams(), Dice(MIXED, n), 30, session=session)
+        )
         produced = [t for _ in range(n) for t in next(steps).tokens] if n < 8 else None
         if produced is None:
             produced = run(engine, prompt, None, Dice(MIXED, n), n, session)
@@ -87,25 +101,24 @@ def test_rows_that_are_never_put_into_place_are_noticed(
     target: Decoder, texts: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The mutation: a plain step that forgets what the tree before it accepted."""
-    honest = step.writer
+    honest = step.Pass
 
-    def forgetful(state: step.State, nodes: int) -> Any:
-        kept = {k: v for k, v in state.items() if k != "pending" or nodes > 1}
-        return honest(kept, nodes)
+    def forgetful(caches: Any, position: Any, ancestors: mx.array, pending: Any) -> Any:
+        return honest(caches, position, ancestors, pending if len(ancestors) > 1 else ())
 
     prompt, answer = texts[2]
     drafter = Oracle(target, [prompt + answer], (0, 1, 0, 2))
-    engine = Engine(target, drafter, compiled=False)
+    engine = engine_of(target, drafter, compiled=False)
     shapes = (PLAIN, TreeShape(3, 3, 8))
     assert run(engine, prompt, None, Dice(shapes, 1), 40) == answer
-    monkeypatch.setattr(step, "writer", forgetful)
-    engine = Engine(target, drafter, compiled=False)
+    monkeypatch.setattr(step, "Pass", forgetful)
+    engine = engine_of(target, drafter, compiled=False)
     assert run(engine, prompt, None, Dice(shapes, 1), 40) != answer
 
 
 def test_one_trace_a_bucket_when_shapes_change(target: Decoder, texts: list[Any]) -> None:
     prompt, answer = texts[2]
-    engine = Engine(target, random_drafter(target))
+    engine = engine_of(target, random_drafter(target))
     for _ in range(2):
         for seed in range(6):
             assert run(engine, prompt, None, Dice(MIXED[:3], seed), 40) == answer
@@ -161,18 +174,18 @@ def test_expected_tokens() -> None:
 
 
 def test_contenders_are_few_and_plain_is_among_them() -> None:
-    table = prospects.load(None)
+    table = yields.load(None)
     for costs, drafter in itertools.product((COSTS, LINEAR), (True, False)):
-        shapes = prospects.shapes(drafter)
+        shapes = yields.shapes(drafter)
         found = contenders(shapes, lambda s: table.tokens(s, False), costs.seconds)
         assert found[0] == PLAIN and len(set(found)) == len(found) <= 5
         assert drafter or all(shape.depth == 0 for shape in found)
 
 
 def test_more_nodes_are_expected_to_yield_more() -> None:
-    table = prospects.load(None)
+    table = yields.load(None)
     for sampled in (False, True):
-        for shape in prospects.shapes(drafter=True)[1:]:
+        for shape in yields.shapes(drafter=True)[1:]:
             tokens = table.tokens(shape, sampled)
             assert 1 < tokens <= shape.longest + 1, shape
 
@@ -223,19 +236,19 @@ def test_shapes_that_stand_otherwise_to_each_other_than_in_the_table() -> None:
 
 
 def test_measuring_a_tiny_model(target: Decoder) -> None:
-    engine = Engine(target, random_drafter(target), compiled=False)
-    costs = measure(target, engine.drafter, engine.step_function, compiled=False)
+    engine = engine_of(target, random_drafter(target), compiled=False)
+    costs = measure(target, engine.drafters, engine.step_function, compiled=False)
     known = sorted(costs.verify)
     assert known[0] == 1 and set(known) <= set(NODES)
     times = [costs.verify[n] for n in known]
     assert times == sorted(times) and times[0] > 0
     assert set(costs.draft) == {1, 2, 3, 4} and all(a > 0 for a, _ in costs.draft.values())
-    assert measure(target, None, engine.step_function, compiled=False).draft == {}
+    assert measure(target, [], engine.step_function, compiled=False).draft == {}
 
 
 def test_what_was_drafted_is_in_the_statistics(target: Decoder, texts: list[Any]) -> None:
     prompt, answer = texts[2]
-    engine, stats = Engine(target, random_drafter(target), compiled=False), DraftStats()
+    engine, stats = engine_of(target, random_drafter(target), compiled=False), DraftStats()
     assert run(engine, prompt, None, Dice(MIXED, 3), 40, stats=stats) == answer
     assert sum(stats.shapes.values()) == stats.steps
     assert set(stats.shapes) <= {str(shape) for shape in MIXED} and len(stats.shapes) > 2
@@ -248,51 +261,50 @@ def test_what_was_drafted_is_in_the_statistics(target: Decoder, texts: list[Any]
 def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     monkeypatch.setenv("MLX_REDRAFTER_CACHE", str(tmp_path / "cache"))
     target = load_model(write_target(tmp_path / "model"))
-    engine = Engine(target, random_drafter(target), compiled=False)
-    return Model("tiny", tmp_path / "model", target, engine.drafter, None, engine)
+    return Model.of("tiny", tmp_path / "model", target, random_drafter(target), compiled=False)
 
 
 @pytest.mark.measured
 def test_measured_once_and_read_afterwards(loaded: Model, tmp_path: Path) -> None:
     said: list[str] = []
-    first = tuning.costs(loaded, said.append)
-    assert tuning.costs(loaded, said.append) is first and len(said) == 1
-    loaded.engine.costs = None  # as in another process
-    assert tuning.costs(loaded, said.append) == first and len(said) == 1
-    tuning.costs(loaded, said.append, again=True)
+    first = loaded.budget.costs(said.append)
+    assert loaded.budget.costs(said.append) is first and len(said) == 1
+    loaded.budget._costs = None  # as in another process
+    assert loaded.budget.costs(said.append) == first and len(said) == 1
+    loaded.budget.costs(said.append, again=True)
     assert len(said) == 2
     (file,) = (tmp_path / "cache" / "costs").glob("*.json")
     file.write_text('{"verify": 3}')
-    loaded.engine.costs = None
-    tuning.costs(loaded, said.append)
+    loaded.budget._costs = None
+    loaded.budget.costs(said.append)
     assert len(said) == 3, "a broken file is measured again"
 
 
 @pytest.mark.measured
 def test_another_machine_is_measured_anew(loaded: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    tuning.costs(loaded, said.append)
+    loaded.budget.costs(said.append)
     for change in ("OMP_NUM_THREADS", "MLX"):
         if change == "MLX":
-            monkeypatch.setattr(tuning, "version", lambda name: "9.9")
+            monkeypatch.setattr(machine, "version", lambda name: "9.9")
         else:
             monkeypatch.setenv(change, "7")
-        loaded.engine.costs = None
-        tuning.costs(loaded, said.append)
+        loaded.budget._costs = None
+        loaded.budget.costs(said.append)
     assert len(said) == 3
 
 
 @pytest.mark.measured
 def test_a_table_that_no_longer_holds_is_measured_again_at_the_next_start(loaded: Model) -> None:
     said: list[str] = []
-    known = tuning.costs(loaded, said.append)
+    known = loaded.budget.costs(said.append)
     for _ in range(30):
         known.learn(PLAIN, 256, False, known.table(PLAIN))
         known.learn(TREE, 256, False, 2 * known.table(TREE))
     assert known.drifted
-    assert tuning.costs(loaded, said.append) is known and len(said) == 1
-    loaded.engine.costs = None  # as in another process
-    assert not tuning.costs(loaded, said.append).drifted and len(said) == 2
+    assert loaded.budget.costs(said.append) is known and len(said) == 1
+    loaded.budget._costs = None  # as in another process
+    assert not loaded.budget.costs(said.append).drifted and len(said) == 2
 
 
 def test_tune_shows_costs_and_contenders(

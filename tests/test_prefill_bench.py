@@ -18,9 +18,7 @@ from typer.testing import CliRunner
 
 from mlx_redrafter import cli
 from mlx_redrafter.api import Model
-from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.models import Decoder
-from mlx_redrafter.models.attention import softmax
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.selectors import Blocks, Chunk, Columns
 from mlx_redrafter.prefill.sparse import SparseAttention, attend_to
@@ -66,7 +64,7 @@ def test_recall_and_error_are_those_of_numpy() -> None:
         wanted = (weights[:, rows] * table).sum(axis=2)
         assert np.allclose(np.array(recall), wanted, atol=1e-5)
         whole_out = weights[:, rows] @ np.repeat(values, 2, axis=0)
-        sparse = np.array(attend_to(chosen, chunk, softmax)).reshape(48, 4, -1)[rows]
+        sparse = np.array(attend_to(chosen, chunk)).reshape(48, 4, -1)[rows]
         sparse = sparse.transpose(1, 0, 2)
         distance = np.linalg.norm(whole_out - sparse, axis=2) / np.linalg.norm(whole_out, axis=2)
         assert np.allclose(np.array(error), distance, atol=1e-5)
@@ -173,7 +171,7 @@ def test_expectation_is_amdahls() -> None:
 
 @pytest.fixture
 def tiny(byte_target: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Model("tiny", tmp_path, byte_target, None, None, Engine(byte_target, None), False)
+    model = Model.of("tiny", tmp_path, byte_target, text=False)
     monkeypatch.setattr(run, "load", lambda *_: (model, ByteTokenizer()))
 
 

@@ -11,16 +11,15 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
-from conftest import SHAPES, prompt_of, random_drafter, run, write_target
+from conftest import SHAPES, engine_of, prompt_of, random_drafter, run, write_target
 from prefill_cases import MODES
 
-from mlx_redrafter import clock, tune, tuning
+from mlx_redrafter import clock, tune
 from mlx_redrafter.api import Model
-from mlx_redrafter.decoding.engine import Engine
+from mlx_redrafter.budget.chunks import SIZES, USUAL, Chunks, most
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.models.attention import attend
 from mlx_redrafter.prefill import chunks
-from mlx_redrafter.prefill.chunks import SIZES, USUAL, Chunks, most
 
 FLAT = dict.fromkeys(SIZES, 1e-4)
 
@@ -82,8 +81,7 @@ def test_sizes_beyond_the_usual_one_are_left_when_they_are_slow(
 def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     monkeypatch.setenv("MLX_REDRAFTER_CACHE", str(tmp_path / "cache"))
     target = load_model(write_target(tmp_path / "model", max_position_embeddings=8192))
-    engine = Engine(target, random_drafter(target), compiled=False)
-    return Model("tiny", tmp_path / "model", target, engine.drafter, None, engine)
+    return Model.of("tiny", tmp_path / "model", target, random_drafter(target), compiled=False)
 
 
 @pytest.mark.measured
@@ -93,12 +91,12 @@ def test_measured_at_the_first_long_prompt_and_kept(
     best = Chunks(*[{**FLAT, 256: 0.5e-4}] * 2)
     calls: list[Decoder] = []
     monkeypatch.setattr(chunks, "measure", lambda target: calls.append(target) or best)
-    assert tuning.step_size(loaded, 2048) == USUAL
-    assert tuning.step_size(loaded, 6000, cached=5000) == USUAL
+    assert loaded.budget.step_size(2048) == USUAL
+    assert loaded.budget.step_size(6000, cached=5000) == USUAL
     assert not calls, "a short prompt measures nothing"
-    assert tuning.step_size(loaded, 2049) == 256
-    loaded.engine.chunks = None  # as in another process
-    assert tuning.step_size(loaded, 6000, cached=100) == 256
+    assert loaded.budget.step_size(2049) == 256
+    loaded.budget._chunks = None  # as in another process
+    assert loaded.budget.step_size(6000, cached=100) == 256
     assert len(calls) == 1
     plain = Model(
         "tiny",
@@ -106,14 +104,14 @@ def test_measured_at_the_first_long_prompt_and_kept(
         loaded.target,
         None,
         None,
-        Engine(loaded.target, None, compiled=False),
+        engine_of(loaded.target, None, compiled=False),
     )
-    assert tuning.step_size(plain, 4000) == 256 and len(calls) == 1, "without a drafter the same"
+    assert plain.budget.step_size(4000) == 256 and len(calls) == 1, "without a drafter the same"
     (file,) = (tmp_path / "cache" / "costs").glob("*.json")
     file.write_text('{"near": {}, "far": {}, "layers": 2}')
-    loaded.engine.chunks = None
-    assert tuning.step_size(loaded, 4000) == 256 and len(calls) == 2, "a broken file"
-    assert tuning.prompt_chunks(loaded, again=True) is best and len(calls) == 3
+    loaded.budget._chunks = None
+    assert loaded.budget.step_size(4000) == 256 and len(calls) == 2, "a broken file"
+    assert loaded.budget.chunks(again=True) is best and len(calls) == 3
 
 
 def test_tune_shows_the_sizes_and_what_is_chosen(
@@ -144,10 +142,10 @@ def test_no_logits_while_a_prompt_is_read(
     options = MODES[mode] if mode is not None else None
     for drafter, shape in ((None, None), (random_drafter(target), SHAPES["beam-3x4-8"])):
         rows.clear()
-        engine = Engine(target, drafter, compiled=False)
+        engine = engine_of(target, drafter, compiled=False)
         run(
             engine, prompt_of(300), None, shape, 1,
-            prefill_step_size=64, sparse_prefill=options,
+            step_size=64, sparse_prefill=options,
         )  # fmt: skip
         assert rows == [1 if shape is None else shape.nodes], "the first step's"
 

@@ -13,7 +13,7 @@ import prefill_reference as reference
 import pytest
 from prefill_cases import BLOCK, random_case, who_sees_whom
 
-from mlx_redrafter.models.attention import attend, softmax
+from mlx_redrafter.models.attention import attend
 from mlx_redrafter.prefill import consumer
 from mlx_redrafter.prefill.consumer import block_sparse_attention, column_sparse_attention
 from mlx_redrafter.prefill.selectors import Blocks, Chunk, Columns
@@ -51,7 +51,7 @@ def test_every_key_chosen_is_dense_attention(
     chunk = Chunk(mx.array(q), slab, offset, BLOCK, 0.4, softcap)
     for chosen in everything(chunk):
         assert chosen.pairs(chunk) == chunk.causal_pairs
-        assert mx.abs(attend_to(chosen, chunk, softmax) - expected).max().item() <= 1e-5
+        assert mx.abs(attend_to(chosen, chunk) - expected).max().item() <= 1e-5
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(mx.float32, 1e-5), (mx.bfloat16, 2e-2)])
@@ -66,7 +66,7 @@ def test_the_fused_kernels_path(
     expected = reference.attention(q, keys, values, table, 0.4, 0.0)
     chunk = Chunk(mx.array(q).astype(dtype), slab, 112, BLOCK, 0.4)
     for chosen in everything(chunk):
-        out = attend_to(chosen, chunk, softmax).astype(mx.float32)
+        out = attend_to(chosen, chunk).astype(mx.float32)
         assert np.allclose(np.array(out), expected, atol=close)
 
 

@@ -10,33 +10,35 @@ import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import prompt_of, run
+from conftest import engine_of, one_pass, prompt_of, run
 from prefill_cases import FEW, MODES, SMALL, XATTENTION, fresh, read_by, rows
 from tiny_models import CASES, build
 
-from mlx_redrafter.decoding.engine import Engine
+from mlx_redrafter.cache.layer import new_caches
+from mlx_redrafter.cache.session import Session
+from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.models import Decoder, cache, load_model
+from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.models.decoder import Functions
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import Part, parts, read
 from mlx_redrafter.prefill.selectors import Blocks, Chunk
-from mlx_redrafter.prefill.session import Session
 from mlx_redrafter.prefill.sparse import SparseAttention
 from mlx_redrafter.prefill.xattention import everything
 
 
 def as_before(target: Decoder, prompt: list[int], step: int) -> tuple[mx.array, list[mx.array]]:
     """Dense reading as the engine had it: passes, masks and slots to the letter."""
-    kv = cache.new_cache(target.config, cache.bucket(len(prompt)), target.dtype)
+    kv = new_caches(target.caches, capacity_for(len(prompt)), target.dtype)
     slots = mx.arange(kv[0].shape[2], dtype=mx.int32)
     total, done = len(prompt) - 1, 0
     while done < total:
         chunk = list(prompt[done : min(done + step, total)])
         positions = mx.arange(done, done + len(chunk), dtype=mx.int32)
-        filled = slots[: min(cache.bucket(done + len(chunk)), slots.shape[0])]
-        hidden, _, kv = target(
-            mx.array(chunk, mx.int32), positions, filled[None] <= positions[:, None], filled, kv,
-            cache.Append(mx.array([done], mx.int32)),
+        filled = slots[: min(capacity_for(done + len(chunk)), slots.shape[0])]
+        hidden, _, kv = one_pass(
+            target, mx.array(chunk, mx.int32), positions, filled[None] <= positions[:, None],
+            filled, kv, mx.array([done], mx.int32),
         )  # fmt: skip
         done += len(chunk)
     return hidden[-1:], kv
@@ -50,13 +52,13 @@ def test_off_is_to_the_bit_what_it_was(target: Decoder, step: int, length: int) 
     expected, kv = as_before(target, prompt, step)
     hidden, session, _ = read_by(target, prompt, None, step)
     assert np.array_equal(np.array(hidden), np.array(expected))
-    for mine, theirs in zip(session.kv, kv, strict=True):
+    for mine, theirs in zip(session.caches, kv, strict=True):
         assert np.array_equal(np.array(mine), np.array(theirs))
 
 
 def test_off_in_the_engine_is_no_option_at_all(target: Decoder) -> None:
     prompt, sessions = prompt_of(200), [Session(), Session()]
-    engine = Engine(target, None, compiled=False)
+    engine = engine_of(target, None, compiled=False)
     answers = [
         run(engine, prompt, None, None, 5, session, sparse_prefill=options)
         for session, options in zip(sessions, (None, SparsePrefill()), strict=True)
@@ -129,17 +131,17 @@ def test_with_every_key_each_position_has_the_same_next_token(
     options = SparsePrefill("xattention", tau=1.0, max_density=1.0, start_layer=0)
     sparse = SparseAttention(options, grouped.config)
     tokens = mx.array(prompt_of(length), mx.int32)
-    slots = mx.arange(cache.bucket(length))
+    slots = mx.arange(capacity_for(length))
     kinds: list[list[mx.array]] = []
     for attention in (None, sparse):
-        kv, outs, at = cache.new_cache(grouped.config, slots.size, grouped.dtype), [], 0
+        kv, outs, at = new_caches(grouped.caches, slots.size, grouped.dtype), [], 0
         while at < length:
             stop = min(length, 128 if at == 0 else at + step)
             positions = mx.arange(at, stop)
-            where = {} if attention is None else {"attention": attention.at(at)}
-            hidden, _, kv = grouped(
-                tokens[at:stop], positions, slots <= positions[:, None], slots, kv,
-                cache.Append(mx.array([at])), **where,
+            functions = Functions() if attention is None else Functions(attention.at(at))
+            hidden, _, kv = one_pass(
+                grouped, tokens[at:stop], positions, slots <= positions[:, None], slots, kv,
+                mx.array([at]), functions=functions,
             )  # fmt: skip
             outs.append(hidden)
             at = stop
@@ -229,7 +231,7 @@ def test_another_selector_can_be_measured(target: Decoder) -> None:
         return everything(chunk)
 
     sparse = SparseAttention(options, target.config, selector=select)
-    hidden, _ = read(target, prompt, fresh(target, 200), 64, sparse=sparse)
+    hidden = read(target, prompt, fresh(target, 200), 64, sparse=sparse).hidden
     assert mx.abs(hidden - expected).max().item() <= 1e-4
     assert seen == [(layer, at) for at in (32, 96, 160) for layer in range(3)]
 
@@ -237,4 +239,4 @@ def test_another_selector_can_be_measured(target: Decoder) -> None:
 def test_patterns_of_another_model_are_refused(target: Decoder) -> None:
     options = SparsePrefill("minference", patterns=FEW[:2])
     with pytest.raises(OptionError, match="has 2 layers and the model 3"):
-        run(Engine(target, None, compiled=False), prompt_of(5), sparse_prefill=options)
+        run(engine_of(target, None, compiled=False), prompt_of(5), sparse_prefill=options)

@@ -13,13 +13,12 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 import prefill_reference as reference
 import pytest
-from conftest import prompt_of, run
+from conftest import engine_of, prompt_of, run
 from tiny_chat import WORDS, write_chat_model
 from tiny_models import build
 from typer.testing import CliRunner
 
 from mlx_redrafter import cli
-from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.prefill import search as searching
 from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill, read_patterns, write_patterns
@@ -159,7 +158,7 @@ def test_the_file_round_trips_and_the_engine_takes_it(
         max_density=1.0,
     )  # fmt: skip
     stats = DraftStats()
-    engine = Engine(target, None, compiled=False)
+    engine = engine_of(target, None, compiled=False)
     run(engine, prompt_of(700), max_tokens=2, stats=stats, sparse_prefill=options)
     assert stats.sparse_prefill is not None
     assert stats.sparse_prefill.sparse_layers > 0

@@ -10,17 +10,16 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
-from conftest import RANKS, SHAPES, Oracle, prompt_of, run
+from conftest import RANKS, SHAPES, Oracle, engine_of, prompt_of, run
 from prefill_cases import MODES, SMALL, TRIANGLEMIX, XATTENTION, rows
 from tiny_models import build
 
-from mlx_redrafter.decoding.engine import Engine
+from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.models import Decoder, cache, load_model
+from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.prefill import reading
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import read
-from mlx_redrafter.prefill.session import Session
 from mlx_redrafter.prefill.sparse import SparseAttention
 from mlx_redrafter.stats import DraftStats
 
@@ -33,7 +32,7 @@ def test_drafted_text_after_a_sparse_prefill_is_the_plain_text_after_it(
     prompt, options = prompt_of(300, seed=5), MODES[mode]
     stats = DraftStats()
     plain = run(
-        Engine(target, None, compiled=False), prompt, params, None, 24, None, stats,
+        engine_of(target, None, compiled=False), prompt, params, None, 24, None, stats,
         sparse_prefill=options,
     )  # fmt: skip
     assert stats.sparse_prefill is not None
@@ -42,7 +41,7 @@ def test_drafted_text_after_a_sparse_prefill_is_the_plain_text_after_it(
     layers, accepted = stats.sparse_prefill.sparse_layers, 0
     # It finds its place by hidden states of dense reading: right sometimes, which is enough.
     drafter = Oracle(target, [prompt + plain], RANKS)
-    engine = Engine(target, drafter, compiled=False)
+    engine = engine_of(target, drafter, compiled=False)
     for name in ("chain", "beam-3x4-8", "beam-and-lookup"):
         stats = DraftStats()
         drafted = run(engine, prompt, params, SHAPES[name], 24, None, stats, sparse_prefill=options)
@@ -59,7 +58,7 @@ def turn(
     """One request; how many prompt tokens it had to read."""
     stats = DraftStats()
     run(
-        Engine(target, None, compiled=False), prompt, None, None, 3, session, stats,
+        engine_of(target, None, compiled=False), prompt, None, None, 3, session, stats,
         sparse_prefill=options,
     )  # fmt: skip
     return stats.prefill_tokens
@@ -107,11 +106,11 @@ def test_an_interrupt_within_a_sparse_pass_leaves_an_empty_session(
     with monkeypatch.context() as patch:
         patch.setattr(SparseAttention, "choose", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(Engine(target, None, compiled=False), prompt, None, None, 3, session,
-                prefill_step_size=64, sparse_prefill=XATTENTION)  # fmt: skip
-    assert (session.tokens, session.kv, session.tag) == ([], [], "")
+            run(engine_of(target, None, compiled=False), prompt, None, None, 3, session,
+                step_size=64, sparse_prefill=XATTENTION)  # fmt: skip
+    assert (session.tokens, session.caches, session.tag) == ([], [], "")
     again, fresh_one = Session(), Session()
-    engine = Engine(target, None, compiled=False)
+    engine = engine_of(target, None, compiled=False)
     for one in (session, fresh_one, again):
         run(engine, prompt, None, None, 3, one, sparse_prefill=XATTENTION)
     assert np.array_equal(rows(session), rows(fresh_one))
@@ -126,8 +125,8 @@ def test_a_pass_that_reads_back_does_not_copy_the_slabs(
     target, prompt = load_model(tmp_path), prompt_of(97)
     if not handed_over:
         monkeypatch.setattr(reading, "Given", list)
-    session = Session(kv=cache.new_cache(target.config, 1 << 16, target.dtype))
-    mx.eval(session.kv, target.parameters())
+    session = Session().open(target.caches, 1 << 16, target.dtype)
+    mx.eval(session.caches, target.parameters())
     sparse = SparseAttention(
         SparsePrefill("xattention", **{**SMALL, "tau": 0.3, "start_layer": 0}), target.config
     )
@@ -136,5 +135,5 @@ def test_a_pass_that_reads_back_does_not_copy_the_slabs(
     mx.reset_peak_memory()
     read(target, prompt, session, 64, sparse=sparse)
     assert sparse.stats.sparse_layers == 4
-    slab = session.kv[0].nbytes
+    slab = session.caches[0].nbytes
     assert ((mx.get_peak_memory() - before) < slab / 2) == handed_over

@@ -37,20 +37,20 @@ import numpy as np
 import mlx_redrafter
 import mlx.core as mx
 from mlx_redrafter import blas, hub
-from mlx_redrafter.models import cache, load_model
+from mlx_redrafter.cache.layer import Pass, new_caches
+from mlx_redrafter.models import load_model
 
 target = load_model(hub.resolve("smollm2-135m"))
 slots = mx.arange(128)
-kv = cache.new_cache(target.config, 128, mx.float32)
+caches = new_caches(target.caches, 128, mx.float32)
 digest = hashlib.sha256()
 for start, count in [(0, 21), (21, 1), (22, 8), (30, 16)]:
     positions = mx.arange(start, start + count)
-    hidden, _, kv = target(
-        (positions * 977 + 5) % 49152, positions, slots[None] <= positions[:, None], slots, kv,
-        cache.Append(mx.array([start])),
-    )
-    logits = target.logits(hidden)
-    mx.eval(logits, kv)
+    run = Pass(caches, mx.array([start]))
+    tokens, mask = (positions * 977 + 5) % 49152, slots[None] <= positions[:, None]
+    hidden, _ = target(tokens, positions, mask, slots, run)
+    logits, caches = target.logits(hidden), run.caches
+    mx.eval(logits, caches)
     digest.update(np.array(logits).tobytes())
 print(blas.status().name, digest.hexdigest())
 """

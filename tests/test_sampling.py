@@ -13,9 +13,9 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logi
 
 from mlx_redrafter.decoding import sampling
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import DraftTree, root_only
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import vectorised
+from mlx_redrafter.tree.nodes import DraftTree, root_only
 
 V = 500
 SCALES = {"flat": 0.01, "usual": 2.0, "peaked": 12.0, "extreme": 60.0}
@@ -224,7 +224,7 @@ def test_what_is_filtered_is_never_chosen(temp: float, scale: float) -> None:
     every = DraftTree(positions, positions, mx.eye(64, dtype=mx.bool_), positions[:, None])
     for options in FILTERS.values():
         params = SamplingParams(temp=temp, **options)
-        chosen = sampling.choose(logits, every, {}, params.arrays(V), mx.array([9]))
+        chosen = sampling.sample(logits, every, {}, params.arrays(V), mx.array([9]))
         kept = mlx_lm_filters(logp, params) > -mx.inf
         assert mx.all(mx.take_along_axis(kept, chosen[:, None], -1)).item(), options
 

@@ -12,17 +12,19 @@ from conftest import (
     RANKS,
     SHAPES,
     Oracle,
+    asked,
     assert_holds,
+    engine_of,
     plainly,
     prompt_of,
     random_drafter,
     run,
 )
 
-from mlx_redrafter.decoding.engine import Engine, Session
+from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.models import Decoder
+from mlx_redrafter.tree.shape import TreeShape
 
 
 @pytest.mark.parametrize("shape", [TreeShape.plain(), *SHAPES.values()], ids=["plain", *SHAPES])
@@ -30,7 +32,7 @@ def test_second_turn_equals_a_fresh_run(
     target: Decoder, texts: list[Any], oracle: Oracle, shape: TreeShape
 ) -> None:
     prompt, answer = texts[2]
-    engine, session = Engine(target, oracle, compiled=False), Session()
+    engine, session = engine_of(target, oracle, compiled=False), Session()
     run(engine, prompt, None, shape, 17, session)
     assert_holds(session, target, prompt + answer[:16])
     turns = [
@@ -61,7 +63,7 @@ def test_second_turn_equals_a_fresh_run(
 def test_session_after_leaving_early(target: Decoder, texts: list[Any], shape: TreeShape) -> None:
     """Closed between steps, or thrown at: only tokens that were yielded are in the session."""
     prompt, answer = texts[2]
-    engine = Engine(target, Oracle(target, [prompt + answer], RANKS))
+    engine = engine_of(target, Oracle(target, [prompt + answer], RANKS))
 
     def close(steps: Iterator[Any]) -> None:
         steps.close()  # type: ignore[attr-defined]
@@ -74,7 +76,7 @@ def test_session_after_leaving_early(target: Decoder, texts: list[Any], shape: T
     for leave in leaves:
         for after in (1, 2, 5):
             session, tokens = Session(), []
-            steps = engine.generate(prompt, SamplingParams(), shape, 40, session=session)
+            steps = engine.generate(asked(prompt, SamplingParams(), shape, 40, session=session))
             for _ in range(after):
                 tokens += next(steps).tokens
             leave(steps)
@@ -89,10 +91,10 @@ def test_session_after_an_interrupt_while_waiting(
 ) -> None:
     """Ctrl-C inside the engine, when a step has been launched and its tokens not yet read."""
     prompt, answer = texts[2]
-    engine, session = Engine(target, Oracle(target, [prompt + answer], RANKS)), Session()
+    engine, session = engine_of(target, Oracle(target, [prompt + answer], RANKS)), Session()
     shape = SHAPES["beam-3x4-8"]
     tokens: list[int] = []
-    steps = engine.generate(prompt, SamplingParams(), shape, 40, session=session)
+    steps = engine.generate(asked(prompt, SamplingParams(), shape, 40, session=session))
     tokens += next(steps).tokens
     real = mx.async_eval
 
@@ -116,11 +118,11 @@ def test_session_after_an_interrupt_in_the_prompt(target: Decoder) -> None:
         if done == 16:
             raise KeyboardInterrupt
 
-    engine = Engine(target, random_drafter(target), compiled=False)
+    engine = engine_of(target, random_drafter(target), compiled=False)
     with pytest.raises(KeyboardInterrupt):
         run(
             engine, prompt, None, SHAPES["chain"], 5, session,
-            prefill_step_size=8, progress=progress,
+            step_size=8, progress=progress,
         )  # fmt: skip
     assert session.tokens == prompt[:16]
     for turn in ([*prompt[:20], 3, 4], prompt):
@@ -131,7 +133,7 @@ def test_session_trimmed_inside_an_accepted_run(
     target: Decoder, texts: list[Any], oracle: Oracle
 ) -> None:
     prompt, answer = texts[2]
-    engine, shape = Engine(target, oracle), SHAPES["beam-4x5-16"]
+    engine, shape = engine_of(target, oracle), SHAPES["beam-4x5-16"]
     for kept in range(1, 9):
         session = Session()
         run(engine, prompt, None, shape, 12, session)
@@ -144,7 +146,11 @@ def test_session_with_drafting_switched_on_and_off(
     target: Decoder, texts: list[Any], oracle: Oracle
 ) -> None:
     """Turns drafted differently, by other drafters too, in one session that grows."""
-    engines = [Engine(target, oracle), Engine(target, None), Engine(target, random_drafter(target))]
+    engines = [
+        engine_of(target, oracle),
+        engine_of(target, None),
+        engine_of(target, random_drafter(target)),
+    ]
     shapes = [*SHAPES.values(), TreeShape.plain()]
     params = [SamplingParams(), SamplingParams(temp=0.7, seed=2), PENALTIES]
     session, turn = Session(), list(texts[1][0])
@@ -153,4 +159,4 @@ def test_session_with_drafting_switched_on_and_off(
         expected = plainly(target, turn, 20, chosen)
         assert run(engines[i % 3], turn, chosen, shapes[i % 6], 20, session) == expected, i
         turn += expected + prompt_of(2, seed=i)
-    assert session.kv[0].shape[2] >= 384
+    assert session.caches[0].shape[2] >= 384

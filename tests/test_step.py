@@ -9,19 +9,23 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from conftest import asked, engine_of
 
 import mlx_redrafter
+from mlx_redrafter.cache.layer import new_caches
+from mlx_redrafter.cache.session import Session
 from mlx_redrafter.counts import host, metal
 from mlx_redrafter.counts.graph import graph
-from mlx_redrafter.decoding import beam, step
-from mlx_redrafter.decoding.engine import Engine, Session
+from mlx_redrafter.decoding import step
+from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.step import Bucket, make_state, make_step
-from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.decoding.step import StepSpec, make_step
 from mlx_redrafter.doctor import TINY
-from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
-from mlx_redrafter.models import Decoder, DecoderConfig, cache, decoder_config
+from mlx_redrafter.drafters import beam
+from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
+from mlx_redrafter.models import Decoder, DecoderConfig, decoder_config
 from mlx_redrafter.stats import DraftStats
+from mlx_redrafter.tree.shape import TreeShape
 
 PROMPT = [3, 14, 15, 92, 65, 35, 8, 9, 79]
 SHAPES = [TreeShape.plain(), TreeShape.chain(4), TreeShape(3, 4, 8), TreeShape(4, 5, 16, "beams")]
@@ -31,12 +35,12 @@ SAMPLED = SamplingParams(
 
 
 def run(engine: Engine, params: SamplingParams, shape: TreeShape, count: int, **kw: Any) -> list:
-    return [t for e in engine.generate(PROMPT, params, shape, count, **kw) for t in e.tokens]
+    return [t for e in engine.generate(asked(PROMPT, params, shape, count, **kw)) for t in e.tokens]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_one_trace_per_bucket(target: Decoder, drafter: ReDrafter, shape: TreeShape) -> None:
-    engine = Engine(target, drafter)
+    engine = engine_of(target, drafter)
     run(engine, SamplingParams(), shape, 40)
     assert engine.traces == 1
     run(engine, SAMPLED, shape, 40)
@@ -52,7 +56,7 @@ def test_one_trace_per_bucket(target: Decoder, drafter: ReDrafter, shape: TreeSh
 
 
 def test_a_larger_cache_is_one_more_trace(target: Decoder, drafter: ReDrafter) -> None:
-    engine = Engine(target, drafter)
+    engine = engine_of(target, drafter)
     run(engine, SamplingParams(), TreeShape(3, 4, 8), 200)  # 128 slots at first, then 256
     assert engine.traces == 2
 
@@ -61,9 +65,9 @@ def test_a_larger_cache_is_one_more_trace(target: Decoder, drafter: ReDrafter) -
 def test_one_synchronisation_per_step_and_the_next_step_goes_first(
     target: Decoder, drafter: ReDrafter, shape: TreeShape
 ) -> None:
-    engine, stats = Engine(target, drafter), DraftStats()
+    engine, stats = engine_of(target, drafter), DraftStats()
     run(engine, SAMPLED, shape, 5)  # traced and compiled
-    iterator = engine.generate(PROMPT, SAMPLED, shape, 40, stats=stats)
+    iterator = engine.generate(asked(PROMPT, SAMPLED, shape, 40, stats=stats))
     with host.watched() as log:
         first = next(iterator)
         at = log.index("async_eval")  # before that: the prefill
@@ -97,13 +101,15 @@ def wide() -> tuple[Decoder, ReDrafter]:
     return target, drafter.bind(target)
 
 
-def fresh_state(target: Decoder, capacity: int, history: bool = False) -> step.State:
-    state = make_state(
+def fresh_state(
+    target: Decoder, capacity: int, history: bool = False, drafts: bool = True
+) -> step.State:
+    state = step.State(
         mx.array([5], mx.int32),
-        mx.zeros((1, 64)),
         mx.array([100], mx.int32),
-        cache.new_cache(target.config, capacity, mx.float32),
-        mx.zeros((capacity,), mx.int32) if history else None,
+        new_caches(target.caches, capacity, mx.float32),
+        (mx.zeros((1, 64)),) if drafts else (),
+        mx.zeros((capacity,), mx.int32) if history else (),
     )
     mx.eval(state)
     return state
@@ -112,16 +118,18 @@ def fresh_state(target: Decoder, capacity: int, history: bool = False) -> step.S
 def peak_of_a_step(target: Decoder, drafter: ReDrafter, shape: TreeShape, hold: bool) -> float:
     """Memory that three steps need beyond what is there, in slabs."""
     capacity = 65536
-    bucket = Bucket(shape, frozenset(), ())
-    function = mx.compile(make_step(target, drafter if shape.drafts else None, bucket, int))
-    state = fresh_state(target, capacity)
-    slab = state["kv"][0].nbytes
+    spec = StepSpec(shape, frozenset(), ())
+    function = mx.compile(make_step(target, [drafter] if shape.drafts else [], spec, int))
+    state = fresh_state(target, capacity, drafts=shape.drafts)
+    slab = state.caches[0].nbytes
     for turn in range(4):
         if turn == 1:  # the first call compiles
             before = mx.get_active_memory()
             mx.reset_peak_memory()
-        held = state["kv"] if hold else None
-        emitted, state = function(state, {})
+        held = state.caches if hold else None
+        emitted, after = function(state, {})
+        state = step.State(*after)
+        del after
         mx.eval(emitted, state)
         del held
     return (mx.get_peak_memory() - before) / slab
@@ -139,12 +147,12 @@ def test_a_running_answer_copies_no_slab(hold: bool) -> None:
     """With a step in flight ahead; of 16 layers, so that few are still read when it starts."""
     target = Decoder(decoder_config({**TINY, "num_hidden_layers": 16}))
     drafter = ReDrafter(ReDrafterConfig(target.config.hidden_size, target.config.vocab_size, 64))
-    engine = Engine(target, drafter.bind(target))
-    session = Session(kv=cache.new_cache(target.config, 16384, mx.float32))
-    mx.eval(target.parameters(), drafter.parameters(), session.kv)
-    slab, shape = session.kv[0].nbytes, TreeShape(3, 4, 8)
+    engine = engine_of(target, drafter.bind(target))
+    session = Session().open(target.caches, 16384, mx.float32)
+    mx.eval(target.parameters(), drafter.parameters(), session.caches)
+    slab, shape = session.caches[0].nbytes, TreeShape(3, 4, 8)
     run(engine, SamplingParams(), shape, 4, session=session)  # compiles
-    held = list(session.kv) if hold else []
+    held = list(session.caches) if hold else []
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -158,17 +166,17 @@ def test_a_running_answer_copies_no_slab(hold: bool) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_vocabulary_wide_sort(wide: tuple[Decoder, ReDrafter], shape: TreeShape) -> None:
     target, drafter = wide
-    bucket = Bucket(shape, SAMPLED.features, SAMPLED.windows)
-    function = make_step(target, drafter, bucket, int)
+    spec = StepSpec(shape, SAMPLED.features, SAMPLED.windows)
+    function = make_step(target, [drafter], spec, int)
     arrays = SAMPLED.arrays(target.config.vocab_size)
 
     def flat(*values: mx.array) -> list[mx.array]:
-        state = make_state(values[0], values[1], values[2], list(values[4:]), values[3])
-        emitted, new = function(state, arrays)
-        return [emitted, new["root"], new["seen"], *new["kv"]]
+        root, position, seen, history, *caches = values
+        emitted, new = function(step.State(root, position, caches, (seen,), history), arrays)
+        return [emitted, new.root, *new.drafts, *new.caches]
 
     state = fresh_state(target, 512, history=True)
-    inputs = [state["root"], state["seen"], state["position"], state["history"], *state["kv"]]
+    inputs = [state.root, state.position, *state.drafts, state.history, *state.caches]
     assert metal.widest_sort(graph(flat, *inputs)) <= beam.SORT_WIDTH
     assert graph(flat, *inputs).traced, "the step was traced"
     wide_sort = graph(lambda x: [mx.topk(x, 4)], mx.zeros((3, 8192)))

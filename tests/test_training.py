@@ -16,14 +16,14 @@ from conftest import V, plainly, prompt_of, write_target
 from mlx.utils import tree_flatten
 
 from mlx_redrafter.drafters.loading import load_drafter
+from mlx_redrafter.drafters.rollout import final_hidden, head_inputs, logits
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.models.batched import BatchedTarget, Request
 from mlx_redrafter.training import answers
-from mlx_redrafter.training.batched import BatchedTarget, Request
 from mlx_redrafter.training.config import TrainConfig, from_mapping
 from mlx_redrafter.training.data import Positions, compute_features
 from mlx_redrafter.training.fit import Fit, fit
-from mlx_redrafter.training.rollout import final_hidden, head_inputs, logits
 from mlx_redrafter.training.shards import Shard, record_layers, shards
 
 LAYERS = (0, 1, 2)

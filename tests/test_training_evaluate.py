@@ -15,16 +15,15 @@ from conftest import ByteTokenizer, write_target
 
 from mlx_redrafter import figures
 from mlx_redrafter.api import Model
-from mlx_redrafter.decoding.engine import Engine
-from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.drafters.loading import save_drafter
-from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
+from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.prompts import Prompt
 from mlx_redrafter.training import card, evaluate, plots
 from mlx_redrafter.training.config import TrainConfig
 from mlx_redrafter.training.shards import Conversation
+from mlx_redrafter.tree.shape import TreeShape
 
 V = 32  # also the hidden size: embeddings are unit vectors
 USED = 29  # tokens of the texts; the others are never written
@@ -220,7 +219,7 @@ def evaluated(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     drafter = perfect(target)
     out = tmp_path_factory.mktemp("made") / "my-drafter"
     save_drafter(out, drafter)
-    model = Model(str(folder), folder, target, drafter, out, Engine(target, drafter, False))
+    model = Model.of(str(folder), folder, target, drafter, out, compiled=False)
     calls: list[None] = []
     found = evaluate.evaluate(
         model, Tokenizer(), PROMPTS, max_tokens=LENGTH, on_answer=lambda: calls.append(None)
@@ -316,10 +315,10 @@ def test_a_card_needs_an_evaluation(tmp_path: Path) -> None:
 
 
 def test_there_must_be_a_drafter_and_prompts(target: Decoder, folder: Path) -> None:
-    bare = Model("bare", folder, target, None, None, Engine(target, None, False))
+    bare = Model.of("bare", folder, target, compiled=False)
     with pytest.raises(OptionError, match="no drafter"):
         evaluate.evaluate(bare, Tokenizer(), PROMPTS)  # type: ignore[arg-type]
     drafter = perfect(target)
-    whole = Model("whole", folder, target, drafter, None, Engine(target, drafter, False))
+    whole = Model.of("whole", folder, target, drafter, compiled=False)
     with pytest.raises(OptionError, match="no prompts"):
         evaluate.evaluate(whole, Tokenizer(), [])  # type: ignore[arg-type]

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
+from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
+from mlx_redrafter.drafters.rollout import head_inputs
 from mlx_redrafter.training.losses import distillation
-from mlx_redrafter.training.rollout import head_inputs
 
 GOLDEN = Path(__file__).parent / "golden" / "training.npz"
 

@@ -70,7 +70,7 @@ def test_a_batch_that_does_not_fit_is_lowered() -> None:
 
 def test_the_drafter_is_counted_to_the_weight(model: Path, tmp_path: Path) -> None:
     run = begin(tmp_path / "run", model)
-    from mlx_redrafter.drafters.redrafter import ReDrafter
+    from mlx_redrafter.drafters.recurrent import ReDrafter
     from mlx_redrafter.models.weights import parameters
 
     count = sum(p.size for p in parameters(ReDrafter(run.shape)).values())

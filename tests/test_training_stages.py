@@ -13,11 +13,11 @@ from tiny_chat import SMALL, begin, contents, lines_of, refusal, stop_at, words,
 from typer.testing import CliRunner
 
 from mlx_redrafter import cli
-from mlx_redrafter.decoding import prospects
-from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.budget import yields
 from mlx_redrafter.prompts import Prompt, read_prompts
 from mlx_redrafter.training import folder, imports, prompts, stages, supply
 from mlx_redrafter.training.shards import read_conversations
+from mlx_redrafter.tree.shape import TreeShape
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +189,8 @@ def test_one_command_makes_a_drafter_from_nothing_but_a_model(tmp_path: Path, mo
     assert "tokens per step" in result.stderr
     made = {file.name for file in (out / "drafter").iterdir()}
     assert made >= {"README.md", "config.json", "evaluation.json", "model.safetensors"}
-    own, usual = prospects.load(out / "drafter"), prospects.load(None)
-    shape = TreeShape(1, 2, 3, lookup=prospects.LOOKUP)
+    own, usual = yields.load(out / "drafter"), yields.load(None)
+    shape = TreeShape(1, 2, 3, lookup=yields.LOOKUP)
     assert 1 <= own.tokens(shape, sampled=True) != usual.tokens(shape, sampled=True)
     for stage in ("prompts", "answers", "fit", "evaluate"):
         assert re.search(rf"^{stage}: at most \d+\.\d GB", result.stderr, re.MULTILINE)

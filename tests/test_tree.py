@@ -10,23 +10,23 @@ import numpy as np
 import pytest
 from conftest import Constant, random_drafter
 
-from mlx_redrafter.decoding import beam, sampling
-from mlx_redrafter.decoding.accept import walk
-from mlx_redrafter.decoding.tree import (
+from mlx_redrafter.decoding import sampling
+from mlx_redrafter.drafters import Drafter, beam
+from mlx_redrafter.errors import OptionError
+from mlx_redrafter.models import Decoder
+from mlx_redrafter.tree.accept import accept
+from mlx_redrafter.tree.nodes import (
     END,
-    NEVER,
+    FILLER,
     Candidates,
     DraftTree,
-    TreeShape,
     best_nodes,
     chain,
     joined,
     rising,
     root_only,
 )
-from mlx_redrafter.drafters import Drafter
-from mlx_redrafter.errors import OptionError
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.tree.shape import TreeShape
 
 ROOT = 77
 Path = tuple[int, ...]
@@ -61,10 +61,10 @@ def naive_tree(paths: Sequence[Path | None], columns: int, depths: Sequence[int]
     and nobody asks what it sees)."""
     rows, tokens = [], []
     for path in paths:
-        rows.append([ROOT, *[NEVER] * (columns - 1)])
+        rows.append([ROOT, *[FILLER] * (columns - 1)])
         if path is not None:
             rows[-1][1:] = [*path, *[END] * (columns - 1 - len(path))]
-        tokens.append(NEVER if path is None else (ROOT, *path)[-1])
+        tokens.append(FILLER if path is None else (ROOT, *path)[-1])
     ancestors = [
         [(a is None and b is None) or (b is not None and (a or ())[: len(b)] == b) for b in paths]
         for a in paths
@@ -104,7 +104,7 @@ def test_best_nodes_against_sorting(ties: bool, dead: float) -> None:
         given = trellis(rng, width, depth, ties, dead)
         tree = best_nodes(as_candidates(given), nodes)
         assert_same(tree, slots(given, naive_best(given, nodes), depth + 2))
-        kept = {tuple(row) for row in tree.paths.tolist() if NEVER not in row}
+        kept = {tuple(row) for row in tree.paths.tolist() if FILLER not in row}
         for row in kept:
             above = [t for t in row if t != END][:-1]
             assert not above or tuple(above + [END] * (len(row) - len(above))) in kept
@@ -190,7 +190,7 @@ def test_walk_against_plain_python() -> None:
         columns = max(depths) + 2 + int(rng.integers(2))
         choices = rng.integers(0, alphabet, n).tolist()
         tree = naive_tree(paths, columns, depths) if n > 1 else root_only(mx.array([ROOT]))
-        last, count, text = walk(tree, mx.array(choices, mx.int32))
+        last, count, text = accept(tree, mx.array(choices, mx.int32))
         expected, tokens = naive_walk(paths, choices)
         lengths.add(len(tokens))
         assert last.tolist() == [expected] and count.tolist() == [len(tokens)]
@@ -207,7 +207,7 @@ def test_least_equals_a_full_sort(width: int) -> None:
     x = rng.standard_normal((3, width)).astype(np.float32)
     order = np.argsort(x, axis=-1, kind="stable")
     for k in range(1, min(16, width) + 1):
-        values, at = beam.least(mx.array(x), k)
+        values, at = beam.k_smallest(mx.array(x), k)
         unique = np.take_along_axis(x, order[:, :k], -1)
         assert np.array_equal(np.array(values), unique), k
         assert np.array_equal(np.take_along_axis(x, np.array(at), -1), unique), k
@@ -222,7 +222,7 @@ def test_least_with_ties_and_infinities(width: int) -> None:
     sparse[:, [3, width - 1]] = [[1.0, 2.0], [2.0, 1.0]]
     for x in (tied, sparse):
         for k in (1, 2, 5, 16):
-            values, at = beam.least(mx.array(x), k)
+            values, at = beam.k_smallest(mx.array(x), k)
             assert np.array_equal(np.array(values), np.sort(x, axis=-1)[:, :k]), k
             assert all(0 <= i < width for row in at.tolist() for i in row), k
             assert np.array_equal(np.take_along_axis(x, np.array(at), -1), np.array(values)), k
@@ -276,18 +276,18 @@ def test_search_against_one_beam_at_a_time(
     target: Decoder, config: dict[str, object], noisy: bool, mode: str
 ) -> None:
     drafter = random_drafter(target, **config)
-    vocab = target.config.vocab_size
     died = 0
     for i, (width, depth) in enumerate([(1, 3), (2, 2), (3, 4), (4, 5), (16, 2), (2, 1)]):
         context = mx.random.normal((target.config.hidden_size,), key=mx.random.key(i))
-        temperature = mx.array(0.7) if noisy else None
-        noise = None
+        draw = None
         if noisy:
-            seed, at = mx.array([5], mx.uint32), mx.array([i], mx.int32)
-            noise = sampling.noise({"seed": seed}, at, depth, drafter.select(mx.arange(vocab)))
+            known = {"seed": mx.array([5], mx.uint32), "temp": mx.array(0.7)}
+            draw = sampling.draw(known, mx.array([i], mx.int32), depth)
         shape = TreeShape(width, depth, 1 + width * depth, mode)
-        found = beam.search(drafter, context, mx.array([i], mx.int32), shape, temperature, noise)
-        drawn = None if noise is None else [np.array(noise(level)[0]) for level in range(depth)]
+        found = beam.search(drafter, context, mx.array([i], mx.int32), shape, draw)
+        drawn = None
+        if draw is not None:
+            drawn = [np.array(draw.noise(n, drafter.vocabulary)[0]) for n in range(depth)]
         paths, scores, surviving = naive_search(drafter, context, i, width, depth, 0.7, drawn)
         assert [part.depths for part in found[1:]] == [(d,) * width for d in range(1, depth + 1)]
         rows = [row for part in found[1:] for row in part.paths.tolist()]

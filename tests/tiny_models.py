@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
 from mlx_redrafter import blas
+from mlx_redrafter.cache.layer import Pass, new_caches
 from mlx_redrafter.models import Decoder
-from mlx_redrafter.models.cache import Append, new_cache
 
 Config = dict[str, Any]
 V, C, PREFIX = 97, 64, 37
@@ -122,12 +122,13 @@ class Runner:
     """A Decoder with its slabs; positions, masks and slots default to plain causal decoding."""
 
     def __init__(self, model: Decoder, step: Callable[..., Any] | None = None):
-        self.model, self.kv, self.used = model, new_cache(model.config, C, model.dtype), 0
+        self.model, self.kv, self.used = model, new_caches(model.caches, C, model.dtype), 0
         self.step = step or (lambda *a: self.forward(*a))
 
     def forward(self, tokens, positions, mask, key_positions, kv, offset):  # type: ignore[no-untyped-def]
-        hidden, _, kv = self.model(tokens, positions, mask, key_positions, kv, Append(offset))
-        return self.model.logits(hidden), kv
+        run = Pass(kv, offset)
+        hidden, _ = self.model(tokens, positions, mask, key_positions, run)
+        return self.model.logits(hidden), run.caches
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Logits (N, V) of the next tokens."""

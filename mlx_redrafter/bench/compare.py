@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_redrafter.api import Model
-from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.models import cache
 from mlx_redrafter.prefill.config import SparsePrefill
+from mlx_redrafter.tree.shape import TreeShape
 
 from . import ways
 from .costs import VerifyClock
@@ -114,7 +114,7 @@ class Comparison:
         for way in row:
             # A graph belongs to a capacity: those of the first and of the last step.
             reach = (len(ids) + 2 * way.nodes, len(ids) + self.max_tokens + 2 * way.nodes)
-            key = (way.name, temp > 0, *map(cache.bucket, reach))
+            key = (way.name, temp > 0, *map(capacity_for, reach))
             if key not in self._warm:
                 self._warm.add(key)
                 tokens = way.decode(ids, temp).tokens

@@ -7,8 +7,9 @@ import time
 
 import mlx.core as mx
 
-from mlx_redrafter.decoding.costs import verify_pass
-from mlx_redrafter.models import Decoder, cache
+from mlx_redrafter.budget.costs import verify_pass
+from mlx_redrafter.cache.layer import new_caches
+from mlx_redrafter.models import Decoder
 
 
 class VerifyClock:
@@ -26,7 +27,7 @@ class VerifyClock:
     def __init__(self, target: Decoder, capacity: int, compiled: bool = True) -> None:
         run = verify_pass(target)
         self._run = mx.compile(run) if compiled else run
-        self._kv = cache.new_cache(target.config, capacity, target.dtype)
+        self._caches = new_caches(target.caches, capacity, target.dtype)
         self._position = mx.array([capacity // 2], mx.int32)
         self._warm: set[int] = set()
 
@@ -41,7 +42,7 @@ class VerifyClock:
         start = time.perf_counter()
         tokens = mx.zeros((nodes,), mx.int32)
         for _ in range(self.PASSES):
-            tokens, self._kv = self._run(tokens, self._position, self._kv)
-            mx.async_eval(tokens, self._kv)
-        mx.eval(tokens, self._kv)
+            tokens, self._caches = self._run(tokens, self._position, self._caches)
+            mx.async_eval(tokens, self._caches)
+        mx.eval(tokens, self._caches)
         return (time.perf_counter() - start) / self.PASSES

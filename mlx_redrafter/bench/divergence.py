@@ -15,11 +15,12 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_redrafter.api import Model
-from mlx_redrafter.decoding.costs import bare_pass
-from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.budget.chunks import USUAL
+from mlx_redrafter.budget.costs import bare_pass
+from mlx_redrafter.cache.layer import new_caches
+from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.doctor import TOLERANCE
-from mlx_redrafter.models import cache
-from mlx_redrafter.prefill.chunks import USUAL
+from mlx_redrafter.tree.shape import TreeShape
 
 from . import ways
 from .compare import Encoded
@@ -108,13 +109,13 @@ def _one_row(model: Model, read: Any, text: Sequence[int], prompt: int) -> mx.ar
     """Logits (V,) after the text: the prompt in chunks, then token by token, as plain decoding
     reads it. ``prompt`` is how many tokens of the text the prompt has."""
     target = model.target
-    kv = cache.new_cache(target.config, cache.bucket(len(text)), target.dtype)
+    caches = new_caches(target.caches, capacity_for(len(text)), target.dtype)
     # The last token of the prompt is the root of the first step: a row of its own.
     starts = [*range(0, prompt - 1, USUAL), *range(prompt - 1, len(text)), len(text)]
     for start, end in pairwise(starts):
         ids = mx.array(list(text[start:end]), mx.int32)
-        hidden, kv = read(ids, mx.array([start], mx.int32), kv)
-        mx.eval(hidden, kv)
+        hidden, caches = read(ids, mx.array([start], mx.int32), caches)
+        mx.eval(hidden, caches)
     return target.logits(hidden[-1:])[0].astype(mx.float32)
 
 

@@ -9,19 +9,20 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_redrafter.decoding.costs import bare_pass
-from mlx_redrafter.models import Decoder, cache
-from mlx_redrafter.prefill.chunks import USUAL
+from mlx_redrafter.budget.costs import bare_pass
+from mlx_redrafter.cache.session import Session
+from mlx_redrafter.cache.slabs import capacity_for
+from mlx_redrafter.drafters.beam import BeamDrafter
+from mlx_redrafter.models import Decoder
 from mlx_redrafter.prefill.config import SparsePrefill
-from mlx_redrafter.prefill.reading import read
-from mlx_redrafter.prefill.session import Session
+from mlx_redrafter.prefill.reading import USUAL, read
 from mlx_redrafter.prefill.sparse import SparseAttention
 
 _WRONG = -1000.0  # far below the right draft, at any temperature and whatever the noise
 _SIZES = 64  # the known text is padded to a multiple, so that few kernels serve all answers
 
 
-class Replay:
+class Replay(BeamDrafter):
     """Drafts what is known to follow; it recognises the place by the target's hidden state.
 
     Its vocabulary are the ``T`` places of the known text, so that a draft costs T values and not
@@ -34,8 +35,6 @@ class Replay:
         sparse: how the prompt is read, which its hidden states depend on; None: densely.
     """
 
-    context_layers: tuple[int, ...] = ()
-
     def __init__(
         self,
         target: Decoder,
@@ -43,7 +42,6 @@ class Replay:
         answer: Sequence[int],
         sparse: SparsePrefill | None = None,
     ) -> None:
-        self.context_size: int = target.config.hidden_size
         text = [*prompt, *answer]
         first = max(0, len(prompt) - 2)  # the place that predicts the first root
         following = mx.array([*text[first + 1 :], 0], mx.int32)
@@ -53,8 +51,8 @@ class Replay:
         self._hidden = mx.pad(hidden, [(0, more), (0, 0)], constant_values=1e9)  # (T, D)
         mx.eval(self._tokens, self._hidden)
 
-    def context(self, seen: mx.array) -> mx.array:
-        return seen
+    def context(self, read: mx.array) -> mx.array:
+        return read
 
     def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
         distance = mx.square(self._hidden - context[None]).sum(-1)
@@ -70,8 +68,9 @@ class Replay:
     def token_ids(self, picks: mx.array) -> mx.array:
         return mx.take(self._tokens, picks)
 
-    def select(self, values: mx.array) -> mx.array:
-        return mx.take(values, self._tokens)
+    @property
+    def vocabulary(self) -> mx.array:
+        return self._tokens
 
 
 def _hidden(
@@ -79,11 +78,10 @@ def _hidden(
 ) -> mx.array:
     """The final hidden states after the last two tokens of the prompt, which is read as the engine
     reads it, and after every token of the answer: (T, D)."""
-    config, last = target.config, len(prompt) - 1
-    kv = cache.new_cache(config, cache.bucket(len(prompt) + len(answer)), target.dtype)
-    session = Session(kv=kv)
-    attention = SparseAttention(sparse, config) if sparse is not None else None
-    before, _ = read(target, prompt, session, USUAL, sparse=attention)
+    last, capacity = len(prompt) - 1, capacity_for(len(prompt) + len(answer))
+    session = Session().open(target.caches, capacity, target.dtype)
+    attention = SparseAttention(sparse, target.config) if sparse is not None else None
+    before = read(target, prompt, session, USUAL, sparse=attention).hidden
     ids = mx.array([prompt[last], *answer], mx.int32)
-    hidden, _ = bare_pass(target)(ids, mx.array([last], mx.int32), session.kv)
+    hidden, _ = bare_pass(target)(ids, mx.array([last], mx.int32), session.caches)
     return mx.concatenate([before, hidden]) if last else hidden

@@ -14,10 +14,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter import console, reports
 from mlx_redrafter.api import Model, load
-from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prompts import Prompt, prompt_file, read_prompts
+from mlx_redrafter.tree.shape import TreeShape
 
 from . import divergence, document, plots, report, sweep, ways
 from .compare import Comparison, Encoded

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mlx_redrafter.decoding.prospects import LOOKUP
-from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.budget.yields import LOOKUP
+from mlx_redrafter.tree.shape import TreeShape
 
 from .compare import Comparison, Encoded, Turn
 from .summary import ALL

@@ -14,16 +14,19 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import load_model
 
-from mlx_redrafter import hub, tuning
+from mlx_redrafter import hub
 from mlx_redrafter.api import Model
-from mlx_redrafter.decoding.engine import Engine, Session
+from mlx_redrafter.cache.layer import capacity_of
+from mlx_redrafter.cache.session import Session
+from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.policy import Policy
+from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.errors import ModelError, OptionError
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.stats import DraftStats
+from mlx_redrafter.tree.shape import TreeShape
 
 from .perfect import Replay
 
@@ -74,10 +77,10 @@ class Way:
 
 def automatic(model: Model, max_tokens: int, seed: int, sparse: SparsePrefill | None = None) -> Way:
     """What is drafted when nobody says how much: the policy's choice at every step."""
-    shapes = {s for sampled in (False, True) for s in tuning.policy(model, sampled).shapes}
+    shapes = {s for sampled in (False, True) for s in model.budget.policy(sampled).shapes}
 
     def choose(temp: float) -> Policy:
-        return tuning.policy(model, sampled=temp > 0)
+        return model.budget.policy(sampled=temp > 0)
 
     decode = _decoder(model.engine, choose, max_tokens, seed, sparse)
     return Way(AUTOMATIC, decode, tuple(sorted(shapes, key=lambda shape: shape.nodes)))
@@ -122,8 +125,8 @@ def with_drafter(model: Model, drafter: str) -> Model:
     """The same target with another drafter, by folder or hub id. Raises HubError, DrafterError."""
     folder = hub.resolve(drafter)
     other = load_drafter(folder, model.target)
-    engine = Engine(model.target, other, model.engine.compiled)
-    return replace(model, drafter=other, drafter_folder=folder, engine=engine, drafting=True)
+    compiled = model.engine.compiled
+    return Model.of(model.name, model.folder, model.target, other, folder, compiled=compiled)
 
 
 def named_after(model: Model, *found: Way) -> list[Way]:
@@ -142,8 +145,7 @@ def perfect(
 ) -> list[Way]:
     """Drafters that know this one answer, for every size of ``PERFECT`` that it fills twice."""
     replay = Replay(model.target, prompt, answer, sparse)
-    engine = Engine(model.target, replay, model.engine.compiled)
-    own = replace(model, engine=engine, drafter=None)
+    own = replace(model, engine=Engine(model.target, [replay], model.engine.compiled))
     return [
         ours(own, TreeShape.chain(n - 1), max_tokens, seed, f"{PERFECT_NAME}, {n} nodes", sparse)
         for n in PERFECT
@@ -227,11 +229,10 @@ def _decoder(
         params, session = SamplingParams(temp=temp, seed=seed), Session()
         stats = DraftStats()
         shape = choose(temp)
-        steps = engine.generate(
-            ids, params, shape, max_tokens, session=session, stats=stats, sparse_prefill=sparse
-        )
+        request = Request(ids, params, shape, max_tokens, session, stats, sparse_prefill=sparse)
+        steps = engine.generate(request)
         found = _timed((emitted.tokens for emitted in steps), 0)
-        capacity = session.kv[0].shape[2]
+        capacity = capacity_of(session.kinds, session.caches) or 0
         return Answer(found.tokens, found.first, found.seconds, stats, capacity)
 
     return decode

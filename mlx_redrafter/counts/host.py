@@ -13,9 +13,10 @@ from unittest.mock import patch
 import mlx.core as mx
 
 from mlx_redrafter.decoding.engine import Engine
+from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.stats import DraftStats
+from mlx_redrafter.tree.shape import TreeShape
 
 WORK = ("eval", "async_eval", "synchronize")
 WAITS = ("item", "tolist", "__bool__", "__int__", "__float__", "__iter__", "__index__")
@@ -55,7 +56,7 @@ class Host:
 def run(engine: Engine, prompt: list[int], shape: TreeShape) -> Host:
     """A short greedy answer, once to trace and compile, and once counted."""
     traces = engine.traces
-    list(engine.generate(prompt, SamplingParams(), shape, _TOKENS))
+    list(engine.generate(Request(prompt, SamplingParams(), shape, _TOKENS)))
     traces = engine.traces - traces
     stats, seconds = DraftStats(), list[float]()
 
@@ -69,8 +70,8 @@ def run(engine: Engine, prompt: list[int], shape: TreeShape) -> Host:
         return launch
 
     steps = engine.step_function
-    with patch.object(engine, "step_function", lambda bucket: timed(steps(bucket))):
-        answer = engine.generate(prompt, SamplingParams(), shape, _TOKENS, stats=stats)
+    with patch.object(engine, "step_function", lambda spec: timed(steps(spec))):
+        answer = engine.generate(Request(prompt, SamplingParams(), shape, _TOKENS, stats=stats))
         next(answer)  # the prompt, and the first step
         with watched() as log:
             list(answer)

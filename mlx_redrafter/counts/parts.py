@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 from unittest.mock import patch
@@ -12,13 +12,14 @@ from unittest.mock import patch
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlx_redrafter.cache.layer import Pass
 from mlx_redrafter.counts.graph import Graph, graph, metal_shaped
 from mlx_redrafter.counts.metal import dispatches, unknown, widest_sort
-from mlx_redrafter.decoding import beam, lookup, sampling, step
+from mlx_redrafter.decoding import sampling, step
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.tree import TreeShape
-from mlx_redrafter.drafters import Drafter
-from mlx_redrafter.models import Decoder, cache
+from mlx_redrafter.drafters import Drafter, beam, lookup
+from mlx_redrafter.models import Decoder
+from mlx_redrafter.tree.shape import TreeShape
 
 # In the order in which a step calls them: where the part is called, and what the report says.
 CALLS: tuple[tuple[Any, str, str], ...] = (
@@ -27,8 +28,8 @@ CALLS: tuple[tuple[Any, str, str], ...] = (
     (step, "draft", "choose the tree"),
     (step, "verify", "verify pass"),
     (Decoder, "logits", "output head"),
-    (sampling, "choose", "choose tokens"),
-    (step, "walk", "walk"),
+    (sampling, "sample", "choose tokens"),
+    (step, "accept", "walk"),
 )
 MOVE, STATE = "move accepted rows", "commit, next state"
 ORDER = (*(name for _, _, name in CALLS[:4]), MOVE, *(name for _, _, name in CALLS[4:]), STATE)
@@ -59,17 +60,20 @@ class Counts:
 
 def count(
     target: Decoder,
-    drafter: Drafter | None,
+    drafters: Sequence[Drafter],
     shape: TreeShape,
     params: SamplingParams | None = None,
     capacity: int = 256,
 ) -> Counts:
     """Count a step of evaluated models, loaded as on Metal or not, at so many KV slots."""
     params = SamplingParams() if params is None else params
-    bucket = step.Bucket(shape, params.features, params.windows)
-    function = step.make_step(target, drafter if shape.drafts else None, bucket, lambda: None)
+    used = drafters if shape.drafts else ()
+    spec = step.StepSpec(shape, params.features, params.windows)
+    function = step.make_step(target, used, spec, lambda: None)
     arrays = params.arrays(target.config.vocab_size)
-    state = _state(target, drafter, shape, params, capacity)
+    history = bool(params.windows or shape.lookup)
+    state = step.blank_state(target, used, shape, 2, capacity, history)
+    mx.eval(state)
     leaves = _leaves(state)
 
     def whole(*values: mx.array) -> list[mx.array]:
@@ -80,7 +84,7 @@ def count(
         for name in names:
             cut[name] = graph(_until(whole, name), *leaves)
             if name == "verify pass":
-                with patch.object(step, "writer", lambda state, _: cache.Append(state["position"])):
+                with patch.object(step, "Pass", _without_moves):
                     moved = graph(_until(whole, name), *leaves)
         full = graph(whole, *leaves)
     parts: dict[str, Graph] = {}
@@ -105,24 +109,9 @@ def _summed(shape: TreeShape, full: Graph, parts: dict[str, Graph]) -> Counts:
     return Counts(shape, len(full.fused), before, numbers, kinds, unknown(full), widest_sort(full))
 
 
-def _state(
-    target: Decoder,
-    drafter: Drafter | None,
-    shape: TreeShape,
-    params: SamplingParams,
-    capacity: int,
-) -> step.State:
-    kv = cache.new_cache(target.config, capacity, target.dtype)
-    seen = None
-    if drafter is not None and shape.drafts:
-        layers = max(1, len(drafter.context_layers))
-        seen = mx.zeros((1, layers * target.config.hidden_size), target.dtype)
-    history = mx.zeros((capacity,), mx.int32) if params.windows or shape.lookup else None
-    one = mx.array([1], mx.int32)
-    pending = step.nothing_pending(kv, shape)
-    state = step.make_state(one, seen, one + 1, kv, history, pending)
-    mx.eval(state)
-    return state
+def _without_moves(caches: Any, position: mx.array, ancestors: Any, pending: Any) -> Pass:
+    """A pass that puts nothing of the one before into place."""
+    return Pass(caches, position, ancestors)
 
 
 def _restored(state: step.State, values: tuple[mx.array, ...]) -> step.State:
@@ -132,8 +121,8 @@ def _restored(state: step.State, values: tuple[mx.array, ...]) -> step.State:
     def again(old: Any) -> Any:
         if isinstance(old, mx.array):
             return next(rest)
-        if isinstance(old, dict):
-            return {key: again(value) for key, value in old.items()}
+        if isinstance(old, step.State):
+            return step.State(*map(again, old))
         return type(old)(again(value) for value in old)
 
     return again(state)  # type: ignore[no-any-return]

@@ -19,12 +19,13 @@ from mlx_redrafter import hub, reports
 from mlx_redrafter.counts import host, metal, parts, sizes
 from mlx_redrafter.counts.graph import metal_shaped
 from mlx_redrafter.decoding.engine import Engine
-from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.drafters.loading import load_drafter
-from mlx_redrafter.drafters.redrafter import ReDrafter
+from mlx_redrafter.drafters.lookup import Lookup
+from mlx_redrafter.drafters.recurrent import ReDrafter
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.info import machine
 from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.tree.shape import TreeShape
 
 USUAL = TreeShape(3, 2, 8, lookup=7)  # what the policy mostly takes for the built-in model
 SHAPES = (TreeShape.plain(), USUAL, TreeShape.chain(4))
@@ -63,11 +64,11 @@ def main(
         raise OptionError(f"there is no drafter for {model}: give one with --drafter")
     target, draft = load_as_on_metal(folder, found, bits)
     here = load_model(folder)
-    engine = Engine(here, load_drafter(found, here))
+    engine = Engine(here, [Lookup(), load_drafter(found, here)])
     prompt = [7 * i % here.config.vocab_size for i in range(_PROMPT)]
     budgets = [
         Budget(
-            parts.count(target, draft, each, capacity=context + 128),
+            parts.count(target, [Lookup(), draft], each, capacity=context + 128),
             sizes.read(target, draft, each, context),
             host.run(engine, prompt, each),
         )

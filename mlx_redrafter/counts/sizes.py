@@ -8,12 +8,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_redrafter.decoding.tree import TreeShape
-from mlx_redrafter.drafters.redrafter import ReDrafter
+from mlx_redrafter.drafters.recurrent import ReDrafter
 from mlx_redrafter.models import Decoder, decoder_config
 from mlx_redrafter.models.weights import parameters
 from mlx_redrafter.training.config import TrainConfig
 from mlx_redrafter.training.initialise import drafter_config
+from mlx_redrafter.tree.shape import TreeShape
 
 # huggingface.co/meta-llama/Llama-3.1-8B-Instruct, config.json: sizes only.
 LLAMA_8B: dict[str, Any] = {

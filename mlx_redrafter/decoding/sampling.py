@@ -12,15 +12,14 @@ then top-p, min-p and top-k on the distribution at temperature 1; then the tempe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_redrafter.decoding.tree import DraftTree, integers
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import vectorised
 from mlx_redrafter.models.rope import fused_kernels
+from mlx_redrafter.tree.nodes import DraftTree, integers
 
 Arrays = dict[str, mx.array]
 MAX_CONTEXT = 1024
@@ -185,20 +184,25 @@ def _log(x: mx.array) -> mx.array:
     return mx.log(x) if fused_kernels() else vectorised.log(x)
 
 
-def noise(
-    arrays: Arrays, position: mx.array, count: int, tokens: mx.array
-) -> Callable[[int], mx.array] | None:
-    """The noise of tokens (M,) at ``count`` positions from ``position`` (1,) on: ahead -> (1, M).
+class Draw:
+    """The draws at ``count`` positions from ``position`` (1,) on; a `drafters.Draw`."""
 
-    None at temperature 0.
-    """
-    if "seed" not in arrays or not count:
-        return None
-    first, second = noise_keys(arrays["seed"], position + integers(range(count)))
-    return lambda ahead: gumbel((first[ahead : ahead + 1], second[ahead : ahead + 1]), tokens)
+    def __init__(self, arrays: Arrays, position: mx.array, count: int) -> None:
+        self.temperature = arrays["temp"]
+        self._keys = noise_keys(arrays["seed"], position + integers(range(count)))
+
+    def noise(self, ahead: int, tokens: mx.array) -> mx.array:
+        """The noise of tokens (M,) so many positions on: (1, M)."""
+        first, second = (key[ahead : ahead + 1] for key in self._keys)
+        return gumbel((first, second), tokens)
 
 
-def choose(
+def draw(arrays: Arrays, position: mx.array, count: int) -> Draw | None:
+    """None at temperature 0, or where nobody asks."""
+    return Draw(arrays, position, count) if "seed" in arrays and count else None
+
+
+def sample(
     logits: mx.array,
     tree: DraftTree,
     windows: dict[str, mx.array],

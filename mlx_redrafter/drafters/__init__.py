@@ -1,28 +1,110 @@
-"""Drafters: what proposes the next tokens. One protocol, one implementation so far."""
+"""Drafters: what proposes the next tokens. The decode step asks them all and joins their answers.
+
+A kind is a file here and a line in ``loading.DRAFTERS``. Plain decoding is no drafter at all.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
+from mlx_redrafter.tree.nodes import Candidates, DraftTree
+from mlx_redrafter.tree.shape import TreeShape
+
+
+class Features(NamedTuple):
+    """What a pass of the target leaves to be read.
+
+    hidden (M, D): after the final norm. layers: indices of layers, and outputs: what each of them
+    put out, (M, D).
+    """
+
+    hidden: mx.array
+    layers: tuple[int, ...] = ()
+    outputs: tuple[mx.array, ...] = ()
+
+    def of(self, layers: Sequence[int]) -> mx.array:
+        """The outputs of some layers side by side (M, layers * D); of none, the final hidden
+        states."""
+        if not layers:
+            return self.hidden
+        return mx.concatenate([self.outputs[self.layers.index(i)] for i in layers], axis=-1)
+
+
+class Draw(Protocol):
+    """How the target will choose its tokens at the positions behind the root."""
+
+    @property
+    def temperature(self) -> mx.array:
+        """Scalar."""
+        ...
+
+    def noise(self, ahead: int, tokens: mx.array) -> mx.array:
+        """What the choice adds to the scores of tokens (M,) so many positions on: (1, M)."""
+        ...
+
+
+class Ask(NamedTuple):
+    """What a drafter is asked: root (1,), its position (1,), the tokens by position (C,) where some
+    drafter of the model reads them, the tree's shape, and the draw (None: greedy)."""
+
+    root: mx.array
+    position: mx.array
+    history: mx.array | None
+    shape: TreeShape
+    draw: Draw | None
+
+
+class Verified(NamedTuple):
+    """What became of a tree: the pass's features (N rows), the deepest accepted node (1,), how many
+    tokens came out (1,), and these, text (L+2,), from the root's on."""
+
+    tree: DraftTree
+    read: Features
+    last: mx.array
+    produced: mx.array
+    text: mx.array
+
 
 class Drafter(Protocol):
-    """What the decode step needs of a drafter. ``R`` rows are beams, ``Vd`` its vocabulary."""
+    """What the decode step needs of a drafter. Its state is arrays, one or a tuple of them; every
+    method is traced into the step's graph."""
 
     @property
-    def context_layers(self) -> tuple[int, ...]:
-        """Target layers whose outputs it reads; none: it reads the last hidden state."""
+    def part(self) -> str:
+        """Which part of a tree it drafts: ``tree.shape.BEAMS`` or ``TEXT``."""
         ...
 
     @property
-    def context_size(self) -> int:
-        """``Dc``: the size of what is kept from one step to the next."""
+    def features(self) -> tuple[int, ...] | None:
+        """Layers of the target that it reads; none: the last hidden state. None: nothing."""
         ...
 
-    def context(self, seen: mx.array) -> mx.array:
-        """What the context layers put out, side by side (M, layers * D), or, without context
-        layers, the final hidden states (M, D) -> (M, Dc)."""
+    def begin(self, read: Features) -> Any:
+        """The state after the prompt; ``read`` has the row of its last position but one."""
+        ...
+
+    def propose(self, state: Any, ask: Ask) -> Sequence[Candidates]:
+        """Candidates in parts, the root first of all. For a tree of one path that path alone."""
+        ...
+
+    def commit(self, state: Any, done: Verified) -> Any:
+        """The state of the next step."""
+        ...
+
+
+class Cell(Protocol):
+    """A recurrent network that beam search asks. ``R`` rows are beams, ``Vd`` its vocabulary."""
+
+    @property
+    def vocabulary(self) -> mx.array:
+        """(Vd,) int32: the target's ids of its tokens."""
+        ...
+
+    def context(self, read: mx.array) -> mx.array:
+        """What it reads of positions (M, *) -> (M, Dc)."""
         ...
 
     def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
@@ -45,13 +127,3 @@ class Drafter(Protocol):
     def token_ids(self, picks: mx.array) -> mx.array:
         """Draft-vocabulary indices -> token ids of the target."""
         ...
-
-    def select(self, values: mx.array) -> mx.array:
-        """(V,) values of the target's vocabulary -> (Vd,) of the drafter's."""
-        ...
-
-
-def seen(hidden: mx.array, inner: tuple[mx.array, ...]) -> mx.array:
-    """What a drafter reads of a pass: the outputs of its context layers side by side, or, without
-    any, the final hidden states. (M, D), one (M, D) per context layer -> (M, *)."""
-    return mx.concatenate(list(inner), axis=-1) if inner else hidden

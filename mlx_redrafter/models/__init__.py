@@ -6,12 +6,14 @@ from .config import DecoderConfig, RopeConfig
 from .decoder import Decoder
 from .families import SUPPORTED, decoder_config
 from .loading import load_model
+from .target import Target
 
 __all__ = [
     "SUPPORTED",
     "Decoder",
     "DecoderConfig",
     "RopeConfig",
+    "Target",
     "decoder_config",
     "load_model",
 ]

@@ -50,7 +50,7 @@ def attend(
     return _attend_unfused(q, slab, mask, scale, softcap, softmax)
 
 
-Attend = Callable[[mx.array, mx.array, mx.array, float, float, Softmax], mx.array]
+Attend = Callable[[mx.array, mx.array, mx.array, float, float], mx.array]
 """How one layer of one pass attends; arguments and result as of `attend`."""
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
 
-from . import vectorised
-from .attention import Attend, dense, softmax
-from .cache import Write
+from mlx_redrafter.cache.layer import LayerCache, Pass
+from mlx_redrafter.cache.slabs import Slab
+
+from .attention import Attend, dense
 from .config import DecoderConfig
 from .fuse import fuse
-from .rope import Rope, Rotation, fused_kernels
+from .rope import Rope, Rotation
 
+Activation = Callable[[mx.array, mx.array], mx.array]
 LayerWrite = Callable[[mx.array], mx.array]
 Rotate = Callable[[mx.array, int], mx.array]
 
@@ -25,10 +28,15 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
     return nn.gelu_approx(gate) * up
 
 
-def _writing(write: Write, index: int, kv: Sequence[mx.array]) -> LayerWrite:
-    """A layer's own write. It fetches the slab only then: another name for it would outlive the
-    update, and a layer that is evaluated within the pass would have to copy it."""
-    return lambda rows: write(index, kv[index], rows)
+class Functions(NamedTuple):
+    """What a pass computes with: how a layer attends, and the gated activation (None: the
+    family's own)."""
+
+    attend: Callable[[int], Attend] = dense
+    activation: Activation | None = None
+
+
+DECODING = Functions()
 
 
 class Attention(nn.Module):
@@ -44,7 +52,6 @@ class Attention(nn.Module):
         )
         self._scale, self._softcap = config.attention_scale, config.attention_softcap
         self._qk_norm = config.qk_norm
-        self._softmax = softmax
         q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
         self._splits = [q_size, q_size + kv_size]
         if config.stored_fused:
@@ -87,13 +94,12 @@ class Attention(nn.Module):
 
     def __call__(
         self, x: mx.array, mask: mx.array, rotate: Rotate, write: LayerWrite, attend: Attend
-    ) -> tuple[mx.array, mx.array]:
-        """x (N, D) -> (N, D) and the slab with N more rows."""
+    ) -> mx.array:
+        """x (N, D) -> (N, D)."""
         rows = rotate(self._project(x), self._heads + self._kv_heads)  # (H + 2 Hkv, N, Dh)
         slab = write(rows[self._heads :][None])
-        q = rows[: self._heads]
-        attended = attend(q, slab, mask, self._scale, self._softcap, self._softmax)
-        return self.o_proj(attended), slab
+        attended = attend(rows[: self._heads], slab, mask, self._scale, self._softcap)
+        return self.o_proj(attended)
 
 
 class MLP(nn.Module):
@@ -119,13 +125,13 @@ class MLP(nn.Module):
             self.gate_up_proj = joined
             del self.gate_proj, self.up_proj
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, activation: Activation | None = None) -> mx.array:
         """(N, D) -> (N, D)."""
         if "gate_up_proj" in self:
             gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(self._activation(gate, up))
+        return self.down_proj((activation or self._activation)(gate, up))
 
 
 class Block(nn.Module):
@@ -165,16 +171,17 @@ class Block(nn.Module):
         rotate: Rotate,
         write: LayerWrite,
         attend: Attend,
-    ) -> tuple[mx.array, mx.array]:
-        """x (N, D) -> (N, D) and the slab with N more rows."""
+        activation: Activation | None = None,
+    ) -> mx.array:
+        """x (N, D) -> (N, D)."""
         inputs = x if self._norms == "post" else self.input_layernorm(x)
-        r, slab = self.self_attn(inputs, mask, rotate, write, attend)
+        r = self.self_attn(inputs, mask, rotate, write, attend)
         # The same checkpoint name is the norm after attention, or (Llama) before the MLP.
         h = self._add(x, r if self._norms == "pre" else self.post_attention_layernorm(r))
         if self._norms == "pre":
-            return self._add(h, self.mlp(self.post_attention_layernorm(h))), slab
+            return self._add(h, self.mlp(self.post_attention_layernorm(h), activation))
         inputs = h if self._norms == "post" else self.pre_feedforward_layernorm(h)
-        return self._add(h, self.post_feedforward_layernorm(self.mlp(inputs))), slab
+        return self._add(h, self.post_feedforward_layernorm(self.mlp(inputs, activation)))
 
 
 class Backbone(nn.Module):
@@ -191,7 +198,7 @@ class Decoder(nn.Module):
     """A target model for tree verification.
 
     One call runs N tokens, each with its own position and its own row of the mask, against the
-    slabs of `cache.py`: a prompt chunk, a single token and a draft tree are the same call. All of
+    layers' caches: a prompt chunk, a single token and a draft tree are the same call. All of
     it can be traced by mx.compile.
     """
 
@@ -202,11 +209,17 @@ class Decoder(nn.Module):
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._ropes = [Rope(rope) for rope in config.ropes]
+        self._caches = [Slab(2 * config.num_kv_heads, config.head_dim)] * config.num_layers
 
     @property
     def dtype(self) -> mx.Dtype:
         """Dtype of the activations."""
         return self.model.norm.weight.dtype
+
+    @property
+    def caches(self) -> Sequence[LayerCache]:
+        """What each layer remembers."""
+        return self._caches
 
     def __call__(
         self,
@@ -214,34 +227,33 @@ class Decoder(nn.Module):
         positions: mx.array,
         mask: mx.array,
         key_positions: mx.array,
-        kv: Sequence[mx.array],
-        write: Write,
+        caches: Pass,
         layers: Sequence[int] = (),
-        attention: Callable[[int], Attend] = dense,
-    ) -> tuple[mx.array, tuple[mx.array, ...], list[mx.array]]:
+        functions: Functions = DECODING,
+    ) -> tuple[mx.array, tuple[mx.array, ...]]:
         """Run N tokens.
 
         tokens (N,), positions (N,) int32; mask (N, C) bool, True where a token may attend (prefix,
         ancestors and itself); key_positions (C,) int32, the position of the token in every slot
-        (only sliding windows read it); kv: one slab (1, 2*Hkv, C, Dh) per layer; write: where the
-        new rows go; layers: indices of blocks whose output is wanted too; attention: how a layer
-        attends.
+        (only sliding windows read it); caches: what the layers remember, which has it with N more
+        nodes afterwards; layers: indices of blocks whose output is wanted too.
 
-        Returns hidden (N, D) after the final norm, the wanted outputs (N, D), and the new slabs.
+        Returns hidden (N, D) after the final norm, and the wanted outputs (N, D).
         """
         x = self.embed(tokens)
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
         rotations = [rope.prepare(positions, x.dtype) for rope in self._ropes]
         masks = self._masks(mask, positions, key_positions)
-        outputs, new_kv = [], []
+        outputs = []
         for index, block in enumerate(self.model.layers):
             rotate = self._rotate(self.config.layer_ropes[index], rotations)
             window_mask = masks[self.config.layer_windows[index]]
-            x, slab = block(x, window_mask, rotate, _writing(write, index, kv), attention(index))
+            write = functools.partial(caches.extend, index, self._caches[index])
+            attend = functions.attend(index)
+            x = block(x, window_mask, rotate, write, attend, functions.activation)
             outputs.append(x)
-            new_kv.append(slab)
-        return self.model.norm(x), tuple(outputs[i] for i in layers), new_kv
+        return self.model.norm(x), tuple(outputs[i] for i in layers)
 
     def _masks(
         self, mask: mx.array, positions: mx.array, key_positions: mx.array
@@ -274,24 +286,6 @@ class Decoder(nn.Module):
             cap = self.config.logits_softcap
             out = mx.tanh(out / cap) * cap
         return out
-
-    @contextlib.contextmanager
-    def vectorised(self) -> Iterator[None]:
-        """Within it a CPU uses faster element-wise functions, equal to decoding's up to 1e-6."""
-        if fused_kernels() or self.dtype != mx.float32:
-            yield
-            return
-        fast_activation = vectorised.swiglu if self.config.activation == "silu" else geglu
-        activation = self.model.layers[0].mlp._activation
-        try:
-            self._use(vectorised.softmax, fast_activation)
-            yield
-        finally:
-            self._use(softmax, activation)
-
-    def _use(self, softmax: Callable[..., mx.array], activation: Callable[..., mx.array]) -> None:
-        for block in self.model.layers:
-            block.self_attn._softmax, block.mlp._activation = softmax, activation
 
     def embed(self, tokens: mx.array) -> mx.array:
         """tokens (...,) -> rows of the input embedding (..., D), without the embedding scale."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
-from mlx_redrafter.models.attention import Softmax, attend, softmax
+from mlx_redrafter.models.attention import attend
 
 BATCH = 4  # query blocks at a time: their gathered keys and values are the memory this needs
 
@@ -25,7 +25,6 @@ def block_sparse_attention(
     block: int,
     scale: float,
     softcap: float = 0.0,
-    softmax: Softmax = softmax,
     batch: int = BATCH,
 ) -> mx.array:
     """Attention of n queries at positions offset.. over whole blocks of keys.
@@ -54,7 +53,7 @@ def block_sparse_attention(
             (ids,) = mx.depends([ids], [out[-1]])
         gathered = mx.take(stored, ids, axis=0).reshape(stop - start, heads, -1, size)
         queries = q[:, start * block : stop * block]
-        out.append(attend(queries, gathered, None, scale, softcap, softmax))
+        out.append(attend(queries, gathered, None, scale, softcap))
     return mx.concatenate(out)
 
 
@@ -68,7 +67,6 @@ def column_sparse_attention(
     block: int,
     scale: float,
     softcap: float = 0.0,
-    softmax: Softmax = softmax,
 ) -> mx.array:
     """Attention of n queries at positions offset.. over single keys, chosen per query head.
 
@@ -96,7 +94,7 @@ def column_sparse_attention(
             )
             queries = q[of, j * block : (j + 1) * block].reshape(1, -1, q.shape[2])
             mask = _ragged_mask(mx.array([number[head] for head in heads]), block, most)
-            done.append(attend(queries, gathered, mask, scale, softcap, softmax))
+            done.append(attend(queries, gathered, mask, scale, softcap))
             order += heads
         by_head = mx.concatenate(done).reshape(len(q), block, -1)
         place = mx.argsort(mx.array(order))

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import mlx.core as mx
 
-from mlx_redrafter.models import Decoder, cache
+from mlx_redrafter.cache.layer import Pass, capacity_of
+from mlx_redrafter.cache.session import BETWEEN_SNAPSHOTS, Session
+from mlx_redrafter.cache.slabs import capacity_for
+from mlx_redrafter.drafters import Features
+from mlx_redrafter.models import Target
+from mlx_redrafter.models.decoder import Functions
 from mlx_redrafter.prefill.config import SparsePrefill
-from mlx_redrafter.prefill.session import Session
 from mlx_redrafter.prefill.sparse import SparseAttention
 
 Progress = Callable[[int, int], None]
-Hidden = tuple[mx.array, tuple[mx.array, ...]]
+USUAL = 512  # tokens of a pass
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def _up(n: int, block: int) -> int:
 
 
 def read(
-    target: Decoder,
+    target: Target,
     prompt: Sequence[int],
     session: Session,
     step: int,
@@ -69,7 +72,7 @@ def read(
     layers: Sequence[int] = (),
     sparse: SparseAttention | None = None,
     progress: Progress | None = None,
-) -> Hidden:
+) -> Features:
     """Read what the session lacks of all but the last token; it has room for it.
 
     Args:
@@ -79,83 +82,62 @@ def read(
         progress: called before each pass and at the end with (tokens read, tokens in the prompt).
 
     Returns:
-        hidden (1, D) of the last token read, after the final norm, and the wanted outputs (1, D).
+        features (1, D) of the last token read: after the final norm, and the wanted outputs.
     """
-    hidden = mx.zeros((1, target.config.hidden_size), target.dtype)
-    inner = tuple(hidden for _ in layers)
+    nothing = mx.zeros((1, target.config.hidden_size), target.dtype)
+    found = Features(nothing, tuple(layers), (nothing,) * len(layers))
     options = sparse.options if sparse is not None else None
     for part in parts(len(session.tokens), len(prompt), step, options):
         if progress is not None:
             progress(part.start, len(prompt))
         chunk = list(prompt[part.start : part.stop])
-        if sparse is None or part.dense:
-            hidden, inner = _dense(target, chunk, session, layers)
-        else:
-            hidden, inner = _sparse(target, chunk, session, layers, sparse)
-        session.tokens.extend(chunk)
+        found = _read(target, chunk, session, layers, None if part.dense else sparse)
         if sparse is not None:
             sparse.count(part.start, part.stop, part.dense)
     if progress is not None:
         progress(len(prompt), len(prompt))
-    return hidden, inner
+    session.mark()
+    return found
 
 
 def _inputs(chunk: list[int], session: Session) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """Tokens (n,), positions (n,), mask (n, S), slots (S,) of a chunk."""
-    done, capacity = len(session.tokens), session.kv[0].shape[2]
+    done, room = len(session.tokens), capacity_of(session.kinds, session.caches)
     positions = mx.arange(done, done + len(chunk), dtype=mx.int32)
-    # Slots past the chunk are empty: attention reads a bucket's worth and not all of them.
-    filled = mx.arange(min(cache.bucket(done + len(chunk)), capacity), dtype=mx.int32)
+    # Slots past the chunk are empty: attention reads a capacity's step more and not all of them.
+    needed = capacity_for(done + len(chunk))
+    filled = mx.arange(needed if room is None else min(needed, room), dtype=mx.int32)
     return mx.array(chunk, mx.int32), positions, filled[None] <= positions[:, None], filled
 
 
-def _dense(target: Decoder, chunk: list[int], session: Session, layers: Sequence[int]) -> Hidden:
-    write = cache.Append(mx.array([len(session.tokens)], mx.int32))
-    hidden, inner, session.kv = target(*_inputs(chunk, session), session.kv, write, layers)
-    hidden, inner = hidden[-1:], tuple(x[-1:] for x in inner)
-    mx.eval(hidden, inner, session.kv)
-    return hidden, inner
-
-
-def _sparse(
-    target: Decoder,
+def _read(
+    target: Target,
     chunk: list[int],
     session: Session,
     layers: Sequence[int],
-    sparse: SparseAttention,
-) -> Hidden:
+    sparse: SparseAttention | None,
+) -> Features:
+    """One pass. A selector evaluates its layer within it: a slab that had another owner would be
+    copied, so the session gives its caches away for a sparse one."""
     done = len(session.tokens)
-    write = cache.Append(mx.array([done], mx.int32))
-    session.read_sparsely(sparse.options.tag, done)
+    functions = Functions() if sparse is None else Functions(sparse.at(done))
     inputs = _inputs(chunk, session)
-    kv, session.kv = Given(session.kv), []
+    if sparse is not None:
+        session.read_sparsely(sparse.options.tag, done)
+    before = session.caches if sparse is None else session.take()
+    caches = Pass(before, mx.array([done], mx.int32))
+    del before
     try:
-        hidden, inner, new = target(*inputs, kv, write, layers, sparse.at(done))
-        hidden, inner = hidden[-1:], tuple(x[-1:] for x in inner)
-        mx.eval(hidden, inner, new)
+        hidden, outputs = target(*inputs, caches, layers, functions)
+        found = Features(hidden[-1:], tuple(layers), tuple(x[-1:] for x in outputs))
+        mx.eval(found.hidden, found.outputs, caches.caches)
     except BaseException:
-        session.clear()  # some of its slabs are gone
+        if sparse is not None:
+            session.clear()  # some of its slabs are gone
         raise
-    session.kv = new
-    return hidden, inner
-
-
-class Given(Sequence[mx.array]):
-    """Slabs, each for whoever asks first. A selector evaluates its layer within the pass: another
-    name for the slab before it would make MLX copy all of it."""
-
-    def __init__(self, slabs: list[mx.array]) -> None:
-        self.slabs: dict[int, mx.array] = dict(enumerate(slabs))
-
-    @overload
-    def __getitem__(self, index: int) -> mx.array: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[mx.array]: ...
-
-    def __getitem__(self, index: int | slice) -> mx.array | Sequence[mx.array]:
-        assert isinstance(index, int)
-        return self.slabs.pop(index)
-
-    def __len__(self) -> int:
-        return len(self.slabs)
+    session.caches = caches.caches
+    session.tokens.extend(chunk)
+    session.stand = len(session.tokens)
+    if session.stand % BETWEEN_SNAPSHOTS == 0:
+        session.mark()
+    return found

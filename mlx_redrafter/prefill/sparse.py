@@ -7,7 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from mlx_redrafter.models import DecoderConfig
-from mlx_redrafter.models.attention import Attend, Softmax, attend
+from mlx_redrafter.models.attention import Attend, attend
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.consumer import block_sparse_attention, column_sparse_attention
 from mlx_redrafter.prefill.minference import minference
@@ -56,26 +56,21 @@ class SparseAttention:
 
     def _layer(self, layer: int, offset: int) -> Attend:
         def attend_sparsely(
-            q: mx.array,
-            slab: mx.array,
-            mask: mx.array,
-            scale: float,
-            softcap: float,
-            softmax: Softmax,
+            q: mx.array, slab: mx.array, mask: mx.array, scale: float, softcap: float
         ) -> mx.array:
             chunk = Chunk(q, slab, offset, self.options.block, scale, softcap)
-            return self.attend(layer, chunk, mask, softmax)
+            return self.attend(layer, chunk, mask)
 
         return attend_sparsely
 
-    def attend(self, layer: int, chunk: Chunk, mask: mx.array, softmax: Softmax) -> mx.array:
+    def attend(self, layer: int, chunk: Chunk, mask: mx.array) -> mx.array:
         """A layer's attention to a chunk: (n, H*Dh)."""
         chosen = self.choose(layer, chunk)
         if isinstance(chosen, str):
             self.stats.dense(chosen, chunk.causal_pairs)
-            return attend_densely(chunk, mask, softmax)
+            return attend_densely(chunk, mask)
         self.stats.sparse(chosen.pairs(chunk), chunk.causal_pairs)
-        return attend_to(chosen, chunk, softmax)
+        return attend_to(chosen, chunk)
 
     def count(self, start: int, stop: int, dense: str) -> None:
         """A chunk is read; ``dense`` says why no layer was asked."""
@@ -102,19 +97,19 @@ class SparseAttention:
         return chosen
 
 
-def attend_densely(chunk: Chunk, mask: mx.array, softmax: Softmax) -> mx.array:
+def attend_densely(chunk: Chunk, mask: mx.array) -> mx.array:
     """A chunk's attention to all that its mask shows: (n, H*Dh)."""
-    return attend(chunk.q, chunk.slab, mask, chunk.scale, chunk.softcap, softmax)
+    return attend(chunk.q, chunk.slab, mask, chunk.scale, chunk.softcap)
 
 
-def attend_to(chosen: Selection, chunk: Chunk, softmax: Softmax) -> mx.array:
+def attend_to(chosen: Selection, chunk: Chunk) -> mx.array:
     """A chunk's attention to what was chosen: (n, H*Dh)."""
     if isinstance(chosen, Blocks):
         return block_sparse_attention(
             chunk.q, chunk.slab, chosen.ids, chunk.offset, block=chunk.block,
-            scale=chunk.scale, softcap=chunk.softcap, softmax=softmax,
+            scale=chunk.scale, softcap=chunk.softcap,
         )  # fmt: skip
     return column_sparse_attention(
         chunk.q, chunk.slab, chosen.seen, chosen.counts, chunk.offset, block=chunk.block,
-        scale=chunk.scale, softcap=chunk.softcap, softmax=softmax,
+        scale=chunk.scale, softcap=chunk.softcap,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_redrafter.models import Decoder, DecoderConfig
-from mlx_redrafter.models.attention import Softmax, attend, softmax
+from mlx_redrafter.models.attention import attend
 from mlx_redrafter.prefill.config import Mode, SparsePrefill
 from mlx_redrafter.prefill.selectors import Blocks, Chunk, Selection
 from mlx_redrafter.prefill.sparse import SELECTORS, SparseAttention, attend_densely, attend_to
@@ -30,13 +30,13 @@ class Capture(SparseAttention):
         self.layer = layer
         self.chunk: Chunk | None = None
 
-    def attend(self, layer: int, chunk: Chunk, mask: mx.array, softmax: Softmax) -> mx.array:
+    def attend(self, layer: int, chunk: Chunk, mask: mx.array) -> mx.array:
         """Dense attention of every layer."""
         if layer == self.layer:
             copied = chunk.slab + 0  # another name for it would make the next chunk copy it
             mx.eval(chunk.q, copied)
             self.chunk = replace(chunk, slab=copied)
-        return attend_densely(chunk, mask, softmax)
+        return attend_densely(chunk, mask)
 
 
 def real_chunk(target: Decoder, prompt: Sequence[int], layer: int, prefix: int) -> Chunk:
@@ -127,7 +127,7 @@ def _program(chunk: Chunk) -> Seconds:
     mask = filled <= mx.arange(chunk.offset, chunk.length)[:, None]
     mx.eval(mask)
     start = time.perf_counter()
-    mx.eval(attend(chunk.q, chunk.slab, mask, chunk.scale, chunk.softcap, softmax))
+    mx.eval(attend(chunk.q, chunk.slab, mask, chunk.scale, chunk.softcap))
     return 0.0, time.perf_counter() - start
 
 
@@ -152,7 +152,7 @@ def _sparse(chunk: Chunk, options: SparsePrefill, layer: int) -> Callable[[], Se
         chosen: Selection = select(layer, chunk)
         mx.eval(*(chosen.ids if isinstance(chosen, Blocks) else chosen.seen))
         selected = time.perf_counter()
-        mx.eval(attend_to(chosen, chunk, softmax))
+        mx.eval(attend_to(chosen, chunk))
         return selected - start, time.perf_counter() - start
 
     return run

@@ -11,7 +11,6 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_redrafter.models import DecoderConfig
-from mlx_redrafter.models.attention import Softmax
 from mlx_redrafter.prefill.config import HeadPattern, Mode, SparsePrefill
 from mlx_redrafter.prefill.selectors import Chunk, Selector
 from mlx_redrafter.prefill.sparse import SELECTORS, SparseAttention, attend_densely
@@ -106,11 +105,11 @@ class Probe(SparseAttention):
         self.seconds = self.looking = 0.0
         self.looks: list[Look] = []
 
-    def attend(self, layer: int, chunk: Chunk, mask: mx.array, softmax: Softmax) -> mx.array:
+    def attend(self, layer: int, chunk: Chunk, mask: mx.array) -> mx.array:
         """Dense attention, timed; what it read is looked at afterwards."""
         mx.eval(chunk.q, chunk.slab, mask)
         start = time.perf_counter()
-        out = attend_densely(chunk, mask, softmax)
+        out = attend_densely(chunk, mask)
         mx.eval(out)
         done = time.perf_counter()
         self.seconds += done - start

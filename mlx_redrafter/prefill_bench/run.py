@@ -13,7 +13,7 @@ from typing import Any, cast, get_args
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter import console, figures, reports, tuning
+from mlx_redrafter import console, figures, reports
 from mlx_redrafter.api import Model, load
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.info import machine
@@ -114,7 +114,7 @@ def conditions(model: Model, settings: Settings) -> dict[str, Any]:
     ways = {mode: vars(SparsePrefill(mode)) | {"patterns": None} for mode in settings.modes}
     return {
         "model_name": model.name,
-        **tuning.conditions(model),
+        **model.budget.conditions(),
         "chip": here["chip"],
         "system": here["system"],
         "python": here["python"],

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_redrafter.models import Decoder, cache
-from mlx_redrafter.prefill.chunks import USUAL
+from mlx_redrafter.budget.chunks import USUAL
+from mlx_redrafter.cache.session import Session
+from mlx_redrafter.cache.slabs import capacity_for
+from mlx_redrafter.models import Decoder
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import read
-from mlx_redrafter.prefill.session import Session
 from mlx_redrafter.prefill.sparse import SparseAttention
 from mlx_redrafter.stats import PrefillStats
 
@@ -37,7 +38,7 @@ def read_once(target: Decoder, prompt: Sequence[int], sparse: SparseAttention | 
 
 def new_session(target: Decoder, length: int) -> Session:
     """With room for so many tokens."""
-    return Session(kv=cache.new_cache(target.config, cache.bucket(length), target.dtype))
+    return Session().open(target.caches, capacity_for(length), target.dtype)
 
 
 def timed(

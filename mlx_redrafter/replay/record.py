@@ -10,12 +10,15 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.api import Model, stream_generate
-from mlx_redrafter.decoding import beam, lookup, prospects, sampling
-from mlx_redrafter.decoding.prospects import KINDS, LOOKUP, Prospects, beam_of
-from mlx_redrafter.decoding.tree import END, Candidates, TreeShape, integers, joined, rising
-from mlx_redrafter.drafters import seen
-from mlx_redrafter.models import cache
+from mlx_redrafter.budget import yields
+from mlx_redrafter.budget.yields import KINDS, LOOKUP, Yields, beam_of
+from mlx_redrafter.cache.layer import Pass, new_caches
+from mlx_redrafter.cache.slabs import capacity_for
+from mlx_redrafter.decoding import sampling
+from mlx_redrafter.drafters import Features, beam, lookup
 from mlx_redrafter.prompts import Prompt
+from mlx_redrafter.tree.nodes import END, Candidates, joined, rising
+from mlx_redrafter.tree.shape import TreeShape
 
 WIDTHS = {1: 4, 2: 4, 3: 4, 4: 5}  # beam width: deepest level that is recorded
 TEMPERATURES = (0.0, 0.8)
@@ -116,23 +119,21 @@ DraftFunction = Callable[..., list[Candidates]]
 
 def _draft_function(model: Model, temp: float, shared_noise: bool) -> DraftFunction:
     drafter = model.drafter
-    vocabulary = integers(range(model.target.config.vocab_size))
-    drafted = drafter.select(vocabulary) if drafter is not None else vocabulary
 
     @mx.compile
     def drafts(
         context: mx.array, root: mx.array, position: mx.array, history: mx.array, seed: mx.array
     ) -> list[Candidates]:
-        noise = temperature = None
+        draw = None
         if shared_noise:
-            noise = sampling.noise({"seed": seed}, position + 1, max(WIDTHS.values()), drafted)
-            temperature = mx.array(temp)
+            known = {"seed": seed, "temp": mx.array(temp)}
+            draw = sampling.draw(known, position + 1, max(WIDTHS.values()))
         found = [lookup.search(history, position, LOOKUP, LOOKUP + 2)]
         for width, depth in WIDTHS.items():
             if drafter is None:
                 break
             shape = TreeShape(width, depth, 1 + width * depth)
-            found.append(joined(beam.search(drafter, context, root, shape, temperature, noise)))
+            found.append(joined(beam.search(drafter, context, root, shape, draw)))
         return found
 
     return drafts
@@ -143,15 +144,14 @@ def _drafts(
 ) -> Iterator[dict[int, Arrays]]:
     target, drafter, text = model.target, model.drafter, [*ids, *answer]
     n = len(text)
-    kv = cache.new_cache(target.config, cache.bucket(n), target.dtype)
-    slots, positions = mx.arange(kv[0].shape[2]), mx.arange(n)
-    hidden, inner, _ = target(
-        mx.array(text), positions, slots[None] <= positions[:, None], slots, kv,
-        cache.Append(mx.array([0])), drafter.context_layers if drafter is not None else (),
-    )  # fmt: skip
-    context = hidden
+    run = Pass(new_caches(target.caches, capacity_for(n), target.dtype), mx.array([0]))
+    slots, positions = mx.arange(capacity_for(n)), mx.arange(n)
+    layers = drafter.features if drafter is not None else ()
+    context, outputs = target(
+        mx.array(text), positions, slots[None] <= positions[:, None], slots, run, layers
+    )
     if drafter is not None:
-        context = drafter.context(seen(hidden, inner))
+        context = drafter.context(Features(context, layers, outputs).of(layers))
     # One capacity for all answers of a length class, or every answer would be traced again.
     history = mx.array([*text, *[0] * (-n % 1024)], mx.int32)
     key = mx.array([seed], mx.uint32)
@@ -164,9 +164,9 @@ def _drafts(
         yield dict(zip((0, *WIDTHS), arrays, strict=False))
 
 
-def tabulate(answers: Sequence[Answer], drafter: bool) -> Prospects:
+def tabulate(answers: Sequence[Answer], drafter: bool) -> Yields:
     """Tokens per step of answers decoded with every shape; ``drafter``: also those with beams."""
-    shapes = {*prospects.shapes(drafter), *prospects.shapes(drafter=False)}
+    shapes = {*yields.shapes(drafter), *yields.shapes(drafter=False)}
     table: dict[bool, dict[tuple[int, int], dict[int, float]]] = {False: {}, True: {}}
     for shape in shapes:
         if not shape.drafts:
@@ -176,4 +176,4 @@ def tabulate(answers: Sequence[Answer], drafter: bool) -> Prospects:
             tokens = sum(len(a.tokens) for a in answers if a.sampled == sampled)
             mean = tokens / sum(walked) if walked else 1.0
             table[sampled].setdefault(beam_of(shape), {})[shape.nodes] = mean
-    return Prospects(table)
+    return Yields(table)

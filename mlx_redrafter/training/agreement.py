@@ -14,9 +14,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_redrafter import console
+from mlx_redrafter.models.batched import BatchedTarget
 
 from . import imports
-from .batched import BatchedTarget, new_cache_for
 from .shards import Conversation, read_conversations
 from .supply import Supply
 
@@ -84,7 +84,7 @@ def agreement(target: BatchedTarget, conversations: Sequence[Conversation]) -> f
     for c in conversations:
         answer = c.answer[:_TOKENS]
         tokens = np.array([[*c.prompt, *answer[:-1]]], np.int32)
-        kv = new_cache_for(target.target, *tokens.shape)
+        kv = target.caches(*tokens.shape)
         hidden, _ = target.run(tokens, 0, np.zeros(1, np.int32), kv)
         choice = mx.argmax(target.target.logits(hidden[0, len(c.prompt) - 1 :]), axis=-1)
         agreed += int((np.array(choice) == np.array(answer)).sum())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_redrafter.builtin import REPO
-from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
+from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.hub import BUILTIN
 from mlx_redrafter.models.weights import parameters, read_json, weight_files
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.models.batched import BatchedTarget
 
-from .batched import BatchedTarget
 from .shards import (
     Conversation,
     Shard,

@@ -15,17 +15,17 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_redrafter import console, hub
-from mlx_redrafter.drafters.redrafter import ReDrafterConfig
+from mlx_redrafter.drafters.recurrent import ReDrafterConfig
+from mlx_redrafter.drafters.rollout import feature_layers
 from mlx_redrafter.info import device
 from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.models.batched import BatchedTarget, Request
 from mlx_redrafter.prompts import read_prompts
 
 from . import evaluate, initialise, memory
-from .batched import BatchedTarget, Request
 from .config import TrainConfig
 from .fit import Fit
 from .progress import duration
-from .rollout import feature_layers
 from .shards import feature_bytes, record_layers, save_features, write_lines
 
 _SECONDS = 6.0  # of each measurement, about

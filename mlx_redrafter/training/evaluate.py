@@ -22,16 +22,16 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter import acceptance
 from mlx_redrafter.api import Model
-from mlx_redrafter.decoding.tree import DEFAULT, TreeShape
-from mlx_redrafter.drafters.redrafter import ReDrafter
+from mlx_redrafter.drafters import rollout
+from mlx_redrafter.drafters.recurrent import ReDrafter
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.info import machine
 from mlx_redrafter.models import Decoder
+from mlx_redrafter.models.batched import BatchedTarget, Request
 from mlx_redrafter.models.weights import read_json
 from mlx_redrafter.prompts import Prompt
+from mlx_redrafter.tree.shape import DEFAULT, TreeShape
 
-from . import rollout
-from .batched import BatchedTarget, Request
 from .shards import batched
 
 FILE = "evaluation.json"

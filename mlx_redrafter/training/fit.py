@@ -15,10 +15,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_redrafter.drafters.loading import save_drafter
-from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
+from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
+from mlx_redrafter.drafters.rollout import contexts, feature_layers, final_hidden, head_inputs
 from mlx_redrafter.models import Decoder
+from mlx_redrafter.models.batched import BatchedTarget
 
-from .batched import BatchedTarget
 from .config import TrainConfig
 from .data import Batch, Positions
 from .initialise import (
@@ -31,7 +32,6 @@ from .initialise import (
     warm_start,
 )
 from .losses import distillation, softmax
-from .rollout import contexts, feature_layers, final_hidden, head_inputs
 
 SUPPORT = 8192  # tokens that soft targets are computed on where the draft vocabulary is larger
 LOG_EVERY = 25

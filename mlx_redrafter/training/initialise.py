@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_redrafter.drafters.loading import load_drafter
-from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
+from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.weights import parameters

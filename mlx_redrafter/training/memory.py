@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
+from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.info import machine
 from mlx_redrafter.models import Decoder, DecoderConfig
+from mlx_redrafter.models.batched import ROWS_PER_PASS
 from mlx_redrafter.models.weights import parameters
 
-from .batched import ROWS_PER_PASS
 from .config import TrainConfig
 from .data import READ_TOKENS
 from .fit import SUPPORT

@@ -14,9 +14,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.conversation import render
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.models.batched import BatchedTarget, Request
 from mlx_redrafter.prompts import read_prompts
 
-from .batched import BatchedTarget, Request
 from .shards import read_lines
 
 _MARK = "\u2402MARK\u2402"

@@ -18,18 +18,18 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter import console, hub
-from mlx_redrafter.drafters.redrafter import ReDrafterConfig
+from mlx_redrafter.drafters.recurrent import ReDrafterConfig
+from mlx_redrafter.drafters.rollout import feature_layers
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.info import device
 from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.models.batched import BatchedTarget, Request
 
 from . import agreement, folder, imports, initialise, memory
 from .answers import write_shard
-from .batched import BatchedTarget, Request
 from .config import TrainConfig
 from .data import compute_features
 from .progress import Bar
-from .rollout import feature_layers
 from .shards import Shard, feature_bytes, read_conversations, record_layers, recorded_layers, shards
 from .supply import Supply
 
@@ -296,7 +296,7 @@ def evaluate(run: Run) -> None:
     """Measure the drafter live on prompts kept out of training; write plots, its model card, and
     the table of what every shape of a step yields."""
     from mlx_redrafter.api import load
-    from mlx_redrafter.decoding import prospects
+    from mlx_redrafter.budget import yields
     from mlx_redrafter.prompts import read_prompts
     from mlx_redrafter.replay.record import TEMPERATURES, record, tabulate
 
@@ -325,7 +325,7 @@ def evaluate(run: Run) -> None:
         for answer in record(model, tokenizer, some, asked.max_tokens, blind=False):
             drafts.append(answer)
             bar.add()
-    prospects.save(place / prospects.FILE, tabulate(drafts, drafter=True))
+    yields.save(place / yields.FILE, tabulate(drafts, drafter=True))
     plots.write_all(place, config.out / "fit" / "log.jsonl")
     conversations = [c for s in shards(config.out) for c in s.conversations()]
     positions = _fitted_steps(config.out) * config.batch_positions

@@ -15,10 +15,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter import console
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.models.batched import BatchedTarget, Request
 
 from . import prompts
 from .answers import POOL, plan
-from .batched import BatchedTarget, Request
 from .config import TrainConfig
 from .memory import LONGEST, wave
 from .shards import read_lines, write_lines

@@ -20,8 +20,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_redrafter.drafters.beam import BeamDrafter
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.models import Decoder
+from mlx_redrafter.tree.nodes import integers
 
 CELLS = ("sum", "elman", "gru")
 HEADS = ("own", "target")
@@ -117,8 +119,8 @@ class ResBlock(nn.Module):
         return x + nn.silu(self.linear(x))
 
 
-class ReDrafter(nn.Module):
-    """The drafter as the decode step sees it; implements ``drafters.Drafter``."""
+class ReDrafter(nn.Module, BeamDrafter):
+    """The recurrent drafter: a ``drafters.Drafter`` by beam search over itself, a ``Cell``."""
 
     def __init__(self, config: ReDrafterConfig) -> None:
         super().__init__()
@@ -145,10 +147,10 @@ class ReDrafter(nn.Module):
     def bind(self, target: Decoder) -> ReDrafter:
         """Take what is shared from the target: input embedding, and frozen output rows."""
         self._embed = target.embed
+        every = integers(range(self.config.vocab_size))
+        self._vocabulary = self.draft_vocab if self.config.draft_vocab_size else every
         if self.config.head == "target":
-            every = mx.arange(target.config.vocab_size)
-            ids = self.draft_vocab if self.config.draft_vocab_size else every
-            self._rows = target.head_rows(ids)
+            self._rows = target.head_rows(self._vocabulary)
             mx.eval(self._rows)
         if self.config.context_layers:
             self._scale = self._context_scale()
@@ -168,19 +170,19 @@ class ReDrafter(nn.Module):
         return bool(self.config.draft_vocab_size) and self.config.cell != "sum"
 
     @property
-    def context_layers(self) -> tuple[int, ...]:
+    def features(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.config.context_layers
 
     @property
-    def context_size(self) -> int:
-        return self.config.hidden_size
+    def vocabulary(self) -> mx.array:
+        return self._vocabulary
 
-    def context(self, seen: mx.array) -> mx.array:
+    def context(self, read: mx.array) -> mx.array:
         """The context layers' outputs (M, layers * D), or the final hidden states -> (M, D)."""
         if not self.config.context_layers:
-            return seen
-        rows = seen.shape[0]
-        every = seen.reshape(rows, len(self.context_norm), -1)
+            return read
+        rows = read.shape[0]
+        every = read.reshape(rows, len(self.context_norm), -1)
         normed = mx.fast.rms_norm(every, None, self.context_norm[0].eps) * self._context_scale()
         return self.context_proj(normed.reshape(rows, -1))
 
@@ -191,9 +193,9 @@ class ReDrafter(nn.Module):
 
     def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
         """(D,) -> the first state (1, D), and h or its half of the projection (1, *)."""
-        return self.begin(context[None])
+        return self.starts(context[None])
 
-    def begin(self, contexts: mx.array) -> tuple[mx.array, mx.array]:
+    def starts(self, contexts: mx.array) -> tuple[mx.array, mx.array]:
         """The same for several contexts: (R, D) -> (R, D), (R, *)."""
         fixed = self._context_half(contexts) if "input_proj" in self else contexts
         return self.first_state(contexts), fixed
@@ -255,9 +257,6 @@ class ReDrafter(nn.Module):
 
     def token_ids(self, picks: mx.array) -> mx.array:
         return mx.take(self.draft_vocab, picks) if self.config.draft_vocab_size else picks
-
-    def select(self, values: mx.array) -> mx.array:
-        return mx.take(values, self.draft_vocab) if self.config.draft_vocab_size else values
 
 
 def _parts(linear: nn.Module, x: mx.array, count: int) -> list[mx.array]:

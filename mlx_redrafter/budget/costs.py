@@ -10,18 +10,19 @@ from __future__ import annotations
 import bisect
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_redrafter import clock
-from mlx_redrafter.decoding import beam
-from mlx_redrafter.decoding.step import Bucket, make_state, nothing_pending
-from mlx_redrafter.decoding.tree import TreeShape
-from mlx_redrafter.drafters import Drafter
-from mlx_redrafter.models import Decoder, cache
+from mlx_redrafter.cache.layer import Kept, Pass, new_caches
+from mlx_redrafter.cache.slabs import capacity_for
+from mlx_redrafter.decoding.step import State, StepSpec, blank_state
+from mlx_redrafter.drafters import Ask, Drafter
+from mlx_redrafter.models import Decoder
+from mlx_redrafter.tree.shape import BEAMS, TreeShape
 
 NODES = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 WIDTHS = (1, 2, 3, 4)
@@ -31,7 +32,7 @@ _LINEAR = 0.9  # of N times one token: nothing can be gained there
 _ENOUGH = 6  # measured steps of a shape that outweigh the table
 _APART = 1.25  # two shapes' corrections: the table is no longer true
 
-Pass = Callable[[mx.array, mx.array, list[mx.array]], tuple[mx.array, list[mx.array]]]
+BarePass = Callable[[mx.array, mx.array, list[Kept]], tuple[mx.array, list[Kept]]]
 
 
 @dataclass
@@ -128,8 +129,8 @@ class Costs:
 
 def measure(
     target: Decoder,
-    drafter: Drafter | None,
-    step_function: Callable[[Bucket], Any],
+    drafters: Sequence[Drafter],
+    step_function: Callable[[StepSpec], Any],
     compiled: bool = True,
 ) -> Costs:
     """Time the parts of a step: every one ``_ROUNDS`` times in turns, the fastest counts, since
@@ -152,106 +153,108 @@ def measure(
     long = clock.fastest({n: _timed_pass(target, n, far, build) for n in ends}, 3, warm=True)
     per_token = [max(long[n] - verify[n], 0.0) / max(far - NEAR, 1) for n in ends]
     costs = Costs(verify, (per_token[0], per_token[1]))
-    if drafter is not None:
-        _measure_draft(costs, target, drafter, step_function, build)
+    if any(drafter.part == BEAMS for drafter in drafters):
+        _measure_draft(costs, target, drafters, step_function, build)
     return costs
 
 
 def _measure_draft(
-    costs: Costs, target: Decoder, drafter: Drafter, step_function: Any, build: Any
+    costs: Costs, target: Decoder, drafters: Sequence[Drafter], step_function: Any, build: Any
 ) -> None:
     widths = [w for w in WIDTHS if w <= target.config.vocab_size]
-    runs = {(w, d): _draft_levels(target, drafter, w, d, build) for w in widths for d in (1, 3)}
+    runs = {(w, d): _draft_levels(target, drafters, w, d, build) for w in widths for d in (1, 3)}
     found = clock.fastest(runs, _ROUNDS, warm=True)
     for w in widths:
         costs.draft[w] = found[w, 1], max(found[w, 3] - found[w, 1], 0.0) / 2
     shape = TreeShape(2, 2, min(5, max(costs.verify)), lookup=2)
+    shape = shape.only(drafter.part for drafter in drafters)
     if shape.nodes > 2 and shape.width in costs.draft:
         # In turns with a pass: what made the machine slower since must not count as the step's.
-        whole = _whole_step(target, drafter, shape, step_function)
+        whole = _whole_step(target, drafters, shape, step_function)
         check = _timed_pass(target, shape.nodes, NEAR, build)
         taken = clock.fastest({"whole": whole, "check": check}, _ROUNDS, True)
         slower = taken["check"] / costs.checking(shape.nodes)
         costs.rest = max(taken["whole"] / slower - costs.table(shape), 0.0)
 
 
-def bare_pass(target: Decoder) -> Pass:
+def bare_pass(target: Decoder) -> BarePass:
     """A pass over tokens that follow one another, to be compiled or not.
 
     Returns:
-        run(tokens (N,) int32, position (1,) int32 of the first, one slab per layer) -> hidden
-        (N, D), the slabs with N more rows.
+        run(tokens (N,) int32, position (1,) int32 of the first, the layers' caches) -> hidden
+        (N, D), the caches with N more rows.
     """
 
     def run(
-        tokens: mx.array, position: mx.array, kv: list[mx.array]
-    ) -> tuple[mx.array, list[mx.array]]:
-        slots = mx.arange(kv[0].shape[2], dtype=mx.int32)
+        tokens: mx.array, position: mx.array, caches: list[Kept]
+    ) -> tuple[mx.array, list[Kept]]:
+        run = Pass(caches, position)
         positions = position + mx.arange(tokens.shape[0], dtype=mx.int32)
-        mask = slots[None] <= positions[:, None]
-        hidden, _, kv = target(tokens, positions, mask, slots, kv, cache.Append(position))
-        return hidden, kv
+        capacity = run.capacity(target.caches) or tokens.shape[0]
+        slots = mx.arange(capacity, dtype=mx.int32)
+        hidden, _ = target(tokens, positions, slots[None] <= positions[:, None], slots, run)
+        return hidden, run.caches
 
     return run
 
 
-def verify_pass(target: Decoder) -> Pass:
+def verify_pass(target: Decoder) -> BarePass:
     """The same with the choice after every token, (N,) int32, in the place of the hidden states."""
     bare = bare_pass(target)
 
     def run(
-        tokens: mx.array, position: mx.array, kv: list[mx.array]
-    ) -> tuple[mx.array, list[mx.array]]:
-        hidden, kv = bare(tokens, position, kv)
-        return mx.argmax(target.logits(hidden), axis=-1).astype(mx.int32), kv
+        tokens: mx.array, position: mx.array, caches: list[Kept]
+    ) -> tuple[mx.array, list[Kept]]:
+        hidden, caches = bare(tokens, position, caches)
+        return mx.argmax(target.logits(hidden), axis=-1).astype(mx.int32), caches
 
     return run
 
 
 def _timed_pass(target: Decoder, nodes: int, position: int, build: Any) -> clock.Run:
     """The target over a chain of so many tokens."""
-    kv = cache.new_cache(target.config, cache.bucket(position + nodes), target.dtype)
+    capacity = capacity_for(position + nodes)
+    caches = new_caches(target.caches, capacity, target.dtype)
     tokens, start = mx.zeros((nodes,), mx.int32), mx.array([position], mx.int32)
     run = build(verify_pass(target))
 
     def once() -> None:
-        nonlocal kv
-        choices, kv = run(tokens, start, kv)
-        mx.eval(choices, kv)
+        nonlocal caches
+        choices, caches = run(tokens, start, caches)
+        mx.eval(choices, caches)
 
     return once
 
 
 def _draft_levels(
-    target: Decoder, drafter: Drafter, width: int, depth: int, build: Any
+    target: Decoder, drafters: Sequence[Drafter], width: int, depth: int, build: Any
 ) -> clock.Run:
+    """What the drafters of beams propose for a shape of so many levels."""
     shape = TreeShape(width, depth, 1 + width * depth)
-    context = mx.zeros((drafter.context_size,), target.dtype)
-    root = mx.zeros((1,), mx.int32)
-    run = build(lambda context, root: beam.search(drafter, context, root, shape))
-    return lambda: mx.eval(run(context, root))
+    asked = [drafter for drafter in drafters if drafter.part == BEAMS]
+    state = blank_state(target, asked, shape, NEAR, 1, history=False)
+
+    def propose(states: Any, root: mx.array, position: mx.array) -> Any:
+        ask = Ask(root, position, None, shape, None)
+        return [d.propose(s, ask) for d, s in zip(asked, states, strict=True)]
+
+    run = build(propose)
+    return lambda: mx.eval(run(state.drafts, state.root, state.position))
 
 
 def _whole_step(
-    target: Decoder, drafter: Drafter, shape: TreeShape, step_function: Any
+    target: Decoder, drafters: Sequence[Drafter], shape: TreeShape, step_function: Any
 ) -> clock.Run:
-    kv = cache.new_cache(target.config, cache.bucket(NEAR + 32), target.dtype)
-    layers = max(1, len(drafter.context_layers))
-    position = mx.array([NEAR], mx.int32)
-    state = make_state(
-        mx.zeros((1,), mx.int32),
-        mx.zeros((1, layers * target.config.hidden_size), target.dtype),
-        position,
-        kv,
-        mx.zeros((kv[0].shape[2],), mx.int32),
-        nothing_pending(kv, shape),
-    )
-    del kv
-    step = step_function(Bucket(shape, frozenset(), (), shape.nodes))
+    state = blank_state(target, drafters, shape, NEAR, capacity_for(NEAR + 32))
+    position = state.position
+    waiting = state.pending[1].shape[0] if state.pending else 0
+    step = step_function(StepSpec(shape, frozenset(), (), waiting))
 
     def once() -> None:
         nonlocal state
-        emitted, state = step({**state, "position": position}, {})
+        emitted, after = step(state._replace(position=position), {})
+        state = State(*after)
+        del after
         mx.eval(emitted, state)
 
     return once

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_redrafter import clock
-from mlx_redrafter.models import Decoder, DecoderConfig, cache
+from mlx_redrafter.cache.session import Session
+from mlx_redrafter.cache.slabs import capacity_for
+from mlx_redrafter.models import Decoder, DecoderConfig
 from mlx_redrafter.models.rope import fused_kernels
-from mlx_redrafter.prefill.reading import read
-from mlx_redrafter.prefill.session import Session
+from mlx_redrafter.prefill.reading import USUAL, read
 
-USUAL = 512
 SIZES = (128, 256, USUAL, 1024, 2048)
 LONG = 2048  # tokens to read: what the best size saves on fewer is less than measuring takes
 FAR = 2048  # tokens in the cache
@@ -75,7 +75,7 @@ def most(config: DecoderConfig, prompt: int) -> int:
     ``SIZES`` in any case."""
     if fused_kernels() and not config.attention_softcap:
         return max(SIZES)
-    return max(min(SIZES), _SCORES // (4 * config.num_heads * cache.bucket(prompt)))
+    return max(min(SIZES), _SCORES // (4 * config.num_heads * capacity_for(prompt)))
 
 
 def measure(target: Decoder) -> Chunks:
@@ -111,8 +111,8 @@ def _shallow(target: Decoder) -> Decoder:
 def _reading(target: Decoder, n: int, at: int) -> clock.Run:
     """Reads n tokens behind so many, in one pass."""
     prompt = [0] * (at + n + 1)
-    kv = cache.new_cache(target.config, cache.bucket(len(prompt)), target.dtype)
-    session = Session(prompt[:at], kv)
+    session = Session(prompt[:at])
+    session.open(target.caches, capacity_for(len(prompt)), target.dtype)
 
     def once() -> None:
         read(target, prompt, session, n)

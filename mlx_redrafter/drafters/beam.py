@@ -1,26 +1,27 @@
 """Beam search over the drafter: a trellis of candidate nodes (ReDrafter, arXiv 2403.09919, 3).
 
-Every level keeps W (parent, token) pairs. Their paths are the candidates, so every beginning is
+Every level keeps W (parent, token) pairs. Their paths are the candidates, so every prefix is
 one too, and nothing has to be de-duplicated afterwards.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_redrafter.decoding.tree import END, Candidates, TreeShape, integers
-from mlx_redrafter.drafters import Drafter
+from mlx_redrafter.drafters import Ask, Cell, Draw, Features, Verified
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models.rope import fused_kernels
+from mlx_redrafter.tree.nodes import END, Candidates, integers
+from mlx_redrafter.tree.shape import BEAMS, TreeShape
 
 # On Metal a sort of up to this many values is one dispatch; wider ones are a merge sort in many.
 SORT_WIDTH = 2048
 
 
-def mass(logits: mx.array) -> mx.array:
+def logsumexp(logits: mx.array) -> mx.array:
     """The logarithm of the sum of exponentials of every row: (R, Vd) -> (R, 1).
 
     MLX's own is one kernel on Metal; on a CPU it takes three times as long as steps that
@@ -32,7 +33,7 @@ def mass(logits: mx.array) -> mx.array:
     return top + mx.log(mx.sum(mx.exp(logits - top), axis=-1, keepdims=True))
 
 
-def least(x: mx.array, k: int) -> tuple[mx.array, mx.array]:
+def k_smallest(x: mx.array, k: int) -> tuple[mx.array, mx.array]:
     """The k smallest of every row without sorting the row, exactly.
 
     The k chunks with the smallest minima contain the k smallest values; only they are sorted.
@@ -57,9 +58,9 @@ def least(x: mx.array, k: int) -> tuple[mx.array, mx.array]:
         finite = mx.minimum(x, mx.finfo(x.dtype).max)  # so that padding is above everything
         chunks = mx.pad(finite, [(0, 0), (0, count * size - width)], constant_values=mx.inf)
     chunks = chunks.reshape(rows, count, size)
-    _, near = least(chunks.min(-1), k)  # (R, k)
+    _, near = k_smallest(chunks.min(-1), k)  # (R, k)
     inside = mx.take_along_axis(chunks, near[..., None], axis=1)  # (R, k, size)
-    _, at = least(inside.reshape(rows, k * size), k)
+    _, at = k_smallest(inside.reshape(rows, k * size), k)
     # The same as a gather, but part of the kernel that uses it.
     chunk = near[:, :1]
     for i in range(1, k):
@@ -68,45 +69,39 @@ def least(x: mx.array, k: int) -> tuple[mx.array, mx.array]:
     return mx.take_along_axis(x, index, axis=-1), index
 
 
-Noise = Callable[[int], mx.array]
-"""What the draw at a level adds to the logits of the draft vocabulary: level -> (Vd,)."""
-
-
 def search(
-    drafter: Drafter,
+    cell: Cell,
     context: mx.array,
     root: mx.array,
     shape: TreeShape,
-    temperature: mx.array | None = None,
-    noise: Noise | None = None,
+    draw: Draw | None = None,
 ) -> list[Candidates]:
     """Propose ``W * L`` candidates.
 
-    With noise the drafter searches for the very draw that the target will make: its logits, at
+    With a draw the drafter searches for the very tokens that the target will draw: its logits, at
     the target's temperature, get the noise that the target's will get at the same position. A
     cost is minus the log-softmax of these perturbed values, summed along the path.
 
     Args:
-        drafter: see :class:`~mlx_redrafter.drafters.Drafter`.
+        cell: see :class:`~mlx_redrafter.drafters.Cell`.
         context: (Dc,) the drafter's context of this step.
         root: (1,) int32.
         shape: width ``W``, depth ``L`` and candidate mode.
-        temperature: scalar array, None for greedy.
-        noise: for the positions after the root, None for greedy.
+        draw: of the positions after the root, None for greedy.
 
     Returns:
         The root, then W candidates per level.
     """
     width, columns = shape.width, shape.longest + 2
     place = integers(range(columns)).reshape(1, -1)
-    state, fixed = drafter.start(context)
+    state, fixed = cell.start(context)
     costs = mx.array([0.0])
     paths = mx.where(place == integers([0]), root, END)
     levels = [Candidates(paths, costs, (0,))]
     parents, picks = integers([0]), root
     above: list[mx.array] = []  # the beam that each beam of a level goes on from
     for level in range(shape.depth):
-        step = drafter.follow if level else drafter.step
+        step = cell.follow if level else cell.step
         logits, state = step(picks, state, fixed)  # (R, Vd), R = 1 at the first level
         logits = logits.astype(mx.float32)
         if width > logits.shape[-1]:
@@ -114,15 +109,15 @@ def search(
                 f"beam width {width} is more than the drafter's {logits.shape[-1]} tokens: "
                 "use a smaller width"
             )
-        if noise is not None and temperature is not None:
-            logits = logits / temperature + noise(level)
+        if draw is not None:
+            logits = logits / draw.temperature + draw.noise(level, cell.vocabulary)
         if width == 1:
-            # Rounding must not make a longer path cheaper than its beginning.
-            costs = costs + mx.maximum(mass(logits) - mx.max(logits, axis=-1), 0.0).reshape(-1)
+            # Rounding must not make a longer path cheaper than its prefix.
+            costs = costs + mx.maximum(logsumexp(logits) - mx.max(logits, axis=-1), 0.0).reshape(-1)
             picks = mx.argmax(logits, axis=-1).view(mx.int32)
         else:
-            joint = mx.maximum(mass(logits) - (logits - costs[:, None]), costs[:, None])
-            best, index = least(joint.reshape(1, -1), width)
+            joint = mx.maximum(logsumexp(logits) - (logits - costs[:, None]), costs[:, None])
+            best, index = k_smallest(joint.reshape(1, -1), width)
             costs, size = best.reshape(-1), logits.shape[-1]
             pairs = mx.where(mx.array([[True], [False]]), index // size, index % size)  # (2, W)
             parents, picks = _row(pairs, 0), _row(pairs, 1)
@@ -130,7 +125,7 @@ def search(
             state, paths = (
                 mx.take(x, parents, axis=0) if x.shape[0] > 1 else x for x in (state, paths)
             )
-        tokens = drafter.token_ids(picks).reshape(-1, 1)
+        tokens = cell.token_ids(picks).reshape(-1, 1)
         paths = mx.where(place == integers([level + 1]), tokens, paths)
         levels.append(Candidates(paths, costs, (level + 1,) * width))
         above.append(parents)
@@ -151,3 +146,30 @@ def _row(x: mx.array, i: int) -> mx.array:
     """x[i] as a view, where indexing with a number is a gather."""
     i %= x.shape[0]
     return x[i : i + 1].reshape(-1)
+
+
+class SearchingCell(Cell, Protocol):
+    """A cell, and which layers its context is made of."""
+
+    features: tuple[int, ...]
+
+
+class BeamDrafter:
+    """A drafter that searches with a cell of its own. It keeps nothing between steps but what it
+    reads of the position that predicted the root; see `drafters.Drafter`."""
+
+    part = BEAMS
+    features: tuple[int, ...] = ()
+
+    def begin(self: SearchingCell, read: Features) -> mx.array:
+        """(1, *): what it reads of the last position."""
+        return read.of(self.features)
+
+    def propose(self: SearchingCell, state: mx.array, ask: Ask) -> list[Candidates]:
+        context = self.context(state)[0]
+        levels = search(self, context, ask.root, ask.shape, ask.draw)
+        return levels[-1:] if ask.shape.one_path else levels
+
+    def commit(self: SearchingCell, state: mx.array, done: Verified) -> mx.array:
+        read = done.read.of(self.features)
+        return mx.take(read, done.last, axis=0) if done.tree.tokens.shape[0] > 1 else read

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_redrafter.drafters import seen
-from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
+from mlx_redrafter.drafters import Features
+from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.models import Decoder
 
 
@@ -22,10 +22,9 @@ def final_hidden(target: Decoder, features: mx.array) -> mx.array:
 def contexts(drafter: ReDrafter, target: Decoder, features: mx.array) -> mx.array:
     """features (R, L, D) -> the drafter's contexts (R, D)."""
     layers = feature_layers(target, drafter.config)
-    inner = tuple(
-        features[:, layers.index(i)].astype(target.dtype) for i in drafter.config.context_layers
-    )
-    return drafter.context(seen(final_hidden(target, features), inner))
+    inner = tuple(features[:, i].astype(target.dtype) for i in range(len(layers)))
+    read = Features(final_hidden(target, features), layers, inner)
+    return drafter.context(read.of(drafter.features))
 
 
 def head_inputs(
@@ -67,7 +66,7 @@ def logits(drafter: ReDrafter, context: mx.array, tokens: mx.array) -> list[mx.a
 
     context (R, D), tokens (R, K) -> K arrays (R, Vd): what follows the k-th token.
     """
-    state, fixed = drafter.begin(context)
+    state, fixed = drafter.starts(context)
     result = []
     for k in range(tokens.shape[1]):
         out, state = drafter.step(tokens[:, k], state, fixed)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.errors import DrafterError
+from mlx_redrafter.tree.shape import TreeShape
 
-FILE = "prospects.json"
+FILE, OLD_FILE = "yields.json", "prospects.json"
 LOOKUP = 7  # drafts from the text cost next to nothing and are always among the candidates
 BEAMS = ((0, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (2, 4), (3, 2), (3, 3), (3, 4),
          (4, 3), (4, 5))  # fmt: skip
@@ -24,7 +24,7 @@ KINDS = {"greedy": False, "sampled": True}
 
 
 @dataclass(frozen=True)
-class Prospects:
+class Yields:
     """Tokens per step by beam (width, depth) and nodes, greedy and sampled.
 
     ``table[sampled][width, depth][nodes]``, lookup included.
@@ -61,18 +61,19 @@ def shapes(drafter: bool) -> list[TreeShape]:
     return found
 
 
-def save(file: Path, table: Prospects) -> None:
+def save(file: Path, table: Yields) -> None:
     file.write_text(json.dumps(table.as_dict(), indent=1, sort_keys=True) + "\n")
 
 
-def load(folder: Path | None) -> Prospects:
+def load(folder: Path | None) -> Yields:
     """Those of a drafter's folder, or the built-in model's.
 
     Raises:
         DrafterError: a file that cannot be read.
     """
     usual = Path(__file__).parent.parent / "assets" / FILE
-    file = folder / FILE if folder is not None and (folder / FILE).is_file() else usual
+    own = [folder / name for name in (FILE, OLD_FILE)] if folder is not None else []
+    file = next((path for path in own if path.is_file()), usual)
     try:
         stored = json.loads(file.read_text())
         table = {
@@ -87,7 +88,7 @@ def load(folder: Path | None) -> Prospects:
             f"{file} cannot be read ({type(error).__name__}): delete it, or make it again "
             "(python -m mlx_redrafter.replay)"
         ) from None
-    return Prospects(table)
+    return Yields(table)
 
 
 def _beam(name: str) -> tuple[int, int]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_redrafter.decoding.tree import END, DraftTree, integers
+from mlx_redrafter.tree.nodes import END, DraftTree, integers
 
 
-def walk(tree: DraftTree, choices: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def accept(tree: DraftTree, choices: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """The longest branch that the target would have written itself.
 
     Args:

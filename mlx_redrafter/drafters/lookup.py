@@ -9,7 +9,9 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_redrafter.decoding.tree import END, NEVER, Candidates, beginnings, integers
+from mlx_redrafter.drafters import Ask, Features, Verified
+from mlx_redrafter.tree.nodes import END, FILLER, Candidates, integers, prefixes
+from mlx_redrafter.tree.shape import TEXT
 
 # How often the first token, and each one after a right one, is right, by the tokens that match:
 # answers of the built-in model, greedy and sampled (docs/decisions.md).
@@ -17,6 +19,28 @@ _FIRST = (0.17, 0.48, 0.56, 0.80)
 _NEXT = (0.60, 0.68, 0.74, 0.88)
 LONGEST = len(_FIRST)
 _FARTHEST = 1 << 28  # beyond every position; not the capacity, which would be in a kernel's source
+
+
+class Lookup:
+    """Drafts from the text itself; a `drafters.Drafter` that every model has and that keeps
+    nothing: the step's history is all it reads."""
+
+    part = TEXT
+    features = None
+
+    def begin(self, read: Features) -> tuple[()]:
+        return ()
+
+    def propose(self, state: tuple[()], ask: Ask) -> list[Candidates]:
+        assert ask.history is not None, "the step keeps the tokens where somebody reads them"
+        columns = ask.shape.longest + 2
+        if ask.shape.one_path:
+            path = follow(ask.history, ask.position, columns)[0]
+            return [Candidates(path[None], mx.array([0.0]), (ask.shape.lookup,))]
+        return [search(ask.history, ask.position, ask.shape.lookup, columns)]
+
+    def commit(self, state: tuple[()], done: Verified) -> tuple[()]:
+        return ()
 
 
 def search(history: mx.array, position: mx.array, length: int, columns: int) -> Candidates:
@@ -36,12 +60,12 @@ def search(history: mx.array, position: mx.array, length: int, columns: int) -> 
     """
     path, size = follow(history, position, columns)
     costs = mx.take(_costs(length, columns - 1), size, axis=0).reshape(-1)
-    return Candidates(beginnings(path), costs, tuple(range(columns - 1)))
+    return Candidates(prefixes(path), costs, tuple(range(columns - 1)))
 
 
 def follow(history: mx.array, position: mx.array, columns: int) -> tuple[mx.array, mx.array]:
     """The root and what stood behind the match: path (columns,), which ends with END, or goes on
-    with NEVER where nothing matched; how many tokens matched (1,)."""
+    with FILLER where nothing matched; how many tokens matched (1,)."""
     capacity = history.shape[0]
     slots = integers(range(LONGEST - 1, capacity))  # matches that end earlier are let go
     last = mx.take(history, mx.maximum(position - integers(range(LONGEST)), 0))
@@ -59,7 +83,7 @@ def follow(history: mx.array, position: mx.array, columns: int) -> tuple[mx.arra
     # The root is where it is; the first draft stands behind the match, and so on.
     ahead = best + 1 + (place - 1) % mx.maximum(position - best, 1)
     path = mx.take(history, mx.where(place > 0, ahead, position))
-    path = mx.where((size > 0) | (place < 1), path, NEVER)
+    path = mx.where((size > 0) | (place < 1), path, FILLER)
     return mx.where(place == integers([columns - 1]), END, path), size
 
 

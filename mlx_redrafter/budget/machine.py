@@ -1,0 +1,181 @@
+"""What steps and prompt chunks cost on this machine: measured at first use, kept on disk; the
+choices made of it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+
+from mlx_redrafter import blas, hub
+from mlx_redrafter.budget import chunks, yields
+from mlx_redrafter.budget.automatic import Automatic, contenders
+from mlx_redrafter.budget.chunks import Chunks
+from mlx_redrafter.budget.costs import Costs, measure
+from mlx_redrafter.decoding.engine import Engine
+from mlx_redrafter.models import Decoder
+from mlx_redrafter.prefill.reading import USUAL
+from mlx_redrafter.tree.shape import BEAMS, TreeShape
+
+Say = Callable[[str], None]
+T = TypeVar("T")
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+@dataclass
+class Budget:
+    """What was measured for one model on this machine, and what follows from it.
+
+    Args:
+        engine: whose steps are chosen.
+        target: the engine's.
+        folder: of the model; its configuration is part of what the figures depend on.
+        drafter_folder: of the trained drafter, if there is one.
+    """
+
+    engine: Engine
+    target: Decoder
+    folder: Path
+    drafter_folder: Path | None = None
+    _costs: Costs | None = None
+    _chunks: Chunks | None = None
+
+    @property
+    def shapes(self) -> list[TreeShape]:
+        """All that may be chosen for this model, plain decoding first."""
+        return yields.shapes(any(drafter.part == BEAMS for drafter in self.engine.drafters))
+
+    def policy(self, sampled: bool) -> Automatic:
+        """The choice of shapes for one answer; measures the machine if nobody has yet.
+
+        Args:
+            sampled: whether the answer is drawn at a temperature.
+
+        Raises:
+            DrafterError: the drafter's table of yields cannot be read.
+        """
+        known, table = self.costs(), _yields(self.drafter_folder)
+
+        def tokens(shape: TreeShape) -> float:
+            return table.tokens(shape, sampled)
+
+        def seconds(shape: TreeShape, position: int) -> float:
+            return known.seconds(shape, position, sampled)
+
+        def learn(shape: TreeShape, position: int, passed: float) -> None:
+            known.learn(shape, position, sampled, passed)
+
+        return Automatic(contenders(self.shapes, tokens, known.table), tokens, seconds, learn)
+
+    def costs(self, say: Say = _silent, again: bool = False) -> Costs:
+        """Those of this process, else of an earlier one, else measured now, which ``say`` is told
+        in a line, as it takes a few seconds.
+
+        Where running steps contradict the table, what is kept of it is thrown away: this process
+        goes by the steps, the next one measures again.
+        """
+        if self._costs is not None and not again:
+            if self._costs.drifted:
+                with contextlib.suppress(OSError):
+                    _file(self.conditions()).unlink(missing_ok=True)
+            return self._costs
+        facts, engine = self.conditions(), self.engine
+        found = None if again else _read(_file(facts), Costs.from_dict)
+        if found is None:
+            say("measuring what drafting costs on this machine (once, a few seconds) ...")
+            found = measure(self.target, engine.drafters, engine.step_function, engine.compiled)
+            _write(_file(facts), {**facts, **found.as_dict()})
+        self._costs = found
+        return found
+
+    def step_size(self, prompt: int, cached: int = 0) -> int:
+        """How many tokens of a prompt to read in one pass, where nobody says it.
+
+        Measures at the first prompt that is long enough to gain by it. Drafted or plain it is the
+        same size: it depends on the prompt, what of it is cached, and the machine.
+        """
+        most = chunks.most(self.target.config, prompt)
+        if prompt - cached <= chunks.LONG:
+            return min(USUAL, most)
+        return self.chunks().size(cached, prompt, most)
+
+    def chunks(self, say: Say = _silent, again: bool = False) -> Chunks:
+        """What sizes of a prompt's chunks cost; kept as :meth:`costs` are, beside them."""
+        if self._chunks is not None and not again:
+            return self._chunks
+        facts = {name: fact for name, fact in self.conditions().items() if name != "drafter"}
+        file = _file({**facts, "of": "chunks"})
+        found = None if again else _read(file, Chunks.from_dict)
+        if found is None:
+            say("measuring what size of a prompt's chunks is best (once, a few seconds) ...")
+            found = chunks.measure(self.target)
+            _write(file, {**facts, **found.as_dict()})
+        self._chunks = found
+        return found
+
+    def conditions(self) -> dict[str, Any]:
+        """Everything that the figures depend on."""
+        info = mx.device_info()
+        drafter = self.drafter_folder
+        return {
+            "machine": f"{info.get('device_name', platform.machine())}, {os.cpu_count()} cores",
+            "device": str(mx.default_device()),
+            "threads": [os.environ.get(name, "") for name in _THREADS],
+            "mlx": version("mlx"),
+            "blas": blas.status().name,
+            "compiled": self.engine.compiled,
+            "dtype": str(self.target.dtype),
+            "model": _digest(self.folder / "config.json"),
+            "drafter": _digest(drafter / "config.json") if drafter else None,
+        }
+
+
+def _file(facts: dict[str, Any]) -> Path:
+    from mlx_redrafter import __version__
+
+    text = json.dumps({**facts, "program": __version__}, sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hub.cache_dir() / "costs" / f"{key}.json"
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
+
+
+@functools.cache
+def _yields(folder: Path | None) -> yields.Yields:
+    return yields.load(folder)
+
+
+def _read(file: Path, parse: Callable[[Any], T]) -> T | None:
+    """None where there is nothing that can be used: then it is measured."""
+    try:
+        return parse(json.loads(file.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all; without a place to keep it, it is measured the next time too."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as part:
+            part.write(json.dumps(content, indent=1) + "\n")
+        os.replace(part.name, file)
+    except OSError:
+        return

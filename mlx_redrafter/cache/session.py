@@ -1,0 +1,109 @@
+"""What is kept of a conversation, and how it was read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from mlx_redrafter.cache.layer import Kept, LayerCache, grown, new_caches
+
+BETWEEN_SNAPSHOTS = 512  # tokens of a prompt
+UNKNOWN = -1  # a stand, while a step is in flight
+
+
+@dataclass
+class Session:
+    """The layers' caches of a conversation and the tokens that are in them.
+
+    Give the same session to the next request: the prefix that both prompts share is not read
+    again. Not to be used by two requests at a time.
+
+    ``tag`` names the sparse prefill that read it from position ``sparse_from`` on; it is empty
+    where everything was read densely. ``stand`` is how many tokens the layers that cannot be cut
+    anywhere hold, and ``snapshots`` are those layers' arrays at earlier stands.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    caches: list[Kept] = field(default_factory=list)
+    tag: str = ""
+    sparse_from: int = 0
+    kinds: Sequence[LayerCache] = ()
+    stand: int = 0
+    snapshots: dict[int, dict[int, Kept]] = field(default_factory=dict)
+
+    def open(self, kinds: Sequence[LayerCache], capacity: int, dtype: mx.Dtype) -> Session:
+        """Make the caches of a model, or room in those that are there; itself."""
+        self.kinds = kinds
+        if not self.caches:
+            self.caches = new_caches(kinds, capacity, dtype)
+            self.mark()
+        else:
+            self.caches = grown(kinds, self.caches, capacity)
+        return self
+
+    def take(self) -> list[Kept]:
+        """The caches, for a pass that writes into them: they must have no other owner."""
+        caches, self.caches = self.caches, []
+        return caches
+
+    def holds(self, tokens: Sequence[int], caches: list[Kept], stand: int) -> None:
+        """What an answer left behind, which is cut to what every layer can give."""
+        self.tokens[:], self.caches, self.stand = tokens, caches, stand
+        self.trim(len(tokens))
+        self.mark()
+
+    def mark(self) -> None:
+        """Take a snapshot of the layers that could not be brought back here otherwise."""
+        kept = {i: self.caches[i] for i in self._fixed()}
+        if kept:
+            self.snapshots[self.stand] = kept
+
+    def trim(self, length: int) -> None:
+        """Forget everything from position ``length`` on, and more where a layer can only go back to
+        a snapshot."""
+        length = self._stand_at(min(length, len(self.tokens)))
+        del self.tokens[length:]
+        if length <= self.sparse_from:
+            self.tag, self.sparse_from = "", 0
+
+    def clear(self) -> None:
+        self.tokens.clear()
+        self.caches, self.snapshots, self.stand = [], {}, 0
+        self.tag, self.sparse_from = "", 0
+
+    def keep_shared(self, prompt: Sequence[int], tag: str) -> None:
+        """Forget what does not serve a request."""
+        self.trim(self.shared(prompt, tag))
+
+    def shared(self, prompt: Sequence[int], tag: str) -> int:
+        """Tokens that serve a request: the prompt begins with them, and they were not read by
+        another sparse prefill. What was read densely serves every request."""
+        # The drafter needs the hidden state before the root: one token is always read.
+        limit = max(0, min(len(self.tokens), len(prompt) - 2))
+        if self.tag not in ("", tag):
+            limit = min(limit, self.sparse_from)
+        pairs = zip(self.tokens[:limit], prompt, strict=False)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), limit)
+
+    def read_sparsely(self, tag: str, start: int) -> None:
+        """Note that position ``start`` and what follows is about to be read so."""
+        if not self.tag:
+            self.tag, self.sparse_from = tag, start
+
+    def _fixed(self) -> list[int]:
+        """The layers that cannot be cut anywhere."""
+        return [i for i, kind in enumerate(self.kinds) if not kind.cuts_anywhere]
+
+    def _stand_at(self, length: int) -> int:
+        """Bring every layer to one number of tokens, at most ``length``: that number."""
+        fixed = self._fixed()
+        if not fixed or length == self.stand:
+            return length
+        stand = max(n for n in self.snapshots if n <= length)
+        self.snapshots = {n: kept for n, kept in self.snapshots.items() if n <= stand}
+        for i in fixed:
+            self.caches[i] = self.snapshots[stand][i]
+        self.stand = stand
+        return stand

@@ -1,0 +1,71 @@
+"""Key/value slabs of fixed capacity: one array per layer, written in place.
+
+A slab is (1, 2*Hkv, C, Dh): keys in the first Hkv heads, values in the rest. MLX writes into the
+old buffer when nobody else holds it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_redrafter.cache.layer import Pass
+
+_STEP = 128
+
+
+def capacity_for(n: int) -> int:
+    """The smallest capacity >= n: steps of 128 up to 2048, then an eighth of the power below.
+
+    A capacity is one more graph to trace (10 ms for 30 layers), but an empty slot is read by every
+    pass: for a tree of 8 nodes on a CPU 128 of them cost 3 ms.
+    """
+    step = max(_STEP, (1 << max(0, (n - 1).bit_length() - 1)) // 8)
+    return max(1, -(-n // step)) * step
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Keys and values of every token, by position. A `cache.layer.LayerCache`.
+
+    Args:
+        heads: ``2*Hkv``.
+        size: ``Dh``.
+    """
+
+    heads: int
+    size: int
+    in_place = True
+    cuts_anywhere = True  # what lies behind the cut is masked, and written again
+
+    def empty(self, capacity: int, dtype: mx.Dtype, rows: int = 1) -> mx.array:
+        """Zeros: a masked slot still enters 0 x value."""
+        return mx.zeros((rows, self.heads, capacity, self.size), dtype)
+
+    def grow(self, kept: mx.array, capacity: int) -> mx.array:
+        """A copy with zero rows added up to the capacity; no copy if it has that already."""
+        more = capacity - kept.shape[2]
+        return mx.pad(kept, [(0, 0), (0, 0), (0, more), (0, 0)]) if more > 0 else kept
+
+    def capacity(self, kept: mx.array) -> int:
+        return kept.shape[2]
+
+    def nothing(self, kept: mx.array, nodes: int) -> mx.array:
+        return mx.zeros((1, self.heads, nodes, self.size), kept.dtype)
+
+    def commit(
+        self, kept: mx.array, pending: mx.array, slots: mx.array, position: mx.array
+    ) -> mx.array:
+        """Rows (1, 2*Hkv, N', Dh) go to their slots; those that were not accepted share one that
+        nobody reads before it is written again. Only this pass's update reads the result: a buffer
+        that attention in flight still reads would be copied."""
+        return mx.put_along_axis(kept, slots[None, None, :, None], pending, axis=2)
+
+    def extend(
+        self, kept: mx.array, rows: mx.array, to: Pass
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Rows (1, 2*Hkv, N, Dh) to the N slots from the pass's position on."""
+        rows = rows.astype(kept.dtype)
+        slab = mx.slice_update(kept, rows, to.position, axes=(2,))
+        return slab, rows, slab

@@ -1,0 +1,63 @@
+"""What is asked of an engine: one prompt, and everything that its answer depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mlx_redrafter.cache.session import Session
+from mlx_redrafter.decoding.policy import Policy
+from mlx_redrafter.decoding.sampling import SamplingParams
+from mlx_redrafter.errors import OptionError
+from mlx_redrafter.models import DecoderConfig
+from mlx_redrafter.prefill.config import SparsePrefill
+from mlx_redrafter.prefill.reading import USUAL, Progress
+from mlx_redrafter.stats import DraftStats
+from mlx_redrafter.tree.shape import TreeShape
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to answer.
+
+    Args:
+        prompt: token ids.
+        shape: of every step, or what chooses it.
+        max_tokens: the longest answer; it ends with the context too.
+        session: what is known of the prompt already, and will be of the answer.
+        stats: where steps are counted.
+        step_size: prompt tokens of a pass.
+        progress: called with (tokens read, tokens in the prompt).
+        sparse_prefill: how the prompt is read; every step attends to all of it.
+    """
+
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    shape: TreeShape | Policy
+    max_tokens: int
+    session: Session = field(default_factory=Session)
+    stats: DraftStats = field(default_factory=DraftStats)
+    step_size: int = USUAL
+    progress: Progress | None = None
+    sparse_prefill: SparsePrefill | None = None
+
+    def room(self, config: DecoderConfig) -> int:
+        """How many tokens may be produced.
+
+        Raises:
+            OptionError: empty prompt, a token outside the vocabulary, a prompt that fills the
+                context.
+        """
+        if not self.prompt:
+            raise OptionError("the prompt is empty: give at least one token of text")
+        vocab, limit = config.vocab_size, config.max_positions
+        if not all(0 <= t < vocab for t in self.prompt):
+            raise OptionError(f"the prompt holds a token outside the model's vocabulary of {vocab}")
+        if self.max_tokens < 1:
+            raise OptionError(f"max_tokens {self.max_tokens} is not possible: use 1 or more")
+        if len(self.prompt) >= limit:
+            raise OptionError(
+                f"the prompt has {len(self.prompt)} tokens and the model's context {limit}: "
+                "shorten the prompt, or use a model with a longer context"
+            )
+        return min(self.max_tokens, limit - len(self.prompt))

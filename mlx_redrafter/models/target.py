@@ -1,0 +1,47 @@
+"""What decoding needs of a model that it checks drafts with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import mlx.core as mx
+
+from mlx_redrafter.cache.layer import LayerCache, Pass
+
+from .config import DecoderConfig
+from .decoder import Functions
+
+
+class Target(Protocol):
+    """A model whose layers remember what `caches` says; `Decoder` is the usual one."""
+
+    @property
+    def config(self) -> DecoderConfig: ...
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of the activations."""
+        ...
+
+    @property
+    def caches(self) -> Sequence[LayerCache]:
+        """What each layer remembers."""
+        ...
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        positions: mx.array,
+        mask: mx.array,
+        key_positions: mx.array,
+        caches: Pass,
+        layers: Sequence[int] = (),
+        functions: Functions = ...,
+    ) -> tuple[mx.array, tuple[mx.array, ...]]:
+        """Run N tokens; see :meth:`Decoder.__call__`."""
+        ...
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """hidden (M, D) -> (M, V)."""
+        ...
