@@ -130,12 +130,12 @@ def _read(
     try:
         hidden, outputs = target(*inputs, caches, layers, functions)
         found = Features(hidden[-1:], tuple(layers), tuple(x[-1:] for x in outputs))
-        mx.eval(found.hidden, found.outputs, caches.caches)
+        session.caches = caches.caches  # before they are written: the old ones need no owner
+        mx.eval(found.hidden, found.outputs, session.caches)
     except BaseException:
         if sparse is not None:
             session.clear()  # some of its slabs are gone
         raise
-    session.caches = caches.caches
     session.tokens.extend(chunk)
     session.stand = len(session.tokens)
     if session.stand % BETWEEN_SNAPSHOTS == 0:
