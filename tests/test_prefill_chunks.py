@@ -16,10 +16,10 @@ from prefill_cases import MODES
 
 from mlx_redrafter import clock, tune
 from mlx_redrafter.api import Model
+from mlx_redrafter.budget import chunks
 from mlx_redrafter.budget.chunks import SIZES, USUAL, Chunks, most
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.models.attention import attend
-from mlx_redrafter.prefill import chunks
 
 FLAT = dict.fromkeys(SIZES, 1e-4)
 

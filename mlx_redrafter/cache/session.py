@@ -99,8 +99,10 @@ class Session:
     def _stand_at(self, length: int) -> int:
         """Bring every layer to one number of tokens, at most ``length``: that number."""
         fixed = self._fixed()
-        if not fixed or length == self.stand:
+        if not fixed:
             return length
+        if 0 <= self.stand <= length:
+            return self.stand
         stand = max(n for n in self.snapshots if n <= length)
         self.snapshots = {n: kept for n, kept in self.snapshots.items() if n <= stand}
         for i in fixed:
