@@ -23,7 +23,7 @@ from mlx_redrafter.errors import OptionError
 from mlx_redrafter.info import device
 from mlx_redrafter.models import Decoder, load_model
 
-from . import agreement, folder, imports, initialise, memory
+from . import agreement, dates, folder, imports, initialise, memory
 from .answers import write_shard
 from .batched import BatchedTarget, Request
 from .config import TrainConfig
@@ -98,6 +98,7 @@ def open_run(
     run = Run(config, target, tokenizer, evaluating or Evaluating())
     if before != config:
         folder.write(config)
+    dates.settle(tokenizer, folder.began(config.out))
     return run
 
 
@@ -313,6 +314,7 @@ def evaluate(run: Run) -> None:
     # Loaded anew with its drafter; the run's own copy would double the memory.
     run.forget()
     model, tokenizer = load(config.model, str(place))
+    dates.settle(tokenizer, folder.began(config.out))
     chosen = read_prompts(count=asked.prompts)
     with Bar("evaluation", measuring.answers(len(chosen)), "answers") as bar:
         result = measuring.evaluate(
