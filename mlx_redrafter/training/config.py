@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def from_mapping(values: dict[str, Any], source: str) -> TrainConfig:
     for name, value in values.items():
         default, kind = getattr(config, name), known[name].type
         if value is not None and "Path" in str(kind):
-            value = Path(str(value))
+            value = Path(os.path.expanduser(str(value)))
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         elif value is not None and type(value) is not _type(name, default):
