@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -137,6 +138,9 @@ def _refuse_revision(name: str, revision: str | None) -> None:
 
 
 def _checked_folder(path: Path) -> Path:
+    if path.is_file() and path.suffix == ".gguf":
+        words = ["mlx-redrafter", "convert", str(path), "--out", str(path.with_suffix(""))]
+        raise HubError(f"{path} is a file in GGUF; make a folder of it first: {shlex.join(words)}")
     if not path.is_dir():
         raise HubError(f"{path} is a file; give the folder that holds config.json and the weights.")
     if not (path / "config.json").is_file():

@@ -227,6 +227,42 @@ def test_the_fit_alone_takes_answers_into_a_new_folder(
     assert last == f"wrote {out / 'drafter'}; use it: {use}"
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("my model.gguf", "convert 'TMP/my model.gguf' --out 'TMP/my model'"),
+        ("mamba", "model_type 'mamba' is not supported"),
+        ("fails", "chat template fails on a user message"),
+        ("none", "There is no folder"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_for_is_one_line(
+    tmp_path: Path, name: str, says: str
+) -> None:
+    (tmp_path / "my model.gguf").write_bytes(b"GGUF" + bytes(100))
+    write_chat_model(tmp_path / "fails", "{{ messages.nothing.at_all }}")
+    write_chat_model(tmp_path / "mamba")
+    config = json.loads((tmp_path / "mamba" / "config.json").read_text())
+    (tmp_path / "mamba" / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    arguments = ["train", "-m", str(tmp_path / name), "-o", str(tmp_path / "run")]
+    result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "1000"})
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert says.replace("TMP", str(tmp_path)) in result.stderr
+
+
+@pytest.mark.slow
+def test_a_base_model_gets_a_drafter_too(tmp_path: Path) -> None:
+    model, out = write_chat_model(tmp_path / "base", template=None), tmp_path / "run"
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
+    options += ["--eval-prompts", "1", "--eval-tokens", "4", "--prompt-tokens", "8"]
+    result = CliRunner().invoke(cli.app, ["train", "-m", str(model), "-o", str(out), *options])
+    assert result.exit_code == 0, result.stderr
+    use = "mlx-redrafter generate 'Once upon a time' --raw --model"
+    assert result.stderr.splitlines()[-1].endswith(f"kept it for this model; use it: {use} {model}")
+    card = (out / "drafter" / "README.md").read_text()
+    assert f"\n{use} base --drafter run/drafter\n" in card and "no chat template" in card
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path, model: Path) -> None:
     with folder.alone(tmp_path):
         result = CliRunner().invoke(cli.app, ["train", "-m", str(model), "-o", str(tmp_path)])
@@ -241,7 +277,10 @@ def test_a_run_that_could_not_begin_leaves_no_options_behind(tmp_path: Path, mod
 
 
 @pytest.mark.slow
-def test_one_command_makes_a_drafter_from_nothing_but_a_model(tmp_path: Path, model: Path) -> None:
+def test_one_command_makes_a_drafter_from_nothing_but_a_model(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_REDRAFTER_DATA", str(tmp_path / "data"))
     out = tmp_path / "run"
     options = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
     arguments = ["train", "-m", str(model), "-o", str(out), *options]

@@ -122,7 +122,7 @@ def render(
         f"## Commands\n\nMade by\n\n{_code(made_by)}\n\nMeasured by\n\n{_code(measured_by)}\n\n"
         f"Paths on this page are relative to the folder in which this drafter is `{place}`.",
         f"## Conditions\n\n{_conditions(found['conditions'])}",
-        f"## Limits\n\n{_limits(model, config, found['conditions'])}",
+        f"## Limits\n\n{_limits(model, config, found['conditions'], chats)}",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -260,12 +260,13 @@ def _conditions(facts: Mapping[str, Any]) -> str:
     return _table(["", ""], rows)
 
 
-def _limits(model: str, config: TrainConfig, facts: Mapping[str, Any]) -> str:
+def _limits(model: str, config: TrainConfig, facts: Mapping[str, Any], chats: bool) -> str:
     bits = f"{facts['model_bits']}-bit weights" if facts.get("model_bits") else "these weights"
     own = config.system_prompt is not None
     prompt = "the system prompt of the configuration" if own else "no system prompt of one's own"
+    asked = f"its chat template and {prompt}" if chats else "no chat template"
     lines = [
-        f"For exactly this model: {model} with {bits}, its chat template and {prompt}. With a "
+        f"For exactly this model: {model} with {bits}, {asked}. With a "
         "fine-tune, another quantisation or another template the text stays right, for every "
         "draft is checked, but fewer drafts are accepted.",
         f"Measured{' without that system prompt,' * own} on answers of at most "
