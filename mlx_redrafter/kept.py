@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -61,8 +62,6 @@ def keep(drafter: Path, name: str, weights: str, run: Path, began: datetime) -> 
 
     Returns its folder there. Raises HubError: the data folder cannot be written.
     """
-    folder = data_dir() / "drafters" / f"{_safe(name)}-{weights[:_SHORT]}"
-    place = folder / f"{began:%Y%m%d-%H%M%S}-{_safe(run.name)}"
     facts = {
         "model": name,
         "weights": weights,
@@ -71,6 +70,8 @@ def keep(drafter: Path, name: str, weights: str, run: Path, began: datetime) -> 
         "run": str(run.absolute()),
     }
     try:
+        folder = data_dir() / "drafters" / f"{_safe(name)}-{weights[:_SHORT]}"
+        place = folder / f"{began:%Y%m%d-%H%M%S}-{_safe(run.name)}"
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new:
             shutil.copytree(drafter, Path(new, "new"), ignore=shutil.ignore_patterns("*.partial"))
@@ -78,8 +79,8 @@ def keep(drafter: Path, name: str, weights: str, run: Path, began: datetime) -> 
             if place.exists():
                 place.rename(Path(new, "old"))
             Path(new, "new").rename(place)
-    except OSError as error:
-        raise HubError(f"{data_dir()} cannot be written ({one_line(error)})") from error
+    except (OSError, RuntimeError) as error:  # the latter: no home folder is known
+        raise HubError(f"the data folder cannot be written ({one_line(error)})") from error
     return place
 
 
@@ -91,7 +92,7 @@ def all_of(model: Path) -> list[Path]:
     except (OSError, RuntimeError, ModelError):
         return []  # what is wrong with the model is said when it is loaded
     found = [(facts(file.parent), file.parent) for file in some]
-    fitting = [(f.get("kept", ""), place) for f, place in found if f.get("weights") == weights]
+    fitting = [(str(f.get("kept")), place) for f, place in found if f.get("weights") == weights]
     return [place for _, place in sorted(fitting, reverse=True)]
 
 
@@ -114,7 +115,7 @@ def candidates(model: Path, builtin: bool) -> Iterator[Path]:
     trained = all_of(model)
     if builtin:
         shipped = shipped_drafter()
-        least = _tokens_per_step(shipped)
+        least = _tokens_per_step(shipped) or math.inf
         ahead = [place for place in trained if _tokens_per_step(place) > least]
         yield from ahead
         yield shipped

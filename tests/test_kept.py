@@ -174,13 +174,19 @@ def test_the_shipped_drafter_gives_way_to_a_better_one(
 
 
 def test_a_data_folder_that_cannot_be_written_is_one_line(
-    tmp_path: Path, model: Path, target: Decoder, data: Path
+    tmp_path: Path,
+    model: Path,
+    target: Decoder,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data.write_text("a file")
-    with pytest.raises(HubError, match="data cannot be written") as caught:
-        keep(trained(tmp_path / "run", target), model)
-    assert "\n" not in str(caught.value)
-    assert hub.find_drafter("m", model) is None
+    for place in (data, data / "below", Path("~no-such-user/data")):
+        monkeypatch.setenv("MLX_REDRAFTER_DATA", str(place))
+        with pytest.raises(HubError, match="the data folder cannot be written") as caught:
+            keep(trained(tmp_path / "run", target), model)
+        assert "\n" not in str(caught.value)
+        assert hub.find_drafter("m", model) is None
 
 
 def test_info_says_where_a_drafter_came_from(tmp_path: Path, model: Path, target: Decoder) -> None:

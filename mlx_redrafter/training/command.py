@@ -256,14 +256,17 @@ def _again(
     return lines.line("train", *([only] if only else []), **options)
 
 
-def _advise(run: Run, kept: Path | None) -> None:
+def _advise(run: Run, place_kept: Path | None) -> None:
     """How to use the new drafter: without naming it, if it is the one that is found."""
-    from mlx_redrafter import hub
+    from mlx_redrafter import hub, kept
 
     model, place, chats = run.config.model, run.config.out / "drafter", run.chats
     found = hub.find_drafter(model, run.place)
-    if kept is not None and found == kept:
-        console.note(f"wrote {place} and kept it for this model; use it: {lines.use(model, chats)}")
+    if place_kept is not None and found == place_kept:
+        older = len(kept.all_of(run.place)) - 1
+        before = f", before {older} older one{'s' * (older > 1)}" if older else ""
+        use = lines.use(model, chats)
+        console.note(f"wrote {place} and kept it for this model{before}; use it: {use}")
         return
     if found is not None:
         console.note(f"note: without --drafter this model goes on using the one in {found}")

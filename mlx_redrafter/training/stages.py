@@ -134,7 +134,7 @@ def _batch(config: TrainConfig, before: TrainConfig | None, target: Decoder) -> 
 
 
 def prompts(run: Run) -> None:
-    """Take in earlier answers, and have prompts enough for the others."""
+    """Take in earlier answers, and have enough prompts for the others."""
     config = run.config
     _take_in(run)
     missing = config.answer_tokens - imports.tokens(config.out)[0]
@@ -164,7 +164,7 @@ def _whole(run: Run, count: int) -> int:
 
 
 def answers(run: Run) -> None:
-    """Answer prompts until there are tokens enough; more prompts are written if they run out."""
+    """Answer prompts until there are enough tokens; more prompts are written if they run out."""
     config = run.config
     prompts(run)
     imported = imports.tokens(config.out)[0]
@@ -362,7 +362,7 @@ def keep(run: Run) -> Path | None:
     try:
         weights = kept.fingerprint(run.place)
         return kept.keep(out / "drafter", name, weights, out, folder.began(out))
-    except (HubError, ModelError) as error:
+    except (HubError, ModelError, OSError) as error:
         console.warn(f"warning: the drafter is not kept for this model: {error}")
         return None
 
