@@ -18,8 +18,7 @@ from typer.testing import CliRunner
 from mlx_redrafter import cli
 from mlx_redrafter.models import DecoderConfig
 from mlx_redrafter.training import estimate, initialise, memory, stages
-from mlx_redrafter.training.config import TrainConfig, from_mapping
-from mlx_redrafter.training.stages import Evaluating
+from mlx_redrafter.training.config import Evaluating, TrainConfig, from_mapping
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from mlx_redrafter.errors import OptionError, RedrafterError
 from mlx_redrafter.options import Blas, Debug
 
 from . import folder, lines
-from .config import TrainConfig
+from .config import Evaluating, TrainConfig
 
 if TYPE_CHECKING:
-    from .stages import Evaluating, Run
+    from .stages import Run
 
 OPTIONS: dict[str, dict[str, str]] = {
     "Data": {
@@ -203,7 +203,7 @@ def _stages(
     only: str | None = None,
     program: dict[str, Any] | None = None,
 ) -> None:
-    asked = _evaluating(evaluating)
+    asked = Evaluating.of(evaluating)
     config, before = folder.settle(given, file)
     with folder.alone(config.out):
         try:
@@ -231,15 +231,6 @@ def _stages(
             raise
     if only in (None, "fit", "evaluate"):
         _advise(run, kept)
-
-
-def _evaluating(given: dict[str, int | None]) -> Evaluating:
-    from .stages import Evaluating
-
-    asked = {name: value for name, value in given.items() if value is not None}
-    if any(value < 1 for value in asked.values()):
-        raise OptionError("--eval-prompts and --eval-tokens are 1 or more")
-    return Evaluating(**asked)  # type: ignore[arg-type]
 
 
 def _again(
@@ -276,6 +267,6 @@ def _advise(run: Run, place_kept: Path | None) -> None:
 def _estimate(given: dict[str, Any], file: Path | None, evaluating: dict[str, int | None]) -> None:
     from . import estimate
 
-    asked = _evaluating(evaluating)
+    asked = Evaluating.of(evaluating)
     config, _ = folder.settle(given, file)
     estimate.show(estimate.measure(config, asked))

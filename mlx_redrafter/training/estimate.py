@@ -22,12 +22,12 @@ from mlx_redrafter.prompts import read_prompts
 
 from . import evaluate, imports, initialise, memory
 from .batched import BatchedTarget, Request
-from .config import TrainConfig
+from .config import Evaluating, TrainConfig
 from .fit import Fit
 from .progress import duration
 from .rollout import feature_layers
 from .shards import answer_tokens, feature_bytes, record_layers, save_features, write_lines
-from .stages import Evaluating, fitted_steps
+from .stages import fitted_steps
 
 _SECONDS = 6.0  # of each measurement, about
 _PROMPT_SHARE = 0.5  # length of a prompt of the model's, as a share of the longest

@@ -26,7 +26,7 @@ from mlx_redrafter.models import Decoder, load_model
 from . import agreement, dates, folder, imports, initialise, lines, memory
 from .answers import write_shard
 from .batched import BatchedTarget, Request
-from .config import TrainConfig
+from .config import Evaluating, TrainConfig
 from .data import compute_features
 from .progress import Bar
 from .rollout import feature_layers
@@ -35,14 +35,6 @@ from .supply import Supply
 
 _EXPECTED = 0.75  # length of an answer, as a share of the longest, before any is known
 _FROM_MEASURED = 1.02  # prompts more than the answers so far say are needed
-
-
-@dataclass(frozen=True)
-class Evaluating:
-    """How much the evaluation measures: prompts (None: all) and tokens of an answer."""
-
-    prompts: int | None = None
-    max_tokens: int = 128
 
 
 @dataclass
