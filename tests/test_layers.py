@@ -26,6 +26,7 @@ LAYERS = [
         "api",
         "tuning",
         "hub",
+        "kept",
         "builtin",
         "gguf",
         "gguf_blocks",
