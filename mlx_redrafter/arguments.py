@@ -135,8 +135,7 @@ def stops(value: Any) -> tuple[str, ...]:
         return ()
     given = (value,) if isinstance(value, str) else value
     texts = tuple(given) if isinstance(given, Iterable) else (given,)
-    wrong = next((text for text in texts if not isinstance(text, str)), None)
-    if wrong is not None or isinstance(given, bytes):
+    if isinstance(given, bytes) or not all(isinstance(text, str) for text in texts):
         raise OptionError(
             f"stop {checks.shown(value)} is not possible: give text, or a list of texts; "
             "token ids go into stop_tokens="
