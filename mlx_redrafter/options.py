@@ -113,8 +113,9 @@ class ModelOptions:
 
         drafter = None if self.no_draft else self.drafter
         model, tokenizer = load(self.model, drafter, revision=self.revision)
+        model.engine.say = console.note
         if drafter is not None and tree is None:
-            tuning.costs(model, console.note)
+            tuning.costs(model)
         return model, tokenizer
 
 

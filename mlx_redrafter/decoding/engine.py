@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -63,6 +63,7 @@ class Engine:
         self.drafter = drafter
         self.compiled = compiled
         self.traces = 0
+        self.say: Callable[[str], None] = lambda text: None  # told what takes seconds, once
         self.costs: Costs | None = None  # of steps on this machine, once they are known
         self.chunks: Chunks | None = None  # of prompts, likewise
         self._steps: dict[Bucket, StepFunction] = {}
