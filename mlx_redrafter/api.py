@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import shutil
 import sys
@@ -90,15 +89,17 @@ def load(
         dtype: type of the weights; None: float32 on a CPU, as stored on Metal.
         tokenizer_config: options for transformers' tokenizer, as in mlx_lm.
 
-    A model that one thread has loaded may be used in another.
+    A model that one thread has loaded may be used in another. Options of mlx_lm's ``load`` that
+    say nothing (None, False) are let through.
 
     Raises:
         HubError, ModelError, DrafterError, OptionError: with what was given and what is needed.
     """
     blas.status()  # an unknown choice is said before anything is downloaded
-    arguments.refuse(other, inspect.signature(load).parameters)
+    arguments.refuse(other, load)
     name, dtype = arguments.name_or_folder("model", path_or_hf_repo), arguments.dtype(dtype)
     arguments.instance("revision", revision, str, "a branch, tag or commit as text")
+    arguments.instance("tokenizer_config", tokenizer_config, dict, "a dictionary")
     given = None if drafter is None else arguments.name_or_folder("drafter", drafter)
     blas.warn_if_slow()
     threads.clear_at_end()
@@ -163,7 +164,7 @@ def stream_generate(
             a session in use; all at the call, before anything is computed.
     """
     tokenizer = arguments.pair(model, tokenizer, Model)
-    params = arguments.sampling(sampling, inspect.signature(stream_generate).parameters)
+    params = arguments.sampling(sampling, stream_generate)
     arguments.instance("tree", tree, TreeShape, "a TreeShape, TreeShape.chain(4) for example")
     arguments.instance("session", session, Session, "a Session()")
     arguments.instance("sparse_prefill", sparse_prefill, SparsePrefill, "a SparsePrefill(mode)")

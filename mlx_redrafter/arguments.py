@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -60,23 +61,30 @@ _HERE = {
 _SAMPLING = {option.name for option in dataclasses.fields(SamplingParams)}
 
 
-def refuse(given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Refuse options that do not exist; one of mlx_lm's that says nothing is left out."""
+def refuse(given: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    """Refuse options that a function does not have; one of mlx_lm's that says nothing is let
+    through."""
     for name, value in given.items():
         here = _HERE.get(name)
         if here is not None and (value is None or value is False or value == {}):
             continue
         if here is None:
-            near = difflib.get_close_matches(name, known, 1)
+            near = difflib.get_close_matches(name, _options(function), 1)
             here = f"did you mean {near[0]}=?" if near else "the docstring lists the options"
         raise OptionError(f"there is no option {name}: {here.format(value=value)}")
 
 
-def sampling(given: Mapping[str, Any], known: Iterable[str]) -> SamplingParams:
-    """The options of a draw; ``known`` are the others that the function has."""
+def sampling(given: Mapping[str, Any], function: Callable[..., Any]) -> SamplingParams:
+    """The options of a draw among those that a function was given besides its own."""
     own = {name: value for name, value in given.items() if name in _SAMPLING}
-    refuse({name: value for name, value in given.items() if name not in own}, [*known, *_SAMPLING])
+    refuse({name: value for name, value in given.items() if name not in own}, function)
     return SamplingParams(**own)
+
+
+def _options(function: Callable[..., Any]) -> list[str]:
+    named = inspect.signature(function).parameters.values()
+    own = [option.name for option in named if option.kind is not option.VAR_KEYWORD]
+    return [*own, *_SAMPLING] if "prompt" in own else own
 
 
 def name_or_folder(option: str, value: Any) -> str:

@@ -276,6 +276,8 @@ def test_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (".", {"dtype": "float16"}, "dtype 'float16' is not possible: give mx.float16, "),
         (".", {"dtype": mx.int8}, "dtype mlx.core.int8 is not possible"),
         (".", {"revision": 5}, "revision 5 is not possible: give a branch, tag or commit as text"),
+        (".", {"tokenizer_config": 5}, "tokenizer_config 5 is not possible: give a dictionary"),
+        (".", {"othr": 5}, "there is no option othr: the docstring lists the options"),
         (".", {"adapter_path": "x"}, "there is no option adapter_path: fuse the adapter first"),
         (".", {"lazy": True}, "there is no option lazy: leave it out"),
         (".", {"draftr": "x"}, "there is no option draftr: did you mean drafter=?"),
