@@ -161,7 +161,8 @@ def stream_generate(
 
     Raises:
         OptionError: an unknown or impossible option, an empty prompt, a prompt beyond the context,
-            a session in use; all at the call, before anything is computed.
+            a session in use or of another model; all at the call, before anything is computed (of
+            two answers begun with one session, the second one's first response raises it).
     """
     tokenizer = arguments.pair(model, tokenizer, Model)
     params = arguments.sampling(sampling, stream_generate)
@@ -172,6 +173,8 @@ def stream_generate(
     if prefill_step_size is not None:
         prefill_step_size = checks.whole("prefill_step_size", prefill_step_size, 1)
     config = model.target.config
+    if sparse_prefill is not None:
+        sparse_prefill.check_model(config.num_layers, config.num_heads)
     stops = arguments.stops(stop)
     end_tokens = {*tokenizer.eos_token_ids, *arguments.stop_tokens(stop_tokens, config.vocab_size)}
     ids = arguments.prompt_ids(tokenizer, prompt)
