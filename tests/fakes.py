@@ -47,6 +47,7 @@ class FakeModel:
     error: Exception | None = None
     name: str = "fake"
     drafter_folder: Path | None = None
+    engine: Any = field(default_factory=SimpleNamespace)
     target: Any = field(
         default_factory=lambda: SimpleNamespace(config=SimpleNamespace(max_positions=1000))
     )
