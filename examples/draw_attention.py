@@ -22,8 +22,8 @@ import mlx.core as mx  # isort: skip  (after the package, which chooses the BLAS
 import numpy as np
 from PIL import Image
 
+from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cache.slabs import capacity_for
-from mlx_redrafter.decoding.engine import Session
 from mlx_redrafter.prefill.config import SparsePrefill, read_patterns
 from mlx_redrafter.prefill.minference import probabilities
 from mlx_redrafter.prefill.reading import read

@@ -125,7 +125,7 @@ def generate(
     arguments = {"prompt_progress_callback": waiting.on_progress, **options.arguments()}
     try:
         for last in stream_generate(model, tokenizer, ids, **arguments):
-            waiting.close()
+            waiting.word()
             pieces.append(last.text)
             tokens.append(last.token)
             if not as_json:

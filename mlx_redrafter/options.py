@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hin
 
 import typer
 
-from mlx_redrafter import blas, console
+from mlx_redrafter import blas, checks, console
 from mlx_redrafter.console import DEBUG
 from mlx_redrafter.errors import OptionError
 
@@ -112,8 +112,9 @@ class ModelOptions:
 
         drafter = None if self.no_draft else self.drafter
         model, tokenizer = load(self.model, drafter, revision=self.revision)
+        model.engine.say = console.note
         if drafter is not None and tree is None:
-            model.budget.costs(console.note)
+            model.budget.costs()
         return model, tokenizer
 
 
@@ -122,7 +123,7 @@ class DecodeOptions:
     """How to continue the prompt: everything that `stream_generate` takes beside the prompt."""
 
     max_tokens: Annotated[
-        int, typer.Option(rich_help_panel=SAMPLING, help="Longest answer, in tokens.")
+        int, typer.Option(rich_help_panel=SAMPLING, help="Longest answer, in tokens; -1: no limit.")
     ] = 512
     temp: Annotated[
         float, typer.Option(rich_help_panel=SAMPLING, help="Temperature; 0 is greedy.")
@@ -250,14 +251,15 @@ class DecodeOptions:
 
     def check(self) -> None:
         """Refuse impossible values before a model is loaded; raises OptionError."""
+        from mlx_redrafter.decoding.request import length
         from mlx_redrafter.decoding.sampling import SamplingParams
 
         given = self.arguments()
         known = {f.name for f in dataclasses.fields(SamplingParams)}
         SamplingParams(**{name: value for name, value in given.items() if name in known})
-        for name in ("max_tokens", "prefill_step_size"):
-            if given[name] is not None and given[name] < 1:
-                raise OptionError(f"{name} {given[name]} is not possible: use 1 or more")
+        length(given["max_tokens"])
+        if given["prefill_step_size"] is not None:
+            checks.whole("prefill_step_size", given["prefill_step_size"], 1)
 
 
 def sparse_prefill(

@@ -48,6 +48,7 @@ class FakeModel:
     name: str = "fake"
     drafter_folder: Path | None = None
     budget: Any = field(default_factory=lambda: SimpleNamespace(costs=lambda *_: None))
+    engine: Any = field(default_factory=SimpleNamespace)
     target: Any = field(
         default_factory=lambda: SimpleNamespace(config=SimpleNamespace(max_positions=1000))
     )

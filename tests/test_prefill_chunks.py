@@ -90,22 +90,18 @@ def test_measured_at_the_first_long_prompt_and_kept(
 ) -> None:
     best = Chunks(*[{**FLAT, 256: 0.5e-4}] * 2)
     calls: list[Decoder] = []
+    said: list[str] = []
     monkeypatch.setattr(chunks, "measure", lambda target: calls.append(target) or best)
+    loaded.engine.say = said.append
     assert loaded.budget.step_size(2048) == USUAL
     assert loaded.budget.step_size(6000, cached=5000) == USUAL
     assert not calls, "a short prompt measures nothing"
     assert loaded.budget.step_size(2049) == 256
+    assert len(said) == 1 and said[0].startswith("measuring what size of a prompt's chunks")
     loaded.budget._chunks = None  # as in another process
     assert loaded.budget.step_size(6000, cached=100) == 256
     assert len(calls) == 1
-    plain = Model(
-        "tiny",
-        loaded.folder,
-        loaded.target,
-        None,
-        None,
-        engine_of(loaded.target, None, compiled=False),
-    )
+    plain = Model.of("tiny", loaded.folder, loaded.target, compiled=False)
     assert plain.budget.step_size(4000) == 256 and len(calls) == 1, "without a drafter the same"
     (file,) = (tmp_path / "cache" / "costs").glob("*.json")
     file.write_text('{"near": {}, "far": {}, "layers": 2}')

@@ -33,10 +33,6 @@ T = TypeVar("T")
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def _silent(text: str) -> None:
-    pass
-
-
 @dataclass
 class Budget:
     """What was measured for one model on this machine, and what follows from it.
@@ -82,9 +78,9 @@ class Budget:
 
         return Automatic(contenders(self.shapes, tokens, known.table), tokens, seconds, learn)
 
-    def costs(self, say: Say = _silent, again: bool = False) -> Costs:
-        """Those of this process, else of an earlier one, else measured now, which ``say`` is told
-        in a line, as it takes a few seconds.
+    def costs(self, say: Say | None = None, again: bool = False) -> Costs:
+        """Those of this process, else of an earlier one, else measured now, which ``say``, or the
+        engine's, is told in a line, as it takes a few seconds.
 
         Where running steps contradict the table, what is kept of it is thrown away: this process
         goes by the steps, the next one measures again.
@@ -97,7 +93,9 @@ class Budget:
         facts, engine = self.conditions(), self.engine
         found = None if again else _read(_file(facts), Costs.from_dict)
         if found is None:
-            say("measuring what drafting costs on this machine (once, a few seconds) ...")
+            (say or engine.say)(
+                "measuring what drafting costs on this machine (once, a few seconds) ..."
+            )
             found = measure(self.target, engine.drafters, engine.step_function, engine.compiled)
             _write(_file(facts), {**facts, **found.as_dict()})
         self._costs = found
@@ -114,7 +112,7 @@ class Budget:
             return min(USUAL, most)
         return self.chunks().size(cached, prompt, most)
 
-    def chunks(self, say: Say = _silent, again: bool = False) -> Chunks:
+    def chunks(self, say: Say | None = None, again: bool = False) -> Chunks:
         """What sizes of a prompt's chunks cost; kept as :meth:`costs` are, beside them."""
         if self._chunks is not None and not again:
             return self._chunks
@@ -122,7 +120,9 @@ class Budget:
         file = _file({**facts, "of": "chunks"})
         found = None if again else _read(file, Chunks.from_dict)
         if found is None:
-            say("measuring what size of a prompt's chunks is best (once, a few seconds) ...")
+            (say or self.engine.say)(
+                "measuring what size of a prompt's chunks is best (once, a few seconds) ..."
+            )
             found = chunks.measure(self.target)
             _write(file, {**facts, **found.as_dict()})
         self._chunks = found

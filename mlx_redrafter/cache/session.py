@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from mlx_redrafter.cache.layer import Kept, LayerCache, grown, new_caches
+from mlx_redrafter.errors import OptionError
 
 BETWEEN_SNAPSHOTS = 512  # tokens of a prompt
 UNKNOWN = -1  # a stand, while a step is in flight
@@ -18,7 +21,7 @@ class Session:
     """The layers' caches of a conversation and the tokens that are in them.
 
     Give the same session to the next request: the prefix that both prompts share is not read
-    again. Not to be used by two requests at a time.
+    again. It serves one model, and one request at a time.
 
     ``tag`` names the sparse prefill that read it from position ``sparse_from`` on; it is empty
     where everything was read densely. ``stand`` is how many tokens the layers that cannot be cut
@@ -32,6 +35,34 @@ class Session:
     kinds: Sequence[LayerCache] = ()
     stand: int = 0
     snapshots: dict[int, dict[int, Kept]] = field(default_factory=dict)
+    _target: weakref.ref[object] | None = field(default=None, init=False, repr=False, compare=False)
+    _taken: bool = field(default=False, init=False, repr=False, compare=False)
+
+    @contextlib.contextmanager
+    def taken(self, target: object) -> Iterator[None]:
+        """Within, the session is the request's that runs on ``target``.
+
+        Raises:
+            OptionError: another request has it, or it holds what another model computed.
+        """
+        self.check(target)
+        self._target, self._taken = weakref.ref(target), True
+        try:
+            yield
+        finally:
+            self._taken = False
+
+    def check(self, target: object) -> None:
+        """Raise OptionError where `taken` would."""
+        if self._taken:
+            raise OptionError(
+                "the session is in use by another answer: read that one to its end or close it, "
+                "or give a Session() of its own"
+            )
+        if self._target is not None and self._target() is not target and self.caches:
+            raise OptionError(
+                "the session belongs to another model: give every loaded model its own Session()"
+            )
 
     def open(self, kinds: Sequence[LayerCache], capacity: int, dtype: mx.Dtype) -> Session:
         """Make the caches of a model, or room in those that are there; itself."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -54,6 +54,7 @@ class Engine:
         self.drafters = tuple(drafters)
         self.compiled = compiled
         self.traces = 0
+        self.say: Callable[[str], None] = lambda text: None  # told what takes seconds, once
         self._steps: dict[StepSpec, StepFunction] = {}
 
     def step_function(self, spec: StepSpec) -> StepFunction:
@@ -67,17 +68,20 @@ class Engine:
         self.traces += 1
 
     def generate(self, request: Request) -> Generator[Emitted, None, None]:
-        """Yield the tokens after the prompt, a step at a time, until ``max_tokens`` or the end of
-        the context. Closing the iterator leaves the session consistent.
+        """Yield the tokens after the prompt, a step at a time, until ``max_tokens`` (-1: no limit)
+        or the end of the context. Closing the iterator leaves the session consistent.
 
         Raises:
-            OptionError: what `Request.room` refuses, patterns of another model.
+            OptionError: what `Request.room` refuses, patterns of another model, a session in use
+                or of another model.
         """
         room = request.room(self.target.config)
         policy = self._policy(request.shape)
-        # The state goes straight through: a name for it here would keep the first slabs alive,
-        # and the first step would have to copy them all.
-        yield from _Answer(self, request, policy, room).steps(self._prefill(request, policy.shapes))
+        answer = _Answer(self, request, policy, room)
+        with request.session.taken(self.target):
+            # The state goes straight through: a name for it here would keep the first slabs alive,
+            # and the first step would have to copy them all.
+            yield from answer.steps(self._prefill(request, policy.shapes))
 
     def _policy(self, shape: TreeShape | Policy) -> Policy:
         if not isinstance(shape, TreeShape):

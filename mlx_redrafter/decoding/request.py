@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from mlx_redrafter import checks
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.decoding.sampling import SamplingParams
@@ -15,6 +17,15 @@ from mlx_redrafter.prefill.reading import USUAL, Progress
 from mlx_redrafter.stats import DraftStats
 from mlx_redrafter.tree.shape import TreeShape
 
+UNLIMITED = -1
+
+
+def length(max_tokens: Any) -> int:
+    """The most tokens of an answer, -1 for no limit; raises OptionError."""
+    use = "1 or more, or -1 for no limit"
+    value = checks.whole("max_tokens", max_tokens, UNLIMITED, use=use)
+    return value or checks.whole("max_tokens", value, 1, use=use)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -23,7 +34,7 @@ class Request:
     Args:
         prompt: token ids.
         shape: of every step, or what chooses it.
-        max_tokens: the longest answer; it ends with the context too.
+        max_tokens: the longest answer, -1 for no limit; it ends with the context too.
         session: what is known of the prompt already, and will be of the answer.
         stats: where steps are counted.
         step_size: prompt tokens of a pass.
@@ -51,13 +62,18 @@ class Request:
         if not self.prompt:
             raise OptionError("the prompt is empty: give at least one token of text")
         vocab, limit = config.vocab_size, config.max_positions
-        if not all(0 <= t < vocab for t in self.prompt):
-            raise OptionError(f"the prompt holds a token outside the model's vocabulary of {vocab}")
-        if self.max_tokens < 1:
-            raise OptionError(f"max_tokens {self.max_tokens} is not possible: use 1 or more")
+        wrong = next((t for t in self.prompt if not 0 <= t < vocab), None)
+        if wrong is not None:
+            raise OptionError(
+                f"the prompt holds token {wrong}, which is outside the model's vocabulary: "
+                f"use 0 to {vocab - 1}"
+            )
+        self.sampling.check(vocab)
+        max_tokens = length(self.max_tokens)
         if len(self.prompt) >= limit:
             raise OptionError(
                 f"the prompt has {len(self.prompt)} tokens and the model's context {limit}: "
                 "shorten the prompt, or use a model with a longer context"
             )
-        return min(self.max_tokens, limit - len(self.prompt))
+        room = limit - len(self.prompt)
+        return room if max_tokens == UNLIMITED else min(max_tokens, room)
