@@ -41,6 +41,7 @@ LAYERS = [
         "chat",
         "info",
         "doctor",
+        "model_checks",
         "demo",
         "exactness",
         "acceptance",

@@ -135,22 +135,25 @@ def view(text: str, seconds: float = 1.0) -> View:
 
 
 def test_the_verdict() -> None:
-    assert race.verdict(view("abcd"), view("abcd", 0.5), "float32") == [
+    assert race.verdict(view("abcd"), view("abcd", 0.5), "float32", True) == [
         "Same text: yes, all 4 tokens are identical.",
         "With drafting: 2.00x the speed of plain decoding.",
     ]
-    assert "here drafting does not pay" in race.verdict(view("ab"), view("ab", 2.0), "4-bit")[1]
-    lines = race.verdict(view("one\ntwo"), view("one\nto"), "float32")
+    assert (
+        "here drafting does not pay" in race.verdict(view("ab"), view("ab", 2.0), "4-bit", False)[1]
+    )
+    lines = race.verdict(view("one\ntwo"), view("one\nto"), "float32", True)
     assert lines[:3] == [
         "Same text: NO, they part at token 6.",
         "  plain decoding  ...one\\nt >>>wo",
         "  with drafting   ...one\\nt >>>o",
     ]
     assert "mlx-redrafter doctor" in lines[3] and "round" not in lines[3]
-    assert "In bfloat16 a pass over several tokens may round differently" in "\n".join(
-        race.verdict(view("ab"), view("ac"), "bfloat16")
-    )
-    shorter = race.verdict(view("ab"), view("a"), "float32")
+    for dtype in ("bfloat16", "float32"):
+        assert f"In {dtype} a pass over several tokens may round differently" in "\n".join(
+            race.verdict(view("ab"), view("ac"), dtype, False)
+        )
+    shorter = race.verdict(view("ab"), view("a"), "float32", True)
     assert shorter[0].endswith("at token 2.") and shorter[2].endswith("...a >>> (nothing)")
 
 
