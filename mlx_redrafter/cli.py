@@ -231,13 +231,13 @@ def doctor(
 @flat_options
 def demo(
     *,
-    prompt: Annotated[str | None, typer.Argument(help="The question.", show_default=False)] = None,
+    prompt: Annotated[str | None, typer.Argument(help="A question of your own.", show_default=False)] = None,
     source: ModelOptions,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
     blas: Blas = None,
     debug: Debug = False,
 ) -> None:
-    """Answer a question with and without drafting, and compare text and speed."""
+    """Answer three tasks, or your question, with and without drafting: text and speed compared."""
     from mlx_redrafter.demo import run
 
     run(source, prompt, max_tokens)
