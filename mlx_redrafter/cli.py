@@ -231,7 +231,9 @@ def doctor(
 @flat_options
 def demo(
     *,
-    prompt: Annotated[str | None, typer.Argument(help="A question of your own.", show_default=False)] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="A question of your own.", show_default=False)
+    ] = None,
     source: ModelOptions,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
     blas: Blas = None,

@@ -122,6 +122,7 @@ def _report(results: Sequence[Result], conditions: Mapping[str, Any]) -> None:
     for line in verdict(results, conditions["dtype"]):
         out.print(line, markup=False)
     console.note(console.facts(conditions))
+    console.note('To watch both side by side: mlx-redrafter race "QUESTION"')
 
 
 def verdict(results: Sequence[Result], dtype: str) -> list[str]:

@@ -73,14 +73,14 @@ def test_doctor_reports_and_its_exit_code_is_that_of_the_worst(
     assert names == [
         "versions",
         "machine",
-        "BLAS",
+        *(["BLAS"] if blas.used() else []),
         "compiled graphs",
         "verify, tiny model",
         "attention",
         "verify, built-in",
         "KV cache",
     ]
-    assert all("not in the cache" in check["detail"] for check in report["checks"][6:])
+    assert all("not in the cache" in check["detail"] for check in report["checks"][-2:])
 
     def broken() -> Check:
         raise RuntimeError("kernel\nlost")
@@ -159,6 +159,7 @@ def test_where_the_gpu_multiplies_nothing_is_said_of_a_blas(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     doctor.tiny_model(tmp_path)
+    monkeypatch.setattr("mlx.core.default_device", lambda: mx.Device(mx.cpu))
     assert blas.used() == blas.status().name
     assert "BLAS" in CliRunner().invoke(cli.app, ["info", str(tmp_path)]).stdout
     monkeypatch.setattr("mlx.core.default_device", lambda: mx.Device(mx.gpu))

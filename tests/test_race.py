@@ -275,12 +275,17 @@ def test_json_is_one_object_with_all_figures(invoke: Callable[..., Any], model: 
 def test_other_tokens_in_float32_are_exit_code_1(
     invoke: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("mlx_redrafter.blas.rows_alone", lambda: True)
     result = invoke(replaced=altered)
     assert result.exit_code == 1
     assert "Same text: NO, they part at token 5." in result.stdout
     assert ">>>?" in result.stdout and "doctor" in result.stdout
     found = json.loads(invoke("--json", replaced=altered).stdout)
     assert (found["same"], found["first_difference"]["token"]) == (False, 5)
+    monkeypatch.setattr("mlx_redrafter.blas.rows_alone", lambda: False)
+    result = invoke(replaced=altered)
+    assert result.exit_code == 0 and "In float32 a pass over several tokens" in result.stdout
+    monkeypatch.setattr("mlx_redrafter.blas.rows_alone", lambda: True)
     monkeypatch.setattr(race, "dtype_of", lambda target: "bfloat16")
     result = invoke(replaced=altered)
     assert result.exit_code == 0 and "may round differently" in result.stdout
