@@ -25,7 +25,6 @@ from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.drafters.lookup import Lookup
-from mlx_redrafter.drafters.recurrent import ReDrafter
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import Progress
@@ -46,7 +45,7 @@ class Model:
     name: str
     folder: Path
     target: Decoder
-    drafter: ReDrafter | None
+    drafter: Drafter | None
     drafter_folder: Path | None
     engine: Engine
     budget: Budget
@@ -57,7 +56,7 @@ class Model:
         name: str,
         folder: Path,
         target: Decoder,
-        drafter: ReDrafter | None = None,
+        drafter: Drafter | None = None,
         drafter_folder: Path | None = None,
         *,
         text: bool = True,
@@ -370,5 +369,8 @@ def _wired(target: Decoder) -> Iterator[None]:
         return
     from mlx_lm.generate import wired_limit
 
-    with wired_limit(target):
+    with contextlib.ExitStack() as stack:
+        # It prints when a model is nearly too large, and stdout is the answer's.
+        with contextlib.redirect_stdout(sys.stderr):
+            stack.enter_context(wired_limit(target))
         yield

@@ -42,6 +42,7 @@ LAYERS = [
         "chat",
         "info",
         "doctor",
+        "model_checks",
         "demo",
         "exactness",
         "acceptance",

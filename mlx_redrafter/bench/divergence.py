@@ -19,7 +19,7 @@ from mlx_redrafter.budget.chunks import USUAL
 from mlx_redrafter.budget.costs import bare_pass
 from mlx_redrafter.cache.layer import new_caches
 from mlx_redrafter.cache.slabs import capacity_for
-from mlx_redrafter.doctor import TOLERANCE
+from mlx_redrafter.model_checks import TOLERANCE
 from mlx_redrafter.tree.shape import TreeShape
 
 from . import ways

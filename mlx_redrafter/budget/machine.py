@@ -135,9 +135,10 @@ class Budget:
         return {
             "machine": f"{info.get('device_name', platform.machine())}, {os.cpu_count()} cores",
             "device": str(mx.default_device()),
+            "macos": platform.mac_ver()[0],  # an update may bring other products
             "threads": [os.environ.get(name, "") for name in _THREADS],
             "mlx": version("mlx"),
-            "blas": blas.status().name,
+            "blas": blas.used(),
             "compiled": self.engine.compiled,
             "dtype": str(self.target.dtype),
             "model": _digest(self.folder / "config.json"),

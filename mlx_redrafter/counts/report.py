@@ -19,7 +19,7 @@ from mlx_redrafter import hub, reports
 from mlx_redrafter.counts import host, metal, parts, sizes
 from mlx_redrafter.counts.graph import metal_shaped
 from mlx_redrafter.decoding.engine import Engine
-from mlx_redrafter.drafters.loading import load_drafter
+from mlx_redrafter.drafters.loading import load_recurrent
 from mlx_redrafter.drafters.lookup import Lookup
 from mlx_redrafter.drafters.recurrent import ReDrafter
 from mlx_redrafter.errors import OptionError
@@ -64,7 +64,7 @@ def main(
         raise OptionError(f"there is no drafter for {model}: give one with --drafter")
     target, draft = load_as_on_metal(folder, found, bits)
     here = load_model(folder)
-    engine = Engine(here, [Lookup(), load_drafter(found, here)])
+    engine = Engine(here, [Lookup(), load_recurrent(found, here)])
     prompt = [7 * i % here.config.vocab_size for i in range(_PROMPT)]
     budgets = [
         Budget(
@@ -119,7 +119,7 @@ def load_as_on_metal(
             nn.quantize(target, _GROUP, bits or 4, class_predicate=_packable)
         # The drafter's table is a packed product of thousands of rows, half a minute on a CPU.
         with patch.object(nn.QuantizedLinear, "__call__", _zeros):
-            loaded = load_drafter(drafter, target)
+            loaded = load_recurrent(drafter, target)
     mx.eval(target.parameters(), loaded.parameters())
     return target, loaded
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import dequantize_model
 
+from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import DrafterError, ModelError
 from mlx_redrafter.models import Decoder
@@ -30,8 +31,42 @@ from mlx_redrafter.models.weights import (
 _UNUSED = ("emb_norm.weight",)
 
 
-def load_drafter(folder: Path, target: Decoder) -> ReDrafter:
-    """The drafter in ``folder`` (Apple's layout or ours), bound to its target.
+class Kind(NamedTuple):
+    """How a kind of drafter is read from a folder, and what its files say before that. Both raise
+    DrafterError."""
+
+    load: Callable[[Path, Decoder], Drafter]
+    check: Callable[[Path, Decoder], None]
+
+
+def load_drafter(folder: Path, target: Decoder) -> Drafter:
+    """The drafter in ``folder``, of the kind that its config.json names, bound to its target.
+
+    Raises:
+        DrafterError: missing, broken or unknown files, or a drafter for another model.
+    """
+    return _kind(folder).load(folder, target)
+
+
+def check_folder(folder: Path, target: Decoder) -> None:
+    """Everything about a drafter that its files say before the weights themselves are read.
+
+    Args:
+        target: only its configuration is asked.
+
+    Raises:
+        DrafterError: missing or broken files, or a drafter for another model.
+    """
+    _kind(folder).check(folder, target)
+
+
+def _kind(folder: Path) -> Kind:
+    """A configuration that names no kind is left to the recurrent drafter, which says so."""
+    return DRAFTERS.get(str(_raw(folder).get("model_type")), _RECURRENT)
+
+
+def load_recurrent(folder: Path, target: Decoder) -> ReDrafter:
+    """A recurrent drafter (Apple's layout or ours), bound to its target.
 
     On a CPU the weights become float32, quantised ones included: 16-bit and packed weights are
     several times slower there. Elsewhere they stay as stored, at the target's activation type.
@@ -58,15 +93,8 @@ def load_drafter(folder: Path, target: Decoder) -> ReDrafter:
     return drafter.bind(target)
 
 
-def check_folder(folder: Path, target: Decoder) -> None:
-    """Everything about a drafter that its files say before the weights themselves are read.
-
-    Args:
-        target: only its configuration is asked.
-
-    Raises:
-        DrafterError: missing or broken files, or a drafter for another model.
-    """
+def check_recurrent(folder: Path, target: Decoder) -> None:
+    """Configuration, names and shapes of a recurrent drafter. Raises DrafterError."""
     config, raw = _config(folder, target)
     try:
         headers = [read_header(file) for file in weight_files(folder)]
@@ -84,15 +112,19 @@ def check_folder(folder: Path, target: Decoder) -> None:
 
 def _config(folder: Path, target: Decoder) -> tuple[ReDrafterConfig, dict[str, Any]]:
     """The configuration of a drafter that fits the target, and all of its config.json."""
-    try:
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder} has no config.json: give the folder of a drafter")
-        raw = read_json(folder / "config.json")
-    except ModelError as error:
-        raise DrafterError(str(error)) from None
+    raw = _raw(folder)
     config = ReDrafterConfig.from_dict(raw)
     check_compatible(config, target, folder)
     return config, raw
+
+
+def _raw(folder: Path) -> dict[str, Any]:
+    try:
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} has no config.json: give the folder of a drafter")
+        return read_json(folder / "config.json")
+    except ModelError as error:
+        raise DrafterError(str(error)) from None
 
 
 def _empty(
@@ -172,3 +204,11 @@ def _check_tensors(
         )
     if wrong := misshapen(expected, weights):
         raise DrafterError(f"tensors in {folder} do not fit its config.json: {preview(wrong)}")
+
+
+_RECURRENT = Kind(load_recurrent, check_recurrent)
+DRAFTERS: dict[str, Kind] = {
+    "redrafter": _RECURRENT,
+    "recurrent_drafting_drafter": _RECURRENT,  # Apple's
+}
+"""By ``model_type`` of the drafter's config.json."""

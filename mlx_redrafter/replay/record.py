@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +16,8 @@ from mlx_redrafter.budget.yields import KINDS, LOOKUP, Yields, beam_of
 from mlx_redrafter.cache.layer import Pass, new_caches
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.decoding import sampling
-from mlx_redrafter.drafters import Features, beam, lookup
+from mlx_redrafter.decoding.step import read_layers
+from mlx_redrafter.drafters import Ask, Features, lookup
 from mlx_redrafter.prompts import Prompt
 from mlx_redrafter.tree.nodes import END, Candidates, joined, rising
 from mlx_redrafter.tree.shape import TreeShape
@@ -122,7 +124,7 @@ def _draft_function(model: Model, temp: float, shared_noise: bool) -> DraftFunct
 
     @mx.compile
     def drafts(
-        context: mx.array, root: mx.array, position: mx.array, history: mx.array, seed: mx.array
+        state: Any, root: mx.array, position: mx.array, history: mx.array, seed: mx.array
     ) -> list[Candidates]:
         draw = None
         if shared_noise:
@@ -132,8 +134,8 @@ def _draft_function(model: Model, temp: float, shared_noise: bool) -> DraftFunct
         for width, depth in WIDTHS.items():
             if drafter is None:
                 break
-            shape = TreeShape(width, depth, 1 + width * depth)
-            found.append(joined(beam.search(drafter, context, root, shape, draw)))
+            shape = TreeShape(width, depth, 1 + width * depth, lookup=1)  # of more than one path
+            found.append(joined(drafter.propose(state, Ask(root, position, history, shape, draw))))
         return found
 
     return drafts
@@ -146,19 +148,18 @@ def _drafts(
     n = len(text)
     run = Pass(new_caches(target.caches, capacity_for(n), target.dtype), mx.array([0]))
     slots, positions = mx.arange(capacity_for(n)), mx.arange(n)
-    layers = drafter.features if drafter is not None else ()
-    context, outputs = target(
+    layers = read_layers([drafter] if drafter is not None else [])
+    hidden, outputs = target(
         mx.array(text), positions, slots[None] <= positions[:, None], slots, run, layers
     )
-    if drafter is not None:
-        context = drafter.context(Features(context, layers, outputs).of(layers))
     # One capacity for all answers of a length class, or every answer would be traced again.
     history = mx.array([*text, *[0] * (-n % 1024)], mx.int32)
     key = mx.array([seed], mx.uint32)
     for root in range(len(ids) - 1, n - 1):
-        found = drafts_of(
-            context[root - 1], mx.array([text[root]]), mx.array([root]), history, key
-        )  # fmt: skip
+        row = slice(root - 1, root)
+        read = Features(hidden[row], layers, tuple(x[row] for x in outputs))
+        state = drafter.begin(read) if drafter is not None else ()
+        found = drafts_of(state, mx.array([text[root]]), mx.array([root]), history, key)
         mx.eval(found)
         arrays = [(np.array(c.paths)[:, 1:], np.array(c.costs)) for c in found]
         yield dict(zip((0, *WIDTHS), arrays, strict=False))

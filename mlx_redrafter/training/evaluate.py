@@ -178,7 +178,7 @@ def evaluate(
     Raises:
         OptionError: no drafter, or no prompts.
     """
-    if model.drafter is None:
+    if not isinstance(model.drafter, ReDrafter):
         raise OptionError(f"there is no drafter to evaluate for {model.name}: train one")
     if not prompts:
         raise OptionError("there are no prompts to evaluate with: give at least one")

@@ -14,7 +14,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_redrafter.drafters.loading import load_drafter
+from mlx_redrafter.drafters.loading import load_recurrent
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder
@@ -102,7 +102,7 @@ def warm_start(
     folder: Path, config: ReDrafterConfig, target: Decoder, vocabulary: np.ndarray | None
 ) -> ReDrafter:
     """A trained drafter of exactly this shape. Raises OptionError or DrafterError."""
-    drafter = load_drafter(folder, target)
+    drafter = load_recurrent(folder, target)
     if drafter.config != config:
         for name, value in vars(config).items():
             if (theirs := getattr(drafter.config, name)) != value:
