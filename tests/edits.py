@@ -10,6 +10,9 @@ from typing import Any
 import mlx.core as mx
 
 Edit = Callable[[Path], None]
+# What a clone without Git LFS has in place of a large file, and what a wrong address answers.
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 26906\n"
+PAGE = b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html><body>Sign in</body></html>"
 
 
 def edit_config(**changes: Any) -> Edit:

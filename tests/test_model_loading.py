@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from edits import Edit, edit_config, edit_file, edit_weights
+from edits import PAGE, POINTER, Edit, edit_config, edit_file, edit_weights
 from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 from tiny_models import C, Runner, assert_close, build, save, tokens_of
@@ -149,6 +149,10 @@ BROKEN: dict[str, tuple[Edit, list[str]]] = {
     "rope factor": (edit_config(rope_scaling={"type": "yarn"}), ["'yarn'", "factor"]),
     "shard": (edit_file("model.safetensors.index.json", lambda b: INDEX), ["model-1.safetensors"]),
     "index": (edit_file("model.safetensors.index.json", lambda b: b"{}"), ["weight_map"]),
+    "weights in LFS": (edit_file("model.safetensors", lambda b: POINTER), ["git lfs pull"]),
+    "config in LFS": (edit_file("config.json", lambda b: POINTER), ["json is a Git LFS pointer"]),
+    "a page": (edit_file("model.safetensors", lambda b: PAGE), ["tensors is a web page"]),
+    "page as index": (edit_file("model.safetensors.index.json", lambda b: PAGE), ["web page"]),
     "truncated": (edit_file("model.safetensors", lambda b: b[:-9]), ["truncated"]),
     "corrupt": (edit_file("model.safetensors", lambda b: b"\xff" * 99), ["not a safetensors"]),
     "empty": (edit_file("model.safetensors", lambda b: b""), ["not a safetensors"]),

@@ -14,10 +14,32 @@ from mlx.utils import tree_flatten
 from ..errors import ModelError
 
 _INDEX = "model.safetensors.index.json"
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_PAGES = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<!--")
+
+
+def refuse_stand_in(path: Path) -> None:
+    """ModelError if a Git LFS pointer or a web page lies where a model's file should be.
+
+    Any other file passes, one that is missing too: its own reader says what is wrong with it.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(256).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    except OSError:
+        return
+    if start.startswith(_POINTER):
+        raise ModelError(
+            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, "
+            "or download it again"
+        )
+    if start.startswith(_PAGES):
+        raise ModelError(f"{path} is a web page, not the file itself; download it again")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ModelError if it is not one."""
+    refuse_stand_in(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -101,8 +123,9 @@ def read_header(file: Path) -> dict[str, Any]:
 
     Raises ModelError: another kind of file, or one that ends before its last tensor.
     """
-    size = file.stat().st_size
+    refuse_stand_in(file)
     try:
+        size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= size - 8:
@@ -110,6 +133,8 @@ def read_header(file: Path) -> dict[str, Any]:
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         needed = 8 + length + max((v["data_offsets"][1] for v in header.values()), default=0)
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({_one_line(error)})") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(
             f"{file} is not a safetensors file ({_one_line(error)}); download it again"
