@@ -27,6 +27,14 @@ def edit_config(**changes: Any) -> Edit:
     return edit
 
 
+def edits(*several: Edit) -> Edit:
+    def edit(folder: Path) -> None:
+        for one in several:
+            one(folder)
+
+    return edit
+
+
 def edit_weights(change: Callable[[dict[str, mx.array]], Any]) -> Edit:
     def edit(folder: Path) -> None:
         weights = {k: v + 0 for k, v in mx.load(str(folder / "model.safetensors")).items()}

@@ -15,6 +15,7 @@ from mlx_lm.utils import dequantize_model
 from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import DrafterError, ModelError
 from mlx_redrafter.models import Decoder
+from mlx_redrafter.models.files import weight_files
 from mlx_redrafter.models.weights import (
     finite,
     misshapen,
@@ -23,7 +24,6 @@ from mlx_redrafter.models.weights import (
     read_header,
     read_json,
     read_weights,
-    weight_files,
 )
 
 # Apple's trainer may leave a norm in the checkpoint that its forward pass never uses.

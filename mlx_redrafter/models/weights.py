@@ -13,7 +13,6 @@ from mlx.utils import tree_flatten
 
 from ..errors import ModelError
 
-_INDEX = "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<!--")
 
@@ -49,36 +48,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: those its index names, else model*.safetensors."""
-    index = folder / _INDEX
-    if index.exists():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise ModelError(f"{index} has no 'weight_map'; download it again")
-        if outside := [name for name in names.values() if Path(name).name != name]:
-            raise ModelError(f"{index} names {outside[0]!r}, a file outside its folder")
-        files = [folder / name for name in sorted(set(names.values()))]
-        missing = [file.name for file in files if not file.exists()]
-        if missing:
-            raise ModelError(
-                f"{folder} lacks {preview(missing)} (named by {_INDEX}); download the missing files"
-            )
-        return files
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(
-            f"{folder} has no *.safetensors file; needed: a model in safetensors format "
-            "(convert other formats first)"
-        )
-    return files
-
-
 def read_weights(files: Iterable[Path]) -> dict[str, mx.array]:
-    """All tensors of the files, not evaluated yet."""
+    """All tensors of the files, not evaluated yet. Raises ModelError, also for a doubled one."""
     weights: dict[str, mx.array] = {}
+    held: dict[str, Path] = {}
     for file in files:
-        read_header(file)  # MLX reads lazily and would fail much later
+        for name in read_header(file):  # MLX reads lazily and would fail much later
+            if name in held:
+                raise two_models(name, held[name], file)
+            held[name] = file
         try:
             weights.update(cast(dict[str, mx.array], mx.load(str(file))))
         except (RuntimeError, ValueError) as error:
@@ -86,6 +64,14 @@ def read_weights(files: Iterable[Path]) -> dict[str, mx.array]:
                 f"{file} cannot be read ({_one_line(error)}); download it again"
             ) from error
     return weights
+
+
+def two_models(name: str, first: Path, second: Path) -> ModelError:
+    """The refusal of a folder in which two files hold the same tensor."""
+    return ModelError(
+        f"{name} is in both {first.name} and {second.name} of {first.parent}, as if two models "
+        "lay there; keep the files of one"
+    )
 
 
 def parameters(module: nn.Module) -> dict[str, mx.array]:
