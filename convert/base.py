@@ -15,7 +15,7 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_redrafter.convert.base_files import copy_tokenizer, generation_config, write_config
+from mlx_redrafter.convert.base_files import copy_tokenizer, with_end_tokens, write_config
 from mlx_redrafter.convert.checkpoint import Checkpoint
 from mlx_redrafter.convert.mapping import Mapping
 from mlx_redrafter.convert.writer import OutputFolder, ShardWriter
@@ -179,7 +179,6 @@ def _plan(checkpoint: Checkpoint) -> _Plan:
 
 def _config(checkpoint: Checkpoint) -> Config:
     """config.json as mlx-lm reads it, and as what is stored means it."""
-    config = {**checkpoint.config, **_end_tokens(checkpoint.folder)}
     if not checkpoint.config:
         raise ConvertError(f"{checkpoint.folder} has no config.json; download it with the model")
     types = {t: kind for n, kind in checkpoint.types().items() if (t := _decoder_name(n))}
@@ -189,14 +188,10 @@ def _config(checkpoint: Checkpoint) -> Config:
             "unquantised model"
         )
     try:
-        return as_stored(config, types)
+        config = as_stored(checkpoint.config, types)
     except ModelError as error:
         raise ConvertError(f"{checkpoint.path}: {error}") from None
-
-
-def _end_tokens(folder: Path) -> Config:
-    found = generation_config(folder).get("eos_token_id")
-    return {"eos_token_id": found} if found else {}
+    return with_end_tokens(config, checkpoint.folder)
 
 
 def _decoder_name(name: str) -> str | None:

@@ -9,14 +9,11 @@ import mlx.core as mx
 
 from mlx_redrafter.convert.shards import GGUF, Shard, TensorInfo, kind_of, open_shard
 from mlx_redrafter.errors import ConvertError, ModelError
-from mlx_redrafter.models.files import SAFETENSORS, Kind, files_of_kind
+from mlx_redrafter.models.files import SAFETENSORS, TORCH, Kind, files_of_kind
 from mlx_redrafter.models.weights import read_json, two_models
 
 # The first that a folder has wins.
-KINDS = (
-    SAFETENSORS, Kind(".bin", "pytorch_model"), Kind(".pt", "model"), Kind(".pth", "model"),
-    Kind(".gguf", "model"),
-)  # fmt: skip
+KINDS = (SAFETENSORS, *TORCH, Kind(".gguf", "model"))
 
 
 class Checkpoint:

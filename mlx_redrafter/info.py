@@ -58,6 +58,7 @@ def collect(
     from mlx_redrafter import hub
 
     folder = hub.resolve(name, revision)
+    hub.refuse_stand_ins(folder)
     model = _model(folder, context)
     found = hub.find_drafter(name, folder) if drafter == "auto" else hub.resolve(drafter)
     return {

@@ -32,6 +32,7 @@ class Kind(NamedTuple):
 
 
 SAFETENSORS = Kind(".safetensors", "model")
+TORCH = (Kind(".bin", "pytorch_model"), Kind(".pt", "model"), Kind(".pth", "model"))
 
 
 class _Group(NamedTuple):
