@@ -9,11 +9,8 @@ import mlx.core as mx
 
 from mlx_redrafter.convert.shards import GGUF, Shard, TensorInfo, kind_of, open_shard
 from mlx_redrafter.errors import ConvertError, ModelError
-from mlx_redrafter.models.files import SAFETENSORS, TORCH, Kind, files_of_kind
+from mlx_redrafter.models.files import SAFETENSORS, TORCH, files_of_kind
 from mlx_redrafter.models.weights import read_json, two_models
-
-# The first that a folder has wins.
-KINDS = (SAFETENSORS, *TORCH, Kind(".gguf", "model"))
 
 
 class Checkpoint:
@@ -105,11 +102,13 @@ def weight_files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise ConvertError(f"there is no {path}; needed: a checkpoint's folder or file")
     try:
-        for kind in KINDS:
+        for kind in (SAFETENSORS, *TORCH):
             if files := files_of_kind(path, kind, lambda file: open_shard(file).tensors.keys()):
                 return files
     except ModelError as error:
         raise ConvertError(str(error)) from None
+    if files := sorted(path.glob("*.gguf")):
+        return files
     raise ConvertError(
         f"{path} holds no weights; needed: *.safetensors, *.bin, *.pt, *.pth or *.gguf"
     )

@@ -42,7 +42,7 @@ def resolve(name: str, revision: str | None = None, also: Sequence[str] = ()) ->
     Raises HubError.
     """
     if not name.strip():
-        raise HubError(f"The model name is empty; give {_FORMS}.")
+        raise HubError(f"the model name is empty; give {_FORMS}")
     if name == BUILTIN:
         _refuse_revision(name, revision)
         from mlx_redrafter import builtin
@@ -56,7 +56,7 @@ def resolve(name: str, revision: str | None = None, also: Sequence[str] = ()) ->
     if match is None:
         raise HubError(_nothing_there(name))
     if match[2] and revision and match[2] != revision:
-        raise HubError(f"{name} names one revision and --revision {revision} another; give one.")
+        raise HubError(f"{name} names one revision and --revision {revision} another; give one")
     return _snapshot(match[1], match[2] or revision, also)
 
 
@@ -111,7 +111,7 @@ def load_tokenizer(folder: Path, options: dict[str, Any] | None = None) -> Token
     if not any(found for pattern in _TOKENIZER_FILES for found in folder.glob(pattern)):
         raise HubError(
             f"{folder} has no tokenizer; put the tokenizer.json and tokenizer_config.json of the "
-            "model there."
+            "model there"
         )
     # Without an answer given here, transformers would ask on the terminal whether to run code.
     # The context's length is ours to check: transformers would warn of errors that cannot happen.
@@ -175,7 +175,7 @@ def _refuse_revision(name: str, revision: str | None) -> None:
     if revision:
         raise HubError(
             f"{name} has no revisions ({revision!r} was given); revisions exist for Hugging Face "
-            "ids only: drop --revision."
+            "ids only: drop --revision"
         )
 
 
@@ -184,19 +184,19 @@ def _checked_folder(path: Path) -> Path:
         words = ["mlx-redrafter", "convert", str(path), "--out", str(path.with_suffix(""))]
         raise HubError(f"{path} is a file in GGUF; make a folder of it first: {shlex.join(words)}")
     if not path.is_dir():
-        raise HubError(f"{path} is a file; give the folder that holds config.json and the weights.")
+        raise HubError(f"{path} is a file; give the folder that holds config.json and the weights")
     if not (path / "config.json").is_file():
         raise HubError(
             f"{path} has no config.json; give a folder in MLX or Hugging Face layout "
-            "(other formats: mlx-redrafter convert)."
+            "(other formats: mlx-redrafter convert)"
         )
     return path
 
 
 def _nothing_there(name: str) -> str:
     if difflib.get_close_matches(name.lower(), [BUILTIN], cutoff=0.6):
-        return f"There is no model {name!r}; did you mean {BUILTIN}?"
-    return f"There is no folder {name!r}, and it is not a Hugging Face id; give {_FORMS}."
+        return f"there is no model {name!r}; did you mean {BUILTIN}?"
+    return f"there is no folder {name!r}, and it is not a Hugging Face id; give {_FORMS}"
 
 
 def _snapshot(repo: str, revision: str | None, also: Sequence[str]) -> Path:
@@ -220,7 +220,7 @@ def _snapshot(repo: str, revision: str | None, also: Sequence[str]) -> Path:
     if not (folder / "config.json").is_file():
         raise HubError(
             f"{repo} has no config.json: it is not a model in Hugging Face layout; choose its "
-            "safetensors version."
+            "safetensors version"
         )
     return folder
 
@@ -265,39 +265,39 @@ def _download_message(error: Exception, repo: str, revision: str | None) -> str:
     page = f"{constants.ENDPOINT}/{repo}"
     # The gated error is a kind of "not found": the order of these tests matters.
     if isinstance(error, errors.GatedRepoError):
-        return f"{repo} is gated: accept its licence at {page}, then run `hf auth login`."
+        return f"{repo} is gated: accept its licence at {page}, then run `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"There is no folder {repo!r} here and no model {repo!r} on the Hugging Face hub; "
-            "did you mean a local folder? For a private model run `hf auth login`."
+            f"there is no folder {repo!r} here and no model {repo!r} on the Hugging Face hub: "
+            "check the spelling; a private model needs `hf auth login`"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo} has no revision {revision!r}; see {page}/tree/main for those it has."
+        return f"{repo} has no revision {revision!r}; see {page}/tree/main for those it has"
     if isinstance(error, errors.HFValidationError):
-        return f"{repo!r} is not a valid Hugging Face id; give {_FORMS}."
+        return f"{repo!r} is not a valid Hugging Face id; give {_FORMS}"
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         # The listing is only asked for when the small files are there.
         partly = isinstance(error, errors.IncompleteSnapshotError | errors.OfflineModeIsEnabled)
         where = (
-            f"There is no folder {repo!r} here, and {repo}{f'@{revision}' if revision else ''} is "
+            f"there is no folder {repo!r} here, and {repo}{f'@{revision}' if revision else ''} is "
             f"{'only partly' if partly else 'not'} in the Hugging Face cache"
         )
         if constants.HF_HUB_OFFLINE:
-            return f"{where}; HF_HUB_OFFLINE is set: unset it, or give a local folder."
-        return f"{where}; {constants.ENDPOINT} cannot be reached: connect to the network."
+            return f"{where}; HF_HUB_OFFLINE is set: unset it, or give a local folder"
+        return f"{where}; {constants.ENDPOINT} cannot be reached: connect to the network"
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
-        return f"The Hugging Face hub refuses access to {repo}; run `hf auth login`."
+        return f"the Hugging Face hub refuses access to {repo}; run `hf auth login`"
     return _transfer_message(error, repo, constants.HF_HUB_CACHE)
 
 
 def _transfer_message(error: Exception, repo: str, cache: str) -> str:
     if is_full(error):
-        return f"No space left in {cache} for {repo}; free some, or set HF_HOME to another disk."
+        return f"no space left in {cache} for {repo}; free some, or set HF_HOME to another disk"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{cache} cannot be written for {repo}; set HF_HOME to a folder that can be."
+        return f"{cache} cannot be written for {repo}; set HF_HOME to a folder that can be"
     return (
         f"{repo} could not be downloaded ({one_line(error)}); run the same command again, "
-        "finished files are kept."
+        "finished files are kept"
     )
 
 

@@ -75,7 +75,8 @@ def _model(folder: Path, context: int | None) -> dict[str, Any]:
     from mlx_redrafter.models.loading import read_model
     from mlx_redrafter.models.weights import parameters as parameters_of
 
-    config, weights = read_model(folder)
+    model, weights = read_model(folder)
+    config = model.config
     size, element = _sizes(weights)
     # Their number when unpacked; no array is made, as none is evaluated.
     parameters = sum(value.size for value in parameters_of(Decoder(config)).values())

@@ -138,6 +138,12 @@ def test_a_shard_that_lacks_a_tensor(tmp_path: Path) -> None:
     assert refused(folder).startswith(f"{folder} lacks {name}, which a drafter of its config")
 
 
+def test_several_gguf_files_are_two_models(tmp_path: Path) -> None:
+    for name in ("model.gguf", "model-q4_0.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF" + bytes(60))
+    assert "one GGUF file" in refused(tmp_path)
+
+
 def test_one_tensor_in_two_shards(tmp_path: Path) -> None:
     folder, files = sharded(tmp_path)
     files[2].write_bytes(files[0].read_bytes())

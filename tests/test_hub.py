@@ -85,7 +85,7 @@ def test_wrong_local_paths(tmp_path):
     file.touch()
     assert "is a file" in message(str(file))
     assert "has no config.json" in message(str(tmp_path))
-    assert "There is no folder" in message(str(tmp_path / "missing"))
+    assert "there is no folder" in message(str(tmp_path / "missing"))
     assert "has no revisions" in message(str(model_folder(tmp_path / "m")), "main")
 
 
@@ -198,7 +198,7 @@ def test_gated_is_not_reported_as_missing(monkeypatch):
 
 def test_repository_and_revision_not_found(monkeypatch):
     fail_with(monkeypatch, http_error(errors.RepositoryNotFoundError, 401))
-    assert "did you mean a local folder?" in message("org/name")
+    assert "check the spelling" in message("org/name")
     fail_with(monkeypatch, http_error(errors.RevisionNotFoundError, 404))
     assert "has no revision 'v9'" in message("org/name@v9")
 
@@ -247,7 +247,7 @@ def test_the_real_client_offline(monkeypatch, tmp_path):
 
 def test_full_and_read_only_disks(monkeypatch):
     fail_with(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
-    assert "No space left" in message("org/name") and "HF_HOME" in message("org/name")
+    assert "no space left" in message("org/name") and "HF_HOME" in message("org/name")
     fail_with(monkeypatch, PermissionError(errno.EACCES, "Permission denied"))
     assert "cannot be written" in message("org/name")
 

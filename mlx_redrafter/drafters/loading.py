@@ -100,7 +100,8 @@ def _empty(
 ) -> ReDrafter:
     """A drafter of this shape; the layers of which packed weights are given are quantised."""
     drafter = ReDrafter(config)
-    if quantization := raw.get("quantization"):
+    packed = any(name.endswith(".scales") for name in weights)
+    if quantization := raw.get("quantization") if packed else None:
         try:
             nn.quantize(
                 drafter,

@@ -44,23 +44,22 @@ def load_model(folder: Path, dtype: mx.Dtype | None = None) -> Decoder:
         raise ModelError(f"{folder} is not a folder; needed: a folder with config.json and weights")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json; needed: a model in Hugging Face layout")
-    config, weights = read_model(folder)
+    model, weights = read_model(folder)
     if dtype is None and not fused_kernels():
         dtype = mx.float32
-    weights = _convert(weights, config, dtype)
-    model = Decoder(config)
-    _quantize(model, weights)
-    _assign(model, weights, folder)
+    weights = _convert(weights, model.config, dtype)
+    model.update(tree_unflatten(list(weights.items())))
     del weights
     _materialise(model, folder)
     model.eval()
     return model
 
 
-def read_model(folder: Path) -> tuple[DecoderConfig, Weights]:
-    """What is in a model folder, by what is stored there: nothing is evaluated yet.
+def read_model(folder: Path) -> tuple[Decoder, Weights]:
+    """The model of a folder, by what is stored there, and the weights that go into it.
 
-    The weights have the names of Decoder, without a head that is tied. Raises ModelError.
+    They have its names and shapes, without a head that is tied. Nothing is evaluated yet.
+    Raises ModelError.
     """
     raw = read_json(folder / "config.json")
     decoder_config(raw)  # an unsupported type is said before gigabytes are read
@@ -69,7 +68,10 @@ def read_model(folder: Path) -> tuple[DecoderConfig, Weights]:
     config = decoder_config(raw, weights.keys())
     if config.tied:
         weights = {k: v for k, v in weights.items() if not k.startswith("lm_head.")}
-    return config, weights
+    model = Decoder(config)
+    _quantize(model, weights)
+    _check_fit(model, weights, folder)
+    return model, weights
 
 
 def sanitize(weights: Mapping[str, mx.array]) -> Weights:
@@ -127,8 +129,8 @@ def _quantize(model: Decoder, weights: Weights) -> None:
         ) from error
 
 
-def _assign(model: Decoder, weights: Weights, folder: Path) -> None:
-    """Put the weights into the model; names and shapes must be exactly the model's."""
+def _check_fit(model: Decoder, weights: Weights, folder: Path) -> None:
+    """Names and shapes of the weights must be exactly the model's."""
     expected = parameters(model)
     missing, extra = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     if missing or extra:
@@ -143,7 +145,6 @@ def _assign(model: Decoder, weights: Weights, folder: Path) -> None:
             f"tensors in {folder} have other shapes than config.json says: {preview(wrong, 3)}; "
             "download config.json and weights of the same model"
         )
-    model.update(tree_unflatten(list(weights.items())))
 
 
 def _materialise(model: Decoder, folder: Path) -> None:

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from ..errors import ModelError
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_PAGES = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<!--")
+_PAGES = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml")
 
 
 def refuse_stand_in(path: Path) -> None:
