@@ -211,7 +211,7 @@ def _snapshot(repo: str, revision: str | None, also: Sequence[str]) -> Path:
             )
         )
         if (folder / "config.json").is_file():
-            wanted = _wanted(_listing(repo, revision, folder, also), also)
+            wanted = _wanted(_listing(repo, revision, folder, also), also, folder)
             if not all((folder / name).is_file() for name in wanted):
                 patterns = [glob.escape(name) for name in wanted]
                 snapshot_download(repo, revision=revision, allow_patterns=patterns)
@@ -235,28 +235,30 @@ def _listing(repo: str, revision: str | None, folder: Path, also: Sequence[str])
         if kept := read_tree_cache(str(folder.parents[1]), folder.name):
             return list(kept)
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
-    if _weights(files, also):
+    if _weights(files, also, folder):
         return files
     return list(list_repo_files(repo, revision=revision))
 
 
-def _wanted(files: Sequence[str], also: Sequence[str]) -> list[str]:
+def _wanted(files: Sequence[str], also: Sequence[str], folder: Path) -> list[str]:
     """The files of a repository that are read here, its drafter's too."""
     wanted = [file for file in files if fnmatch(file, "additional_chat_templates/*.jinja")]
     for place in ("", "drafter/"):
         inside = [file.removeprefix(place) for file in files if file.startswith(place)]
         names = [name for name in inside if "/" not in name]
         kept = [name for name in names if any(fnmatch(name, p) for p in PATTERNS)]
-        wanted += [place + name for name in (*kept, *_weights(names, also))]
+        weights = _weights(names, also, folder / place)
+        wanted += [place + name for name in (*kept, *weights)]
     return wanted
 
 
-def _weights(names: Sequence[str], also: Sequence[str]) -> list[str]:
+def _weights(names: Sequence[str], also: Sequence[str], folder: Path) -> list[str]:
     from mlx_redrafter.models.files import SAFETENSORS, TORCH, weights_among
 
     kinds = [k for k in TORCH if any(fnmatch(k.stem + k.suffix, pattern) for pattern in also)]
     names = [name for name in names if "/" not in name]
-    return next((found for k in (SAFETENSORS, *kinds) if (found := weights_among(names, k))), [])
+    found = (weights_among(names, kind, folder) for kind in (SAFETENSORS, *kinds))
+    return next(filter(None, found), [])
 
 
 def _download_message(error: Exception, repo: str, revision: str | None) -> str:

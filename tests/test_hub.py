@@ -166,6 +166,32 @@ REPOSITORIES = {
 SMALL = ["config.json", "tokenizer.json", "model.safetensors.index.json", "original/params.json"]
 
 
+@pytest.mark.parametrize(
+    ("named", "wanted"),
+    [
+        (SHARDS, SHARDS),
+        (SHARDS[:1], SHARDS),
+        (["heart.safetensors", "model.safetensors"], ["heart.safetensors", "model.safetensors"]),
+        (["model-00001-of-00009.safetensors"], ["model.safetensors"]),
+        (None, ["model.safetensors"]),
+    ],
+)
+def test_an_index_chooses_among_what_a_repository_has(monkeypatch, tmp_path, named, wanted):
+    files = [*SHARDS, "model.safetensors", "heart.safetensors", "config.json"]
+    index = json.dumps({"weight_map": dict(enumerate(named)) if named else 3})
+    asked = []
+
+    def download(repo, revision, allow_patterns, ignore_patterns=None):
+        (model_folder(tmp_path) / "model.safetensors.index.json").write_text(index)
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: files)
+    hub.resolve("org/name")
+    assert sorted(asked[1]) == sorted(["config.json", *wanted])
+
+
 @pytest.mark.parametrize("name", REPOSITORIES)
 def test_only_the_files_of_one_model_are_downloaded(monkeypatch, tmp_path, name):
     files, wanted = REPOSITORIES[name]

@@ -88,6 +88,7 @@ SAME: dict[str, Edit] = {
     "plain": nothing,
     "shards": in_shards,
     "index of other shards": index({UP: SHARDS[0], HEAD: SHARDS[1]}),
+    "index of a build with pictures": index({"model.language_model." + UP[6:]: SHARDS[0]}),
     "index of one shard": edits(in_shards, index({UP: SHARDS[0]})),
     "index that is wrong about tensors": edits(in_shards, index({"a": SHARDS[0], UP: SHARDS[1]})),
     "index of nothing": edit_file(INDEX, lambda _: b"{}"),

@@ -5,6 +5,7 @@ An index only says what another build of the model had; what lies in the folder 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable
@@ -43,11 +44,18 @@ class _Group(NamedTuple):
     total: str
 
 
-def weights_among(names: Iterable[str], kind: Kind = SAFETENSORS) -> list[str]:
-    """The weights among the files of a repository: one model, in one precision, no adapter."""
+def weights_among(names: Collection[str], kind: Kind, folder: Path) -> list[str]:
+    """The weights among the files of a repository: one model, in one precision, no adapter.
+
+    Those of its index, which is in `folder` already, if the repository has them all.
+    """
     groups = _grouped(names, kind)
     if not groups:
         return []
+    with contextlib.suppress(ModelError, AttributeError, KeyError, TypeError):
+        named = set(read_json(folder / _index(kind))["weight_map"].values())
+        if named <= set(names):
+            return sorted(name for group in _grouped(named, kind) for name in groups[group])
     best = min(_rank(group, kind) for group in groups)
     kept = sorted(group for group in groups if _rank(group, kind) == best)
     if best & _VARIANT and best < _LAST:
@@ -98,13 +106,14 @@ def files_of_kind(
         held = _held(files, tensors)
         for group in rivals:
             for file in groups[group]:
-                if double := held.keys() & tensors(folder / file):
-                    raise two_models(min(double), held[min(double)], folder / file)
+                if both := held.keys() & tensors(folder / file):
+                    raise two_models(min(both), held[min(both)], folder / file)
         for group in partial:
             found = [folder / file for file in groups[group] if file not in lacking[group]]
             names = {name for file in found for name in tensors(file)}
             names |= {name for file in lacking[group] for name in promised.get(file, ())}
-            _left_over(folder, lacking[group], promised, kind, files, held.keys() & names)
+            double = _inner(held) & _inner(names)
+            _left_over(folder, lacking[group], promised, kind, files, double)
     return files
 
 
@@ -136,6 +145,11 @@ def _held(files: Iterable[Path], tensors: Callable[[Path], Collection[str]]) -> 
                 raise two_models(name, held[name], file)
             held[name] = file
     return held
+
+
+def _inner(names: Iterable[str]) -> set[str]:
+    """Names without what a model is wrapped in, which differs from build to build."""
+    return {name.rpartition("model.")[2] for name in names}
 
 
 def _grouped(names: Iterable[str], kind: Kind) -> dict[_Group, list[str]]:
