@@ -56,8 +56,8 @@ def _refuse_foreign(raw: Mapping[str, Any], types: Types, packed: set[str]) -> N
             continue  # an unknown tensor or type: whoever meets it says so
         method = block.get("quant_method") if isinstance(block, Mapping) else None
         raise ModelError(
-            f"the weights are quantised by {repr(method) if method else 'another program'}, "
-            f"a format that is not read here ({name} is of type {_type_name(kind)}); needed: an "
+            f"the weights are quantised by {repr(method) if method else 'another program'} "
+            f"in a format that is not read here ({name} is of {_type_name(kind)}); needed: an "
             "MLX model (mlx_lm.convert --quantize) or the unquantised one"
         )
 
@@ -67,4 +67,4 @@ def _without_blocks(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _type_name(kind: mx.Dtype | None) -> str:
-    return "unknown to MLX" if kind is None else str(kind).removeprefix("mlx.core.")
+    return f"type {str(kind).removeprefix('mlx.core.')}" if kind else "a type that MLX lacks"
