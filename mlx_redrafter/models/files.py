@@ -132,7 +132,7 @@ def _left_over(
     warnings.warn(
         f"{folder} lacks {preview(lacking)}{index}; the model is read from "
         f"{preview(file.name for file in files)}",
-        stacklevel=4,
+        stacklevel=1,  # once for all who read the folder
     )
 
 
@@ -186,7 +186,7 @@ def _promised(folder: Path, kind: Kind) -> dict[str, set[str]]:
     try:
         names = read_json(index).get("weight_map")
     except ModelError as error:
-        warnings.warn(f"{error}; the weights are found without it", stacklevel=4)
+        warnings.warn(f"{error}; the weights are found without it", stacklevel=1)
         return {}
     files: dict[str, set[str]] = {}
     for tensor, name in names.items() if isinstance(names, dict) else ():
