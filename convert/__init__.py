@@ -257,9 +257,6 @@ def _locate(source: str) -> Path:
         return path
     from mlx_redrafter import hub
 
-    folder = hub.resolve(source)
-    if any(folder.glob("*.safetensors")):
-        return folder
     return hub.resolve(source, also=("*.bin", "*.pt"))
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_redrafter.convert.base_files import copy_tokenizer, generation_config, write_config
+from mlx_redrafter.convert.base_files import copy_tokenizer, with_end_tokens, write_config
 from mlx_redrafter.convert.checkpoint import Checkpoint
 from mlx_redrafter.convert.mapping import Mapping
 from mlx_redrafter.convert.writer import OutputFolder, ShardWriter
@@ -24,15 +24,13 @@ from mlx_redrafter.hub import one_line
 from mlx_redrafter.models import Decoder, DecoderConfig
 from mlx_redrafter.models.families import decoder_config
 from mlx_redrafter.models.loading import sanitize
+from mlx_redrafter.models.stored import as_stored, packed_layers
 from mlx_redrafter.models.weights import preview
 
 Progress = Callable[[int, int], None]
 Config = dict[str, Any]
 Shape = tuple[int, ...]
 
-# Their config.json may leave out tie_word_embeddings; transformers then has a head of its own,
-# where mlx-lm would drop the one that is stored.
-_UNTIED_BY_DEFAULT = ("granite", "llama", "mistral", "olmo2", "qwen2", "qwen3")
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -181,26 +179,19 @@ def _plan(checkpoint: Checkpoint) -> _Plan:
 
 def _config(checkpoint: Checkpoint) -> Config:
     """config.json as mlx-lm reads it, and as what is stored means it."""
-    config = {**checkpoint.config, **_end_tokens(checkpoint.folder)}
     if not checkpoint.config:
         raise ConvertError(f"{checkpoint.folder} has no config.json; download it with the model")
-    text = config.get("text_config") or {}
-    blocks = ("quantization", "quantization_config")
-    block = next((c[b] for c in (config, text) for b in blocks if c.get(b)), None)
-    if block:
-        method = block.get("quant_method", "MLX") if isinstance(block, dict) else block
+    types = {t: kind for n, kind in checkpoint.types().items() if (t := _decoder_name(n))}
+    if packed_layers(types):
         raise ConvertError(
-            f"{checkpoint.path} is quantised already ({method}); needed: the unquantised model"
+            f"{checkpoint.path} is a quantised MLX model already: run it as it is, or convert the "
+            "unquantised model"
         )
-    untied = config.get("model_type") in _UNTIED_BY_DEFAULT
-    if untied and "lm_head.weight" in checkpoint.names():
-        config.setdefault("tie_word_embeddings", False)
-    return config
-
-
-def _end_tokens(folder: Path) -> Config:
-    found = generation_config(folder).get("eos_token_id")
-    return {"eos_token_id": found} if found else {}
+    try:
+        config = as_stored(checkpoint.config, types)
+    except ModelError as error:
+        raise ConvertError(f"{checkpoint.path}: {error}") from None
+    return with_end_tokens(config, checkpoint.folder)
 
 
 def _decoder_name(name: str) -> str | None:

@@ -61,7 +61,8 @@ def plan_drafter(checkpoint: Checkpoint, kind: Format) -> DrafterPlan:
     if kind is Format.MLX:
         raw = checkpoint.config
         config = ReDrafterConfig.from_dict(raw)
-        quantization = raw.get("quantization")
+        packed = any(name.endswith(".scales") for name in shapes)
+        quantization = raw.get("quantization") if packed else None
         known = {"model_type", "quantization", *vars(config)}
         extra = {key: value for key, value in raw.items() if key not in known}
     else:

@@ -217,6 +217,8 @@ def damaged(tmp_path, case="llama", drop=(), add=None, **changes):
 
 
 NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
+SCALES = GATE.replace("weight", "scales")
+QWEIGHT, ONES = GATE.replace("weight", "qweight"), mx.ones((96, 8), mx.uint32)
 BROKEN = {
     "missing": ({"drop": [NORM]}, f"lacks {NORM}"),
     "left-over": (
@@ -225,8 +227,11 @@ BROKEN = {
     ),
     "shape": ({"add": {GATE: mx.ones((95, 64))}}, r"gate_proj.weight \(95, 64\) instead of \(96"),
     "integers": ({"add": {GATE: mx.ones((96, 64), mx.int8)}}, "quantised by another program"),
-    "gptq": ({"quantization_config": {"quant_method": "gptq"}}, r"quantised already \(gptq\)"),
-    "mlx": ({"quantization": {"bits": 4, "group_size": 64}}, r"quantised already \(MLX\)"),
+    "gptq": (
+        {"add": {QWEIGHT: ONES}, "quantization_config": {"quant_method": "gptq"}},
+        "quantised by 'gptq'",
+    ),
+    "mlx": ({"add": {GATE: ONES, SCALES: mx.ones((96, 1))}}, "a quantised MLX model already"),
     "type": ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
     "twice": ({"add": {f"language_model.{NORM}": mx.ones((64,))}}, "under two names"),
 }
