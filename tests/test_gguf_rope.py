@@ -77,6 +77,23 @@ def test_scaling_keys_that_are_read(tmp_path, name):
     load_model(tmp_path / "out")
 
 
+LIMITS = {
+    "nothing": CONTEXT,
+    "linear": 4 * CONTEXT,
+    "linear, from a shorter context": CONTEXT,
+    "the old key": 4 * CONTEXT,
+    "yarn without its original length": 4 * CONTEXT,
+    "yarn": CONTEXT,
+    "a factor of one": CONTEXT,
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_context_follows(tmp_path, name):
+    run(written(tmp_path, READ[name][0]), tmp_path / "out")
+    assert load_model(tmp_path / "out").config.max_positions == LIMITS[name]
+
+
 REFUSED = {
     "linear without a factor": ({TYPE: "linear"}, "scaling 'linear' without a factor"),
     "yarn without a factor": ({TYPE: "yarn", ORIGINAL: 2048}, "scaling 'yarn' without a factor"),
