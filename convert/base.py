@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_redrafter.convert.base_files import copy_tokenizer, with_end_tokens, write_config
 from mlx_redrafter.convert.checkpoint import Checkpoint
 from mlx_redrafter.convert.mapping import Mapping
-from mlx_redrafter.convert.writer import OutputFolder, ShardWriter
+from mlx_redrafter.convert.writer import OutputFolder, ShardWriter, sixteen_bits
 from mlx_redrafter.errors import ConvertError, ModelError
 from mlx_redrafter.hub import one_line
 from mlx_redrafter.models import Decoder, DecoderConfig
@@ -83,7 +83,7 @@ def convert_base(
         out: folder under construction; gets weights, config.json, tokenizer, generation config.
         bits, group_size: of the quantisation, as in mlx_lm.convert; bits None: none.
         dtype: of the weights; None: config.json's `torch_dtype`, else as stored, as in
-            mlx_lm.convert.
+            mlx_lm.convert; but 16 bits where they are quantised, or 4 bits would take 5.
         progress: called with source tensors done and in all.
 
     Raises:
@@ -91,8 +91,12 @@ def convert_base(
             tensors.
     """
     plan = _plan(checkpoint)
-    chosen = _Quantisation(plan.config, list(plan.all_pieces()), bits, group_size)
+    names = [piece.target for piece in plan.all_pieces()]
+    chosen = Quantisation(plan.config, names, bits, group_size)
     stored_as = dtype or _DTYPES.get(str(_config_dtype(plan.config)))
+    wide = stored_as is None or stored_as == mx.float32
+    if bits is not None and dtype is None and wide:
+        stored_as = dtype = sixteen_bits({checkpoint.dtype(name) for name in plan.pieces})
     writer = ShardWriter(out)
     for done, (name, pieces) in enumerate(plan.pieces.items()):
         progress(done, len(plan.pieces))
@@ -101,9 +105,9 @@ def convert_base(
             value = value.astype(stored_as or mx.float32)
         for piece in pieces:
             rows = value[piece.first : piece.first + piece.shape[0]] if len(pieces) > 1 else value
-            for target, array in chosen.apply(piece.target, rows):
+            for target, array, parameters in chosen.apply(piece.target, rows):
                 _evaluate(array, name)
-                writer.add(target, array)
+                writer.add(target, array, parameters)
         del value, rows, array
     writer.close()
     progress(len(plan.pieces), len(plan.pieces))
@@ -230,7 +234,7 @@ def _cut(name: str, target: str, shape: Shape, config: DecoderConfig) -> list[_P
     return pieces
 
 
-class _Quantisation:
+class Quantisation:
     """mlx-lm's choice of what is quantised and how, and its names.
 
     mlx-lm decides on a model; it gets one whose weights are never evaluated. The weights
@@ -241,7 +245,7 @@ class _Quantisation:
     """
 
     def __init__(
-        self, config: Config, pieces: Sequence[_Piece], bits: int | None, group_size: int
+        self, config: Config, names: Sequence[str], bits: int | None, group_size: int
     ) -> None:
         from mlx_lm.utils import quantize_model
 
@@ -251,7 +255,7 @@ class _Quantisation:
         self._chosen: dict[str, tuple[int, int, str]] = {}
         if bits is None:
             return
-        model = _mlx_lm_model(config, [self._prefix + piece.target for piece in pieces])
+        model = _mlx_lm_model(config, [self._prefix + name for name in names])
         try:
             # It prints how many bits came out.
             with contextlib.redirect_stdout(io.StringIO()):
@@ -266,18 +270,27 @@ class _Quantisation:
             for path, module in model.named_modules()
             if hasattr(module, "scales")
         }
+        if not self._chosen:
+            raise ConvertError(
+                f"no matrix of this model has rows of a multiple of {group_size}, so none can be "
+                "quantised; choose another --q-group-size"
+            )
 
-    def apply(self, target: str, value: mx.array) -> Iterator[tuple[str, mx.array]]:
-        """The arrays to store for one weight, under mlx-lm's names."""
-        target = self._prefix + target
-        base, _, last = target.rpartition(".")
-        if last != "weight" or base not in self._chosen:
-            yield target, value
+    def bits(self, target: str) -> int | None:
+        """Of a tensor when it is quantised; None if it is not."""
+        base, _, last = (self._prefix + target).rpartition(".")
+        return self._chosen[base][1] if last == "weight" and base in self._chosen else None
+
+    def apply(self, target: str, value: mx.array) -> Iterator[tuple[str, mx.array, int]]:
+        """The arrays to store for one weight, under mlx-lm's names; how many weights each holds."""
+        if self.bits(target) is None:
+            yield self._prefix + target, value, value.size
             return
+        base = (self._prefix + target).removesuffix(".weight")
         group_size, bits, mode = self._chosen[base]
         packed = mx.quantize(value, group_size, bits, mode=mode)
         for part, array in zip(("weight", "scales", "biases"), packed, strict=False):
-            yield f"{base}.{part}", array
+            yield f"{base}.{part}", array, value.size if part == "weight" else 0
 
 
 def _mlx_lm_model(config: Config, names: Sequence[str]) -> Any:

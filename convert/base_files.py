@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from mlx_redrafter import hub
+from mlx_redrafter import hub, turn_ends
 from mlx_redrafter.convert.writer import OutputFolder
 from mlx_redrafter.errors import ConvertError, HubError, ModelError
 from mlx_redrafter.models.weights import read_json
@@ -81,3 +82,22 @@ def _keep_splitter(folder: Path) -> None:
         content["tokenizer_class"] = "PreTrainedTokenizerFast"
         text = json.dumps(content, indent=2, ensure_ascii=False)
         config.write_text(text + "\n", encoding="utf-8")
+
+
+def name_turn_end(out: OutputFolder) -> list[str]:
+    """Add the end of an answer that only the chat template knows to eos_token_id; says so."""
+    try:
+        tokenizer = hub.load_tokenizer(out.path, complete=False)
+    except HubError:
+        return []  # a model without a tokenizer is converted all the same
+    if (end := turn_ends.unnamed(tokenizer)) is None:
+        return []
+    ends: dict[str, Any] = {"eos_token_id": [*sorted(tokenizer.eos_token_ids), end[0]]}
+    write_config({**read_json(out.path / "config.json"), **ends}, out)
+    with contextlib.suppress(ModelError):  # as mlx-lm takes one that cannot be read
+        ends = {**read_json(out.path / "generation_config.json"), **ends}
+    out.write_json("generation_config.json", ends)
+    return [
+        f"the chat template ends an answer with {end[1]}, which no configuration of the source "
+        "names as an end: it was added to eos_token_id"
+    ]

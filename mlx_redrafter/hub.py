@@ -17,6 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_redrafter import turn_ends
 from mlx_redrafter.errors import HubError, ModelError
 
 if TYPE_CHECKING:
@@ -101,11 +102,14 @@ def data_dir() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "share") / "mlx-redrafter"
 
 
-def load_tokenizer(folder: Path, options: dict[str, Any] | None = None) -> TokenizerWrapper:
+def load_tokenizer(
+    folder: Path, options: dict[str, Any] | None = None, *, complete: bool = True
+) -> TokenizerWrapper:
     """mlx-lm's tokenizer with its streaming detokenizer.
 
     It stops at every end of text named in the folder's config.json or generation_config.json, by
-    id or by its text. `options` are passed to transformers. Raises HubError.
+    id or by its text. `options` are passed to transformers. `complete` adds the end of an answer
+    that only the chat template knows, with a warning. Raises HubError.
     """
     refuse_stand_ins(folder)
     if not any(found for pattern in _TOKENIZER_FILES for found in folder.glob(pattern)):
@@ -125,7 +129,7 @@ def load_tokenizer(folder: Path, options: dict[str, Any] | None = None) -> Token
         ) from error
     for end in end_ids(folder, loaded):
         loaded.add_eos_token(str(end))
-    return loaded
+    return turn_ends.completed(loaded, folder) if complete else loaded
 
 
 def refuse_stand_ins(folder: Path) -> None:
@@ -150,7 +154,7 @@ def end_ids(folder: Path, tokenizer: TokenizerWrapper | None = None) -> list[int
         given += value if isinstance(value, list) else [value]
     ids = {v for v in given if isinstance(v, int) and not isinstance(v, bool) and v >= 0}
     if texts := sorted({v for v in given if isinstance(v, str)}):
-        vocabulary = (tokenizer or load_tokenizer(folder)).get_vocab()
+        vocabulary = (tokenizer or load_tokenizer(folder, complete=False)).get_vocab()
         ids |= {int(t) for t in texts if t not in vocabulary and t.isdecimal()}
         ids |= {vocabulary[t] for t in texts if t in vocabulary}
         if unknown := [t for t in texts if t not in vocabulary and not t.isdecimal()]:
@@ -180,9 +184,11 @@ def _refuse_revision(name: str, revision: str | None) -> None:
 
 
 def _checked_folder(path: Path) -> Path:
-    if path.is_file() and path.suffix == ".gguf":
-        words = ["mlx-redrafter", "convert", str(path), "--out", str(path.with_suffix(""))]
-        raise HubError(f"{path} is a file in GGUF; make a folder of it first: {shlex.join(words)}")
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        raise HubError(
+            f"{path} is a GGUF file; make a model folder of it first: "
+            f"mlx-redrafter convert {shlex.quote(str(path))} --out FOLDER"
+        )
     if not path.is_dir():
         raise HubError(f"{path} is a file; give the folder that holds config.json and the weights")
     if not (path / "config.json").is_file():

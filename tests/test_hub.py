@@ -81,7 +81,7 @@ def test_empty_name(name):
 
 
 def test_wrong_local_paths(tmp_path):
-    file = tmp_path / "model.gguf"
+    file = tmp_path / "model.bin"
     file.touch()
     assert "is a file" in message(str(file))
     assert "has no config.json" in message(str(tmp_path))
@@ -340,3 +340,9 @@ def test_missing_and_broken_tokenizers(tmp_path):
     with pytest.raises(HubError, match="cannot be loaded") as caught:
         hub.load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_gguf_file_is_told_what_to_do(tmp_path):
+    (tmp_path / "my model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(HubError, match=r"GGUF file; .* convert '.*/my model\.gguf' --out FOLDER"):
+        hub.resolve(str(tmp_path / "my model.gguf"))
