@@ -230,6 +230,7 @@ LIMITS: dict[str, tuple[int, dict[str, object] | None, int]] = {
     "linear": (64, {"type": "linear", "factor": 2.5}, 160),
     "linear, original named": (128, {"type": "linear", "factor": 2, **YARN}, 256),
     "llama3": (256, {"rope_type": "llama3", **YARN}, 256),
+    "llama3, a factor of another kind": (128, {"rope_type": "llama3", **YARN}, 128),
     "llama3, not stretched": (64, {"rope_type": "llama3", **YARN}, 256),
     "longrope": (256, {**LONG, "original_max_position_embeddings": 64}, 256),
     "dynamic": (64, {"type": "dynamic", "factor": 4.0}, 64),

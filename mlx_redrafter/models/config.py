@@ -28,14 +28,17 @@ class RopeConfig:
         """How many positions the scaling makes of those that it stretches.
 
         That number is its own where it names one; max_positions may then be the stretched one
-        already. What a dynamic one would stretch changes with the length: not done here.
+        already, as it is for llama3 and longrope wherever it is more than the original: their
+        factor says how far the low frequencies go and not how long a text may be. What a dynamic
+        one would stretch changes with the length: not done here.
         """
         scaling = self.scaling or {}
         factor = float(scaling.get("factor") or 1.0)
-        original = scaling.get("original_max_position_embeddings")
-        if self.kind in ("default", "dynamic") or not (original or self.kind in ("linear", "yarn")):
+        original = int(scaling.get("original_max_position_embeddings") or 0)
+        linear = self.kind in ("linear", "yarn")
+        if self.kind in ("default", "dynamic") or not (linear or original >= self.max_positions):
             return self.max_positions
-        return max(self.max_positions, int(factor * int(original or self.max_positions)))
+        return max(self.max_positions, int(factor * (original or self.max_positions)))
 
 
 @dataclass(frozen=True)
