@@ -32,8 +32,9 @@ from mlx_redrafter.stats import DraftStats
 class Model:
     """A target model, its drafter (or None), and the engine that runs both.
 
-    ``drafting`` is False where plain decoding was asked for; without a drafter and with it the
-    text itself still is a source of drafts.
+    "No drafter" means that ``drafter`` is None: drafts then come from the text itself.
+    ``drafting`` tells whether `stream_generate` drafts unless it is told so or not: False where
+    the model was loaded for plain decoding.
     """
 
     name: str
@@ -107,7 +108,7 @@ def stream_generate(
     prompt: str | Sequence[int],
     max_tokens: int = 256,
     *,
-    draft: bool = True,
+    draft: bool | None = None,
     tree: TreeShape | None = None,
     stop: str | Sequence[str] = (),
     stop_tokens: Sequence[int] = (),
@@ -122,7 +123,8 @@ def stream_generate(
     Args:
         prompt: text (no template is applied) or token ids.
         max_tokens: at most so many tokens; fewer where the context ends.
-        draft: False decodes plainly, through the same code; the tokens are the same.
+        draft: False decodes plainly, through the same code; the tokens are the same. True drafts
+            from what there is: the drafter and the text itself. None: as the model was loaded.
         tree: how much to draft; None: chosen for every step by what pays on this machine and on
             this text (the first time it is measured, which takes a few seconds).
         stop: strings that end the answer; neither they nor what follows is emitted.
@@ -149,7 +151,7 @@ def stream_generate(
         raise OptionError(f"prefill_step_size {prefill_step_size} is not possible: use 1 or more")
     ids = _encode(tokenizer, prompt)
     shape: TreeShape | Policy = TreeShape.plain()
-    if draft and (model.drafting or tree):
+    if model.drafting if draft is None else draft:
         shape = tree or tuning.policy(model, sampled=params.temp > 0)
     session = session if session is not None else Session()
     if prefill_step_size is None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_redrafter import console
-from mlx_redrafter.conversation import render
+from mlx_redrafter.chat_template import prompt_ids
 from mlx_redrafter.info import device, machine
 from mlx_redrafter.options import ModelOptions
 
@@ -36,7 +36,7 @@ def run(source: ModelOptions, question: str | None, max_tokens: int) -> None:
     console.note("Loading the model ...")
     model, tokenizer = source.load()
     question = question or QUESTION
-    prompt = render(tokenizer, [{"role": "user", "content": question}])
+    prompt = prompt_ids(tokenizer, [{"role": "user", "content": question}])
     kinds = {"plain decoding": False}
     if model.drafting:
         kinds["with drafting"] = True

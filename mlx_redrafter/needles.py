@@ -22,7 +22,7 @@ from rich.console import Console
 
 from mlx_redrafter import console, reports
 from mlx_redrafter.api import Model, load, stream_generate
-from mlx_redrafter.conversation import render
+from mlx_redrafter.chat_template import render
 from mlx_redrafter.decoding.engine import Session
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.haystack import TASKS, Case, make

@@ -24,6 +24,7 @@ LAYERS = [
     {"decoding"},
     {
         "api",
+        "chat_template",
         "tuning",
         "hub",
         "builtin",
@@ -36,8 +37,11 @@ LAYERS = [
     {
         "console",
         "options",
+        "flat_options",
         "conversation",
         "chat",
+        "generating",
+        "answer_writer",
         "info",
         "doctor",
         "demo",

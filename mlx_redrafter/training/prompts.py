@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter.conversation import render
+from mlx_redrafter.chat_template import has_template, render, render_text
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.prompts import read_prompts
 
@@ -96,12 +96,11 @@ def _messages(row: Any) -> list[dict[str, str]] | None:
 def user_header(tokenizer: TokenizerWrapper) -> tuple[list[int], set[int]]:
     """Token ids that open a user turn, and the ids that end one."""
     ends = set(tokenizer.eos_token_ids)
-    if not tokenizer.has_chat_template:
+    if not has_template(tokenizer):
         first = tokenizer.bos_token_id
         return [first if first is not None else min(ends)], ends
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=False
-    )
+    opening = [{"role": "user", "content": _MARK}]
+    text = render_text(tokenizer, opening, {"add_generation_prompt": False})
     head, _, tail = text.partition(_MARK)
     closing = tokenizer.encode(tail.strip(), add_special_tokens=False)
     return list(tokenizer.encode(head, add_special_tokens=False)), ends | set(closing[:1])
@@ -109,7 +108,7 @@ def user_header(tokenizer: TokenizerWrapper) -> tuple[list[int], set[int]]:
 
 def encode(tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> list[int]:
     """Token ids with the opening of the answer, in the template if there is one."""
-    if tokenizer.has_chat_template:
+    if has_template(tokenizer):
         return render(tokenizer, messages)
     return list(tokenizer.encode(messages[-1]["content"]))
 
