@@ -185,7 +185,7 @@ def run(
     if not quiet and model.drafting and model.drafter is None:
         console.note(console.no_drafter(model.name))
     if not has_template(tokenizer):
-        console.note(console.no_template(model.name))
+        console.note(console.no_template(model.name, options.system_prompt))
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     chat = Chat(model, tokenizer, options, interactive=interactive, quiet=quiet, verbose=verbose)
     if not interactive:

@@ -78,13 +78,15 @@ def thinking_switch(
     """
     messages = [{"role": "user", "content": "Hi"}]
     given = dict(chat_template_config or {})
-    render(tokenizer, messages, given)
+    render_text(tokenizer, messages, given)
     for name in SWITCHES:
         try:
-            both = [render(tokenizer, messages, {**given, name: value}) for value in (True, False)]
+            texts = {
+                render_text(tokenizer, messages, {**given, name: value}) for value in (True, False)
+            }
         except OptionError:  # a template in Python that takes no such argument
             continue
-        if both[0] != both[1]:
+        if len(texts) == 2:
             return {name: on}
     raise OptionError(
         f"this model's chat template has no switch for thinking ({' or '.join(SWITCHES)}): leave "
@@ -110,11 +112,14 @@ def opens_thought(tokenizer: Any, prompt: str | Sequence[int]) -> bool:
 
 
 def thinks(tokenizer: Any, chat_template_config: Variables | None = None) -> bool:
-    """Is a thought to be expected before an answer?"""
+    """Is a thought to be expected before an answer? Not of a template that fails."""
     found = markers(tokenizer)
     if found is None or not has_template(tokenizer):
         return False
-    prompt = render(tokenizer, [{"role": "user", "content": "Hi"}], chat_template_config)
+    try:
+        prompt = render(tokenizer, [{"role": "user", "content": "Hi"}], chat_template_config)
+    except OptionError:
+        return False
     return not str(tokenizer.decode(prompt[-_TAIL:])).rstrip().endswith(found[1])
 
 

@@ -41,7 +41,9 @@ class Commands(TyperGroup):
     """Turns what a user can get wrong into one line and an exit code."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(super().list_commands(ctx), key=ORDER.index)
+        places = {name: place for place, name in enumerate(ORDER)}
+        names = super().list_commands(ctx)
+        return sorted(names, key=lambda name: places.get(name, len(places)))
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -101,9 +103,7 @@ ModelArgument = Annotated[
     str, typer.Argument(help="Built-in name, local folder or Hugging Face id (org/name).")
 ]
 BUILTIN = "smollm2-135m"
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print no statistics and no notes on stderr.")
-]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no statistics on stderr.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print all statistics on stderr.")]
 USE, PREPARE, MEASURE = "Use a model", "Prepare a model or a drafter", "Measure"
 

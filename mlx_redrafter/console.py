@@ -92,9 +92,10 @@ def no_drafter(model: str) -> str:
     )
 
 
-def no_template(model: str) -> str:
+def no_template(model: str, system_prompt: str | None = None) -> str:
     """What to say once of a base model."""
-    return f"note: {model} has no chat template, so it continues the text as it stands"
+    without = ", without the system prompt" if system_prompt else ""
+    return f"note: {model} has no chat template, so it continues the text as it stands{without}"
 
 
 def cut_thought(tokens: int, limit: int, how: str) -> str:

@@ -21,7 +21,7 @@ def read(model: Any, tokenizer: Any, text: str, options: DecodeOptions, raw: boo
     if raw:
         return text
     if not has_template(tokenizer):
-        console.note(console.no_template(model.name))
+        console.note(console.no_template(model.name, options.system_prompt))
     system = options.system_prompt
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})

@@ -176,6 +176,14 @@ def test_no_draft_loads_no_drafter_and_raw_uses_no_template(
     assert result.exit_code == 0
     assert model.loaded[0][1] is None
     assert model.prompts == ["Once upon"]
+    for more in (
+        ["--system-prompt", "Hi"],
+        ["--no-thinking"],
+        ["--chat-template-config", '{"a": 1}'],
+    ):
+        result = runner.invoke(cli.app, ["generate", "--raw", "Once upon", *more])
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: --raw uses no chat template: leave out")
 
 
 def test_a_model_without_a_template_continues_the_text_and_says_so(
@@ -184,8 +192,12 @@ def test_a_model_without_a_template_continues_the_text_and_says_so(
     monkeypatch.setattr(FakeTokenizer, "has_chat_template", False)
     result = runner.invoke(cli.app, ["generate", "-q", "Once upon"])
     assert model.prompts == ["Once upon"]
-    assert result.stderr.startswith("note: this model has no chat template")
-    assert len(result.stderr.splitlines()) == 1
+    note = "note: fake has no chat template, so it continues the text as it stands"
+    assert result.stderr == note + "\n"
+    result = runner.invoke(cli.app, ["generate", "-q", "--system-prompt", "Hi", "Once upon"])
+    assert result.stderr == note + ", without the system prompt\n"
+    result = runner.invoke(cli.app, ["generate", "-q", "--no-thinking", "Once upon"])
+    assert result.stderr.startswith("error: this model has no chat template")
 
 
 def test_a_template_that_refuses_the_system_prompt_is_one_line(
@@ -195,9 +207,87 @@ def test_a_template_that_refuses_the_system_prompt_is_one_line(
     result = runner.invoke(cli.app, ["generate", "--system-prompt", "Hi", "Capital?"])
     assert result.exit_code == 1
     assert result.stderr == (
-        "error: this model's chat template refuses the messages (System role not supported); "
-        "leave out the system prompt, or use generate --raw\n"
+        "error: this model's chat template refuses the messages (System role not supported): "
+        "leave out the system prompt, or continue the text itself with generate --raw\n"
     )
+
+
+def test_variables_and_the_switch_for_thinking_reach_the_template(
+    runner: CliRunner, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeTokenizer, "knows", ("enable_thinking", "mood"))
+    monkeypatch.setattr(
+        "mlx_redrafter.race.run",
+        lambda _, __, ids, *___, **____: model.calls.append({"prompt": "".join(map(chr, ids))}),
+    )
+    config = ["--chat-template-config", '{"mood": "calm"}']
+    for command in (["generate", "-q"], ["race"]):
+        for more, written in [
+            ([], "[mood=calm]"),
+            (["--no-thinking"], "[enable_thinking=False][mood=calm]"),
+            (["--thinking"], "[enable_thinking=True][mood=calm]"),
+        ]:
+            model.calls.clear()
+            runner.invoke(cli.app, [*command, "Capital?", *config, *more])
+            assert model.prompts == [ASKED + written]
+    lines = "Capital?\n/set thinking off\nAnd now?\n/set thinking\n/set thinking default\nSo?\n"
+    model.calls.clear()
+    result = runner.invoke(cli.app, ["chat", "-q", *config], input=lines)
+    assert [prompt.count("enable_thinking=False") for prompt in model.prompts] == [0, 1, 0]
+    assert result.stderr.splitlines() == [
+        "thinking = off", "/set thinking needs a value; it is off", "thinking = default",
+    ]  # fmt: skip
+
+
+def test_a_template_without_the_switch_for_thinking_is_one_line(
+    runner: CliRunner, model: FakeModel
+) -> None:
+    said = "this model's chat template has no switch for thinking (enable_thinking or thinking): "
+    for arguments in (["generate", "Hi"], ["chat"], ["race", "Hi"]):
+        result = runner.invoke(cli.app, [*arguments, "--no-thinking"])
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.startswith(f"error: {said}")
+        assert len(result.stderr.splitlines()) == 1
+    result = runner.invoke(cli.app, ["chat", "-q"], input="/set thinking off\n/set thinking\n")
+    assert result.stderr.startswith(said) and result.stderr.endswith("it is default\n")
+
+
+def test_a_model_that_thinks_has_room_for_its_thought(
+    runner: CliRunner, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeTokenizer, "think_start", "<think>")
+    monkeypatch.setattr(FakeTokenizer, "think_end", "</think>")
+    for context, given, longest in [
+        (1000, [], 512), (4000, [], 2000), (40000, [], 4096), (40000, ["--max-tokens", "9"], 9),
+    ]:  # fmt: skip
+        model.target.config.max_positions = context
+        runner.invoke(cli.app, ["generate", "Capital?", *given])
+        assert model.calls[-1]["max_tokens"] == longest
+    model.ends, model.answers = "length", [["<think>hm"]]
+    result = runner.invoke(cli.app, ["generate", "-q", "--max-tokens", "1", "Capital?"])
+    assert (result.exit_code, result.stdout) == (0, "<think>hm\n")
+    assert result.stderr == (
+        "the answer ended inside a thought, at the limit of 1 tokens: --max-tokens allows more\n"
+    )
+
+
+def test_a_model_without_a_trained_drafter_says_so_once_and_what_to_run(
+    runner: CliRunner, model: FakeModel
+) -> None:
+    model.drafter = model.drafter_folder = None
+    model.name = "my model"
+    said = (
+        "no trained drafter for my model was found, so drafts come from the text itself; to train "
+        "one: mlx-redrafter train -m 'my model', to use one: --drafter FOLDER-OR-ID\n"
+    )
+    result = runner.invoke(cli.app, ["generate", "Capital?"])
+    assert (result.stdout, result.stderr) == ("Paris.\n", said + SUMMARY)
+    result = runner.invoke(cli.app, ["chat"], input="One?\nTwo?\n")
+    assert (result.stdout, result.stderr) == ("Paris.\nParis.\n", said + SUMMARY * 2)
+    for arguments in (["generate", "-q", "Hi"], ["generate", "--json", "Hi"], ["chat", "-q"]):
+        assert runner.invoke(cli.app, arguments, input="Hi\n").stderr == ""
+    model.drafting = False  # --no-draft
+    assert runner.invoke(cli.app, ["generate", "Capital?"]).stderr == SUMMARY
 
 
 @pytest.mark.parametrize(
@@ -219,6 +309,8 @@ def test_a_template_that_refuses_the_system_prompt_is_one_line(
         (["--beam-width", "0"], "beam width 0 is not possible"),
         (["--beam-length", "0", "--lookup", "0"], "beam length 0 is not possible"),
         (["--nodes", "99"], "99 nodes are not possible"),
+        (["--chat-template-config", "{"], "--chat-template-config { is not a JSON object: give"),
+        (["--chat-template-config", "[1]"], "--chat-template-config [1] is not a JSON object"),
         (["--logit-bias", "42"], "--logit-bias 42: needs TOKEN_ID=VALUE"),
         (["--logit-bias", "x=1"], "--logit-bias x=1: needs TOKEN_ID=VALUE"),
     ],

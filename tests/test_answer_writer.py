@@ -1,0 +1,65 @@
+"""Answers on a terminal: lines break between words, and code keeps its own lines."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from mlx_redrafter.answer_writer import AnswerWriter, WordWrap
+
+
+def wrapped(text: str, width: int, cuts: int | None = None) -> str:
+    """The text as it is shown when it comes in pieces."""
+    wrap = WordWrap(lambda: width)
+    rng, shown = random.Random(cuts), ""
+    while text:
+        size = len(text) if cuts is None else rng.randint(1, 5)
+        shown += wrap.feed(text[:size])
+        text = text[size:]
+    return shown + wrap.flush()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("one two three four", "one two\nthree four"),
+        ("one two\nthree  four", "one two\nthree\nfour"),
+        ("0123456789 ab", "0123456789\nab"),
+        ("ab 0123456789012 cd", "ab\n0123456789\n012 cd"),
+        ("  indented words", "  indented\nwords"),
+        ("```\na b c d e f g h\n```\na b c d e f", "```\na b c d e f g h\n```\na b c d e\nf"),
+        ("日本語日本語日本", "日本語日本\n語日本"),
+        ("a 日本語 word", "a 日本語\nword"),
+        ("ends with a space ", "ends with\na space "),
+        ("", ""),
+    ],
+)
+def test_lines_break_between_words_however_the_text_comes_in(text: str, shown: str) -> None:
+    for cuts in (None, 1, 2, 3):
+        assert wrapped(text, 10, cuts) == shown
+
+
+def test_a_wide_terminal_changes_nothing() -> None:
+    text = "Some *text*,\twith tabs.\n\n- a list\n\n```py\nx = 1\n```\n  日本 and the end "
+    assert wrapped(text, 80, 5) == text
+
+
+def test_a_pipe_gets_every_byte_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    writer = AnswerWriter(("<think>", "</think>"), terminal=False)
+    for piece in ("word " * 40, "<thi", "half"):
+        writer.write(piece)
+        assert capsys.readouterr().out == piece
+
+
+def test_on_a_terminal_a_word_waits_for_its_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "12")
+    writer = AnswerWriter(None, terminal=True)
+    shown = []
+    for piece in ("The sky", " is", " bl", "ue.", " Yes"):
+        writer.write(piece)
+        shown.append(capsys.readouterr().out)
+    writer.close()
+    assert [*shown, capsys.readouterr().out] == ["The", " sky", " is", "", "\nblue.", " Yes"]
