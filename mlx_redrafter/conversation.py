@@ -244,7 +244,7 @@ class Conversation:
 
     def _drafter(self, argument: str) -> Reply:
         if argument not in ("", "on", "off"):
-            return Reply(f"/drafter {argument} is not possible: /drafter on, /drafter off")
+            raise OptionError(f"/drafter {argument} is not possible: use on or off")
         if argument:
             self.draft = argument == "on"
         return Reply(self.drafting())

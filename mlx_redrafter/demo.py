@@ -96,7 +96,7 @@ def _report(model: Any, runs: dict[str, list[Run]]) -> None:
     out.print(table)
     out.print()
     for line in verdict(runs):
-        out.print(line, soft_wrap=True)
+        console.show(line, out)
     facts = machine()
     console.note(
         f"{model.name} in {_dtype(model)} on {facts['chip']} "

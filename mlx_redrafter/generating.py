@@ -58,9 +58,10 @@ def run(
             tokens.append(last.token)
             if not as_json:
                 writer.write(last.text)
-    except KeyboardInterrupt:
-        writer.close()
-        console.write("\n")
+    except BaseException:
+        if pieces and not as_json:
+            writer.close()
+            console.write("\n")
         raise
     finally:
         waiting.close()

@@ -15,6 +15,7 @@ from typing import Any, cast
 from rich.console import Console
 from rich.table import Table
 
+from mlx_redrafter import console
 from mlx_redrafter.errors import DrafterError, ModelError
 
 
@@ -167,7 +168,7 @@ def show(facts: Mapping[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in (*_model_rows(facts), ("", ""), *_drafter_rows(facts["drafter"])):
+    for name, value in (*_model_rows(facts), ("", ""), *_drafter_rows(facts)):
         table.add_row(name, value)
     table.add_row("", "")
     here = facts["machine"]
@@ -200,9 +201,10 @@ def _model_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _drafter_rows(drafter: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def _drafter_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    drafter = facts["drafter"]
     if drafter is None:
-        return [("drafter", "none with this model: plain decoding, or give --drafter FOLDER")]
+        return [("drafter", console.no_drafter(facts["name"]))]
     rows = [("drafter", drafter["folder"])]
     if "cell" in drafter:
         rows += [

@@ -121,7 +121,7 @@ def test_commands_change_the_next_answer() -> None:
         ("/load", "/load needs a file name"),
         ("/system", "system prompt: that of the template"),
         ("/drafter", "drafting is on: from mine and the text itself"),
-        ("/drafter of", "/drafter of is not possible: /drafter on, /drafter off"),
+        ("/drafter of", "/drafter of is not possible: use on or off"),
         ("/help", HELP),
         ("/?", HELP),
     ],

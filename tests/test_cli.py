@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from fakes import SUMMARY, FakeModel, FakeTokenizer, install
 from typer.testing import CliRunner
 
@@ -467,3 +469,53 @@ def test_the_demo_says_what_was_measured_and_no_more() -> None:
     other = Run((1, 2, 4), 15.0, 1.8)
     assert "NO, they part at token 3" in verdict({"plain": [slow], "drafted": [other]})[1]
     assert "no drafter" in verdict({"plain": [slow]})[0]
+
+
+def every_command() -> dict[str, Any]:
+    """All commands by name, with those whose options a file of their own reads."""
+    from mlx_redrafter.bench import command as bench
+    from mlx_redrafter.convert import command as convert
+    from mlx_redrafter.prefill_bench import command as prefill_bench
+    from mlx_redrafter.training import command as train
+
+    root = typer.main.get_command(cli.app)
+    found = dict(root.commands)  # type: ignore[attr-defined]
+    for name, module in {
+        "bench": bench, "convert": convert, "prefill-bench": prefill_bench, "train": train,
+    }.items():  # fmt: skip
+        found[name] = typer.main.get_command(module.app)
+    return found
+
+
+def test_every_option_says_what_it_does_in_a_sentence() -> None:
+    silent = [
+        f"{name} {option.opts[0]}: {option.help}"
+        for name, command in every_command().items()
+        for option in command.params
+        if not (option.help or "").endswith(".")
+    ]
+    assert silent == []
+
+
+def test_help_groups_the_commands_and_leads_with_what_is_wanted(runner: CliRunner) -> None:
+    text = runner.invoke(cli.app, ["--help"]).stdout
+    wanted = ["Use a model", "chat", "generate", "Prepare a", "train", "Measure", "bench"]
+    places = [text.index(word) for word in wanted]
+    assert places == sorted(places)
+    assert set(cli.ORDER) == set(every_command())
+    text = runner.invoke(cli.app, ["generate", "--help"]).stdout
+    places = [text.index(w) for w in ("--model", "--max-tokens", "Sampling", "Drafting", "--debug")]
+    assert places == sorted(places)
+
+
+def test_help_on_a_mac_does_not_name_the_blas() -> None:
+    code = (
+        "import sys, typer, mlx_redrafter\n"
+        "before, sys.platform = sys.platform, 'darwin'\n"
+        "import mlx_redrafter.options\n"
+        "sys.platform = before\n"
+        "from mlx_redrafter.cli import app\n"
+        "app(['generate', '--help'])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "--model" in run.stdout and "blas" not in run.stdout.lower()
