@@ -182,7 +182,8 @@ def run(
     verbose: bool = False,
 ) -> int:
     """Talk until the user leaves or the input ends; the exit code."""
-    if not quiet and model.drafting and model.drafter is None:
+    missing = model.drafting and model.drafter is None
+    if missing and not quiet:
         console.note(console.no_drafter(model.name))
     if not has_template(tokenizer):
         console.note(console.no_template(model.name, options.system_prompt))
@@ -190,8 +191,9 @@ def run(
     chat = Chat(model, tokenizer, options, interactive=interactive, quiet=quiet, verbose=verbose)
     if not interactive:
         return read_lines(chat)
-    console.note(f"{model.name}. /help lists the commands, Ctrl-D leaves.")
-    console.note(chat.conversation.drafting())
+    sources = console.drafts_from(chat.conversation.drafter, options.tree())
+    drafting = f"drafting from {sources}" if model.drafting and sources else "without drafting"
+    console.note(f"{model.name}, {drafting}. /help lists the commands, Ctrl-D leaves.")
     return read_terminal(chat, prompt_session(history))
 
 

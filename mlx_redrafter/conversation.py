@@ -254,7 +254,7 @@ class Conversation:
         sources = console.drafts_from(self.drafter, self.options.tree())
         missing = "" if self.drafter else " (no trained drafter is loaded)"
         if not self.draft:
-            more = f"; /drafter on: draft from {sources}{missing}" if sources else missing
+            more = f"; /drafter on drafts from {sources}{missing}" if sources else missing
             return f"drafting is off{more}"
         if not sources:
             return f"drafting is on, but the options leave nothing to draft from{missing}"

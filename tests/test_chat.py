@@ -197,7 +197,7 @@ def conversation_with_question() -> Conversation:
         ("mine", True, {}, "drafting is on: from mine and the text itself"),
         ("mine", True, {"lookup": 0}, "drafting is on: from mine"),
         ("mine", True, {"beam_length": 0}, "drafting is on: from the text itself"),
-        ("mine", False, {"lookup": 0}, "drafting is off; /drafter on: draft from mine"),
+        ("mine", False, {"lookup": 0}, "drafting is off; /drafter on drafts from mine"),
         ("mine", True, {"nodes": 1}, "drafting is on, but the options leave nothing to draft from"),
         (
             None,
@@ -209,7 +209,7 @@ def conversation_with_question() -> Conversation:
             None,
             False,
             {},
-            "drafting is off; /drafter on: draft from the text itself "
+            "drafting is off; /drafter on drafts from the text itself "
             "(no trained drafter is loaded)",
         ),
         (

@@ -102,7 +102,7 @@ def test_info_counts_a_model(tmp_path: Path) -> None:
     assert facts["drafter"] is None
     result = CliRunner().invoke(cli.app, ["info", str(tmp_path)])
     assert result.exit_code == 0
-    said = f"no trained drafter for {target_folder} was found, so drafts come from the text itself; "
+    said = f"no trained drafter for {tmp_path} was found, so drafts come from the text itself; "
     assert said.replace(" ", "") in "".join(result.stdout.split())
 
 
