@@ -115,18 +115,18 @@ def convert(
 
 def _show(summary: Summary) -> None:
     kept = [row for row in summary.mapping if row.target]
-    typer.echo(f"{summary.source}: {summary.format.label}, {len(kept)} tensors, to {summary.to}")
+    console.show(f"{summary.source}: {summary.format.label}, {len(kept)} tensors, to {summary.to}")
     if summary.out is None:
         rows = [(m.source, m.target or "-", _shape(m.shape), m.note) for m in summary.mapping]
         _table(("source", "target", "shape", "note"), rows)
     for note in summary.notes:
-        typer.echo(f"note: {note}")
+        console.show(f"note: {note}")
     if summary.out is not None:
         rows_of_files = [(f.name, _size(f.size), f.sha256) for f in summary.files]
         _table(("file", "size", "SHA-256"), rows_of_files)
-        typer.echo(f"wrote {summary.out}: {_size(summary.size)}")
+        console.show(f"wrote {summary.out}: {_size(summary.size)}")
     if summary.url:
-        typer.echo(f"uploaded to {summary.url}")
+        console.show(f"uploaded to {summary.url}")
 
 
 def _table(titles: tuple[str, ...], rows: list[Any]) -> None:

@@ -28,9 +28,11 @@ def _say(text: str, style: str) -> None:
     show(Text(text, style=style), Console(stderr=True, highlight=False))
 
 
-def show(text: Text | str, out: Console) -> None:
-    """Lines that break between words on a terminal, and nowhere else."""
-    out.print(text, soft_wrap=not out.is_terminal, markup=False)
+def show(text: Text | str, out: Console | None = None) -> None:
+    """Lines on stdout, or ``out``, that break between words on a terminal and nowhere else."""
+    out = Console(highlight=False) if out is None else out
+    # As Text, in which neither [brackets] nor :names: mean anything.
+    out.print(Text(text) if isinstance(text, str) else text, soft_wrap=not out.is_terminal)
 
 
 def error(text: str) -> None:

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
 from rich.text import Text
+
+from mlx_redrafter import console
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -78,7 +79,7 @@ def show(check: Check) -> None:
     line = Text.assemble(
         (f"{check.mark:<5}", STYLES[check.mark]), f"{check.name:<20}", check.detail
     )
-    Console(highlight=False, soft_wrap=True).print(line)
+    console.show(line)
 
 
 def as_dict(checks: Sequence[Check]) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import random
 
 import pytest
+from rich.console import Console
 
+from mlx_redrafter import console
 from mlx_redrafter.answer_writer import AnswerWriter, WordWrap
 
 
@@ -63,3 +66,13 @@ def test_on_a_terminal_a_word_waits_for_its_end(
         shown.append(capsys.readouterr().out)
     writer.close()
     assert [*shown, capsys.readouterr().out] == ["The", " sky", " is", "", "\nblue.", " Yes"]
+
+
+def test_notes_wrap_between_words_on_a_terminal_and_stay_one_line_on_a_pipe() -> None:
+    text = "error: [bold] :smile: " + "word " * 20 + "/a/long/path"
+    for terminal in (True, False):
+        out = Console(file=io.StringIO(), force_terminal=terminal, color_system=None, width=40)
+        console.show(text, out)
+        lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert " ".join(line.rstrip() for line in lines) == text
+        assert (len(lines) > 1) == terminal and (max(map(len, lines)) <= 40) == terminal
