@@ -196,11 +196,12 @@ def _failure(
     if not isinstance(error, jinja2.TemplateError) and what != type(error).__name__:
         what = f"{type(error).__name__}: {what}"
     # `raise_exception` of a template is the base class itself; its mistakes are subclasses.
-    verb = "refuses the messages" if type(error) is jinja2.TemplateError else "fails"
+    refused = type(error) is jinja2.TemplateError
     others = [message for message in messages if message.get("role") != "system"]
-    advice = _RAW
+    advice = _RAW if refused else f"mend it, or {_RAW}"
     if len(others) < len(messages) and others and _works(tokenizer, others, options):
         advice = f"leave out the system prompt, or {_RAW}"
+    verb = "refuses the messages" if refused else "fails"
     return f"this model's chat template {verb} ({what}): {advice}"
 
 

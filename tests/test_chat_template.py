@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tiny_chat import TEMPLATE, WORDS, refusal, words, write_tokenizer
 
+import mlx_redrafter
 from mlx_redrafter import hub
 from mlx_redrafter.chat_template import (
     has_template,
@@ -60,7 +61,8 @@ def test_a_template_that_fails_is_one_line(tokenizer: Any, template: str, reason
     for messages in (HI, SYSTEM):
         message = refusal(lambda messages=messages: render(loaded, messages))
         assert message.startswith(f"this model's chat template {reason}")
-        assert message.endswith(f"): {RAW}") and "\n" not in message
+        advice = RAW if reason.startswith("refuses") else f"mend it, or {RAW}"
+        assert message.endswith(f"): {advice}") and "\n" not in message
     assert refusal(lambda: user_header(loaded)).startswith(f"this model's chat template {reason}")
 
 
@@ -74,6 +76,7 @@ def test_the_system_prompt_is_to_be_left_out_only_where_that_helps(tokenizer: An
         f"prompt, or {RAW}"
     )
     assert words(*render(loaded, HI)) == "da de"
+    assert mlx_redrafter.render(loaded, HI) == render(loaded, HI)
 
 
 @pytest.mark.parametrize("template", ["{{ '' }}", "   "])
