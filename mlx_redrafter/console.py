@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.table import Column, Table
 from rich.text import Text
 
 from mlx_redrafter.errors import RedrafterError
@@ -23,16 +25,34 @@ if TYPE_CHECKING:
 DEBUG = "mlx_redrafter.debug"
 
 
+_NAME = re.compile(r".{0,28} {2}(?=\S)")  # the first column of a line that has two
+
+
 def _say(text: str, style: str) -> None:
     # Made anew each time, because stderr may have been replaced since.
     show(Text(text, style=style), Console(stderr=True, highlight=False))
 
 
 def show(text: Text | str, out: Console | None = None) -> None:
-    """Lines on stdout, or ``out``, that break between words on a terminal and nowhere else."""
+    """Lines on stdout, or ``out``, that break between words on a terminal and nowhere else.
+
+    What follows a name and two spaces keeps its column.
+    """
     out = Console(highlight=False) if out is None else out
     # As Text, in which neither [brackets] nor :names: mean anything.
-    out.print(Text(text) if isinstance(text, str) else text, soft_wrap=not out.is_terminal)
+    text = Text(text) if isinstance(text, str) else text
+    if not out.is_terminal:
+        out.print(text, soft_wrap=True)
+        return
+    for line in text.split("\n", allow_blank=True):
+        name = _NAME.match(line.plain)
+        out.print(line if name is None else _in_columns(line, name.end()))
+
+
+def _in_columns(line: Text, place: int) -> Table:
+    grid = Table.grid(Column(width=place, no_wrap=True), Column(overflow="fold"))
+    grid.add_row(line[:place], line[place:])
+    return grid
 
 
 def error(text: str) -> None:

@@ -76,3 +76,16 @@ def test_notes_wrap_between_words_on_a_terminal_and_stay_one_line_on_a_pipe() ->
         lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
         assert " ".join(line.rstrip() for line in lines) == text
         assert (len(lines) > 1) == terminal and (max(map(len, lines)) <= 40) == terminal
+
+
+def test_the_second_column_of_a_note_stays_a_column() -> None:
+    out = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=30)
+    console.show(
+        "last answer\n  steps     9 (passes of the model), 18\n\n  folder    /home/a-long-path/x",
+        out,
+    )
+    lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.rstrip() for line in lines] == [
+        "last answer", "  steps     9 (passes of the", "            model), 18", "",
+        "  folder    /home/a-long-path/", "            x",
+    ]  # fmt: skip
