@@ -175,7 +175,8 @@ def show(facts: Mapping[str, Any]) -> None:
     table.add_row("device", f"{here['device']}, {here['chip']}, {here['memory_gb']:.0f} GB")
     table.add_row("BLAS", here["blas"])
     table.add_row("versions", _versions(here))
-    Console(highlight=False).print(table)
+    # A pipe has no width to fold lines at.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 1000).print(table)
 
 
 def _versions(here: Mapping[str, Any]) -> str:
