@@ -89,3 +89,28 @@ def test_the_second_column_of_a_note_stays_a_column() -> None:
         "last answer", "  steps     9 (passes of the", "            model), 18", "",
         "  folder    /home/a-long-path/", "            x",
     ]  # fmt: skip
+
+
+def test_thinking_is_dim_and_nothing_of_it_is_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    pieces = ["<th", "ink>hm", "</thi", "nk>", "4 < 5", " <t"]
+    for terminal, opened, expected in [
+        (True, False, "\x1b[2m<think>hm</think>\x1b[22m4 < 5 <t"),
+        (False, False, "<think>hm</think>4 < 5 <t"),
+    ]:
+        writer = AnswerWriter(("<think>", "</think>"), thinking=opened, terminal=terminal)
+        for piece in pieces:
+            writer.write(piece)
+        writer.close()
+        assert capsys.readouterr().out == expected
+
+
+def test_a_thought_that_the_prompt_opens_is_dim_from_its_first_token(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for terminal, expected in [(True, "\x1b[2mhm</think>\x1b[22mFour"), (False, "hm</think>Four")]:
+        writer = AnswerWriter(("<think>", "</think>"), thinking=True, terminal=terminal)
+        for piece in ["hm</thi", "nk>Four"]:
+            writer.write(piece)
+        writer.close()
+        assert capsys.readouterr().out == expected
+        assert writer.in_thought("hm") and not writer.in_thought("hm</think>Four")

@@ -16,7 +16,6 @@ from prompt_toolkit.output import DummyOutput
 from typer.testing import CliRunner
 
 from mlx_redrafter import chat, cli
-from mlx_redrafter.answer_writer import AnswerWriter
 from mlx_redrafter.conversation import HELP, Conversation, Reply, unfinished, unquoted
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.options import DecodeOptions
@@ -191,50 +190,6 @@ def conversation_with_question() -> Conversation:
     return talk
 
 
-@pytest.mark.parametrize(
-    ("drafter", "draft", "tree", "said"),
-    [
-        ("mine", True, {}, "drafting is on: from mine and the text itself"),
-        ("mine", True, {"lookup": 0}, "drafting is on: from mine"),
-        ("mine", True, {"beam_length": 0}, "drafting is on: from the text itself"),
-        ("mine", False, {"lookup": 0}, "drafting is off; /drafter on drafts from mine"),
-        ("mine", True, {"nodes": 1}, "drafting is on, but the options leave nothing to draft from"),
-        (
-            None,
-            True,
-            {},
-            "drafting is on: from the text itself (no trained drafter is loaded)",
-        ),
-        (
-            None,
-            False,
-            {},
-            "drafting is off; /drafter on drafts from the text itself "
-            "(no trained drafter is loaded)",
-        ),
-        (
-            None,
-            True,
-            {"lookup": 0},
-            "drafting is on, but the options leave nothing to draft from "
-            "(no trained drafter is loaded)",
-        ),
-    ],
-)
-def test_the_chat_says_what_drafts_and_switches_it(
-    drafter: str | None, draft: bool, tree: dict[str, int], said: str
-) -> None:
-    talk = Conversation(
-        FakeTokenizer(), DecodeOptions(**tree), context=1000, drafter=drafter, draft=draft
-    )
-    assert talk.command("/drafter").text == said
-    switch = "off" if draft else "on"
-    assert talk.command(f"/drafter {switch}").text.startswith(f"drafting is {switch}")
-    assert talk.arguments()["draft"] is not draft
-    assert talk.command(f"/drafter {'on' if draft else 'off'}").text == said
-    assert talk.arguments()["draft"] is draft
-
-
 def test_a_context_that_is_nearly_full_is_said_before_the_answer() -> None:
     talk = conversation(max_tokens=100)
     assert talk.warning(900) is None
@@ -339,56 +294,6 @@ def test_an_error_forgets_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError):
         talking.say("Hi")
     assert talking.conversation.messages == []
-
-
-def test_thinking_is_dim_and_nothing_of_it_is_lost(capsys: pytest.CaptureFixture[str]) -> None:
-    pieces = ["<th", "ink>hm", "</thi", "nk>", "4 < 5", " <t"]
-    for terminal, opened, expected in [
-        (True, False, "\x1b[2m<think>hm</think>\x1b[22m4 < 5 <t"),
-        (False, False, "<think>hm</think>4 < 5 <t"),
-    ]:
-        writer = AnswerWriter(("<think>", "</think>"), thinking=opened, terminal=terminal)
-        for piece in pieces:
-            writer.write(piece)
-        writer.close()
-        assert capsys.readouterr().out == expected
-
-
-def test_a_thought_that_the_prompt_opens_is_dim_from_its_first_token(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for terminal, expected in [(True, "\x1b[2mhm</think>\x1b[22mFour"), (False, "hm</think>Four")]:
-        writer = AnswerWriter(("<think>", "</think>"), thinking=True, terminal=terminal)
-        for piece in ["hm</thi", "nk>Four"]:
-            writer.write(piece)
-        writer.close()
-        assert capsys.readouterr().out == expected
-        assert writer.in_thought("hm") and not writer.in_thought("hm</think>Four")
-
-
-def test_an_answer_that_ends_in_a_thought_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(FakeTokenizer, "think_start", "<think>")
-    monkeypatch.setattr(FakeTokenizer, "think_end", "</think>")
-    model = FakeModel(answers=[["<think>", "Let me"], ["<think>a</think>", "b"]], ends="length")
-    talking = talk(monkeypatch, model, "/set max_tokens 2", "Hi")
-    assert "inside a thought, at the limit of 2 tokens: /set max_tokens" in capsys.readouterr().err
-    talking.say("Hi")
-    assert "inside a thought" not in capsys.readouterr().err
-
-
-def test_a_chat_with_a_base_model_continues_the_text(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(FakeTokenizer, "has_chat_template", False)
-    model = install(monkeypatch, FakeModel(answers=[[" upon", " a time"], [" cat."]]))
-    result = CliRunner().invoke(cli.app, ["chat", "-q"], input="Once\nThe\n")
-    assert (result.exit_code, result.stdout) == (0, " upon a time\n cat.\n")
-    assert model.prompts == ["Once", "Once upon a time\nThe"]
-    assert result.stderr == (
-        "note: fake has no chat template, so it continues the text as it stands\n"
-    )
 
 
 def test_without_a_terminal_every_line_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:

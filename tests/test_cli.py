@@ -8,11 +8,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
-from fakes import SUMMARY, FakeModel, FakeTokenizer, install
+from fakes import SUMMARY, FakeModel, install
 from typer.testing import CliRunner
 
 import mlx_redrafter
@@ -188,110 +186,6 @@ def test_no_draft_loads_no_drafter_and_raw_uses_no_template(
         assert result.stderr.startswith("error: --raw uses no chat template: leave out")
 
 
-def test_a_model_without_a_template_continues_the_text_and_says_so(
-    runner: CliRunner, model: FakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(FakeTokenizer, "has_chat_template", False)
-    result = runner.invoke(cli.app, ["generate", "-q", "Once upon"])
-    assert model.prompts == ["Once upon"]
-    note = "note: fake has no chat template, so it continues the text as it stands"
-    assert result.stderr == note + "\n"
-    result = runner.invoke(cli.app, ["generate", "-q", "--system-prompt", "Hi", "Once upon"])
-    assert result.stderr == note + ", without the system prompt\n"
-    result = runner.invoke(cli.app, ["generate", "-q", "--no-thinking", "Once upon"])
-    assert result.stderr.startswith("error: this model has no chat template")
-
-
-def test_a_template_that_refuses_the_system_prompt_is_one_line(
-    runner: CliRunner, model: FakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(FakeTokenizer, "takes_system", False)
-    result = runner.invoke(cli.app, ["generate", "--system-prompt", "Hi", "Capital?"])
-    assert result.exit_code == 1
-    assert result.stderr == (
-        "error: this model's chat template refuses the messages (System role not supported): "
-        "leave out the system prompt, or continue the text itself with generate --raw\n"
-    )
-
-
-def test_variables_and_the_switch_for_thinking_reach_the_template(
-    runner: CliRunner, model: FakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(FakeTokenizer, "knows", ("enable_thinking", "mood"))
-    monkeypatch.setattr(
-        "mlx_redrafter.race.run",
-        lambda _, __, ids, *___, **____: model.calls.append({"prompt": "".join(map(chr, ids))}),
-    )
-    config = ["--chat-template-config", '{"mood": "calm"}']
-    for command in (["generate", "-q"], ["race"]):
-        for more, written in [
-            ([], "[mood=calm]"),
-            (["--no-thinking"], "[enable_thinking=False][mood=calm]"),
-            (["--thinking"], "[enable_thinking=True][mood=calm]"),
-        ]:
-            model.calls.clear()
-            runner.invoke(cli.app, [*command, "Capital?", *config, *more])
-            assert model.prompts == [ASKED + written]
-    lines = "Capital?\n/set thinking off\nAnd now?\n/set thinking\n/set thinking default\nSo?\n"
-    model.calls.clear()
-    result = runner.invoke(cli.app, ["chat", "-q", *config], input=lines)
-    assert [prompt.count("enable_thinking=False") for prompt in model.prompts] == [0, 1, 0]
-    assert result.stderr.splitlines() == [
-        "thinking = off", "/set thinking needs a value; it is off", "thinking = default",
-    ]  # fmt: skip
-
-
-def test_a_template_without_the_switch_for_thinking_is_one_line(
-    runner: CliRunner, model: FakeModel
-) -> None:
-    said = "this model's chat template has no switch for thinking (enable_thinking or thinking): "
-    for arguments in (["generate", "Hi"], ["chat"], ["race", "Hi"]):
-        result = runner.invoke(cli.app, [*arguments, "--no-thinking"])
-        assert (result.exit_code, result.stdout) == (1, "")
-        assert result.stderr.startswith(f"error: {said}")
-        assert len(result.stderr.splitlines()) == 1
-    result = runner.invoke(cli.app, ["chat", "-q"], input="/set thinking off\n/set thinking\n")
-    assert result.stderr.startswith(said) and result.stderr.endswith("it is default\n")
-
-
-def test_a_model_that_thinks_has_room_for_its_thought(
-    runner: CliRunner, model: FakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(FakeTokenizer, "think_start", "<think>")
-    monkeypatch.setattr(FakeTokenizer, "think_end", "</think>")
-    for context, given, longest in [
-        (1000, [], 512), (4000, [], 2000), (40000, [], 4096), (40000, ["--max-tokens", "9"], 9),
-    ]:  # fmt: skip
-        model.target.config.max_positions = context
-        runner.invoke(cli.app, ["generate", "Capital?", *given])
-        assert model.calls[-1]["max_tokens"] == longest
-    model.ends, model.answers = "length", [["<think>hm"]]
-    result = runner.invoke(cli.app, ["generate", "-q", "--max-tokens", "1", "Capital?"])
-    assert (result.exit_code, result.stdout) == (0, "<think>hm\n")
-    assert result.stderr == (
-        "the answer ended inside a thought, at the limit of 1 tokens: --max-tokens allows more\n"
-    )
-
-
-def test_a_model_without_a_trained_drafter_says_so_once_and_what_to_run(
-    runner: CliRunner, model: FakeModel
-) -> None:
-    model.drafter = model.drafter_folder = None
-    model.name = "my model"
-    said = (
-        "no trained drafter for my model was found, so drafts come from the text itself; to train "
-        "one: mlx-redrafter train -m 'my model', to use one: --drafter FOLDER-OR-ID\n"
-    )
-    result = runner.invoke(cli.app, ["generate", "Capital?"])
-    assert (result.stdout, result.stderr) == ("Paris.\n", said + SUMMARY)
-    result = runner.invoke(cli.app, ["chat"], input="One?\nTwo?\n")
-    assert (result.stdout, result.stderr) == ("Paris.\nParis.\n", said + SUMMARY * 2)
-    for arguments in (["generate", "-q", "Hi"], ["generate", "--json", "Hi"], ["chat", "-q"]):
-        assert runner.invoke(cli.app, arguments, input="Hi\n").stderr == ""
-    model.drafting = False  # --no-draft
-    assert runner.invoke(cli.app, ["generate", "Capital?"]).stderr == SUMMARY
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -424,24 +318,6 @@ def test_a_warning_of_the_library_is_one_line(runner: CliRunner, model: FakeMode
     assert (result.stdout, result.stderr) == ("Paris.\n", "warning: no g++\n")
 
 
-def test_version_and_help(runner: CliRunner) -> None:
-    result = runner.invoke(cli.app, ["--version"])
-    assert (result.exit_code, result.output) == (0, f"mlx-redrafter {mlx_redrafter.__version__}\n")
-    for command in ("generate", "chat", "info", "doctor", "demo"):
-        assert runner.invoke(cli.app, [command, "--help"]).exit_code == 0
-
-
-def test_help_loads_no_mlx() -> None:
-    code = (
-        "import sys\n"
-        "from mlx_redrafter.cli import main\n"
-        "sys.argv = ['mlx-redrafter', 'generate', '--help']\n"
-        "try:\n    main()\n"
-        "except SystemExit:\n    sys.exit('mlx.core' in sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
 def test_the_tree_is_left_to_the_program_until_an_option_names_it() -> None:
     assert DecodeOptions().tree() is None
     assert DecodeOptions(beam_width=4).tree() == TreeShape(width=4, lookup=7)
@@ -469,53 +345,3 @@ def test_the_demo_says_what_was_measured_and_no_more() -> None:
     other = Run((1, 2, 4), 15.0, 1.8)
     assert "NO, they part at token 3" in verdict({"plain": [slow], "drafted": [other]})[1]
     assert "no drafter" in verdict({"plain": [slow]})[0]
-
-
-def every_command() -> dict[str, Any]:
-    """All commands by name, with those whose options a file of their own reads."""
-    from mlx_redrafter.bench import command as bench
-    from mlx_redrafter.convert import command as convert
-    from mlx_redrafter.prefill_bench import command as prefill_bench
-    from mlx_redrafter.training import command as train
-
-    root = typer.main.get_command(cli.app)
-    found = dict(root.commands)  # type: ignore[attr-defined]
-    for name, module in {
-        "bench": bench, "convert": convert, "prefill-bench": prefill_bench, "train": train,
-    }.items():  # fmt: skip
-        found[name] = typer.main.get_command(module.app)
-    return found
-
-
-def test_every_option_says_what_it_does_in_a_sentence() -> None:
-    silent = [
-        f"{name} {option.opts[0]}: {option.help}"
-        for name, command in every_command().items()
-        for option in command.params
-        if not (option.help or "").endswith(".")
-    ]
-    assert silent == []
-
-
-def test_help_groups_the_commands_and_leads_with_what_is_wanted(runner: CliRunner) -> None:
-    text = runner.invoke(cli.app, ["--help"]).stdout
-    wanted = ["Use a model", "chat", "generate", "Prepare a", "train", "Measure", "bench"]
-    places = [text.index(word) for word in wanted]
-    assert places == sorted(places)
-    assert set(cli.ORDER) == set(every_command())
-    text = runner.invoke(cli.app, ["generate", "--help"]).stdout
-    places = [text.index(w) for w in ("--model", "--max-tokens", "Sampling", "Drafting", "--debug")]
-    assert places == sorted(places)
-
-
-def test_help_on_a_mac_does_not_name_the_blas() -> None:
-    code = (
-        "import sys, typer, mlx_redrafter\n"
-        "before, sys.platform = sys.platform, 'darwin'\n"
-        "import mlx_redrafter.options\n"
-        "sys.platform = before\n"
-        "from mlx_redrafter.cli import app\n"
-        "app(['generate', '--help'])\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "--model" in run.stdout and "blas" not in run.stdout.lower()
