@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter import blas, hub, tuning
+from mlx_redrafter import arguments, blas, checks, hub, threads, tuning
 from mlx_redrafter.decoding.engine import Engine, Progress, Session
 from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.drafters.redrafter import ReDrafter
-from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.stats import DraftStats
+
+USUAL_LENGTH = 256  # tokens of an answer where nobody says it, as in mlx_lm
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,13 @@ class GenerationResponse:
 
 
 def load(
-    path_or_hf_repo: str = hub.BUILTIN,
-    drafter: str | None = "auto",
+    path_or_hf_repo: str | os.PathLike[str] = hub.BUILTIN,
+    drafter: str | os.PathLike[str] | None = "auto",
     *,
     revision: str | None = None,
     dtype: mx.Dtype | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
+    **other: Any,
 ) -> tuple[Model, TokenizerWrapper]:
     """Load a model, its tokenizer and its drafter.
 
@@ -83,46 +88,56 @@ def load(
             one, drafts come from the text alone); a folder or hub id; None for plain decoding.
         revision: branch, tag or commit of a hub id.
         dtype: type of the weights; None: float32 on a CPU, as stored on Metal.
+        tokenizer_config: options for transformers' tokenizer, as in mlx_lm.
+
+    A model that one thread has loaded may be used in another. Options of mlx_lm's ``load`` that
+    say nothing (None, False) are let through.
 
     Raises:
-        HubError, ModelError, DrafterError: with what was given and what is needed.
+        HubError, ModelError, DrafterError, OptionError: with what was given and what is needed.
     """
     blas.status()  # an unknown choice is said before anything is downloaded
+    arguments.refuse(other, load)
+    name, dtype = arguments.name_or_folder("model", path_or_hf_repo), arguments.dtype(dtype)
+    arguments.instance("revision", revision, str, "a branch, tag or commit as text")
+    arguments.instance("tokenizer_config", tokenizer_config, dict, "a dictionary")
+    given = None if drafter is None else arguments.name_or_folder("drafter", drafter)
+    blas.warn_if_slow()
+    threads.clear_at_end()
     compiled = _compiler_present()
-    folder = hub.resolve(path_or_hf_repo, revision)
-    if drafter == "auto":
-        drafter_folder = hub.find_drafter(path_or_hf_repo, folder)
+    folder = hub.resolve(name, revision)
+    if given == "auto":
+        drafter_folder = hub.find_drafter(name, folder)
     else:
-        drafter_folder = hub.resolve(drafter) if drafter is not None else None
+        drafter_folder = hub.resolve(given) if given is not None else None
     target = load_model(folder, dtype)
     loaded = load_drafter(drafter_folder, target) if drafter_folder is not None else None
     engine = Engine(target, loaded, compiled)
-    drafting = drafter is not None
-    model = Model(path_or_hf_repo, folder, target, loaded, drafter_folder, engine, drafting)
-    return model, hub.load_tokenizer(folder)
+    model = Model(name, folder, target, loaded, drafter_folder, engine, given is not None)
+    return model, hub.load_tokenizer(folder, tokenizer_config)
 
 
 def stream_generate(
     model: Model,
     tokenizer: TokenizerWrapper,
-    prompt: str | Sequence[int],
-    max_tokens: int = 256,
+    prompt: str | Sequence[int] | mx.array,
+    max_tokens: int | None = None,
     *,
     draft: bool | None = None,
     tree: TreeShape | None = None,
-    stop: str | Sequence[str] = (),
-    stop_tokens: Sequence[int] = (),
+    stop: str | Sequence[str] | None = None,
+    stop_tokens: Sequence[int] | None = None,
     session: Session | None = None,
     prefill_step_size: int | None = None,
     prompt_progress_callback: Progress | None = None,
     sparse_prefill: SparsePrefill | None = None,
     **sampling: Any,
-) -> Iterator[GenerationResponse]:
+) -> Generator[GenerationResponse, None, None]:
     """Generate an answer, one response per token.
 
     Args:
-        prompt: text (no template is applied) or token ids.
-        max_tokens: at most so many tokens; fewer where the context ends.
+        prompt: text (no template is applied) or token ids, in a list or a 1-D array.
+        max_tokens: at most so many tokens, fewer where the context ends; None: 256; -1: no limit.
         draft: False decodes plainly, through the same code; the tokens are the same. True drafts
             from what there is: the drafter and the text itself. None: as the model was loaded.
         tree: how much to draft; None: chosen for every step by what pays on this machine and on
@@ -137,50 +152,95 @@ def stream_generate(
             that of a prompt that was read densely. Drafted or not it is the same.
         sampling: see :class:`SamplingParams`: temp, top_p, top_k, min_p, penalties, seed, ...
 
+    None stands for the default everywhere. Closing the generator, or dropping it, ends the answer
+    between two steps; the session then holds what was given out.
+
+    Any thread may generate, with a model from another thread too, and the next response may be
+    asked for in another one. MLX wants the streams of a thread cleared when it ends, or the process
+    aborts at exit: that is taken care of here. A thread that computes with MLX outside of this
+    package has to call ``mx.clear_streams()`` as its last act. Let one answer end before the next
+    one begins: answers of several threads at once are right but compete for the same device.
+
     Raises:
-        OptionError: an unknown or impossible option, an empty prompt, a prompt beyond the context.
+        OptionError: an unknown or impossible option, an empty prompt, a prompt beyond the context,
+            a session in use or of another model; all at the call, before anything is computed (of
+            two answers begun with one session, the second one's first response raises it).
     """
-    try:
-        params = SamplingParams(**sampling)
-    except TypeError as error:
-        raise OptionError(f"unknown option: {str(error).split('argument ')[-1]}") from None
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if any(not s for s in stop):
-        raise OptionError("a stop string is empty: give at least one character")
-    if prefill_step_size is not None and prefill_step_size < 1:
-        raise OptionError(f"prefill_step_size {prefill_step_size} is not possible: use 1 or more")
-    ids = _encode(tokenizer, prompt)
-    shape: TreeShape | Policy = TreeShape.plain()
-    if model.drafting if draft is None else draft:
-        shape = tree or tuning.policy(model, sampled=params.temp > 0)
+    tokenizer = arguments.pair(model, tokenizer, Model)
+    params = arguments.sampling(sampling, stream_generate)
+    arguments.instance("tree", tree, TreeShape, "a TreeShape, TreeShape.chain(4) for example")
+    arguments.instance("session", session, Session, "a Session()")
+    arguments.instance("sparse_prefill", sparse_prefill, SparsePrefill, "a SparsePrefill(mode)")
+    arguments.function("prompt_progress_callback", prompt_progress_callback)
+    if prefill_step_size is not None:
+        prefill_step_size = checks.whole("prefill_step_size", prefill_step_size, 1)
+    config = model.target.config
+    if sparse_prefill is not None:
+        sparse_prefill.check_model(config.num_layers, config.num_heads)
+    stops = arguments.stops(stop)
+    end_tokens = {*tokenizer.eos_token_ids, *arguments.stop_tokens(stop_tokens, config.vocab_size)}
+    ids = arguments.prompt_ids(tokenizer, prompt)
+    room = model.engine.check(ids, params, USUAL_LENGTH if max_tokens is None else max_tokens)
     session = session if session is not None else Session()
-    if prefill_step_size is None:
-        cached = session.shared(ids, sparse_prefill.tag if sparse_prefill is not None else "")
-        prefill_step_size = tuning.step_size(model, len(ids), cached)
-    answer = _Answer(tokenizer, len(ids), stop, {*tokenizer.eos_token_ids, *stop_tokens})
+    session.check(model.target)
+
+    if not (model.drafting if draft is None else draft):
+        tree = TreeShape.plain()
+    reading = _Reading(session, prefill_step_size, prompt_progress_callback, sparse_prefill)
+    answer = partial(_Answer, tokenizer, len(ids), stops, end_tokens, room)
+    return _responses(model, ids, params, tree, reading, answer)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How a prompt is read."""
+
+    session: Session
+    step_size: int | None
+    progress: Progress | None
+    sparse: SparsePrefill | None
+
+
+def _responses(
+    model: Model,
+    ids: list[int],
+    params: SamplingParams,
+    tree: TreeShape | None,
+    reading: _Reading,
+    begin: Callable[[], _Answer],
+) -> Generator[GenerationResponse, None, None]:
+    """The answer to a request that was found possible."""
+    threads.clear_at_end()
+    session, sparse, step_size = reading.session, reading.sparse, reading.step_size
+    shape: TreeShape | Policy = tree or tuning.policy(model, sampled=params.temp > 0)
+    if step_size is None:
+        cached = session.shared(ids, sparse.tag if sparse is not None else "")
+        step_size = tuning.step_size(model, len(ids), cached)
+    answer = begin()
     steps = model.engine.generate(
-        ids, params, shape, max_tokens,
-        session=session, stats=answer.stats, prefill_step_size=prefill_step_size,
-        progress=prompt_progress_callback, sparse_prefill=sparse_prefill,
+        ids, params, shape, answer.room,
+        session=session, stats=answer.stats, prefill_step_size=step_size,
+        progress=reading.progress, sparse_prefill=sparse,
     )  # fmt: skip
-    room = min(max_tokens, model.target.config.max_positions - len(ids))
     with _wired(model.target):
         try:
             for emitted in steps:
+                threads.clear_at_end()  # the caller may go on in another thread
                 for i, token in enumerate(emitted.tokens):
                     from_draft = i < len(emitted.tokens) - 1
-                    yield (response := answer.add(token, from_draft, room))
+                    yield (response := answer.add(token, from_draft))
                     if response.finish_reason is not None:
                         return
         finally:
             steps.close()
-            session.trim(answer.kept)
+            if answer.count:
+                session.trim(answer.kept)
 
 
 def generate(
     model: Model,
     tokenizer: TokenizerWrapper,
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[int] | mx.array,
     verbose: bool = False,
     **kwargs: Any,
 ) -> str:
@@ -211,6 +271,7 @@ class _Answer:
     prompt_tokens: int
     stop: Sequence[str]
     end_tokens: set[int]
+    room: int  # the most tokens that the answer can have
     stats: DraftStats = field(default_factory=DraftStats)
     count: int = 0
     started: float = 0.0
@@ -226,8 +287,8 @@ class _Answer:
         """Tokens of prompt and answer that may stay in the cache."""
         return self.prompt_tokens + self.count
 
-    def add(self, token: int, from_draft: bool, room: int) -> GenerationResponse:
-        """Take the next token; ``room`` is the most tokens that the answer can have."""
+    def add(self, token: int, from_draft: bool) -> GenerationResponse:
+        """Take the next token."""
         self.count += 1
         if self.count == 1:
             self.started = time.perf_counter()
@@ -236,7 +297,7 @@ class _Answer:
             reason = "stop"
         else:
             self.detokenizer.add_token(token)
-            if self.count == room:
+            if self.count == self.room:
                 reason = "length"
         if reason is not None:
             self.detokenizer.finalize()
@@ -276,20 +337,6 @@ def _split_at_stop(text: str, stop: Sequence[str], final: bool) -> tuple[str, bo
         default=0,
     )
     return text[: len(text) - held], False
-
-
-def _encode(tokenizer: TokenizerWrapper, prompt: str | Sequence[int]) -> list[int]:
-    if not isinstance(prompt, str):
-        return [int(t) for t in prompt]
-    if not prompt:
-        raise OptionError("the prompt is empty: give at least one token of text")
-    try:
-        prompt.encode()
-    except UnicodeError:
-        raise OptionError("the prompt is not valid text: give it in UTF-8") from None
-    # A chat template has already put the first special token there.
-    bos = tokenizer.bos_token
-    return list(tokenizer.encode(prompt, add_special_tokens=not (bos and prompt.startswith(bos))))
 
 
 def _compiler_present() -> bool:

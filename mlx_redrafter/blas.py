@@ -20,6 +20,7 @@ import os
 import platform
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,8 +74,8 @@ def status() -> BlasStatus:
     choice = os.environ.get(VARIABLE) or "auto"
     if choice not in CHOICES:
         raise OptionError(
-            f"{VARIABLE}={choice} is not a BLAS this program knows. "
-            f"Set it to one of {', '.join(CHOICES)}, or unset it."
+            f"{VARIABLE}={choice} is not a BLAS that this program knows: "
+            f"set it to one of {', '.join(CHOICES)}, or unset it"
         )
     if sys.platform == "darwin":
         return BlasStatus("accelerate", "macOS: MLX brings its own fast products")
@@ -83,11 +84,28 @@ def status() -> BlasStatus:
     if choice == "reference":
         return BlasStatus("reference", f"chosen by {VARIABLE}")
     if "mlx.core" in sys.modules:
-        return BlasStatus("reference", "mlx.core came first; import mlx_redrafter before it")
+        return BlasStatus(
+            "reference",
+            "MLX was imported first; import mlx_redrafter before it, at the top of the program",
+        )
     try:
         return _use("openblas" if choice == "openblas" else "row-exact")
     except (_Unavailable, OSError, RuntimeError) as reason:  # RuntimeError: no home directory
         return BlasStatus("reference", str(reason))
+
+
+@functools.cache
+def warn_if_slow() -> None:
+    """Say once, to who is about to compute, that no fast BLAS is in use though none was refused."""
+    found = status()
+    wanted = os.environ.get(VARIABLE) != "reference"
+    # Without g++ nothing is compiled at all, which is said elsewhere.
+    if sys.platform.startswith("linux") and found.name == "reference" and wanted and _compiler():
+        warnings.warn(f"matrix products are up to eight times slower: {found.detail}", stacklevel=3)
+
+
+def _compiler() -> str | None:
+    return shutil.which("g++")
 
 
 def _use(name: str) -> BlasStatus:
@@ -125,7 +143,7 @@ def _openblas_path() -> Path | None:
 
 def _library() -> Path:
     """The compiled library of this source, compiler and CPU; built if the cache has none."""
-    compiler = shutil.which("g++")
+    compiler = _compiler()
     if compiler is None:
         raise _Unavailable("no g++ on PATH to compile the row-exact BLAS; install g++")
     path = _cache_folder() / f"{_key(compiler)}.so"

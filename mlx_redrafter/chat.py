@@ -128,7 +128,7 @@ class Chat:
         try:
             with silent_keys(), stoppable() as flag, self._stream(prompt, flag) as stream:
                 for last in stream:
-                    flag.waiting.close()
+                    flag.waiting.word()
                     pieces.append(last.text)
                     writer.write(last.text)
                     if flag.set:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ SWITCHES = ("enable_thinking", "thinking")  # as templates call the variable
 _MARKERS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
 _TOOLS = "tool_use"  # the name of a template that is made for requests with tools
 _TAIL = 16  # tokens in which the opening of a thought fits
-_RAW = "continue the text itself with generate --raw"
+_RAW = "do without it (generate --raw)"
 
 
 def render(
@@ -37,7 +38,7 @@ def render(
     """
     ids = _written(tokenizer, messages, chat_template_config, tokenize=True)
     if not ids:
-        raise OptionError(f"this model's chat template writes an empty prompt: {_RAW}")
+        raise OptionError(f"this model's chat template writes an empty prompt: mend it, or {_RAW}")
     return [int(token) for token in ids]
 
 
@@ -92,6 +93,20 @@ def thinking_switch(
         f"this model's chat template has no switch for thinking ({' or '.join(SWITCHES)}): leave "
         "the option out, or set a variable of the template with --chat-template-config"
     )
+
+
+def parse_config(text: str | None) -> dict[str, Any]:
+    """A JSON object as a dict, empty for None; raises OptionError."""
+    try:
+        config = json.loads(text) if text is not None else {}
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise OptionError(
+            f"--chat-template-config {text} is not a JSON object: give for example "
+            "'{\"enable_thinking\": false}'"
+        )
+    return config
 
 
 def markers(tokenizer: Any) -> tuple[str, str] | None:
@@ -171,7 +186,7 @@ def _in_parts(message: Message) -> Message:
 def _chosen(tokenizer: Any, given: Variables) -> dict[str, str]:
     """Which of several named templates, as an argument; raises OptionError."""
     if not has_template(tokenizer):
-        raise OptionError(f"this model has no chat template: {_RAW}")
+        raise OptionError("this model has no chat template: continue a text with generate --raw")
     templates = getattr(tokenizer, "chat_template", None)
     if not isinstance(templates, dict) or str(given.get("chat_template")) in templates:
         return {}

@@ -122,7 +122,7 @@ def no_template(model: str, system_prompt: str | None = None) -> str:
 
 def cut_thought(tokens: int, limit: int, how: str) -> str:
     """What to say of an answer that ends before its thought; ``how`` to allow a longer one."""
-    if tokens < limit:
+    if limit < 0 or tokens < limit:
         return "the answer ended inside a thought: the model's context is full"
     return f"the answer ended inside a thought, at the limit of {limit} tokens: {how} allows more"
 

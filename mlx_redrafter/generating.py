@@ -53,7 +53,7 @@ def run(
     arguments = {"prompt_progress_callback": waiting.on_progress, **options.arguments()}
     try:
         for last in stream_generate(model, tokenizer, prompt, **arguments):
-            waiting.close()
+            waiting.word()
             pieces.append(last.text)
             tokens.append(last.token)
             if not as_json:

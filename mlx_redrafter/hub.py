@@ -7,7 +7,9 @@ import errno
 import json
 import os
 import re
+import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,11 +54,24 @@ def resolve(name: str, revision: str | None = None, also: Sequence[str] = ()) ->
 
 
 def find_drafter(model_name: str, folder: Path) -> Path | None:
-    """The drafter folder inside the model's folder, or the one shipped for the built-in model."""
-    candidates = [folder / "drafter"]
-    if model_name == BUILTIN or _is_builtin(folder):
-        candidates.append(Path(__file__).parent / "assets" / f"{BUILTIN}-drafter")
-    return next((path for path in candidates if (path / "config.json").is_file()), None)
+    """The drafter of a model: beside it, trained for it here, or shipped with the built-in one.
+
+    One that does not fit the model is left out with a warning.
+    """
+    from mlx_redrafter import kept
+
+    for place in kept.candidates(folder, model_name == BUILTIN or _is_builtin(folder)):
+        if (place / "config.json").is_file():
+            problem = kept.problem(place, folder)
+            if problem is None:
+                return place
+            warnings.warn(f"a drafter is left out: {problem}", stacklevel=2)
+    return None
+
+
+def shipped_drafter() -> Path:
+    """The folder of the built-in model's drafter, in the package."""
+    return Path(__file__).parent / "assets" / f"{BUILTIN}-drafter"
 
 
 def cache_dir() -> Path:
@@ -67,6 +82,16 @@ def cache_dir() -> Path:
         return Path.home() / "Library" / "Caches" / "mlx-redrafter"
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "mlx-redrafter"
+
+
+def data_dir() -> Path:
+    """`$MLX_REDRAFTER_DATA`, else `mlx-redrafter` in the platform's data folder of the user."""
+    if given := os.environ.get("MLX_REDRAFTER_DATA"):
+        return Path(given).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "mlx-redrafter"
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "mlx-redrafter"
 
 
 def load_tokenizer(folder: Path, options: dict[str, Any] | None = None) -> TokenizerWrapper:
@@ -113,6 +138,9 @@ def _refuse_revision(name: str, revision: str | None) -> None:
 
 
 def _checked_folder(path: Path) -> Path:
+    if path.is_file() and path.suffix == ".gguf":
+        words = ["mlx-redrafter", "convert", str(path), "--out", str(path.with_suffix(""))]
+        raise HubError(f"{path} is a file in GGUF; make a folder of it first: {shlex.join(words)}")
     if not path.is_dir():
         raise HubError(f"{path} is a file; give the folder that holds config.json and the weights.")
     if not (path / "config.json").is_file():

@@ -104,12 +104,18 @@ def _model(folder: Path, context: int | None) -> dict[str, Any]:
 
 def _drafter(found: Path, folder: Path) -> dict[str, Any]:
     """Facts of a drafter beside the model in `folder`; `problem` says why it does not fit."""
+    from mlx_redrafter import kept
     from mlx_redrafter.drafters.loading import check_compatible
     from mlx_redrafter.drafters.redrafter import ReDrafterConfig
     from mlx_redrafter.models import Decoder, decoder_config
     from mlx_redrafter.models.weights import read_json, read_weights, weight_files
 
-    facts: dict[str, Any] = {"folder": str(found), "fits": False, "problem": None}
+    facts: dict[str, Any] = {
+        "folder": str(found),
+        "origin": kept.origin(found, folder),
+        "fits": False,
+        "problem": None,
+    }
     try:
         config = ReDrafterConfig.from_dict(read_json(found / "config.json"))
         target = SimpleNamespace(config=decoder_config(read_json(folder / "config.json")))
@@ -206,7 +212,7 @@ def _drafter_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     drafter = facts["drafter"]
     if drafter is None:
         return [("drafter", console.no_drafter(facts["name"]))]
-    rows = [("drafter", drafter["folder"])]
+    rows = [("drafter", drafter["folder"]), ("from", drafter["origin"])]
     if "cell" in drafter:
         rows += [
             (

@@ -7,12 +7,14 @@ the compiler's include path holds a <cmath> that names the CPU level and include
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import platform
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 _NATIVE = Path(__file__).parent / "native"
@@ -81,6 +83,14 @@ def _works(compiler: str, folder: Path, cache: Path) -> bool:
         return run.returncode == 0
     except (OSError, subprocess.SubprocessError):
         return False
+
+
+def compiling(since: float) -> bool:
+    """Has MLX, on Linux, begun to compile a kernel since that time (`time.time`)?"""
+    folders = Path(tempfile.gettempdir(), "mlx").glob("*/cpu")
+    with contextlib.suppress(OSError):
+        return any(folder.stat().st_mtime >= since for folder in folders)
+    return False
 
 
 def keep_memory() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mlx_redrafter import blas, console
+from mlx_redrafter import blas, checks, console
 from mlx_redrafter.console import DEBUG
 from mlx_redrafter.errors import OptionError
 
@@ -122,8 +121,9 @@ class ModelOptions:
 
         drafter = None if self.no_draft else self.drafter
         model, tokenizer = load(self.model, drafter, revision=self.revision)
+        model.engine.say = console.note
         if drafter is not None and tree is None:
-            tuning.costs(model, console.note)
+            tuning.costs(model)
         return model, tokenizer
 
 
@@ -134,7 +134,8 @@ class DecodeOptions:
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Longest answer, in tokens.", show_default="512; up to 4096 for models that think"
+            help="Longest answer, in tokens; -1: no limit.",
+            show_default="512; up to 4096 for models that think",
         ),
     ] = None
     temp: Annotated[
@@ -295,7 +296,7 @@ class DecodeOptions:
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in own:
             del given[name]
-        given["max_tokens"] = self.max_tokens or MAX_TOKENS
+        given["max_tokens"] = MAX_TOKENS if self.max_tokens is None else self.max_tokens
         given["logit_bias"] = parse_logit_bias(self.logit_bias)
         given["stop"] = tuple(self.stop or ())
         given["tree"] = self.tree()
@@ -304,9 +305,9 @@ class DecodeOptions:
 
     def template_config(self, tokenizer: Any) -> dict[str, Any]:
         """The variables of the chat template; raises OptionError."""
-        from mlx_redrafter.chat_template import thinking_switch
+        from mlx_redrafter.chat_template import parse_config, thinking_switch
 
-        config = parse_template_config(self.chat_template_config)
+        config = parse_config(self.chat_template_config)
         if self.thinking is None:
             return config
         return {**config, **thinking_switch(tokenizer, self.thinking, config)}
@@ -318,10 +319,13 @@ class DecodeOptions:
         """
         from mlx_redrafter.chat_template import thinks
 
+        config = self.template_config(tokenizer)
+        if self.max_tokens is not None:
+            return self
         longest = MAX_TOKENS
-        if thinks(tokenizer, self.template_config(tokenizer)):
+        if thinks(tokenizer, config):
             longest = max(longest, min(THINKING_TOKENS, context // 2))
-        return dataclasses.replace(self, max_tokens=self.max_tokens or longest)
+        return dataclasses.replace(self, max_tokens=longest)
 
     def sparse(self) -> SparsePrefill | None:
         """How a long prompt is read, None where it is read densely; raises OptionError."""
@@ -337,21 +341,22 @@ class DecodeOptions:
 
         ``raw``: the prompt is not put into a chat template.
         """
+        from mlx_redrafter.chat_template import parse_config
+        from mlx_redrafter.decoding.engine import length
         from mlx_redrafter.decoding.sampling import SamplingParams
 
-        config = parse_template_config(self.chat_template_config)
+        config = parse_config(self.chat_template_config)
         if raw and (self.system_prompt or self.thinking is not None or config):
             raise OptionError(
                 "--raw uses no chat template: leave out --system-prompt, --thinking, --no-thinking "
                 "and --chat-template-config"
             )
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise OptionError(f"max_tokens {self.max_tokens} is not possible: use 1 or more")
         given = self.arguments()
         known = {f.name for f in dataclasses.fields(SamplingParams)}
         SamplingParams(**{name: value for name, value in given.items() if name in known})
-        if (size := self.prefill_step_size) is not None and size < 1:
-            raise OptionError(f"prefill_step_size {size} is not possible: use 1 or more")
+        length(given["max_tokens"])
+        if given["prefill_step_size"] is not None:
+            checks.whole("prefill_step_size", given["prefill_step_size"], 1)
 
 
 def sparse_prefill(
@@ -367,20 +372,6 @@ def sparse_prefill(
     patterns = read_patterns(config) if config is not None else None
     chosen = SparsePrefill(mode, tau=tau, min_context=min_context, patterns=patterns)
     return chosen if chosen.mode != "off" else None
-
-
-def parse_template_config(text: str | None) -> dict[str, Any]:
-    """A JSON object as a dict, empty for None; raises OptionError."""
-    try:
-        config = json.loads(text) if text is not None else {}
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise OptionError(
-            f"--chat-template-config {text} is not a JSON object: give for example "
-            "'{\"enable_thinking\": false}'"
-        )
-    return config
 
 
 def parse_logit_bias(items: Sequence[str] | None) -> dict[int, float]:

@@ -56,9 +56,9 @@ def policy(model: Model, sampled: bool) -> Automatic:
     return Automatic(shapes, tokens, seconds, learn)
 
 
-def costs(model: Model, say: Say = lambda text: None, again: bool = False) -> Costs:
-    """Those of this process, else of an earlier one, else measured now, which ``say`` is told in a
-    line, as it takes a few seconds.
+def costs(model: Model, say: Say | None = None, again: bool = False) -> Costs:
+    """Those of this process, else of an earlier one, else measured now, which ``say``, or the
+    engine's, is told in a line, as it takes a few seconds.
 
     Where running steps contradict the table, what is kept of it is thrown away: this process goes
     by the steps, the next one measures again.
@@ -72,7 +72,9 @@ def costs(model: Model, say: Say = lambda text: None, again: bool = False) -> Co
     file = _file(conditions(model))
     found = None if again else _read(file, Costs.from_dict)
     if found is None:
-        say("measuring what drafting costs on this machine (once, a few seconds) ...")
+        (say or engine.say)(
+            "measuring what drafting costs on this machine (once, a few seconds) ..."
+        )
         found = measure(model.target, model.drafter, engine.step_function, engine.compiled)
         _write(file, {**conditions(model), **found.as_dict()})
     engine.costs = found
@@ -91,7 +93,7 @@ def step_size(model: Model, prompt: int, cached: int = 0) -> int:
     return prompt_chunks(model).size(cached, prompt, most)
 
 
-def prompt_chunks(model: Model, say: Say = lambda text: None, again: bool = False) -> chunks.Chunks:
+def prompt_chunks(model: Model, say: Say | None = None, again: bool = False) -> chunks.Chunks:
     """What sizes of a prompt's chunks cost; kept as :func:`costs` are, beside them."""
     engine = model.engine
     if engine.chunks is not None and not again:
@@ -100,7 +102,9 @@ def prompt_chunks(model: Model, say: Say = lambda text: None, again: bool = Fals
     file = _file({**facts, "of": "chunks"})
     found = None if again else _read(file, chunks.Chunks.from_dict)
     if found is None:
-        say("measuring what size of a prompt's chunks is best (once, a few seconds) ...")
+        (say or engine.say)(
+            "measuring what size of a prompt's chunks is best (once, a few seconds) ..."
+        )
         found = chunks.measure(model.target)
         _write(file, {**facts, **found.as_dict()})
     engine.chunks = found

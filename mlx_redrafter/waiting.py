@@ -14,10 +14,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mlx_redrafter import console
+from mlx_redrafter import console, kernels
 
 PATIENCE = 2.0  # seconds; what is over before is not worth a bar
-COMPILING = 4.0  # seconds after the prompt until the first word
+COMPILING = 1.0  # seconds without a word in which a kernel was begun
 _LAST = 24  # chunks that an estimate is made of: sparse ones cost something else than those before
 _WIDTH = 30  # columns of the bar
 
@@ -83,7 +83,8 @@ class Estimate:
 
 class Waiting:
     """A bar while a prompt is read, on a terminal and where that takes seconds; gone when the
-    answer begins. It also says when kernels are being compiled."""
+    answer begins. It also says, once, when an answer waits for kernels to be compiled: MLX does
+    that with g++ on Linux, some ten seconds for the first answer with the options at hand."""
 
     def __init__(self) -> None:
         self._out = Console(stderr=True, highlight=False)
@@ -91,20 +92,17 @@ class Waiting:
         self._live: Live | None = None
         self._lock = threading.Lock()
         self._bar_timer = _timer(PATIENCE, self._show)
-        self._compiling = _timer(
-            COMPILING,
-            lambda: console.note(
-                "still working: what is used for the first time here has to be compiled ..."
-            ),
-        )
+        self._word, self._words = time.time(), 0
+        self._over = threading.Event()
+        self._watch = threading.Thread(target=self._compilation, daemon=True)
 
     def on_progress(self, done: int, total: int) -> None:
         """How much of the prompt is read."""
+        self._word = time.time()
+        if sys.platform == "linux" and not self._watch.ident:
+            self._watch.start()
         if done >= total:
             self._hide()
-            # MLX compiles fused kernels with g++ on Linux, some ten seconds for a first answer.
-            if sys.platform == "linux" and not self._compiling.ident:
-                self._compiling.start()
             return
         if self._estimate is None:
             self._estimate = Estimate()
@@ -115,10 +113,31 @@ class Waiting:
         if rest is not None and self._estimate.elapsed + rest > PATIENCE:
             self._show()
 
+    def word(self) -> None:
+        """A piece of the answer is there."""
+        self._word, self._words = time.time(), self._words + 1
+        if self._words == 1:
+            self._hide()
+
     def close(self) -> None:
-        """The first word is there, or will never be."""
+        """The answer is complete, or will never be."""
         self._hide()
-        self._compiling.cancel()
+        self._over.set()
+
+    def _compilation(self) -> None:
+        while not self._over.wait(COMPILING / 2):
+            if time.time() - self._word > COMPILING and kernels.compiling(self._word):
+                with self._lock:  # not into the bar
+                    self._say_compiling()
+                return
+
+    def _say_compiling(self) -> None:
+        ahead = "\n" if self._words and sys.stdout.isatty() and self._out.is_terminal else ""
+        text = "compiling kernels for the first answer with these options, once ..."
+        if self._live is not None:
+            self._live.console.print(Text(text, "dim"), soft_wrap=True)
+        elif not self._over.is_set():
+            console.note(ahead + text)
 
     def _show(self) -> None:
         with self._lock:

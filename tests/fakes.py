@@ -61,6 +61,7 @@ class FakeModel:
     name: str = "fake"
     ends: str = "stop"
     drafter_folder: Path | None = Path("the-drafter")
+    engine: Any = field(default_factory=SimpleNamespace)
     target: Any = field(
         default_factory=lambda: SimpleNamespace(config=SimpleNamespace(max_positions=1000))
     )

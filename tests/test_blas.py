@@ -239,3 +239,28 @@ print(json.dumps(sorted(heavy & set(sys.modules))))
 """
     run(STATUS, cache)
     assert run(code, cache) == []
+
+
+def test_a_slow_blas_is_said_once_and_only_where_it_was_not_chosen(cache: Path) -> None:
+    code = """
+import json, warnings
+{first}
+from mlx_redrafter import api, blas, errors
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        try:
+            api.load("/nowhere")
+        except errors.HubError:
+            pass
+print(json.dumps([[str(w.message), w.filename] for w in said]))
+"""
+    late = code.replace("{first}", "import mlx.core")
+    told = [
+        "matrix products are up to eight times slower: MLX was imported first; import "
+        "mlx_redrafter before it, at the top of the program",
+        "<string>",
+    ]
+    assert run(late, cache) == [told]
+    assert run(late, cache, "reference") == []
+    assert run(code.replace("{first}", ""), cache) == []

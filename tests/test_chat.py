@@ -111,7 +111,7 @@ def test_commands_change_the_next_answer() -> None:
         ("/set candidates x", "candidate mode 'x' is unknown: use trellis or beams"),
         (
             "/set sparse_prefill x",
-            "sparse prefill: mode x is not possible: use off, a_shape, tri_shape, trianglemix, "
+            "sparse prefill: mode 'x' is not possible: use off, a_shape, tri_shape, trianglemix, "
             "xattention, minference",
         ),
         ("/retry", "there is no question to answer again"),

@@ -80,3 +80,21 @@ def test_softmax_has_the_bits_of_mlx(length: int) -> None:
     expected = mx.softmax(scores, axis=-1, precise=True)
     for function in (softmax, mx.compile(softmax)):
         assert mx.array_equal(function(scores), expected).item()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="MLX compiles kernels with g++ on Linux only")
+def test_a_kernel_that_is_compiled_is_noticed(tmp_path: Path) -> None:
+    """By a folder that belongs to MLX: the test breaks where MLX puts its kernels elsewhere."""
+    code = """
+import time, mlx.core as mx
+from mlx_redrafter import kernels
+began = time.time() - 0.1
+seen = [kernels.compiling(began)]
+mx.eval(mx.compile(lambda x: mx.sin(x) * x + 1)(mx.ones((4,))))
+print(*seen, kernels.compiling(began), kernels.compiling(time.time() + 1))
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "True", "False"]

@@ -18,15 +18,17 @@ CONVERT = Path(mlx_redrafter.convert.__file__).parent
 
 # A module may import those of its own row and of the rows above it.
 LAYERS = [
-    {"errors", "stats", "blas", "kernels", "clock"},
+    {"errors", "checks", "stats", "blas", "kernels", "threads", "clock"},
     {"models", "drafters"},
     {"prefill"},
     {"decoding"},
     {
         "api",
+        "arguments",
         "chat_template",
         "tuning",
         "hub",
+        "kept",
         "builtin",
         "gguf",
         "gguf_blocks",

@@ -45,7 +45,7 @@ def test_a_template_that_refuses_the_system_prompt_is_one_line(
     assert result.exit_code == 1
     assert result.stderr == (
         "error: this model's chat template refuses the messages (System role not supported): "
-        "leave out the system prompt, or continue the text itself with generate --raw\n"
+        "leave out the system prompt, or do without it (generate --raw)\n"
     )
 
 

@@ -92,11 +92,14 @@ def test_measured_at_the_first_long_prompt_and_kept(
 ) -> None:
     best = Chunks(*[{**FLAT, 256: 0.5e-4}] * 2)
     calls: list[Decoder] = []
+    said: list[str] = []
     monkeypatch.setattr(chunks, "measure", lambda target: calls.append(target) or best)
+    loaded.engine.say = said.append
     assert tuning.step_size(loaded, 2048) == USUAL
     assert tuning.step_size(loaded, 6000, cached=5000) == USUAL
     assert not calls, "a short prompt measures nothing"
     assert tuning.step_size(loaded, 2049) == 256
+    assert len(said) == 1 and said[0].startswith("measuring what size of a prompt's chunks")
     loaded.engine.chunks = None  # as in another process
     assert tuning.step_size(loaded, 6000, cached=100) == 256
     assert len(calls) == 1

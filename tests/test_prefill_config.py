@@ -86,7 +86,11 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"mode": "sparse"}, "mode sparse is not possible: use off, a_shape"),
+        ({"mode": "sparse"}, "mode 'sparse' is not possible: use off, a_shape"),
+        ({"mode": None}, "mode None is not possible: use off, a_shape"),
+        ({"mode": []}, "mode [] is not possible: use off, a_shape"),
+        ({"tau": "much"}, "tau 'much' is not possible: use a number above 0 and at most 1"),
+        ({"sink": "x"}, "sink 'x' is not possible: use 0 or more"),
         ({"tau": 0.0}, "tau 0.0 is not possible"),
         ({"tau": float("nan")}, "tau nan is not possible"),
         ({"block": 96}, "block 96 is not possible: use a divisor of 128"),
@@ -97,7 +101,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         ({"local": -1}, "local -1"),
         ({"start_layer": -1}, "start_layer -1"),
         ({"max_density": 0}, "max_density 0"),
-        ({"over": "more"}, "over more is not possible: use dense or cap"),
+        ({"over": "more"}, "over 'more' is not possible: use dense or cap"),
         ({"last_queries": 0}, "last_queries 0"),
         ({"mode": "xattention", "patterns": ()}, "patterns are for mode minference"),
     ],

@@ -258,5 +258,46 @@ def test_impossible_values(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("token", [-1, V])
 def test_bias_beyond_the_vocabulary(token: int) -> None:
-    with pytest.raises(OptionError, match=f"logit_bias.*{token}.*{V}"):
+    with pytest.raises(OptionError, match=f"logit_bias token {token} is not possible: use 0 "):
         SamplingParams(logit_bias={token: 1.0}).arrays(V)
+
+
+def test_values_of_other_types_become_plain_ones() -> None:
+    given: Any = {
+        "temp": np.float32(0.5), "top_k": 7.0, "seed": np.uint64(3), "min_p": mx.array(0.25),
+        "repetition_context_size": np.int8(5),
+        "logit_bias": {"3": np.float32(1.5), np.int64(4): float("-inf"), 5: mx.array(2)},
+    }  # fmt: skip
+    plain = SamplingParams(
+        temp=0.5, top_k=7, seed=3, min_p=0.25, repetition_context_size=5,
+        logit_bias={3: 1.5, 4: float("-inf"), 5: 2.0},
+    )  # fmt: skip
+    assert SamplingParams(**given) == plain
+    values = [*vars(SamplingParams(**given)).values(), *plain.logit_bias.items()]  # type: ignore[union-attr]
+    assert not any(isinstance(value, np.generic | mx.array) for value in values)
+
+
+def test_every_range_has_one_style() -> None:
+    """Every option refuses text and what is out of its range, and says what to use."""
+    for name in SamplingParams.__dataclass_fields__:
+        if name == "logit_bias":
+            continue
+        given: Any
+        for given, said in (("x", "'x' is not a (whole )?number"), (1e12, "1e.?12|1000+")):
+            with pytest.raises(OptionError, match=rf"^{name} ({said}).*: use -?[0-9]") as caught:
+                SamplingParams(**{name: given})
+            assert not str(caught.value).endswith(".")
+
+
+def test_a_ban_holds_against_penalties_and_filters() -> None:
+    logits = mx.array([[9.0, 1.0, 0.5, 8.0]])
+    params = SamplingParams(
+        temp=1.0, top_p=0.9, min_p=0.01, top_k=3, presence_penalty=-5.0, repetition_penalty=0.1,
+        logit_bias={0: float("-inf"), 3: -1e300},
+    )  # fmt: skip
+    arrays, tree = params.arrays(4), root_only(mx.array([0]))
+    windows = {name: mx.array([[0, 3, 0]]) for name, _ in params.windows}
+    chosen = {
+        sampling.choose(logits, tree, windows, arrays, mx.array([at])).item() for at in range(60)
+    }
+    assert chosen == {1, 2}

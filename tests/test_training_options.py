@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import shlex
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tiny_chat import begin, refusal, write_chat_model
 from typer.testing import CliRunner
 
 from mlx_redrafter import cli
-from mlx_redrafter.training import command, folder, stages
+from mlx_redrafter.training import command, folder, lines, stages
 from mlx_redrafter.training.config import TrainConfig
 
 
@@ -79,13 +80,58 @@ def test_every_option_is_a_flag_with_help() -> None:
     assert all(f"--{name.replace('_', '-')}" in result.stdout for name in names)
 
 
-def test_the_command_in_the_card_makes_the_same_run(tmp_path: Path) -> None:
-    config = TrainConfig(out=Path("run"), model="org/name", batch=8, hard=0.25, system_prompt="a b")
-    line = stages.command_line(config)
+def parsed(line: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The options of a command line, as the command gets them."""
+    calls: list[dict[str, Any]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_stages", lambda given, *_, **__: calls.append(given))
+        result = CliRunner().invoke(cli.app, shlex.split(line)[1:])
+    assert result.exit_code == 0, result.stderr
+    return calls[0]
+
+
+def test_the_command_in_the_card_makes_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(
+        out=Path("run"), model="org/name", batch=8, hard=0.0, system_prompt="it's", exit_dim=64,
+        context_layers="", prompts=Path("some prompts.jsonl"),
+    )  # fmt: skip
+    line = lines.Shown(config).made_by()
     assert line == (
-        "mlx-redrafter train --model org/name --out run --system-prompt 'a b' --batch 8 --hard 0.25"
+        "mlx-redrafter train --model org/name --out run --prompts 'some prompts.jsonl' "
+        "--system-prompt 'it'\"'\"'s' --batch 8 --context-layers '' --exit-dim 64 --hard 0.0"
     )
-    assert str(tmp_path) not in stages.command_line(replace(config, out=tmp_path / "run"))
+    assert folder.settle(parsed(line, monkeypatch))[0] == config
+
+
+@pytest.mark.parametrize(
+    ("model", "out", "prompts", "shown"),
+    [
+        ("models/a b", "runs/r", "p.jsonl", ("models/a b", "runs/r", "p.jsonl")),
+        ("TMP/models/a b", "TMP/runs/r", "TMP/p.jsonl", ("../models/a b", "r", "../p.jsonl")),
+        ("TMP/models/a b", "r", "TMP/p.jsonl", ("models/a b", "r", "p.jsonl")),
+        ("org/name@main", "TMP/r", None, ("org/name@main", "r", None)),
+    ],
+)
+def test_paths_in_a_card_are_relative_and_exist(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    out: str,
+    prompts: str | None,
+    shown: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "a b").mkdir(parents=True)
+    (tmp_path / "p.jsonl").touch()
+    here = [s and s.replace("TMP", str(tmp_path)) for s in (model, out, prompts)]
+    config = folder.settle({"model": here[0], "out": here[1], "prompts": here[2]})[0]
+    found = lines.Shown(config)
+    assert tuple(found.values()[k] for k in ("model", "out", "prompts")) == shown
+    (tmp_path / "runs").mkdir()
+    base = tmp_path / "runs" if "TMP/runs" in out else tmp_path
+    assert prompts is None or ((base / shown[0]).is_dir() and (base / shown[2]).is_file())
+    for line in (found.made_by(), found.measured_by(3, 8)):
+        assert str(tmp_path) not in line and parsed(line, monkeypatch)["out"] == Path(shown[1])
 
 
 # Mixing

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import pytest  # isort: skip
-from tiny_chat import SMALL, begin, contents, lines_of, refusal, stop_at, words, write_chat_model
+from tiny_chat import (
+    SMALL,
+    all_answers,
+    begin,
+    contents,
+    lines_of,
+    refusal,
+    stop_at,
+    words,
+    write_chat_model,
+)
 from typer.testing import CliRunner
 
-from mlx_redrafter import cli
+from mlx_redrafter import cli, info
 from mlx_redrafter.decoding import prospects
 from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.prompts import Prompt, read_prompts
@@ -150,19 +163,104 @@ def test_shorter_answers_than_expected_take_more_prompts(
 def test_ctrl_c_says_how_to_go_on(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "run"
+    out = tmp_path / "my run"
     file = tmp_path / "train.yaml"
     file.write_text("".join(f"{name}: {value}\n" for name, value in SMALL.items()))
-    arguments = ["train", "answers", "-m", str(model), "-c", str(file), "-o", str(out)]
+    arguments = ["train", "--eval-prompts", "3", "answers", "--model", str(model)]
+    arguments += ["--out", str(out), "--system-prompt", "ba 'be' $HOME", "--config", str(file)]
+    arguments += ["--eval-tokens", "8", "--debug"]
     stop_at(monkeypatch, stages, "write_shard", 2)
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 130
-    last = result.stderr.splitlines()[-1]
-    assert last.endswith(f"To go on: mlx-redrafter train answers --out {out}")
+    said, _, line = result.stderr.splitlines()[-1].partition("To go on: ")
+    assert said == "stopped; what is done is kept. "
+    program, *again = shlex.split(line)
+    assert (program, again[:2]) == ("mlx-redrafter", ["train", "answers"])
+    assert sorted(again) == sorted(arguments) and "'ba '\"'\"'be'\"'\"' $HOME'" in line
     assert len(list((out / "answers").iterdir())) == 1
     monkeypatch.undo()
-    result = CliRunner().invoke(cli.app, ["train", "answers", "--out", str(out)])
+    result = CliRunner().invoke(cli.app, again)
     assert result.exit_code == 0, result.stderr
+    assert len(list((out / "answers").iterdir())) > 1
+
+
+def test_stopped_before_anything_is_written_down_the_way_on_names_the_model(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(monkeypatch, stages, "load_model", 1)
+    arguments = ["train", "-m", str(model), "-o", str(tmp_path / "run"), "--blas", "auto"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 130 and not (tmp_path / "run" / folder.FILE).exists()
+    assert result.stderr.splitlines()[-1].endswith(
+        f"mlx-redrafter train --model {model} --out {tmp_path / 'run'} --blas auto"
+    )
+
+
+def test_what_to_run_first_can_be_copied(tmp_path: Path, model: Path) -> None:
+    out = tmp_path / "my run"
+    for stage, wanted in (("fit", "train answers"), ("evaluate", "train")):
+        result = CliRunner().invoke(
+            cli.app, ["train", stage, "-m", str(model), "-o", str(out)], env={"COLUMNS": "500"}
+        )
+        assert result.exit_code == 1
+        line = f"`mlx-redrafter {wanted} --model {model} --out '{out}'`"
+        assert line in result.stderr, result.stderr
+
+
+def test_the_fit_alone_takes_answers_into_a_new_folder(
+    tmp_path: Path, model: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out = tmp_path / "old answers.jsonl", tmp_path / "run"
+    file.write_text(all_answers(finished))
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
+    arguments = ["train", "fit", "-m", str(model), "-o", str(out), "--answers", str(file)]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLX_REDRAFTER_DATA", str(tmp_path / "file" / "data"))
+    result = CliRunner().invoke(cli.app, [*arguments, *options])
+    assert result.exit_code == 0, result.stderr
+    assert imports.tokens(out) == (imports.tokens(finished)[1], 0)
+    assert (out / "drafter" / "model.safetensors").is_file()
+    warning, last = result.stderr.splitlines()[-2:]
+    assert warning.startswith("warning: the drafter is not kept for this model: ")
+    assert "the data folder cannot be written" in warning and str(tmp_path / "file") in warning
+    use = f"mlx-redrafter chat --model {model} --drafter {out / 'drafter'}"
+    assert last == f"wrote {out / 'drafter'}; use it: {use}"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("my model.gguf", "convert 'TMP/my model.gguf' --out 'TMP/my model'"),
+        ("mamba", "model_type 'mamba' is not supported"),
+        ("fails", "chat template fails on a user message"),
+        ("none", "There is no folder"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_for_is_one_line(
+    tmp_path: Path, name: str, says: str
+) -> None:
+    (tmp_path / "my model.gguf").write_bytes(b"GGUF" + bytes(100))
+    write_chat_model(tmp_path / "fails", "{{ messages.nothing.at_all }}")
+    write_chat_model(tmp_path / "mamba")
+    config = json.loads((tmp_path / "mamba" / "config.json").read_text())
+    (tmp_path / "mamba" / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    arguments = ["train", "-m", str(tmp_path / name), "-o", str(tmp_path / "run")]
+    result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "1000"})
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert says.replace("TMP", str(tmp_path)) in result.stderr
+
+
+@pytest.mark.slow
+def test_a_base_model_gets_a_drafter_too(tmp_path: Path) -> None:
+    model, out = write_chat_model(tmp_path / "base", template=None), tmp_path / "run"
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
+    options += ["--eval-prompts", "1", "--eval-tokens", "4", "--prompt-tokens", "8"]
+    result = CliRunner().invoke(cli.app, ["train", "-m", str(model), "-o", str(out), *options])
+    assert result.exit_code == 0, result.stderr
+    use = "mlx-redrafter generate 'Once upon a time' --raw --model"
+    assert result.stderr.splitlines()[-1].endswith(f"kept it for this model; use it: {use} {model}")
+    card = (out / "drafter" / "README.md").read_text()
+    assert f"\n{use} base --drafter run/drafter\n" in card and "no chat template" in card
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path, model: Path) -> None:
@@ -179,7 +277,10 @@ def test_a_run_that_could_not_begin_leaves_no_options_behind(tmp_path: Path, mod
 
 
 @pytest.mark.slow
-def test_one_command_makes_a_drafter_from_nothing_but_a_model(tmp_path: Path, model: Path) -> None:
+def test_one_command_makes_a_drafter_from_nothing_but_a_model(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_REDRAFTER_DATA", str(tmp_path / "data"))
     out = tmp_path / "run"
     options = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
     arguments = ["train", "-m", str(model), "-o", str(out), *options]
@@ -195,4 +296,20 @@ def test_one_command_makes_a_drafter_from_nothing_but_a_model(tmp_path: Path, mo
     for stage in ("prompts", "answers", "fit", "evaluate"):
         assert re.search(rf"^{stage}: at most \d+\.\d GB", result.stderr, re.MULTILINE)
     card = (out / "drafter" / "README.md").read_text()
-    assert f"--model {model.name} --out run" in card and str(tmp_path) not in card
+    assert f"--model ../{model.name} --out run" in card and str(tmp_path) not in card
+    assert f"mlx-redrafter chat --model ../{model.name} --drafter run/drafter\n" in card
+    use = f"use it: mlx-redrafter chat --model {model}"
+    last = result.stderr.splitlines()[-1]
+    assert last == f"wrote {out / 'drafter'} and kept it for this model; {use}"
+    arguments = ["train", "fit", "-o", str(tmp_path / "run2"), "-m", str(model), *options]
+    file = tmp_path / "old.jsonl"
+    file.write_text(all_answers(out))
+    result = CliRunner().invoke(cli.app, [*arguments, "--answers", str(file)])
+    assert f"and kept it for this model, before 1 older one; {use}" in result.stderr
+    for place in (tmp_path / "data").glob("drafters/*/*-run2"):
+        shutil.rmtree(place)
+    moved = shutil.copytree(model, tmp_path / "elsewhere")
+    found = info.collect(str(moved))["drafter"]
+    assert found["fits"] and found["origin"].startswith("trained on 20")
+    assert found["origin"].endswith(f"in {out}, kept by train")
+    assert json.loads(Path(found["folder"], "evaluation.json").read_text())["live"]

@@ -338,7 +338,7 @@ def test_shape_normalises() -> None:
         ({"width": 17}, "beam width 17"),
         ({"depth": 0}, "beam length 0"),
         ({"depth": 17}, "beam length 17"),
-        ({"nodes": 0}, "0 nodes"),
+        ({"nodes": 0}, "nodes 0"),
         ({"nodes": 14}, "14 nodes"),
         ({"width": 1, "depth": 4, "nodes": 6}, "6 nodes"),
         ({"mode": "greedy"}, "'greedy'"),

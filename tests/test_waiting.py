@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 import time
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -109,3 +111,41 @@ def test_a_single_long_chunk_shows_too(monkeypatch: pytest.MonkeyPatch) -> None:
     time.sleep(0.3)
     bar.close()
     assert "0 of 300 tokens" in written.getvalue() and "left" not in written.getvalue()
+
+
+def compiled(monkeypatch: pytest.MonkeyPatch, capsys: Any, *, words: int, kernels: bool) -> str:
+    """What is said of a pause in front of the prompt's end, or behind so many words."""
+    began = time.time()
+    monkeypatch.setattr(waiting, "COMPILING", 0.1)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(waiting.kernels, "compiling", lambda since: kernels and since >= began)
+    wait = Waiting()
+    wait.on_progress(5, 5)
+    for _ in range(words):
+        wait.word()
+    time.sleep(0.5)
+    wait.word()
+    time.sleep(0.3)
+    wait.close()
+    return str(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("words", [0, 3], ids=["before the first word", "within the answer"])
+def test_compiling_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: int
+) -> None:
+    said = compiled(monkeypatch, capsys, words=words, kernels=True)
+    assert said == "compiling kernels for the first answer with these options, once ...\n"
+    assert compiled(monkeypatch, capsys, words=words, kernels=False) == "", "only a slow model"
+
+
+def test_nothing_is_said_of_an_answer_that_is_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(waiting, "COMPILING", 0.1)
+    monkeypatch.setattr(waiting.kernels, "compiling", lambda since: True)
+    wait = Waiting()
+    wait.on_progress(5, 5)
+    wait.close()
+    time.sleep(0.3)
+    assert capsys.readouterr().err == ""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 
+from mlx_redrafter import checks
 from mlx_redrafter.decoding.costs import Costs
 from mlx_redrafter.decoding.policy import Fixed, Policy
 from mlx_redrafter.decoding.sampling import Arrays, SamplingParams
@@ -30,6 +31,15 @@ from mlx_redrafter.prefill.reading import Progress, read
 from mlx_redrafter.prefill.session import Session
 from mlx_redrafter.prefill.sparse import SparseAttention
 from mlx_redrafter.stats import DraftStats, PrefillStats
+
+UNLIMITED = -1
+
+
+def length(max_tokens: Any) -> int:
+    """The most tokens of an answer, -1 for no limit; raises OptionError."""
+    use = "1 or more, or -1 for no limit"
+    value = checks.whole("max_tokens", max_tokens, UNLIMITED, use=use)
+    return value or checks.whole("max_tokens", value, 1, use=use)
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class Engine:
         self.drafter = drafter
         self.compiled = compiled
         self.traces = 0
+        self.say: Callable[[str], None] = lambda text: None  # told what takes seconds, once
         self.costs: Costs | None = None  # of steps on this machine, once they are known
         self.chunks: Chunks | None = None  # of prompts, likewise
         self._steps: dict[Bucket, StepFunction] = {}
@@ -80,8 +91,8 @@ class Engine:
         progress: Progress | None = None,
         sparse_prefill: SparsePrefill | None = None,
     ) -> Generator[Emitted, None, None]:
-        """Yield the tokens after the prompt, a step at a time, until ``max_tokens`` or the end of
-        the context. Closing the iterator leaves the session consistent.
+        """Yield the tokens after the prompt, a step at a time, until ``max_tokens`` (-1: no limit)
+        or the end of the context. Closing the iterator leaves the session consistent.
 
         Args:
             shape: of every step, or what chooses it.
@@ -89,7 +100,7 @@ class Engine:
 
         Raises:
             OptionError: empty prompt, a token outside the vocabulary, a prompt that fills the
-                context, patterns of another model.
+                context, patterns of another model, a session in use or of another model.
         """
         session = session if session is not None else Session()
         stats = stats if stats is not None else DraftStats()
@@ -97,33 +108,39 @@ class Engine:
             policy: Policy = Fixed(shape if self.drafter else shape.without_drafter())
         else:
             policy = shape
-        room = self._check(prompt, max_tokens)
+        room = self.check(prompt, params, max_tokens)
         arrays = params.arrays(self.target.config.vocab_size)
-        # The state goes straight through: a name for it here would keep the first slabs alive,
-        # and the first step would have to copy them all.
-        yield from self._decode(
-            self._prefill(
-                prompt, policy.shapes, params, session, stats, prefill_step_size, progress,
-                sparse_prefill,
-            ),
-            arrays, params, policy, room, session, stats, list(prompt),
-        )  # fmt: skip
+        with session.taken(self.target):
+            # The state goes straight through: a name for it here would keep the first slabs alive,
+            # and the first step would have to copy them all.
+            yield from self._decode(
+                self._prefill(
+                    prompt, policy.shapes, params, session, stats, prefill_step_size, progress,
+                    sparse_prefill,
+                ),
+                arrays, params, policy, room, session, stats, list(prompt),
+            )  # fmt: skip
 
-    def _check(self, prompt: Sequence[int], max_tokens: int) -> int:
-        """How many tokens may be produced."""
+    def check(self, prompt: Sequence[int], params: SamplingParams, max_tokens: int) -> int:
+        """How many tokens may be produced; raises the errors of `generate`."""
         if not prompt:
             raise OptionError("the prompt is empty: give at least one token of text")
         vocab, limit = self.target.config.vocab_size, self.target.config.max_positions
-        if not all(0 <= t < vocab for t in prompt):
-            raise OptionError(f"the prompt holds a token outside the model's vocabulary of {vocab}")
-        if max_tokens < 1:
-            raise OptionError(f"max_tokens {max_tokens} is not possible: use 1 or more")
+        wrong = next((t for t in prompt if not 0 <= t < vocab), None)
+        if wrong is not None:
+            raise OptionError(
+                f"the prompt holds token {wrong}, which is outside the model's vocabulary: "
+                f"use 0 to {vocab - 1}"
+            )
+        params.check(vocab)
+        max_tokens = length(max_tokens)
         if len(prompt) >= limit:
             raise OptionError(
                 f"the prompt has {len(prompt)} tokens and the model's context {limit}: "
                 "shorten the prompt, or use a model with a longer context"
             )
-        return min(max_tokens, limit - len(prompt))
+        room = limit - len(prompt)
+        return room if max_tokens == UNLIMITED else min(max_tokens, room)
 
     def _prefill(
         self,

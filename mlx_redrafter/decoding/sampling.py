@@ -12,11 +12,13 @@ then top-p, min-p and top-k on the distribution at temperature 1; then the tempe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import mlx.core as mx
 
+from mlx_redrafter import checks
 from mlx_redrafter.decoding.tree import DraftTree, integers
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import vectorised
@@ -24,6 +26,24 @@ from mlx_redrafter.models.rope import fused_kernels
 
 Arrays = dict[str, mx.array]
 MAX_CONTEXT = 1024
+LEAST_TEMP = 0.001
+_NUMBERS: dict[str, tuple[float, float]] = {
+    "temp": (0, 100),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0, 100),
+    "presence_penalty": (-100, 100),
+    "frequency_penalty": (-100, 100),
+}
+_WHOLE = {
+    "top_k": (0, 2**31 - 1),
+    "repetition_context_size": (1, MAX_CONTEXT),
+    "presence_context_size": (1, MAX_CONTEXT),
+    "frequency_context_size": (1, MAX_CONTEXT),
+    "seed": (0, 2**32 - 1),
+}
+# An infinite logit has no distribution; one of 1e30 is chosen as surely.
+_BIAS = (-math.inf, 1e30)
 _ODD, _FAR = 0x9E3779B9, 0x85157AF5  # 2**32 / golden ratio, 2**32 / plastic ratio**2, roughly
 
 
@@ -40,11 +60,14 @@ class SamplingParams:
         presence_penalty: subtracted once from the logits of recent tokens; None or 0: off.
         frequency_penalty: subtracted for every recent occurrence; None or 0: off.
         *_context_size: how many tokens are recent.
-        logit_bias: token id -> value added to its logit.
-        seed: 32-bit key of the noise.
+        logit_bias: token id -> value added to its logit; -inf: the token is never chosen. The ids
+            may be text, as JSON has them.
+        seed: 32-bit key of the noise; the same seed draws the same text.
+
+    None stands for the default everywhere.
 
     Raises:
-        OptionError: a value out of its range.
+        OptionError: a value out of its range, or of another type.
     """
 
     temp: float = 0.0
@@ -61,26 +84,21 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        ranges: list[tuple[str, float | None, float, float]] = [
-            ("temp", self.temp, 0, 100),
-            ("top_p", self.top_p, 0, 1),
-            ("top_k", self.top_k, 0, 2**31 - 1),
-            ("min_p", self.min_p, 0, 1),
-            ("repetition_penalty", self.repetition_penalty, 0, 100),
-            ("presence_penalty", self.presence_penalty, -100, 100),
-            ("frequency_penalty", self.frequency_penalty, -100, 100),
-            ("repetition_context_size", self.repetition_context_size, 1, MAX_CONTEXT),
-            ("presence_context_size", self.presence_context_size, 1, MAX_CONTEXT),
-            ("frequency_context_size", self.frequency_context_size, 1, MAX_CONTEXT),
-            ("seed", self.seed, 0, 2**32 - 1),
-        ]
-        for name, value, low, high in ranges:
-            if value is not None and not low <= value <= high:  # also refuses NaN
-                raise OptionError(f"{name} {value} is not possible: use {low} to {high}")
-        if 0 < self.temp < 1e-3:
-            raise OptionError(f"temp {self.temp} is too small: use 0 for greedy, or 0.001 and more")
-        if any(not math.isfinite(v) for v in (self.logit_bias or {}).values()):
-            raise OptionError("logit_bias values must be finite numbers")
+        for option in fields(self):
+            name, value = option.name, getattr(self, option.name)
+            if value is None:
+                value = option.default
+            elif name == "logit_bias":
+                value = _bias(value)
+            elif name in _NUMBERS:
+                value = checks.number(name, value, *_NUMBERS[name])
+            else:
+                value = checks.whole(name, value, *_WHOLE[name])
+            object.__setattr__(self, name, value)
+        if 0 < self.temp < LEAST_TEMP:
+            raise OptionError(
+                f"temp {self.temp} is not possible: use 0 for greedy, or {LEAST_TEMP} to 100"
+            )
 
     @property
     def features(self) -> frozenset[str]:
@@ -117,15 +135,22 @@ class SamplingParams:
         }
         return tuple((name, size) for name, size in sizes.items() if name in self.features)
 
+    def check(self, vocab_size: int) -> None:
+        """Refuse a bias that does not fit the vocabulary; raises OptionError."""
+        for token in self.logit_bias or ():
+            checks.whole("logit_bias token", token, 0, vocab_size - 1)
+        banned = [value for value in (self.logit_bias or {}).values() if value == -math.inf]
+        if len(banned) == vocab_size:
+            raise OptionError("logit_bias bans every token: leave at least one")
+
     def arrays(self, vocab_size: int) -> Arrays:
-        """The values as arrays, so that changing one does not trace a graph again."""
+        """The values as arrays, so that changing one does not trace a graph again.
+
+        Raises OptionError as `check` does.
+        """
+        self.check(vocab_size)
         values: Arrays = {}
         if self.logit_bias:
-            bad = [t for t in self.logit_bias if not 0 <= t < vocab_size]
-            if bad:
-                raise OptionError(
-                    f"logit_bias token {bad[0]} is not possible: vocabulary has {vocab_size} tokens"
-                )
             ids = mx.array(list(self.logit_bias), mx.int32)
             amounts = mx.array(list(self.logit_bias.values()), mx.float32)
             values["bias"] = mx.zeros((vocab_size,), mx.float32).at[ids].add(amounts)
@@ -139,6 +164,24 @@ class SamplingParams:
             if name in self.features:
                 values[name] = mx.array(getattr(self, name), mx.float32)
         return values
+
+
+def _bias(given: Any) -> dict[int, float]:
+    """Token id -> value, from what JSON, NumPy or a caller wrote; raises OptionError."""
+    if not isinstance(given, Mapping):
+        raise OptionError(
+            f"logit_bias {checks.shown(given)} is not possible: use token ids and what to add, "
+            "{42: -5.0}"
+        )
+    bias: dict[int, float] = {}
+    for key, value in given.items():
+        if isinstance(key, str) and key.strip().isdecimal():
+            key = int(key)
+        token = checks.whole("logit_bias token", key, 0)
+        if token in bias:
+            raise OptionError(f"logit_bias names token {token} twice: give it once")
+        bias[token] = checks.number(f"logit_bias of token {token}:", value, *_BIAS)
+    return bias
 
 
 Keys = tuple[mx.array, mx.array]

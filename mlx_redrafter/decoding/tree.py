@@ -24,6 +24,7 @@ from typing import NamedTuple, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from mlx_redrafter import checks
 from mlx_redrafter.errors import OptionError
 
 MODES = ("trellis", "beams")
@@ -50,18 +51,16 @@ class TreeShape:
     lookup: int = 0
 
     def __post_init__(self) -> None:
-        limits = {
-            "beam width": (self.width, 1, 16),
-            "beam length": (self.depth, 0 if self.lookup else 1, 16),
-            "lookup": (self.lookup, 0, 16),
-        }
-        for name, (value, low, high) in limits.items():
-            if not low <= value <= high:
-                raise OptionError(f"{name} {value} is not possible: use {low} to {high}")
+        least = {"width": 1, "lookup": 0, "depth": 0 if self.lookup else 1}
+        for name, low in least.items():
+            label = {"width": "beam width", "depth": "beam length"}.get(name, name)
+            value = checks.whole(label, getattr(self, name), low, 16)
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "nodes", checks.whole("nodes", self.nodes, 1))
         if self.mode not in MODES:
             raise OptionError(f"candidate mode {self.mode!r} is unknown: use {' or '.join(MODES)}")
         most = 1 + self.width * self.depth + self.lookup
-        if not 1 <= self.nodes <= most:
+        if self.nodes > most:
             looked = f" and lookup {self.lookup}" if self.lookup else ""
             raise OptionError(
                 f"{self.nodes} nodes are not possible with beam width {self.width}, beam length "

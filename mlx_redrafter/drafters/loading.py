@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -18,6 +20,7 @@ from mlx_redrafter.models.weights import (
     misshapen,
     parameters,
     preview,
+    read_header,
     read_json,
     read_weights,
     weight_files,
@@ -36,17 +39,66 @@ def load_drafter(folder: Path, target: Decoder) -> ReDrafter:
     Raises:
         DrafterError: missing, broken or unknown files, or a drafter for another model.
     """
+    config, raw = _config(folder, target)
     try:
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder} has no config.json: give the folder of a drafter")
-        raw = read_json(folder / "config.json")
-        config = ReDrafterConfig.from_dict(raw)
-        check_compatible(config, target, folder)
         weights = read_weights(weight_files(folder))
     except ModelError as error:
         raise DrafterError(str(error)) from None
     for name in _UNUSED:
         weights.pop(name, None)
+    drafter = _empty(config, raw, weights, folder)
+    weights = {
+        name: value if value.dtype in (mx.uint32, mx.int32) else value.astype(target.dtype)
+        for name, value in weights.items()
+    }
+    _assign(drafter, weights, folder)
+    if raw.get("quantization") and mx.default_device() == mx.Device(mx.cpu):
+        drafter = cast(ReDrafter, dequantize_model(drafter))
+        mx.eval(drafter.parameters())  # or every compiled step would do it again
+    return drafter.bind(target)
+
+
+def check_folder(folder: Path, target: Decoder) -> None:
+    """Everything about a drafter that its files say before the weights themselves are read.
+
+    Args:
+        target: only its configuration is asked.
+
+    Raises:
+        DrafterError: missing or broken files, or a drafter for another model.
+    """
+    config, raw = _config(folder, target)
+    try:
+        headers = [read_header(file) for file in weight_files(folder)]
+    except (ModelError, OSError) as error:
+        raise DrafterError(str(error)) from None
+    stored = {
+        name: SimpleNamespace(shape=tuple(entry["shape"]))
+        for header in headers
+        for name, entry in header.items()
+        if name not in _UNUSED
+    }
+    given = cast(dict[str, mx.array], stored)
+    _check_tensors(parameters(_empty(config, raw, given, folder)), given, folder)
+
+
+def _config(folder: Path, target: Decoder) -> tuple[ReDrafterConfig, dict[str, Any]]:
+    """The configuration of a drafter that fits the target, and all of its config.json."""
+    try:
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} has no config.json: give the folder of a drafter")
+        raw = read_json(folder / "config.json")
+    except ModelError as error:
+        raise DrafterError(str(error)) from None
+    config = ReDrafterConfig.from_dict(raw)
+    check_compatible(config, target, folder)
+    return config, raw
+
+
+def _empty(
+    config: ReDrafterConfig, raw: dict[str, Any], given: Mapping[str, Any], folder: Path
+) -> ReDrafter:
+    """A drafter of this shape; the layers of which packed weights are given are quantised."""
     drafter = ReDrafter(config)
     if quantization := raw.get("quantization"):
         try:
@@ -54,22 +106,14 @@ def load_drafter(folder: Path, target: Decoder) -> ReDrafter:
                 drafter,
                 group_size=quantization["group_size"],
                 bits=quantization["bits"],
-                class_predicate=lambda path, module: f"{path}.scales" in weights,
+                class_predicate=lambda path, module: f"{path}.scales" in given,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DrafterError(
                 f"the quantization of the drafter in {folder} cannot be read ({error}): "
                 "needed are group_size and bits that its layers can have"
             ) from None
-    weights = {
-        name: value if value.dtype in (mx.uint32, mx.int32) else value.astype(target.dtype)
-        for name, value in weights.items()
-    }
-    _assign(drafter, weights, folder)
-    if quantization and mx.default_device() == mx.Device(mx.cpu):
-        drafter = cast(ReDrafter, dequantize_model(drafter))
-        mx.eval(drafter.parameters())  # or every compiled step would do it again
-    return drafter.bind(target)
+    return drafter
 
 
 def check_compatible(config: ReDrafterConfig, target: Decoder, folder: Path | str) -> None:
@@ -106,15 +150,7 @@ def save_drafter(folder: Path, drafter: ReDrafter, extra: dict[str, Any] | None 
 
 def _assign(drafter: ReDrafter, weights: dict[str, mx.array], folder: Path) -> None:
     """Put the weights in; every tensor must be known, present, of its shape and finite."""
-    expected = parameters(drafter)
-    if missing := expected.keys() - weights.keys():
-        raise DrafterError(f"the drafter in {folder} lacks {preview(missing)}: get it again")
-    if unknown := weights.keys() - expected.keys():
-        raise DrafterError(
-            f"the drafter in {folder} has tensors that no ReDrafter has: {preview(unknown)}"
-        )
-    if wrong := misshapen(expected, weights):
-        raise DrafterError(f"tensors in {folder} do not fit its config.json: {preview(wrong)}")
+    _check_tensors(parameters(drafter), weights, folder)
     drafter.load_weights(list(weights.items()))
     flags = finite(weights)
     mx.eval(drafter.parameters(), flags)
@@ -123,3 +159,16 @@ def _assign(drafter: ReDrafter, weights: dict[str, mx.array], folder: Path) -> N
     ids = cast(list[int], weights["draft_vocab"].tolist()) if "draft_vocab" in weights else [0]
     if not 0 <= min(ids) <= max(ids) < drafter.config.vocab_size:
         raise DrafterError(f"the draft vocabulary in {folder} holds tokens beyond the model's")
+
+
+def _check_tensors(
+    expected: Mapping[str, mx.array], weights: Mapping[str, mx.array], folder: Path
+) -> None:
+    if missing := expected.keys() - weights.keys():
+        raise DrafterError(f"the drafter in {folder} lacks {preview(missing)}: get it again")
+    if unknown := weights.keys() - expected.keys():
+        raise DrafterError(
+            f"the drafter in {folder} has tensors that no ReDrafter has: {preview(unknown)}"
+        )
+    if wrong := misshapen(expected, weights):
+        raise DrafterError(f"tensors in {folder} do not fit its config.json: {preview(wrong)}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from mlx_redrafter import checks
 from mlx_redrafter.errors import OptionError
 
 Mode = Literal["off", "a_shape", "tri_shape", "trianglemix", "xattention", "minference"]
@@ -74,22 +75,29 @@ class SparsePrefill:
     patterns: Patterns | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        def need(fine: bool, name: str, what: str) -> None:
-            if not fine:
-                given = getattr(self, name)
-                raise OptionError(f"sparse prefill: {name} {given} is not possible: use {what}")
+        def need(name: str, what: str, fine: Callable[[Any], bool]) -> None:
+            given = getattr(self, name)
+            try:
+                possible = not isinstance(given, bool) and fine(given)
+            except TypeError:  # of another type
+                possible = False
+            if not possible:
+                raise OptionError(
+                    f"sparse prefill: {name} {checks.shown(given)} is not possible: use {what}"
+                )
 
-        need(self.mode in get_args(Mode), "mode", ", ".join(get_args(Mode)))
-        need(0 < self.tau <= 1, "tau", "a number above 0 and at most 1")
-        need(self.block > 0 and 128 % self.block == 0, "block", "a divisor of 128")
-        fits = self.stride > 0 and self.block % self.stride == 0
-        need(fits, "stride", f"a divisor of the block, {self.block}")
+        share = "a number above 0 and at most 1"
+        need("mode", ", ".join(get_args(Mode)), lambda mode: mode in get_args(Mode))
+        need("tau", share, lambda tau: 0 < tau <= 1)
+        need("block", "a divisor of 128", lambda block: block > 0 and 128 % block == 0)
+        fits = f"a divisor of the block, {self.block}"
+        need("stride", fits, lambda stride: stride > 0 and self.block % stride == 0)
         for name in ("min_context", "dense_tail", "sink", "local"):
-            need(getattr(self, name) >= 0, name, "0 or more")
-        need(self.start_layer is None or self.start_layer >= 0, "start_layer", "0 or more")
-        need(0 < self.max_density <= 1, "max_density", "a number above 0 and at most 1")
-        need(self.over in ("dense", "cap"), "over", "dense or cap")
-        need(self.last_queries > 0, "last_queries", "1 or more")
+            need(name, "0 or more", lambda length: length >= 0)
+        need("start_layer", "0 or more", lambda layer: layer is None or layer >= 0)
+        need("max_density", share, lambda density: 0 < density <= 1)
+        need("over", "dense or cap", lambda over: over in ("dense", "cap"))
+        need("last_queries", "1 or more", lambda queries: queries > 0)
         if self.patterns is not None and self.mode != "minference":
             raise OptionError(
                 f"sparse prefill: patterns are for mode minference, and the mode is {self.mode}"

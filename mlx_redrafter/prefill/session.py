@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+
+from mlx_redrafter.errors import OptionError
 
 
 @dataclass
@@ -13,7 +17,7 @@ class Session:
     """The KV cache of a conversation and the tokens that are in it.
 
     Give the same session to the next request: the beginning that both prompts share is not read
-    again. Not to be used by two requests at a time.
+    again. It serves one model, and one request at a time.
 
     ``tag`` names the sparse prefill that read it from position ``sparse_from`` on; it is empty
     where everything was read densely.
@@ -23,6 +27,34 @@ class Session:
     kv: list[mx.array] = field(default_factory=list)
     tag: str = ""
     sparse_from: int = 0
+    _target: weakref.ref[object] | None = field(default=None, init=False, repr=False, compare=False)
+    _taken: bool = field(default=False, init=False, repr=False, compare=False)
+
+    @contextlib.contextmanager
+    def taken(self, target: object) -> Iterator[None]:
+        """Within, the session is the request's that runs on ``target``.
+
+        Raises:
+            OptionError: another request has it, or it holds what another model computed.
+        """
+        self.check(target)
+        self._target, self._taken = weakref.ref(target), True
+        try:
+            yield
+        finally:
+            self._taken = False
+
+    def check(self, target: object) -> None:
+        """Raise OptionError where `taken` would."""
+        if self._taken:
+            raise OptionError(
+                "the session is in use by another answer: read that one to its end or close it, "
+                "or give a Session() of its own"
+            )
+        if self._target is not None and self._target() is not target and self.kv:
+            raise OptionError(
+                "the session belongs to another model: give every loaded model its own Session()"
+            )
 
     def trim(self, length: int) -> None:
         """Forget everything from position ``length`` on."""

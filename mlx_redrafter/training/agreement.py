@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ import numpy as np
 
 from mlx_redrafter import console
 
-from . import imports
+from . import dates, imports
 from .batched import BatchedTarget, new_cache_for
 from .shards import Conversation, read_conversations
 from .supply import Supply
@@ -23,6 +24,9 @@ from .supply import Supply
 LEAST = 0.9  # agreement of a model with what it wrote itself is 1, less what rounding changes
 _COUNT = 8  # conversations
 _TOKENS = 128  # of every answer
+_DATE = 8  # tokens by which one date may be longer than another
+# Of whatever a template prints of today, one of these has something else.
+_OTHER_DAYS = (datetime(2001, 9, 3, 4, 5, 6), datetime(2018, 12, 25, 17, 38, 49))
 
 
 @dataclass(frozen=True)
@@ -99,13 +103,25 @@ def frame_of(supply: Supply) -> tuple[list[int], list[int]]:
     return probes[0][:head], probes[0][len(probes[0]) - tail :]
 
 
+def _undated(supply: Supply, head: list[int]) -> tuple[list[int], list[int]]:
+    """What is before the date in a template that prints it, and what is after it."""
+    heads = [head]
+    for moment in _OTHER_DAYS:
+        with dates.at(supply.tokenizer, moment):
+            heads.append(frame_of(supply)[0])
+    before, after = imports.frame(heads)
+    return (head[:before], head[len(head) - after :]) if before + after else (head, [])
+
+
 def _of_taken(supply: Supply, files: Sequence[Path]) -> Finding:
     """Answers of an earlier run: what most prompts begin and end with tells the template."""
     chosen, greedy = _some(files)
     stored = agreement(supply.target, chosen)
     prompts = [c.prompt for file in files[:4] for c in read_conversations(file)]
     head, tail = frame_of(supply)
-    alike = sum(_begins_and_ends(prompt, head, tail) for prompt in prompts)
+    before, after = _undated(supply, head)
+    room = len(head) + _DATE - len(before) - len(after)
+    alike = sum(_begins_and_ends(prompt, before, room, after, tail) for prompt in prompts)
     if not supply.tokenizer.has_chat_template or alike >= len(prompts) / 2:
         return Finding(stored, greedy)
     first, last = imports.frame(prompts)
@@ -150,6 +166,10 @@ def _some(files: Sequence[Path]) -> tuple[list[Conversation], bool]:
     return (greedy or [c for part in found for c in part[:each]])[:_COUNT], bool(greedy)
 
 
-def _begins_and_ends(prompt: Sequence[int], head: list[int], tail: list[int]) -> bool:
-    end = len(prompt) - len(tail)
-    return list(prompt[: len(head)]) == head and list(prompt[end:]) == tail
+def _begins_and_ends(
+    prompt: list[int], before: list[int], room: int, after: list[int], tail: list[int]
+) -> bool:
+    """Is it framed so? A date of at most `room` tokens may stand between `before` and `after`."""
+    start, end = len(before), len(prompt) - len(tail)
+    follows = any(prompt[i : i + len(after)] == after for i in range(start, start + room + 1))
+    return prompt[:start] == before and (not after or follows) and prompt[end:] == tail

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
 from mlx_redrafter.hub import BUILTIN
 from mlx_redrafter.models.weights import parameters, read_json, weight_files
 
-from . import evaluate, plots
+from . import evaluate, lines, plots
 from .config import TrainConfig
 from .shards import Conversation
 
@@ -75,62 +75,74 @@ def size(folder: Path) -> Size:
 
 
 def write(
-    folder: Path, config: TrainConfig, recipe: Recipe, *, made_by: str, measured_by: str
+    folder: Path,
+    config: TrainConfig,
+    recipe: Recipe,
+    *,
+    made_by: str,
+    measured_by: str,
+    chats: bool = True,
 ) -> Path:
     """Write README.md beside the drafter and its ``evaluation.json``.
 
     Args:
         folder: of the drafter: config.json, weights, evaluation.json and perhaps plots.
         made_by, measured_by: the exact command lines.
+        chats: has the model a chat template?
 
     Raises:
         OptionError: the drafter was not evaluated.
     """
     file = folder / FILE
-    text = render(folder, config, recipe, made_by=made_by, measured_by=measured_by)
+    text = render(folder, config, recipe, made_by=made_by, measured_by=measured_by, chats=chats)
     file.write_text(text, encoding="utf-8")
     return file
 
 
 def render(
-    folder: Path, config: TrainConfig, recipe: Recipe, *, made_by: str, measured_by: str
+    folder: Path,
+    config: TrainConfig,
+    recipe: Recipe,
+    *,
+    made_by: str,
+    measured_by: str,
+    chats: bool = True,
 ) -> str:
     """The card; arguments and errors as for ``write``."""
     found = evaluate.read(folder)
-    model = evaluate.short_name(config.model)
+    model, shown = evaluate.short_name(config.model), lines.Shown(config)
+    place = shown.path(config.out / "drafter")
     sections = [
         _front_matter(config.model),
-        f"# ReDrafter for {model}\n\n{_summary(model, folder)}",
+        f"# ReDrafter for {model}\n\n{_summary(model, lines.use(shown.model, chats, place))}",
         f"## Tokens per step\n\n{_live(found, folder)}",
         f"## Draft by draft\n\n{_by_position(found, folder)}",
         f"## Drafter\n\n{_drafter(folder)}",
         f"## Training\n\n{_training(config, recipe, folder)}",
-        f"## Commands\n\nMade by\n\n{_code(made_by)}\n\nMeasured by\n\n{_code(measured_by)}",
+        f"## Commands\n\nMade by\n\n{_code(made_by)}\n\nMeasured by\n\n{_code(measured_by)}\n\n"
+        f"Paths on this page are relative to the folder in which this drafter is `{place}`.",
         f"## Conditions\n\n{_conditions(found['conditions'])}",
-        f"## Limits\n\n{_limits(model, config, found['conditions'])}",
+        f"## Limits\n\n{_limits(model, config, found['conditions'], chats)}",
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def _front_matter(model: str) -> str:
     base = REPO if model == BUILTIN else model
-    lines = ["---", "library_name: mlx"]
+    rows = ["---", "library_name: mlx"]
     # A path on somebody's disk is no model of the hub.
     if base.count("/") == 1 and evaluate.short_name(base) == base:
-        lines.append(f"base_model: {base}")
+        rows.append(f"base_model: {base.partition('@')[0]}")
     tags = ("mlx", "mlx-redrafter", "speculative-decoding", "redrafter")
-    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+    return "\n".join([*rows, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
 
-def _summary(model: str, folder: Path) -> str:
-    command = (
-        f"pip install mlx-redrafter\nmlx-redrafter chat --model {model} --drafter {folder.name}"
-    )
+def _summary(model: str, use: str) -> str:
     return (
         f"A drafter for speculative decoding with {model} (ReDrafter, arXiv 2403.09919). It "
         f"proposes tokens that {model} checks, several in one pass. The text is that of {model} "
         f"alone, token for token; how good the drafter is decides only how fast it comes.\n\n"
-        f"{_code(command)}"
+        + _code(f"pip install mlx-redrafter\n{use}")
     )
 
 
@@ -228,12 +240,12 @@ def _training(config: TrainConfig, recipe: Recipe, folder: Path) -> str:
         ["answer tokens", f"{recipe.answer_tokens:,}"],
         ["positions processed", f"{recipe.positions:,}"],
     ]
-    lines = [f"{f.name}: {_value(getattr(config, f.name))}" for f in fields(config)]
+    options = [f"{k}: {_value(v)}" for k, v in lines.Shown(config).values().items()]
     return "\n\n".join(
         [
             _table(["", ""], rows),
             "Configuration:",
-            _code("\n".join(lines), "yaml"),
+            _code("\n".join(options), "yaml"),
             *_pictures(folder, {"Loss and agreement": plots.CURVES}),
         ]
     )
@@ -248,12 +260,13 @@ def _conditions(facts: Mapping[str, Any]) -> str:
     return _table(["", ""], rows)
 
 
-def _limits(model: str, config: TrainConfig, facts: Mapping[str, Any]) -> str:
+def _limits(model: str, config: TrainConfig, facts: Mapping[str, Any], chats: bool) -> str:
     bits = f"{facts['model_bits']}-bit weights" if facts.get("model_bits") else "these weights"
     own = config.system_prompt is not None
     prompt = "the system prompt of the configuration" if own else "no system prompt of one's own"
+    asked = f"its chat template and {prompt}" if chats else "no chat template"
     lines = [
-        f"For exactly this model: {model} with {bits}, its chat template and {prompt}. With a "
+        f"For exactly this model: {model} with {bits}, {asked}. With a "
         "fine-tune, another quantisation or another template the text stays right, for every "
         "draft is checked, but fewer drafts are accepted.",
         f"Measured{' without that system prompt,' * own} on answers of at most "
@@ -295,5 +308,5 @@ def _numbers(values: Sequence[float | None], digits: int = 2) -> str:
 
 
 def _value(value: Any) -> str:
-    """As YAML; of a path the last part, for the rest is the user's own."""
-    return json.dumps(value.name if isinstance(value, Path) else value, ensure_ascii=False)
+    """As YAML."""
+    return json.dumps(value, ensure_ascii=False)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import shlex
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -15,8 +14,11 @@ from mlx_redrafter import console
 from mlx_redrafter.errors import OptionError, RedrafterError
 from mlx_redrafter.options import Blas, Debug
 
-from . import folder
-from .config import TrainConfig
+from . import folder, lines
+from .config import Evaluating, TrainConfig
+
+if TYPE_CHECKING:
+    from .stages import Run
 
 OPTIONS: dict[str, dict[str, str]] = {
     "Data": {
@@ -154,19 +156,20 @@ def train(
 ) -> None:
     """Train a drafter for any model, on this machine, from nothing but the model.
 
-    It writes prompts and answers them; the drafter learns to foretell the answers.
+    It writes prompts and answers them; the drafter learns to predict the answers.
 
-    Ctrl-C stops; the same command, or --out alone, goes on.
+    Ctrl-C stops; the same command goes on.
     """
     evaluating = {"prompts": eval_prompts, "max_tokens": eval_tokens}
+    program = {"blas": blas, "debug": debug or None}
     if ctx.invoked_subcommand is not None:
         if estimate:
             raise OptionError("--estimate is for all stages: leave out the stage")
-        ctx.obj = (given, config, evaluating)
+        ctx.obj = (given, config, evaluating, program)
     elif estimate:
-        _estimate(given, config)
+        _estimate(given, config, evaluating)
     else:
-        _stages(given, config, evaluating)
+        _stages(given, config, evaluating, program=program)
 
 
 def _stage(name: str, text: str) -> None:
@@ -181,17 +184,18 @@ def _stage(name: str, text: str) -> None:
         blas: Blas = None,
         debug: Debug = False,
     ) -> None:
-        before, file, asked = ctx.obj
+        before, file, asked, program = ctx.obj
         for key, value in (("prompts", eval_prompts), ("max_tokens", eval_tokens)):
             asked[key] = asked[key] if value is None else value
-        _stages({**before, **given}, config or file, asked, name)
+        program = {"blas": blas or program["blas"], "debug": debug or program["debug"]}
+        _stages({**before, **given}, config or file, asked, name, program)
 
     command.__doc__ = text
     app.command(name)(_with_options(command))
 
 
 _stage("prompts", "Write the prompts, or take them from a file.")
-_stage("answers", "Answer the prompts, until there are tokens enough.")
+_stage("answers", "Answer the prompts, until there are enough tokens.")
 _stage("fit", "Train the drafter on the answers.")
 _stage("evaluate", "Measure the drafter live, and write its model card.")
 
@@ -201,10 +205,9 @@ def _stages(
     file: Path | None,
     evaluating: dict[str, int | None],
     only: str | None = None,
+    program: dict[str, Any] | None = None,
 ) -> None:
-    asked = {name: value for name, value in evaluating.items() if value is not None}
-    if any(value < 1 for value in asked.values()):
-        raise OptionError("--eval-prompts and --eval-tokens are 1 or more")
+    asked = Evaluating.of(evaluating)
     config, before = folder.settle(given, file)
     with folder.alone(config.out):
         try:
@@ -212,30 +215,62 @@ def _stages(
 
             from . import stages
 
-            run = stages.open_run(config, before, stages.Evaluating(**asked))
+            run, kept = stages.open_run(config, before, asked), None
             for name, stage in stages.STAGES.items():
                 if only in (None, name):
                     mx.reset_peak_memory()
                     stage(run)
                     console.note(f"{name}: at most {mx.get_peak_memory() / 1e9:.1f} GB of memory")
+                    if name in ("fit", "evaluate"):
+                        kept = stages.keep(run)
         except RedrafterError:
             if before is None and not folder.decided(config.out):
                 (config.out / folder.FILE).unlink(missing_ok=True)  # nothing was begun
             raise
         except KeyboardInterrupt:
-            stage_name = f" {only}" if only else ""
             console.note(
                 "stopped; what is done is kept. To go on: "
-                f"mlx-redrafter train{stage_name} --out {shlex.quote(str(config.out))}"
+                + _again(config.out, given, file, evaluating, only, program or {})
             )
             raise
     if only in (None, "fit", "evaluate"):
-        place = config.out / "drafter"
-        console.note(f"wrote {place}; use it: mlx-redrafter chat -m {config.model} -d {place}")
+        _advise(run, kept)
 
 
-def _estimate(given: dict[str, Any], file: Path | None) -> None:
+def _again(
+    out: Path,
+    given: dict[str, Any],
+    file: Path | None,
+    evaluating: dict[str, int | None],
+    only: str | None,
+    program: dict[str, Any],
+) -> str:
+    """The same command, with every flag: a folder in which nothing was begun remembers none."""
+    asked = {f"eval_{name.removeprefix('max_')}": value for name, value in evaluating.items()}
+    options = {**given, "out": out, "config": file, **asked, **program}
+    return lines.line("train", *([only] if only else []), **options)
+
+
+def _advise(run: Run, place_kept: Path | None) -> None:
+    """How to use the new drafter: without naming it, if it is the one that is found."""
+    from mlx_redrafter import hub, kept
+
+    model, place, chats = run.config.model, run.config.out / "drafter", run.chats
+    found = hub.find_drafter(model, run.place)
+    if place_kept is not None and found == place_kept:
+        older = len(kept.all_of(run.place)) - 1
+        before = f", before {older} older one{'s' * (older > 1)}" if older else ""
+        use = lines.use(model, chats)
+        console.note(f"wrote {place} and kept it for this model{before}; use it: {use}")
+        return
+    if found is not None:
+        console.note(f"note: without --drafter this model goes on using the one in {found}")
+    console.note(f"wrote {place}; use it: {lines.use(model, chats, place)}")
+
+
+def _estimate(given: dict[str, Any], file: Path | None, evaluating: dict[str, int | None]) -> None:
     from . import estimate
 
+    asked = Evaluating.of(evaluating)
     config, _ = folder.settle(given, file)
-    estimate.show(estimate.measure(config))
+    estimate.show(estimate.measure(config, asked))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,22 @@ class TrainConfig:
             raise OptionError(f"bits {self.bits} is not possible: use 4, 5, 6, 8 or 16")
 
 
+@dataclass(frozen=True)
+class Evaluating:
+    """How much the evaluation measures: prompts (None: all) and tokens of an answer."""
+
+    prompts: int | None = None
+    max_tokens: int = 128
+
+    @classmethod
+    def of(cls, given: dict[str, int | None]) -> Evaluating:
+        """With what was given; None is not. Raises OptionError."""
+        values: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        if any(value < 1 for value in values.values()):
+            raise OptionError("--eval-prompts and --eval-tokens are 1 or more")
+        return cls(**values)
+
+
 def from_mapping(values: dict[str, Any], source: str) -> TrainConfig:
     """A configuration from a file's values. Raises OptionError on an unknown key or wrong type."""
     known = {f.name: f for f in fields(TrainConfig)}
@@ -109,7 +126,7 @@ def from_mapping(values: dict[str, Any], source: str) -> TrainConfig:
     for name, value in values.items():
         default, kind = getattr(config, name), known[name].type
         if value is not None and "Path" in str(kind):
-            value = Path(str(value))
+            value = Path(os.path.expanduser(str(value)))
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         elif value is not None and type(value) is not _type(name, default):

@@ -20,13 +20,14 @@ from mlx_redrafter.info import device
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.prompts import read_prompts
 
-from . import evaluate, initialise, memory
+from . import evaluate, imports, initialise, memory
 from .batched import BatchedTarget, Request
-from .config import TrainConfig
+from .config import Evaluating, TrainConfig
 from .fit import Fit
 from .progress import duration
 from .rollout import feature_layers
-from .shards import feature_bytes, record_layers, save_features, write_lines
+from .shards import answer_tokens, feature_bytes, record_layers, save_features, write_lines
+from .stages import fitted_steps
 
 _SECONDS = 6.0  # of each measurement, about
 _PROMPT_SHARE = 0.5  # length of a prompt of the model's, as a share of the longest
@@ -35,6 +36,8 @@ _USABLE_PROMPTS = 0.85  # the others are cut off or were there before
 _TAIL = 1.15  # batches get smaller while their last answers are written
 _TOKENS_PER_STEP = 1.6
 _NODES = 8
+_REPEATS = 3  # timings
+_ABOVE = 3  # times that of reading the prompts must steps take together
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,19 @@ class Estimate:
     asked: int
 
 
-def measure(config: TrainConfig) -> Estimate:
+@dataclass(frozen=True)
+class Speeds:
+    """What was measured: tokens/s of writing and of reading answers again, seconds of a step of the
+    fit and of decoding, and bytes of a checkpoint."""
+
+    writing: float
+    reading: float
+    fitting: float
+    decoding: float
+    checkpoint: int
+
+
+def measure(config: TrainConfig, evaluating: Evaluating | None = None) -> Estimate:
     """Load the model and measure; nothing is written to the folder of the run."""
     target = load_model(hub.resolve(config.model))
     shape = initialise.drafter_config(config, target)
@@ -77,47 +92,59 @@ def measure(config: TrainConfig) -> Estimate:
         reading = _reading(BatchedTarget(target, layers), config)
     with Console(stderr=True).status("measuring: fitting"):
         step, checkpoint = _fitting(target, config, shape)
-    stages = _stages(config, target, parts, layers, writing, reading, step, checkpoint, decoding)
+    speeds = Speeds(writing, reading, step, decoding, checkpoint)
+    token_bytes = feature_bytes(1, len(layers), target.config.hidden_size)
+    stages = _stages(config, evaluating or Evaluating(), parts, token_bytes, speeds)
     return Estimate(stages, parts, batch, asked)
 
 
 def _stages(
     config: TrainConfig,
-    target: Decoder,
+    evaluating: Evaluating,
     parts: dict[str, int],
-    layers: tuple[int, ...],
-    writing: float,
-    reading: float,
-    step: float,
-    checkpoint: int,
-    decoding: float,
+    token_bytes: int,
+    speeds: Speeds,
 ) -> tuple[Stage, ...]:
-    """From speeds to stages. writing and reading are tokens/s, step and decoding seconds."""
-    count = config.answer_tokens / (_ANSWER_SHARE * config.max_tokens)
+    """What is still to be done, from speeds; `token_bytes` is what features of a token take."""
+    taken, written = _answer_tokens(config)
+    wanted = max(0, config.answer_tokens - taken - written)
+    count = wanted / (_ANSWER_SHARE * config.max_tokens)
     prompt_tokens = count / _USABLE_PROMPTS * _PROMPT_SHARE * config.prompt_tokens
     own = config.prompts is None
-    features = feature_bytes(config.answer_tokens, len(layers), target.config.hidden_size)
-    cached = features <= config.cache_gb * 1e9
-    steps = max(1, config.positions // config.batch_positions)
-    again = 0.0 if cached else config.positions / reading
-    questions = len(read_prompts())
-    live = questions * len(evaluate.SHAPES) * len(evaluate.TEMPERATURES) * 128 / _TOKENS_PER_STEP
+    tokens = taken + written + wanted
+    cached = tokens * token_bytes <= config.cache_gb * 1e9
+    steps = max(1, -(-config.positions // config.batch_positions)) - fitted_steps(config.out)
+    unread = 0 if any(config.out.glob(f"features/{imports.PREFIX}*")) else taken
+    again = unread if cached else max(0, steps) * config.batch_positions
+    questions = len(read_prompts(count=evaluating.prompts))
+    live = questions * len(evaluate.SHAPES) / _TOKENS_PER_STEP
     # An answer along which drafts are recorded takes about as long as its tokens one by one.
-    recorded = min(evaluate.RECORDED, questions) * len(evaluate.TEMPERATURES) * 128
+    recorded = min(evaluate.RECORDED, questions)
+    decoded = (live + recorded) * len(evaluate.TEMPERATURES) * evaluating.max_tokens
     write, fit = (memory.of_stage(parts, names) for names in (memory.WRITING, memory.FITTING))
-    text = round(config.answer_tokens * 7 + count * 60 * 6)  # JSON takes about so much of a token
+    text = round(tokens * 7 + count * 60 * 6)  # JSON takes about so much of a token
     return (
-        Stage("prompts", _TAIL * prompt_tokens / writing if own else 0.0, write, round(count * 250),
-              f"about {count:,.0f} prompts"),
-        Stage("answers", _TAIL * config.answer_tokens / writing, write,
-              text + (features if cached else 0), f"{writing:,.0f} tokens/s, batch {config.batch}"),
-        Stage("fit", steps * step + again, fit,
-              2 * checkpoint + (0 if cached else round(config.cache_gb * 1e9)),
-              f"{config.batch_positions / step:,.0f} positions/s"
-              + ("" if cached else f", reading again at {reading:,.0f} tokens/s")),
-        Stage("evaluate", (live + recorded) * decoding, parts["target"] + parts["drafter"],
-              2_000_000, f"{questions} prompts, {1000 * decoding:.0f} ms per step"),
+        Stage("prompts", _TAIL * prompt_tokens / speeds.writing if own else 0.0, write,
+              round(count * 250), f"about {count:,.0f} prompts"),
+        Stage("answers", _TAIL * wanted / speeds.writing, write,
+              text + (tokens * token_bytes if cached else 0),
+              f"{speeds.writing:,.0f} tokens/s, batch {config.batch}"),
+        Stage("fit", max(0, steps) * speeds.fitting + again / speeds.reading, fit,
+              2 * speeds.checkpoint + (0 if cached else round(config.cache_gb * 1e9)),
+              f"{config.batch_positions / speeds.fitting:,.0f} positions/s"
+              + (f", reading again at {speeds.reading:,.0f} tokens/s" if again else "")),
+        Stage("evaluate", decoded * speeds.decoding, parts["target"] + parts["drafter"], 2_000_000,
+              f"{questions} prompts of {evaluating.max_tokens} tokens, "
+              f"{1000 * speeds.decoding:.0f} ms per step"),
     )  # fmt: skip
+
+
+def _answer_tokens(config: TrainConfig) -> tuple[int, int]:
+    """Answer tokens that are there already: from elsewhere, and written in the folder."""
+    taken, written = imports.tokens(config.out)
+    if not taken and config.answers is not None:
+        taken = answer_tokens(config.answers)
+    return taken, written
 
 
 def _timed(work: Callable[[int], int], first: int) -> float:
@@ -142,21 +169,36 @@ def _requests(config: TrainConfig, target: Decoder, rows: int, length: int) -> l
 
 
 def _writing(target: BatchedTarget, config: TrainConfig) -> float:
-    """Tokens per second with a full batch; the time to read its prompts is taken off."""
-    requests = _requests(config, target.target, config.batch, 16)
+    """Tokens per second with a full batch, prompts not counted."""
+    requests = _requests(config, target.target, config.batch, 4)
+    return config.batch / _step_seconds(target, requests, config.max_tokens)
 
-    def steps(n: int) -> int:
-        target.write(requests, min(n + 1, config.max_tokens), ())
-        return min(n + 1, config.max_tokens)
 
-    steps(1)
-    started = time.perf_counter()
-    steps(0)
-    once = time.perf_counter() - started
-    n = int(min(config.max_tokens - 1, max(4, _SECONDS / max(once, 1e-6))))
-    started = time.perf_counter()
-    steps(n)
-    return n * config.batch / max(time.perf_counter() - started - once, 1e-6)
+def _step_seconds(target: BatchedTarget, requests: list[Request], most: int) -> float:
+    """Seconds of a step of writing answers of at most so many tokens.
+
+    Reading the prompts can take much longer than a few steps, and never takes the same time: so
+    there are steps until they take longer than that, and of several timings the shortest count.
+    """
+
+    def timed(tokens: int, times: int) -> float:
+        found = []
+        for _ in range(times):
+            started = time.perf_counter()
+            target.write(requests, tokens, ())
+            found.append(time.perf_counter() - started)
+        return min(found)
+
+    timed(2, 1)  # compiles
+    once, tokens = timed(1, _REPEATS), min(4, most)
+    while True:
+        steps = timed(tokens, 1) - once
+        if tokens == most or steps > max(_ABOVE * once, _SECONDS / 4):
+            break
+        tokens = min(4 * tokens, most)
+    if steps < max(_ABOVE * once, 4 * _SECONDS):  # else it is slow, and long enough to trust
+        steps = timed(tokens, _REPEATS) - once
+    return max(steps, 1e-9) / (tokens - 1)
 
 
 def _reading(target: BatchedTarget, config: TrainConfig) -> float:
@@ -218,14 +260,8 @@ def _random_answers(
 
 def _decoding(target: Decoder, config: TrainConfig) -> float:
     """Seconds of a decoding step that checks a small tree: as many tokens in one pass."""
-    plain = BatchedTarget(target, ())
     requests = _requests(config, target, _NODES, 64)
-
-    def steps(n: int) -> int:
-        plain.write(requests, min(n + 1, config.max_tokens), ())
-        return n
-
-    return 1 / _timed(steps, 8)
+    return _step_seconds(BatchedTarget(target, ()), requests, config.max_tokens)
 
 
 def show(estimate: Estimate) -> None:

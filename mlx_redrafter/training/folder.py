@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from mlx_redrafter.errors import OptionError
 from .config import TrainConfig, from_mapping
 
 FILE = "train.yaml"
+_BEGAN = "began"  # in that file, beside the options: when it was written first
 # What the text in the folder depends on, and what may change at any time.
 DATA = (
     "model", "seed", "max_tokens", "prompt_tokens", "system_prompt", "prompts", "answers", "batch",
@@ -43,6 +46,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise OptionError(f"{file} is no configuration: give lines of `option: value`")
+    values.pop(_BEGAN, None)
     layers = values.get("context_layers")
     if isinstance(layers, list):
         values["context_layers"] = ",".join(map(str, layers))
@@ -75,6 +79,21 @@ def stored(folder: Path) -> TrainConfig | None:
     if not file.is_file():
         return None
     return from_mapping({**read_yaml(file), "out": str(folder)}, str(file))
+
+
+def began(folder: Path) -> datetime:
+    """When the folder was begun: what a chat template that prints the date is told, for good."""
+    import yaml
+
+    try:
+        content = yaml.safe_load((folder / FILE).read_text(encoding="utf-8"))
+        return datetime.fromisoformat(str(content[_BEGAN]))
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        pass
+    # Begun by a version that did not write it down: the first answers tell.
+    first = next(iter(sorted(folder.glob("answers/0*.jsonl"))), None)
+    seconds = first.stat().st_mtime if first is not None else time.time()
+    return datetime.fromtimestamp(int(seconds))
 
 
 def decided(folder: Path) -> tuple[str, ...]:
@@ -116,6 +135,7 @@ def write(config: TrainConfig) -> Path:
 
     values = _all(config)
     del values["out"]  # the folder may be moved
+    values[_BEGAN] = str(began(config.out))
     file = config.out / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     head = f"# mlx-redrafter train, version {mlx_redrafter.__version__}\n"

@@ -13,7 +13,7 @@ from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import DecoderConfig
 
 from .prompts import KnownPrompts
-from .shards import Conversation, batched, read_conversations, shards, write_lines
+from .shards import Conversation, answer_tokens, batched, read_conversations, shards, write_lines
 
 PREFIX = "import"
 _SIZE = 64  # conversations per file
@@ -52,6 +52,12 @@ def split(folder: Path) -> tuple[list[Path], list[Path]]:
     files = [shard.file for shard in shards(folder)]
     ours = [f for f in files if not f.name.startswith(PREFIX)]
     return [f for f in files if f.name.startswith(PREFIX)], ours
+
+
+def tokens(folder: Path) -> tuple[int, int]:
+    """Answer tokens that were taken in, and those written here."""
+    taken, written = (sum(map(answer_tokens, files)) for files in split(folder))
+    return taken, written
 
 
 def frame(prompts: Sequence[Sequence[int]]) -> tuple[int, int]:

@@ -94,16 +94,37 @@ def _messages(row: Any) -> list[dict[str, str]] | None:
 
 
 def user_header(tokenizer: TokenizerWrapper) -> tuple[list[int], set[int]]:
-    """Token ids that open a user turn, and the ids that end one."""
+    """Token ids that open a user turn, and the ids that end one.
+
+    Raises OptionError: a template in which a user turn cannot be found.
+    """
     ends = set(tokenizer.eos_token_ids)
     if not has_template(tokenizer):
         first = tokenizer.bos_token_id
-        return [first if first is not None else min(ends)], ends
+        return [first if first is not None else min(ends, default=0)], ends
     opening = [{"role": "user", "content": _MARK}]
     text = render_text(tokenizer, opening, {"add_generation_prompt": False})
-    head, _, tail = text.partition(_MARK)
+    head, found, tail = text.partition(_MARK)
+    if not found:
+        raise OptionError(
+            "this model's chat template does not show what the user says, so the model cannot "
+            "write prompts: give some with --prompts FILE"
+        )
     closing = tokenizer.encode(tail.strip(), add_special_tokens=False)
     return list(tokenizer.encode(head, add_special_tokens=False)), ends | set(closing[:1])
+
+
+def control_tokens(tokenizer: TokenizerWrapper) -> tuple[set[int], set[int]]:
+    """Ids of tokens that are no text: those of the chat template, and all special ones.
+
+    Rendered inside a message, the text of one becomes the token again. Some models declare
+    only their end token special, and other added tokens are ordinary text.
+    """
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    added = dict(getattr(tokenizer, "added_tokens_decoder", {}))
+    framing = {i for i, t in added.items() if t.content.strip() and t.content in template}
+    special = {i for i, t in added.items() if t.special}
+    return framing, framing | special | set(getattr(tokenizer, "all_special_ids", ()))
 
 
 def encode(tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> list[int]:
@@ -123,13 +144,22 @@ def write_own(
     temp: float,
     seed: int,
 ) -> list[str]:
-    """``count`` user turns in the model's own words; those cut off or too short are left out."""
+    """``count`` user turns in the model's own words; those cut off or too short are left out.
+
+    Where the model goes on with a token of its chat template, the turn is over. A turn with any
+    other control token in it is left out, spelled out in plain letters too.
+    """
     head, ends = user_header(tokenizer)
+    framing, control = control_tokens(tokenizer)
+    ends |= framing
     requests = [Request(head, temp, seed + i) for i in range(batch)]
-    texts = []
+    texts, bare = [], not tokenizer.has_chat_template
     for answer in target.write(requests, max_tokens, ends):
         whole = answer.tokens[-1] in ends
         tokens = answer.tokens[:-1] if whole else answer.tokens
-        if len(tokens) >= _SHORTEST and (whole or not tokenizer.has_chat_template):
-            texts.append(tokenizer.decode(tokens).strip())
+        if len(tokens) < _SHORTEST or not (whole or bare):
+            continue
+        text = tokenizer.decode(tokens).strip()
+        if control.isdisjoint(tokenizer.encode(text, add_special_tokens=False)):
+            texts.append(text)
     return texts[:count]

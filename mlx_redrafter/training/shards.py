@@ -85,6 +85,11 @@ def read_conversations(file: Path) -> list[Conversation]:
     return rows
 
 
+def answer_tokens(file: Path) -> int:
+    """Tokens of all answers in a file. Raises OptionError."""
+    return sum(len(c.answer) for c in read_conversations(file))
+
+
 def save_features(file: Path, parts: Sequence[np.ndarray]) -> None:
     """Write the features (n, L, D) of a shard's answers one after the other."""
     file.parent.mkdir(parents=True, exist_ok=True)

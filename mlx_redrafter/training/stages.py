@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,32 +17,24 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter import console, hub
+from mlx_redrafter import console, hub, kept
 from mlx_redrafter.drafters.redrafter import ReDrafterConfig
-from mlx_redrafter.errors import OptionError
+from mlx_redrafter.errors import HubError, ModelError, OptionError
 from mlx_redrafter.info import device
 from mlx_redrafter.models import Decoder, load_model
 
-from . import agreement, folder, imports, initialise, memory
+from . import agreement, dates, folder, imports, initialise, lines, memory
 from .answers import write_shard
 from .batched import BatchedTarget, Request
-from .config import TrainConfig
+from .config import Evaluating, TrainConfig
 from .data import compute_features
 from .progress import Bar
 from .rollout import feature_layers
-from .shards import Shard, feature_bytes, read_conversations, record_layers, recorded_layers, shards
+from .shards import Shard, answer_tokens, feature_bytes, record_layers, recorded_layers, shards
 from .supply import Supply
 
 _EXPECTED = 0.75  # length of an answer, as a share of the longest, before any is known
 _FROM_MEASURED = 1.02  # prompts more than the answers so far say are needed
-
-
-@dataclass(frozen=True)
-class Evaluating:
-    """How much the evaluation measures: prompts (None: all) and tokens of an answer."""
-
-    prompts: int | None = None
-    max_tokens: int = 128
 
 
 @dataclass
@@ -56,6 +48,7 @@ class Run:
     target: Decoder
     tokenizer: TokenizerWrapper
     evaluating: Evaluating = field(default_factory=Evaluating)
+    place: Path = Path()  # of the model's files
 
     def __post_init__(self) -> None:
         config, context = self.config, self.target.config.max_positions
@@ -67,6 +60,7 @@ class Run:
         self.shape: ReDrafterConfig = initialise.drafter_config(config, self.target)
         if config.warm_start is not None and not folder.fitting(config.out):
             initialise.warm_start(config.warm_start, self.shape, self.target, None)
+        self.chats: bool = self.tokenizer.has_chat_template
         self.writer = BatchedTarget(self.target, ())
         self._supply: Supply | None = None
 
@@ -95,9 +89,10 @@ def open_run(
     place = hub.resolve(config.model)
     target, tokenizer = load_model(place), hub.load_tokenizer(place)
     config = replace(config, batch=_batch(config, before, target))
-    run = Run(config, target, tokenizer, evaluating or Evaluating())
+    run = Run(config, target, tokenizer, evaluating or Evaluating(), place)
     if before != config:
         folder.write(config)
+    dates.settle(tokenizer, folder.began(config.out))
     return run
 
 
@@ -131,14 +126,19 @@ def _batch(config: TrainConfig, before: TrainConfig | None, target: Decoder) -> 
 
 
 def prompts(run: Run) -> None:
-    """Take in earlier answers, and have prompts enough for the others."""
+    """Take in earlier answers, and have enough prompts for the others."""
     config = run.config
-    if config.answers is not None:
-        imports.take(config.answers, config.out, run.target.config, run.tokenizer)
-    missing = config.answer_tokens - _imported_tokens(config.out)
+    _take_in(run)
+    missing = config.answer_tokens - imports.tokens(config.out)[0]
     if missing <= 0:
         return
     _extend(run, math.ceil(missing / (_EXPECTED * config.max_tokens)))
+
+
+def _take_in(run: Run) -> None:
+    """Take in the answers of an earlier run, if there are any."""
+    if run.config.answers is not None:
+        imports.take(run.config.answers, run.config.out, run.target.config, run.tokenizer)
 
 
 def _extend(run: Run, count: int) -> None:
@@ -156,15 +156,15 @@ def _whole(run: Run, count: int) -> int:
 
 
 def answers(run: Run) -> None:
-    """Answer prompts until there are tokens enough; more prompts are written if they run out."""
+    """Answer prompts until there are enough tokens; more prompts are written if they run out."""
     config = run.config
     prompts(run)
-    imported = _imported_tokens(config.out)
+    imported = imports.tokens(config.out)[0]
     if imported >= config.answer_tokens:
         return
     target = _feature_writer(run)
     tokens, done = imported, 0
-    with Bar("answers", config.answer_tokens, "tokens", _all_tokens(config.out)) as bar:
+    with Bar("answers", config.answer_tokens, "tokens", sum(imports.tokens(config.out))) as bar:
         while True:
             for start, stop in run.supply.batches(config.batch):
                 if stop <= done:
@@ -194,7 +194,7 @@ def _answer_pool(
         if tokens >= config.answer_tokens:
             break
         if shard.file.is_file():
-            tokens += _tokens(shard.file)
+            tokens += answer_tokens(shard.file)
             continue
         batches = batches or run.supply.requests(*pool, size)
         tokens += write_shard(
@@ -225,7 +225,7 @@ def _settled_layers(run: Run) -> tuple[int, ...]:
 
 def _cached(run: Run) -> bool:
     """Do the features of all answers fit on the disk that may be used?"""
-    tokens = max(run.config.answer_tokens, _all_tokens(run.config.out))
+    tokens = max(run.config.answer_tokens, sum(imports.tokens(run.config.out)))
     size = feature_bytes(tokens, len(run.layers), run.target.config.hidden_size)
     return size <= run.config.cache_gb * 1e9
 
@@ -233,10 +233,11 @@ def _cached(run: Run) -> bool:
 def fit(run: Run) -> None:
     """Train the drafter on the answers in the folder, and write it to ``drafter``."""
     config = run.config
+    _take_in(run)
     if not shards(config.out):
         raise OptionError(
-            f"{config.out} has no answers to train on: run `mlx-redrafter train answers "
-            f"--out {config.out}` first"
+            f"{config.out} has no answers to train on: run `{lines.train(config, 'answers')}` "
+            "first, or give some with --answers FILE"
         )
     from .fit import fit as fit_drafter
 
@@ -245,7 +246,7 @@ def fit(run: Run) -> None:
         _read_features(run)
     _note_new_answers(config.out)
     steps = max(1, -(-config.positions // config.batch_positions))
-    with Bar("fit", steps, "steps", _fitted_steps(config.out)) as bar:
+    with Bar("fit", steps, "steps", fitted_steps(config.out)) as bar:
         fit_drafter(run.target, config, config.out, lambda row: bar.to(row["step"], _state(row)))
 
 
@@ -256,16 +257,16 @@ def _read_features(run: Run) -> None:
     if not missing:
         return
     reader = BatchedTarget(run.target, layers)
-    with Bar("reading answers", sum(_tokens(s.file) for s in missing), "tokens") as bar:
+    with Bar("reading answers", sum(answer_tokens(s.file) for s in missing), "tokens") as bar:
         for shard in missing:
             compute_features(reader, layers, shard)
             mx.clear_cache()
-            bar.add(_tokens(shard.file))
+            bar.add(answer_tokens(shard.file))
 
 
 def _note_new_answers(out: Path) -> None:
     """Remember what the fit began with; say so if it goes on with more."""
-    file, now = out / "fit" / "answers.json", {"answer_tokens": _all_tokens(out)}
+    file, now = out / "fit" / "answers.json", {"answer_tokens": sum(imports.tokens(out))}
     if not folder.fitting(out) or not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(now) + "\n")
@@ -278,7 +279,8 @@ def _note_new_answers(out: Path) -> None:
         )
 
 
-def _fitted_steps(out: Path) -> int:
+def fitted_steps(out: Path) -> int:
+    """Optimiser steps that the fit in the folder has behind it."""
     file = out / "fit" / "checkpoint.safetensors"
     if not file.is_file():
         return 0
@@ -306,13 +308,14 @@ def evaluate(run: Run) -> None:
     config, asked = run.config, run.evaluating
     place = config.out / "drafter"
     if not (place / "config.json").is_file():
+        needed = "fit" if shards(config.out) else None
         raise OptionError(
-            f"{config.out} has no drafter yet: run `mlx-redrafter train fit --out {config.out}` "
-            "first"
+            f"{config.out} has no drafter yet: run `{lines.train(config, needed)}` first"
         )
     # Loaded anew with its drafter; the run's own copy would double the memory.
     run.forget()
     model, tokenizer = load(config.model, str(place))
+    dates.settle(tokenizer, folder.began(config.out))
     chosen = read_prompts(count=asked.prompts)
     with Bar("evaluation", measuring.answers(len(chosen)), "answers") as bar:
         result = measuring.evaluate(
@@ -328,10 +331,12 @@ def evaluate(run: Run) -> None:
     prospects.save(place / prospects.FILE, tabulate(drafts, drafter=True))
     plots.write_all(place, config.out / "fit" / "log.jsonl")
     conversations = [c for s in shards(config.out) for c in s.conversations()]
-    positions = _fitted_steps(config.out) * config.batch_positions
+    positions = fitted_steps(config.out) * config.batch_positions
+    shown = lines.Shown(config)
     card.write(
         place, config, card.Recipe.of(conversations, positions),
-        made_by=command_line(config), measured_by=_evaluation_line(config, asked),
+        made_by=shown.made_by(), measured_by=shown.measured_by(asked.prompts, asked.max_tokens),
+        chats=run.chats,
     )  # fmt: skip
     for row in result.live:
         if row.group == "all":
@@ -341,54 +346,23 @@ def evaluate(run: Run) -> None:
             )
 
 
+def keep(run: Run) -> Path | None:
+    """Keep the drafter where it is found for this model, and say so if that is not possible."""
+    from .evaluate import short_name
+
+    out, name = run.config.out, short_name(run.config.model)
+    try:
+        weights = kept.fingerprint(run.place)
+        return kept.keep(out / "drafter", name, weights, out, folder.began(out))
+    except (HubError, ModelError, OSError) as error:
+        console.warn(f"warning: the drafter is not kept for this model: {error}")
+        return None
+
+
 STAGES: dict[str, Callable[[Run], None]] = {
     "prompts": prompts, "answers": answers, "fit": fit, "evaluate": evaluate,
 }  # fmt: skip
 
 
-def command_line(config: TrainConfig) -> str:
-    """The command that makes this run; of paths the last part, for the rest is the user's own."""
-    words = ["mlx-redrafter train"]
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if f.name in ("model", "out") or value != f.default:
-            words.append(f"--{f.name.replace('_', '-')} {_quoted(f.name, value)}")
-    return " ".join(words)
-
-
-def _quoted(name: str, value: Any) -> str:
-    import shlex
-
-    from .evaluate import short_name
-
-    if name == "model":
-        value = short_name(value)
-    return shlex.quote(value.name if isinstance(value, Path) else str(value))
-
-
-def _evaluation_line(config: TrainConfig, asked: Evaluating) -> str:
-    count = f" --eval-prompts {asked.prompts}" if asked.prompts is not None else ""
-    return (
-        f"mlx-redrafter train evaluate --out {_quoted('out', config.out)}{count} "
-        f"--eval-tokens {asked.max_tokens}"
-    )
-
-
 def _shard(out: Path, number: int) -> Shard:
     return Shard(out / "answers" / f"{number:05d}.jsonl", out / "features" / f"{number:05d}.npy")
-
-
-def _tokens(file: Path) -> int:
-    return sum(len(c.answer) for c in read_conversations(file))
-
-
-def _imported_tokens(out: Path) -> int:
-    return sum(map(_tokens, imports.split(out)[0]))
-
-
-def _own_tokens(out: Path) -> int:
-    return sum(map(_tokens, imports.split(out)[1]))
-
-
-def _all_tokens(out: Path) -> int:
-    return _imported_tokens(out) + _own_tokens(out)
