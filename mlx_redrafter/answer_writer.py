@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -100,7 +100,7 @@ class AnswerWriter:
         self.begun = False
 
     @classmethod
-    def after(cls, tokenizer: Any, prompt: str | list[int], *, terminal: bool) -> AnswerWriter:
+    def after(cls, tokenizer: Any, prompt: str | Sequence[int], *, terminal: bool) -> AnswerWriter:
         """For the answer to a prompt."""
         opened = opens_thought(tokenizer, prompt)
         return cls(markers(tokenizer), thinking=opened, terminal=terminal)

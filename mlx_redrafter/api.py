@@ -359,5 +359,8 @@ def _wired(target: Decoder) -> Iterator[None]:
         return
     from mlx_lm.generate import wired_limit
 
-    with wired_limit(target):
+    with contextlib.ExitStack() as stack:
+        # It prints when a model is nearly too large, and stdout is the answer's.
+        with contextlib.redirect_stdout(sys.stderr):
+            stack.enter_context(wired_limit(target))
         yield

@@ -108,6 +108,26 @@ def _compiler() -> str | None:
     return shutil.which("g++")
 
 
+def used() -> str | None:
+    """The name of the BLAS that multiplies; None where the GPU does. Imports MLX."""
+    import mlx.core as mx
+
+    return None if mx.default_device().type == mx.DeviceType.gpu else status().name
+
+
+def rows_alone() -> bool:
+    """Does a row come out the same to the last bit, however many are multiplied with it?"""
+    return used() in ("row-exact", "reference")
+
+
+def full_float32() -> None:
+    """Have float32 multiplied in full; to be called before the first product, when MLX asks.
+
+    Otherwise newer Apple GPUs take TF32 for two and more rows: its 10 bits look like an error.
+    """
+    os.environ["MLX_ENABLE_TF32"] = "0"
+
+
 def _use(name: str) -> BlasStatus:
     openblas = _openblas_path()
     if name == "openblas" and openblas is None:

@@ -199,11 +199,25 @@ def info(
 
 
 @app.command(rich_help_panel=PREPARE)
-def doctor(as_json: Json = False, blas: Blas = None, debug: Debug = False) -> None:
-    """Test the installation on this machine; exit code 1 if a check fails."""
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Test this model too: built-in name, local folder or Hugging Face id.",
+            show_default="built-in, if it is here",
+        ),
+    ] = None,
+    drafter: DrafterName = "auto",
+    as_json: Json = False,
+    blas: Blas = None,
+    debug: Debug = False,
+) -> None:
+    """Test the installation, and a model on it; exit code 1 if a check fails."""
     from mlx_redrafter import doctor as tests
 
-    checks = tests.examine(report=None if as_json else tests.show)
+    checks = tests.examine(None if as_json else tests.show, model, drafter)
     if as_json:
         typer.echo(json.dumps(tests.as_dict(checks)))
     if any(check.mark == "fail" for check in checks):
@@ -214,13 +228,15 @@ def doctor(as_json: Json = False, blas: Blas = None, debug: Debug = False) -> No
 @flat_options
 def demo(
     *,
-    prompt: Annotated[str | None, typer.Argument(help="The question.", show_default=False)] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="A question of your own.", show_default=False)
+    ] = None,
     source: ModelOptions,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
     blas: Blas = None,
     debug: Debug = False,
 ) -> None:
-    """Answer a question with and without drafting, and compare text and speed."""
+    """Compare text and speed with and without drafting, on three tasks or your question."""
     from mlx_redrafter.demo import run
 
     run(source, prompt, max_tokens)

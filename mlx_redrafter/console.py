@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -68,6 +68,13 @@ def warn(text: str) -> None:
 def note(text: str) -> None:
     """One dim line on stderr."""
     _say(text, "dim")
+
+
+def facts(known: Mapping[str, Any], *names: str) -> str:
+    """The conditions of a measurement, all or those named, in one line; what is None is left out:
+    no drafter, or no BLAS where the GPU multiplies."""
+    shown = {name: known.get(name) for name in names or known}
+    return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
 
 
 def run(command: Callable[..., None]) -> None:

@@ -1,135 +1,136 @@
-"""One question answered with and without drafting: the same text, and both speeds as measured."""
+"""What drafting is for: a few tasks, answered plainly and with drafting. One text, two speeds."""
 
 from __future__ import annotations
 
-import itertools
-import statistics
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
-from mlx_redrafter import console
+from mlx_redrafter import console, race
+from mlx_redrafter.answer_writer import AnswerWriter
 from mlx_redrafter.chat_template import prompt_ids
-from mlx_redrafter.info import device, machine
-from mlx_redrafter.options import ModelOptions
+from mlx_redrafter.errors import OptionError
+from mlx_redrafter.lanes import View, views
+from mlx_redrafter.options import DecodeOptions, ModelOptions
 
-QUESTION = "Explain in a few sentences why the sky is blue during the day and red at sunset."
-ROUNDS = 3
-WARM_UP_TOKENS = 8
+TASKS = {
+    "question": "Explain in a few sentences why the sky is blue during the day and red at sunset.",
+    "code": "Write a Python function that counts the vowels in a string, and show how to use it.",
+    "editing": """\
+Fix the punctuation and capitalization of this text, and change nothing else:
+
+The old lighthouse stands on a rock near the harbour. Every evening the keeper climbs the stairs \
+and lights the lamp. It has guided ships for more than a hundred years. in winter the waves are so \
+high that it seems to stand in the sea. when the fog comes in from the north the keeper rings a \
+heavy bell until the morning.""",
+}
+
+
+HEADINGS = (
+    "plain\ntokens/s", "drafted\ntokens/s", "\ntimes", "tokens\nper step", "same\ntext"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Run:
-    """One timed answer; `speed` in tokens per second after the prompt was read."""
+class Result:
+    """One task, and both ways of answering it."""
 
-    tokens: tuple[int, ...]
-    speed: float
-    tokens_per_step: float
+    task: str
+    plain: View
+    drafted: View
+
+    @property
+    def times(self) -> float:
+        return self.drafted.speed / self.plain.speed
+
+    @property
+    def parted(self) -> race.Difference | None:
+        return race.difference(self.plain.pieces, self.drafted.pieces)
 
 
 def run(source: ModelOptions, question: str | None, max_tokens: int) -> None:
-    """Load, warm up, measure in turns, print; raises the errors of loading."""
+    """Load, warm up, answer aloud and measure, task by task.
+
+    Raises:
+        OptionError: drafting is switched off; and the errors of loading.
+    """
+    if source.no_draft:
+        raise OptionError("demo compares plain decoding with drafting: leave out --no-draft")
+    options = DecodeOptions(max_tokens=max_tokens)
+    options.check()
     started = time.perf_counter()
     console.note("Loading the model ...")
     model, tokenizer = source.load()
-    question = question or QUESTION
-    prompt = prompt_ids(tokenizer, [{"role": "user", "content": question}])
-    kinds = {"plain decoding": False}
-    if model.drafting:
-        kinds["with drafting"] = True
-    console.note("Warming up: the first pass compiles the kernels ...")
-    for draft in kinds.values():
-        stream = _stream(model, tokenizer, prompt, max_tokens, draft)
-        for _ in itertools.islice(stream, WARM_UP_TOKENS):
-            pass
-        stream.close()
-    console.note(f"Ready after {time.perf_counter() - started:.0f} s.\n")
-    console.write(f"> {question}\n\n")
-    runs: dict[str, list[Run]] = {name: [] for name in kinds}
-    for round_ in range(ROUNDS):
-        # The first answer that is shown is a drafted one, where there is a drafter.
-        for name, draft in sorted(kinds.items(), key=lambda kind: not kind[1]):
-            aloud = round_ == 0 and draft == model.drafting
-            runs[name].append(_timed(model, tokenizer, prompt, max_tokens, draft, aloud))
-            if aloud:
-                console.write("\n\n")
-                console.note(f"Measuring: {ROUNDS} answers each way, in turns ...")
-    _report(model, runs)
+    tasks = {"yours": question} if question else TASKS
+    contests = [
+        race.Contest(
+            model, tokenizer, prompt_ids(tokenizer, [{"role": "user", "content": text}]), options
+        )
+        for text in tasks.values()
+    ]
+    console.note("Warming up: what is used for the first time here has to be compiled ...")
+    contests[0].warm_up()
+    console.note(f"Ready after {time.perf_counter() - started:.0f} s.")
+    results = [
+        _answer(name, text, contest)
+        for (name, text), contest in zip(tasks.items(), contests, strict=True)
+    ]
+    _report(results, race.conditions_of(model, options, None))
 
 
-def _stream(model: Any, tokenizer: Any, prompt: list[int], max_tokens: int, draft: bool) -> Any:
-    from mlx_redrafter.api import stream_generate
-
-    return stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, draft=draft)
-
-
-def _timed(
-    model: Any, tokenizer: Any, prompt: list[int], max_tokens: int, draft: bool, aloud: bool
-) -> Run:
-    tokens = []
-    last = None
-    for last in _stream(model, tokenizer, prompt, max_tokens, draft):
-        tokens.append(last.token)
-        if aloud:
-            console.write(last.text)
-    assert last is not None, "a generation yields at least one response"
-    return Run(tuple(tokens), last.generation_tps, last.stats.tokens_per_step)
+def _answer(name: str, text: str, contest: race.Contest) -> Result:
+    """The answer aloud, then both ways on clocks: everything that they use is traced by then."""
+    Console(stderr=True, highlight=False).print(Text(f"\n> {text}\n", "bold"))
+    writer = AnswerWriter.after(contest.tokenizer, contest.prompt, terminal=sys.stdout.isatty())
+    for response in contest.answer(draft=True):
+        writer.write(response.text)
+    writer.close()
+    console.write("\n")
+    console.note("Measuring, plainly and with drafting in turns ...")
+    for _ in contest.answer(draft=False):
+        pass
+    return Result(name, *views(contest.in_turns()))
 
 
-def _report(model: Any, runs: dict[str, list[Run]]) -> None:
+def _report(results: Sequence[Result], conditions: Mapping[str, Any]) -> None:
+    from mlx_redrafter.reports import table
+
     out = Console(highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("")
-    for title in ("tokens/s", "lowest-highest", "tokens per step"):
-        table.add_column(title, justify="right")
-    for name, measured in runs.items():
-        speeds = [r.speed for r in measured]
-        table.add_row(
-            name,
-            f"{statistics.median(speeds):.1f}",
-            f"{min(speeds):.1f}-{max(speeds):.1f}",
-            f"{measured[0].tokens_per_step:.2f}",
+    rows = table("\ntask", "\ntokens", *HEADINGS)
+    for result in results:
+        rows.add_row(
+            result.task,
+            str(result.plain.tokens),
+            f"{result.plain.speed:.1f}",
+            f"{result.drafted.speed:.1f}",
+            f"{result.times:.2f}",
+            f"{result.drafted.tokens_per_step:.2f}",
+            "yes" if result.parted is None else "NO",
         )
-    out.print(table)
     out.print()
-    for line in verdict(runs):
+    out.print(rows)
+    out.print()
+    for line in verdict(results, conditions["dtype"]):
         console.show(line, out)
-    facts = machine()
-    console.note(
-        f"{model.name} in {_dtype(model)} on {facts['chip']} "
-        f"({device()}), MLX {facts['mlx']}, BLAS {facts['blas']}; greedy, "
-        f"{len(next(iter(runs.values()))[0].tokens)} tokens, median of {ROUNDS} answers each way."
-    )
+    console.note(console.facts(conditions))
+    console.note('To watch both side by side: mlx-redrafter race "QUESTION"')
 
 
-def verdict(runs: dict[str, list[Run]]) -> list[str]:
+def verdict(results: Sequence[Result], dtype: str) -> list[str]:
     """What the measurement says, without flattery."""
-    if len(runs) == 1:
-        return ["There is no drafter for this model: only plain decoding was measured."]
-    plain, drafted = runs.values()
-    texts = {r.tokens for r in (*plain, *drafted)}
-    ratio = statistics.median(r.speed for r in drafted) / statistics.median(r.speed for r in plain)
-    word = f"{ratio:.2f}x the speed of plain decoding"
-    if ratio < 1:
-        word += ": here drafting does not pay"
-    if len(texts) == 1:
-        same = f"yes, all {len(plain[0].tokens)} tokens in every run"
-    else:
-        agree = next(
-            i
-            for i, pair in enumerate(
-                itertools.zip_longest(
-                    plain[0].tokens, next(t for t in texts if t != plain[0].tokens)
-                )
-            )
-            if len(set(pair)) > 1
-        )
-        same = f"NO, they part at token {agree + 1}: please run `mlx-redrafter doctor`"
-    return [f"With drafting: {word}.", f"Same text: {same}."]
-
-
-def _dtype(model: Any) -> str:
-    return str(model.target.dtype).removeprefix("mlx.core.")
+    plain, drafted = (
+        sum(len(view.pieces) for view in way) / sum(view.seconds for view in way)
+        for way in ([r.plain for r in results], [r.drafted for r in results])
+    )
+    pays = "" if drafted >= plain else ": here drafting does not pay"
+    lines = [f"With drafting: {drafted / plain:.2f}x the speed of plain decoding{pays}."]
+    for result in results:
+        if result.parted is not None:
+            about = race.verdict(result.plain, result.drafted, dtype, race.is_exact(dtype))
+            lines += [f"{result.task}:", *about[:-1]]
+    return lines

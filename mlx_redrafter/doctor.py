@@ -8,24 +8,21 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from mlx_redrafter import console
+from mlx_redrafter import blas, console, model_checks
+from mlx_redrafter.errors import RedrafterError
+from mlx_redrafter.model_checks import SIZES, Check, guarded
 
 if TYPE_CHECKING:
-    import mlx.core as mx
-
+    from mlx_redrafter.api import Model
     from mlx_redrafter.models import Decoder
 
-NEEDED_MLX = (0, 32, 1)
-SIZES = range(2, 17)
-# A pass over N rows may round otherwise than one row; beyond this share of the logits' size it is
-# not rounding.
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+NEEDED_MLX = (0, 32, 4)
 TINY: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 128,
@@ -40,34 +37,31 @@ TINY: dict[str, Any] = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
-PROMPT = "The three states of matter are solid, liquid and"
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
-@dataclass(frozen=True)
-class Check:
-    """One thing looked at. `facts` are plain values for --json."""
+def examine(
+    report: Callable[[Check], None] | None = None,
+    name: str | None = None,
+    drafter: str = "auto",
+) -> list[Check]:
+    """Run every check; `report` sees each one as it is done.
 
-    name: str
-    mark: Literal["ok", "warn", "fail"]
-    detail: str
-    facts: dict[str, Any] = field(default_factory=dict)
+    Args:
+        name: a model to test, and ``drafter`` with it; None: the built-in one, if it is there.
 
+    Raises:
+        HubError, ModelError, DrafterError: the given model or drafter cannot be loaded.
+    """
+    blas.full_float32()
+    given = None
+    if name is not None or drafter != "auto":
+        from mlx_redrafter import hub
+        from mlx_redrafter.api import load
 
-@dataclass(frozen=True)
-class Difference:
-    """A pass over N tokens against N single steps."""
-
-    nodes: int
-    largest: float  # max |logit difference|
-    scale: float  # max |logit|
-    agree: int  # rows whose argmax is the same
-
-
-def examine(report: Callable[[Check], None] | None = None) -> list[Check]:
-    """Run every check; `report` sees each one as it is done."""
+        given = load(name or hub.BUILTIN, drafter)
     checks = []
-    for check in _all():
+    for check in _all(given):
         checks.append(check)
         if report is not None:
             report(check)
@@ -89,7 +83,7 @@ def as_dict(checks: Sequence[Check]) -> dict[str, Any]:
     }
 
 
-def _all() -> Iterator[Check]:
+def _all(given: tuple[Model, Any] | None) -> Iterator[Check]:
     from mlx_redrafter.info import machine
 
     facts = machine()
@@ -101,21 +95,35 @@ def _all() -> Iterator[Check]:
         f"MLX computes on the {facts['device']}",
         {k: facts[k] for k in ("system", "chip", "memory_gb", "device")},
     )
-    yield _blas(facts)
+    if facts["blas"]:
+        yield _blas(facts)
     yield compiler()
     with tempfile.TemporaryDirectory() as folder:
-        yield _guarded("verify, tiny model", lambda: _tiny_check(Path(folder)))
-    yield _guarded("verify, built-in", _builtin_check)
-    yield _guarded("attention", attention)
-    yield _guarded("KV cache", in_place)
+        yield guarded("verify, tiny model", lambda: _tiny_check(Path(folder)))
+    yield guarded("attention", attention)
+    yield from _of_model(given, facts["memory_gb"])
 
 
-def _guarded(name: str, check: Callable[[], Check]) -> Check:
-    """A check that breaks is a failed check: the others still have something to say."""
+def _of_model(given: tuple[Model, Any] | None, memory_gb: float) -> Iterator[Check]:
+    from mlx_redrafter import builtin, hub
+    from mlx_redrafter.api import load
+
+    name = "verify, model" if given else "verify, built-in"
+    if given is None:
+        folder = builtin.folder(builtin.device_kind())
+        if not (folder / "model.safetensors").is_file():
+            missing = "not tried: the built-in model is not in the cache yet"
+            yield from (Check(each, "ok", missing) for each in (name, "KV cache"))
+            return
     try:
-        return check()
-    except Exception as error:
-        return Check(name, "fail", f"{type(error).__name__}: {' '.join(str(error).split())}")
+        model, tokenizer = given or load(hub.BUILTIN)
+    except RedrafterError as error:
+        yield Check(name, "fail", str(error))
+        return
+    if given:
+        yield from model_checks.of_model(model, tokenizer, memory_gb)
+    yield guarded(name, lambda: model_checks.verify(name, model.target, tokenizer))
+    yield guarded("KV cache", lambda: model_checks.in_place(model))
 
 
 def _versions(facts: dict[str, Any]) -> Check:
@@ -123,8 +131,9 @@ def _versions(facts: dict[str, Any]) -> Check:
     text = ", ".join(f"{name.replace('_', '-')} {facts[name]}" for name in names)
     numbers = tuple(int(part) for part in facts["mlx"].split(".")[:3] if part.isdigit())
     known = {name: facts[name] for name in names}
+    needed = ".".join(map(str, NEEDED_MLX))
     if numbers < NEEDED_MLX:
-        return Check("versions", "fail", f"{text}; mlx 0.32.1 or newer is needed", known)
+        return Check("versions", "fail", f"{text}; mlx {needed} or newer is needed", known)
     return Check("versions", "ok", text, known)
 
 
@@ -154,71 +163,6 @@ def compiler() -> Check:
     return Check("compiled graphs", "ok", "they run")
 
 
-def differences(
-    model: Decoder, prompt: Sequence[int], following: Sequence[int], sizes: Sequence[int]
-) -> list[Difference]:
-    """Compare one pass over `following[:N]`, after `prompt`, with N single steps, for every N."""
-    import mlx.core as mx
-
-    from mlx_redrafter.models import cache
-
-    capacity = cache.bucket(len(prompt) + len(following))
-    slots = mx.arange(capacity, dtype=mx.int32)
-
-    def run(
-        tokens: Sequence[int], start: int, kv: list[mx.array]
-    ) -> tuple[mx.array, list[mx.array]]:
-        positions = mx.arange(start, start + len(tokens), dtype=mx.int32)
-        mask = slots[None] <= positions[:, None]
-        write = cache.Append(mx.array([start], mx.int32))
-        ids = mx.array(list(tokens), mx.int32)
-        hidden, _, kv = model(ids, positions, mask, slots, kv, write)
-        logits = model.logits(hidden).astype(mx.float32)
-        mx.eval(logits, kv)
-        return logits, kv
-
-    _, prefix = run(prompt, 0, cache.new_cache(model.config, capacity, model.dtype))
-    rows, kv = [], prefix
-    for i, token in enumerate(following[: max(sizes)]):
-        row, kv = run([token], len(prompt) + i, kv)
-        rows.append(row)
-    single = mx.concatenate(rows)  # (N, V)
-    found = []
-    for n in sizes:
-        many, _ = run(following[:n], len(prompt), prefix)
-        same = many.argmax(-1) == single[:n].argmax(-1)
-        numbers: list[Any] = [
-            mx.abs(many - single[:n]).max().item(),
-            mx.abs(single[:n]).max().item(),
-            same.sum().item(),
-        ]
-        found.append(Difference(n, *numbers))
-    return found
-
-
-def judge(name: str, dtype: str, found: Sequence[Difference]) -> Check:
-    """ok: the same choices; warn: rounding changed one; fail: more than rounding."""
-    rows = sum(d.nodes for d in found)
-    agree = sum(d.agree for d in found)
-    worst = max(found, key=lambda d: d.largest)
-    exact = [d.nodes for d in found if d.largest == 0]
-    text = (
-        f"{dtype}, N = {found[0].nodes}..{found[-1].nodes}: same choice in {agree} of {rows} rows"
-    )
-    if len(exact) == len(found):
-        text += ", logits bit-equal for every N"
-    else:
-        text += f", largest logit difference {worst.largest:.1e} (N = {worst.nodes})"
-    facts = {"dtype": dtype, "by_nodes": [asdict(d) for d in found]}
-    limit = TOLERANCE.get(dtype, TOLERANCE["bfloat16"])
-    # Written so that NaN, which compares with nothing, fails too.
-    if not all(d.largest <= limit * d.scale for d in found):
-        return Check(name, "fail", f"{text}: more than rounding explains", facts)
-    if agree < rows:
-        return Check(name, "warn", f"{text}: rounding decides near ties", facts)
-    return Check(name, "ok", text, facts)
-
-
 def tiny_model(folder: Path) -> Decoder:
     """A random two-layer llama, written to `folder` by mlx-lm and read back."""
     import mlx.core as mx
@@ -238,21 +182,8 @@ def _tiny_check(folder: Path) -> Check:
     model = tiny_model(folder)
     prompt = [(7 * i + 3) % 512 for i in range(40)]
     following = [(11 * i + 5) % 512 for i in range(max(SIZES))]
-    return judge("verify, tiny model", _dtype(model), differences(model, prompt, following, SIZES))
-
-
-def _builtin_check() -> Check:
-    from mlx_redrafter import builtin, hub
-    from mlx_redrafter.models import load_model
-
-    name = "verify, built-in"
-    folder = builtin.folder(builtin.device_kind())
-    if not (folder / "model.safetensors").is_file():
-        return Check(name, "ok", "not tried: the built-in model is not in the cache yet")
-    model, tokenizer = load_model(folder), hub.load_tokenizer(folder)
-    prompt = list(tokenizer.encode(PROMPT))
-    following = list(tokenizer.encode(PROMPT * 2))[: max(SIZES)]
-    return judge(name, _dtype(model), differences(model, prompt, following, SIZES))
+    found = model_checks.differences(model, prompt, following, SIZES)
+    return model_checks.judge("verify, tiny model", model_checks.dtype_of(model), found)
 
 
 def attention() -> Check:
@@ -296,45 +227,3 @@ def _runs(path: dict[int, str]) -> str:
             runs.append((n, n, kind))
     shown = [f"{a}-{b} {kind}" if b > a else f"{a} {kind}" for a, b, kind in runs]
     return "N " + ", ".join(shown)
-
-
-def _dtype(model: Decoder) -> str:
-    return str(model.dtype).removeprefix("mlx.core.")
-
-
-def in_place() -> Check:
-    """Are the KV slabs written where they are while a step is in flight ahead?
-
-    MLX copies a buffer that an unfinished operation still reads: the memory of a drafted answer,
-    beyond what was there before it, counted in slabs.
-    """
-    import mlx.core as mx
-
-    from mlx_redrafter.decoding.engine import Engine, Session
-    from mlx_redrafter.decoding.sampling import SamplingParams
-    from mlx_redrafter.decoding.tree import TreeShape
-    from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
-    from mlx_redrafter.models import Decoder, cache, decoder_config
-
-    layers, capacity = 16, 16384
-    mx.random.seed(0)
-    target = Decoder(decoder_config({**TINY, "num_hidden_layers": layers}))
-    drafter = ReDrafter(ReDrafterConfig(target.config.hidden_size, target.config.vocab_size, 64))
-    engine = Engine(target, drafter.bind(target))
-    mx.eval(target.parameters(), drafter.parameters())
-    session = Session(kv=cache.new_cache(target.config, capacity, target.dtype))
-    mx.eval(session.kv)
-    slab = session.kv[0].nbytes
-    extra = 0.0
-    for count in (4, 32):  # the first answer compiles
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        prompt = [1, 2, 3, 4]
-        for _ in engine.generate(prompt, SamplingParams(), TreeShape(), count, session=session):
-            pass
-        extra = (mx.get_peak_memory() - before) / slab
-    text = f"a step ahead needs the memory of {extra:.1f} of {layers} layers' slabs"
-    if extra > layers / 2:
-        return Check("KV cache", "warn", f"{text}: most are copied in every step", {"slabs": extra})
-    return Check("KV cache", "ok", text, {"slabs": round(extra, 2)})

@@ -78,6 +78,13 @@ def sampling_options() -> Iterator[dict[str, Any]]:
         }
 
 
+def load_reference(folder: Path) -> nn.Module:
+    """mlx_lm's model in the type of ours, float32, in whichever it is stored."""
+    model, _ = load_mlx_lm(folder)
+    model.set_dtype(mx.float32)
+    return model
+
+
 def reference_tokens(
     model: nn.Module, tokenizer: TokenizerWrapper, ids: list[int], max_tokens: int
 ) -> list[int]:
@@ -140,7 +147,7 @@ def summary(model: Model, report: Report, seconds: float) -> dict[str, Any]:
         "drafter": model.drafter_folder.name if model.drafter_folder else None,
         "dtype": "float32",
         "device": str(mx.default_device()),
-        "blas": blas.status().name,
+        "blas": blas.used(),
         "mlx": version("mlx"),
         "seconds": round(seconds),
     }
@@ -158,10 +165,11 @@ def main(
     output: Annotated[Path | None, typer.Option("--json", help="Write the report there.")] = None,
 ) -> None:
     """Compare drafted, plain and mlx_lm decoding token by token."""
+    blas.full_float32()
     start = time.perf_counter()
     part, parts = (int(n) for n in shard.split("/"))
     loaded, tokenizer = load(model, drafter, dtype=mx.float32)
-    reference, _ = load_mlx_lm(loaded.folder)
+    reference = load_reference(loaded.folder)
     chosen = read_prompts(prompts, count)
     runs_each = -(-sampled // len(chosen))
     mixture = list(itertools.islice(sampling_options(), sampled))
@@ -178,7 +186,7 @@ def main(
         wrong = sum(d["what"] == what for d in report.differences)
         print(f"{what}: {runs - wrong} of {runs} identical, {report.tokens[what]} tokens")
     conditions = {k: v for k, v in result.items() if k not in vars(report)}
-    print(", ".join(f"{k} {v}" for k, v in conditions.items()))
+    print(console.facts(conditions))
     if report.differences:
         print(f"first difference: {report.differences[0]}")
         raise typer.Exit(1)

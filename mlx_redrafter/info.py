@@ -27,21 +27,21 @@ def device() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Chip, memory, operating system, BLAS and versions."""
+    """Chip, memory, operating system, versions, and the BLAS where one is used."""
     import mlx.core as mx
 
     import mlx_redrafter
     from mlx_redrafter import blas
 
     found = mx.device_info()
-    status = blas.status()
+    name = blas.used()
     return {
         "chip": _chip(found),
         "memory_gb": _memory_gb(found),
         "system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
         "device": device(),
-        "blas": status.name,
-        "blas_detail": status.detail,
+        "blas": name,
+        "blas_detail": blas.status().detail if name else None,
         "python": platform.python_version(),
         "mlx_redrafter": mlx_redrafter.__version__,
         "mlx": importlib.metadata.version("mlx"),
@@ -179,7 +179,8 @@ def show(facts: Mapping[str, Any]) -> None:
     table.add_row("", "")
     here = facts["machine"]
     table.add_row("device", f"{here['device']}, {here['chip']}, {here['memory_gb']:.0f} GB")
-    table.add_row("BLAS", here["blas"])
+    if here["blas"]:
+        table.add_row("BLAS", here["blas"])
     table.add_row("versions", _versions(here))
     # A pipe has no width to fold lines at.
     Console(highlight=False, width=None if sys.stdout.isatty() else 1000).print(table)

@@ -108,4 +108,4 @@ def show(title: str, filled: Table, facts: dict[str, Any] | None = None) -> None
     out.print(title, style="bold")
     out.print(filled)
     if facts is not None:
-        console.note(", ".join(f"{name} {value}" for name, value in facts.items()))
+        console.note(console.facts(facts))

@@ -54,8 +54,7 @@ def run(model: str, drafter: str, again: bool, plot: Path | None, as_json: bool)
     out.print(chunk_sizes(chunks, loaded.target.config.num_layers))
     sizes = step_sizes(loaded).items()
     out.print("chosen: " + ", ".join(f"{n} for {prompt} tokens" for prompt, n in sizes))
-    shown = ("name", "machine", "device", "dtype", "mlx", "blas")
-    console.note(", ".join(f"{name} {facts[name]}" for name in shown))
+    console.note(console.facts(facts, "name", "machine", "device", "dtype", "mlx", "blas"))
 
 
 def row(

@@ -117,9 +117,10 @@ def conditions(model: Model) -> dict[str, Any]:
     return {
         "machine": f"{info.get('device_name', platform.machine())}, {os.cpu_count()} cores",
         "device": str(mx.default_device()),
+        "macos": platform.mac_ver()[0],  # an update may bring other products
         "threads": [os.environ.get(name, "") for name in _THREADS],
         "mlx": version("mlx"),
-        "blas": blas.status().name,
+        "blas": blas.used(),
         "compiled": model.engine.compiled,
         "dtype": str(model.target.dtype),
         "model": _digest(model.folder / "config.json"),

@@ -30,6 +30,7 @@ from mlx_redrafter.prefill.chunks import Chunks
 from mlx_redrafter.stats import DraftStats
 
 V, D = 97, 32
+os.environ["MLX_ENABLE_TF32"] = "0"  # float32 is compared as such, on every GPU
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     # MLX writes the kernels that it compiles into the temporary folder under fixed names: two
@@ -79,6 +80,15 @@ def own_data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_REDRAFTER_DATA", str(tmp_path_factory.mktemp("data")))
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A GPU has other kernels for one row than for several, and adds in no fixed order."""
+    if mx.default_device() == mx.Device(mx.gpu):
+        skipped = pytest.mark.skip(reason="MLX computes on the GPU: its last bits are not asserted")
+        for item in items:
+            if "bits" in item.keywords:
+                item.add_marker(skipped)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 import mlx_redrafter
 from mlx_redrafter import cli, console
 from mlx_redrafter.decoding.tree import TreeShape
-from mlx_redrafter.demo import Run, verdict
 from mlx_redrafter.errors import HubError, OptionError
 from mlx_redrafter.options import DecodeOptions, parse_logit_bias
 from mlx_redrafter.prefill.config import SparsePrefill
@@ -333,15 +332,3 @@ def test_the_tree_is_left_to_the_program_until_an_option_names_it() -> None:
 def test_logit_bias_is_read_from_its_text() -> None:
     assert parse_logit_bias(None) == {}
     assert parse_logit_bias(["42=-5", "1=0.5"]) == {42: -5.0, 1: 0.5}
-
-
-def test_the_demo_says_what_was_measured_and_no_more() -> None:
-    slow, fast = Run((1, 2, 3), 10.0, 1.0), Run((1, 2, 3), 15.0, 1.8)
-    assert verdict({"plain": [slow], "drafted": [fast]}) == [
-        "With drafting: 1.50x the speed of plain decoding.",
-        "Same text: yes, all 3 tokens in every run.",
-    ]
-    assert "drafting does not pay" in verdict({"plain": [fast], "drafted": [slow]})[0]
-    other = Run((1, 2, 4), 15.0, 1.8)
-    assert "NO, they part at token 3" in verdict({"plain": [slow], "drafted": [other]})[1]
-    assert "no drafter" in verdict({"plain": [slow]})[0]

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import itertools
 import json
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import mlx.core as mx
 import pytest
+from tiny_chat import write_chat_model
 from typer.testing import CliRunner
 
-from mlx_redrafter import cli, doctor, info
-from mlx_redrafter.doctor import Check, Difference
+from mlx_redrafter import blas, cli, console, doctor, info, model_checks
+from mlx_redrafter.decoding.engine import Engine
+from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.model_checks import Check, Difference
+from mlx_redrafter.models import Decoder
 
 
 def judged(largest: float, agree: int = 4, dtype: str = "float32") -> Check:
-    return doctor.judge("pass", dtype, [Difference(4, largest, 10.0, agree)])
+    return model_checks.judge("pass", dtype, [Difference(4, largest, 10.0, agree)])
 
 
 def test_differences_are_judged_by_their_size() -> None:
@@ -29,7 +39,7 @@ def test_differences_are_judged_by_their_size() -> None:
 
 def test_a_pass_over_n_tokens_is_compared_with_single_steps(tmp_path: Path) -> None:
     model = doctor.tiny_model(tmp_path)
-    found = doctor.differences(model, list(range(20)), list(range(30, 40)), [2, 5, 9])
+    found = model_checks.differences(model, list(range(20)), list(range(30, 40)), [2, 5, 9])
     assert [d.nodes for d in found] == [2, 5, 9]
     assert all(d.agree == d.nodes and d.largest <= 1e-4 * d.scale for d in found)
 
@@ -45,38 +55,129 @@ def test_a_model_that_forgets_its_cache_is_found(
         return hidden, inner, kv
 
     monkeypatch.setattr(type(model), "__call__", forgets)
-    found = doctor.differences(model, list(range(20)), list(range(30, 40)), [2, 5])
-    assert doctor.judge("pass", "float32", found).mark == "fail"
+    found = model_checks.differences(model, list(range(20)), list(range(30, 40)), [2, 5])
+    assert model_checks.judge("pass", "float32", found).mark == "fail"
 
 
 def test_doctor_reports_and_its_exit_code_is_that_of_the_worst(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MLX_REDRAFTER_CACHE", str(tmp_path))
+    monkeypatch.setenv("MLX_ENABLE_TF32", "1")
     monkeypatch.setattr(doctor, "SIZES", range(2, 4))
     result = CliRunner().invoke(cli.app, ["doctor", "--json"])
+    assert os.environ["MLX_ENABLE_TF32"] == "0"
     report = json.loads(result.stdout)
     names = [check["name"] for check in report["checks"]]
     assert (result.exit_code, report["passed"]) == (0, True)
     assert names == [
         "versions",
         "machine",
-        "BLAS",
+        *(["BLAS"] if blas.used() else []),
         "compiled graphs",
         "verify, tiny model",
-        "verify, built-in",
         "attention",
+        "verify, built-in",
         "KV cache",
     ]
-    assert "not in the cache" in report["checks"][5]["detail"]
+    assert all("not in the cache" in check["detail"] for check in report["checks"][-2:])
 
     def broken() -> Check:
         raise RuntimeError("kernel\nlost")
 
-    monkeypatch.setattr(doctor, "in_place", broken)
+    monkeypatch.setattr(doctor, "attention", broken)
     result = CliRunner().invoke(cli.app, ["doctor"])
     assert result.exit_code == 1
-    assert result.stdout.splitlines()[-1] == "fail KV cache            RuntimeError: kernel lost"
+    assert "fail attention           RuntimeError: kernel lost" in result.stdout.splitlines()
+
+
+def run_doctor(*options: object) -> tuple[int, dict[str, dict[str, Any]]]:
+    result = CliRunner().invoke(cli.app, ["doctor", "--json", *map(str, options)])
+    return result.exit_code, {c["name"]: c for c in json.loads(result.stdout)["checks"]}
+
+
+def test_a_given_model_is_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_checks, "SIZES", range(2, 4))
+    monkeypatch.setattr(doctor, "SIZES", range(2, 4))
+    # Nothing but the passes over several tokens is of interest here, and compiling takes long.
+    monkeypatch.setattr("mlx_redrafter.api._compiler_present", lambda: False)
+    model = write_chat_model(tmp_path / "tiny")
+    code, found = run_doctor("-m", model)
+    assert code == 0 and "verify, built-in" not in found
+    assert found["model"]["facts"]["cache_bytes"] == 2048 * 3 * 2 * 2 * 8 * 4
+    assert "none" in found["drafter"]["detail"]
+    text = found["drafted text"]["facts"]
+    assert 0 < text["tokens"] == text["same"] <= 32
+    assert "bit-equal" in found["verify, model"]["detail"] or not blas.rows_alone()
+    assert found["KV cache"]["mark"] == "ok"
+
+
+@pytest.mark.parametrize("option", ["-m", "-d"])
+def test_a_wrong_model_or_drafter_is_one_line(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_chat_model(tmp_path / "tiny")
+    given = ["-m", str(model), "-d"] if option == "-d" else ["-m"]
+    result = CliRunner().invoke(cli.app, ["doctor", *given, str(tmp_path / "nowhere")])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "nowhere" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_model_that_does_not_fit_into_memory_is_a_warning(tmp_path: Path) -> None:
+    model = SimpleNamespace(name="m", target=doctor.tiny_model(tmp_path), drafter=None)
+    assert model_checks.memory(model, 16.0).mark == "ok"  # type: ignore[arg-type]
+    weights = 4 * (512 * 128 + 2 * (128 * 12 * 64 + 3 * 128 * 256 + 2 * 128) + 128)
+    small = (weights + 100 * 2 * 2 * 2 * 64 * 4) / 2**30
+    found = model_checks.memory(model, small)  # type: ignore[arg-type]
+    assert found.mark == "warn" and "about 100 tokens fit" in found.detail
+
+
+@pytest.mark.parametrize(("exact", "mark"), [(True, "fail"), (False, "warn")])
+def test_a_drafted_text_that_parts_from_the_plain_one_is_found(
+    exact: bool, mark: str, byte_target: Decoder, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stream(*_: object, tree: TreeShape) -> list[Any]:
+        return [SimpleNamespace(token=t) for t in ((5, 6, 7) if tree.drafts else (5, 6, 8))]
+
+    monkeypatch.setattr("mlx_redrafter.api.stream_generate", stream)
+    monkeypatch.setattr(blas, "rows_alone", lambda: exact)
+    found = model_checks.text(SimpleNamespace(target=byte_target), tokenizer)  # type: ignore[arg-type]
+    assert found.mark == mark and "at token 3" in found.detail
+
+
+def test_slabs_that_are_copied_are_a_warning(
+    byte_target: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = SimpleNamespace(target=byte_target, engine=Engine(byte_target, None, compiled=False))
+    assert model_checks.in_place(model).mark == "ok"  # type: ignore[arg-type]
+    monkeypatch.setattr("mlx.core.get_peak_memory", lambda: 2**40)
+    found = model_checks.in_place(model)  # type: ignore[arg-type]
+    assert found.mark == "warn" and "copied in every step" in found.detail
+
+
+def test_where_the_gpu_multiplies_nothing_is_said_of_a_blas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doctor.tiny_model(tmp_path)
+    monkeypatch.setattr("mlx.core.default_device", lambda: mx.Device(mx.cpu))
+    assert blas.used() == blas.status().name
+    assert "BLAS" in CliRunner().invoke(cli.app, ["info", str(tmp_path)]).stdout
+    monkeypatch.setattr("mlx.core.default_device", lambda: mx.Device(mx.gpu))
+    assert blas.used() is None and not blas.rows_alone()
+    assert "BLAS" not in CliRunner().invoke(cli.app, ["info", str(tmp_path)]).stdout
+    names = [check.name for check in itertools.islice(doctor._all(None), 4)]
+    assert names == ["versions", "machine", "compiled graphs", "verify, tiny model"]
+    assert console.facts({"mlx": "1", "blas": None, "seed": 0}) == "mlx 1, seed 0"
+
+
+def test_doctor_wants_the_mlx_that_is_installed_with_this_package() -> None:
+    needed = ".".join(map(str, doctor.NEEDED_MLX))
+    required = [r for r in importlib.metadata.requires("mlx-redrafter") or () if r[:3] == "mlx"]
+    assert sum(f">={needed};" in r.replace(" ", "") for r in required) == 2
+    facts = {"python": "3", "mlx_redrafter": "0", "mlx": "0.32.3", "mlx_lm": "0"}
+    old = doctor._versions(facts)
+    assert old.mark == "fail" and old.detail.endswith(f"mlx {needed} or newer is needed")
+    assert doctor._versions({**facts, "mlx": needed}).mark == "ok"
 
 
 def test_a_missing_compiler_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

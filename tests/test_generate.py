@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -312,3 +314,23 @@ def test_the_first_special_token_is_not_doubled(
     stream(model, tokenizer, "<bos>hello", max_tokens=1)
     stream(model, tokenizer, "hello", max_tokens=1)
     assert calls == [False, True]
+
+
+def test_what_mlx_lm_prints_of_a_large_model_is_not_part_of_the_answer(
+    model: Model,
+    tokenizer: ByteTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    @contextlib.contextmanager
+    def wired(target: Decoder) -> Iterator[None]:
+        print("[WARNING] Generating with a model that requires 9 MB")
+        yield
+
+    monkeypatch.setattr("mlx.core.metal.is_available", lambda: True)
+    monkeypatch.setattr(sys.modules["mlx_lm.generate"], "wired_limit", wired)
+    for response in stream(model, tokenizer):
+        print(response.text, end="")
+    out, err = capsys.readouterr()
+    assert "WARNING" not in out and len(out) == LENGTH
+    assert err.startswith("[WARNING] Generating")

@@ -72,6 +72,7 @@ def test_a_users_include_path_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     assert os.environ["CPLUS_INCLUDE_PATH"].count("native") == 1
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("length", [1, 7, 64, 128, 129, 384, 1000, 2048])
 def test_softmax_has_the_bits_of_mlx(length: int) -> None:
     scores = mx.random.normal((3, 5, length), key=mx.random.key(length)) * 6

@@ -46,6 +46,7 @@ LAYERS = [
         "answer_writer",
         "info",
         "doctor",
+        "model_checks",
         "demo",
         "exactness",
         "acceptance",

@@ -272,14 +272,16 @@ def test_measured_once_and_read_afterwards(loaded: Model, tmp_path: Path) -> Non
 def test_another_machine_is_measured_anew(loaded: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     tuning.costs(loaded, said.append)
-    for change in ("OMP_NUM_THREADS", "MLX"):
+    for change in ("OMP_NUM_THREADS", "MLX", "macOS"):
         if change == "MLX":
             monkeypatch.setattr(tuning, "version", lambda name: "9.9")
+        elif change == "macOS":
+            monkeypatch.setattr("platform.mac_ver", lambda: ("26.2", ("", "", ""), "arm64"))
         else:
             monkeypatch.setenv(change, "7")
         loaded.engine.costs = None
         tuning.costs(loaded, said.append)
-    assert len(said) == 3
+    assert len(said) == 4
 
 
 @pytest.mark.measured

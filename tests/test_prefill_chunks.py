@@ -155,6 +155,7 @@ def test_no_logits_while_a_prompt_is_read(
         assert rows == [1 if shape is None else shape.nodes], "the first step's"
 
 
+@pytest.mark.bits
 def test_the_softmax_of_a_prompt_is_compiled_and_has_the_same_bits() -> None:
     rng = np.random.default_rng(0)
     for heads, kv_heads, n, slots in ((9, 3, 100, 256), (8, 1, 37, 128)):

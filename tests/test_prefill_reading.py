@@ -42,6 +42,7 @@ def as_before(target: Decoder, prompt: list[int], step: int) -> tuple[mx.array, 
     return hidden[-1:], kv
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     ("length", "step"), [(2, 512), (25, 1), (25, 24), (65, 64), (300, 24), (300, 512), (700, 512)]
 )

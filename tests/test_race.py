@@ -135,22 +135,25 @@ def view(text: str, seconds: float = 1.0) -> View:
 
 
 def test_the_verdict() -> None:
-    assert race.verdict(view("abcd"), view("abcd", 0.5), "float32") == [
+    assert race.verdict(view("abcd"), view("abcd", 0.5), "float32", True) == [
         "Same text: yes, all 4 tokens are identical.",
         "With drafting: 2.00x the speed of plain decoding.",
     ]
-    assert "here drafting does not pay" in race.verdict(view("ab"), view("ab", 2.0), "4-bit")[1]
-    lines = race.verdict(view("one\ntwo"), view("one\nto"), "float32")
+    assert (
+        "here drafting does not pay" in race.verdict(view("ab"), view("ab", 2.0), "4-bit", False)[1]
+    )
+    lines = race.verdict(view("one\ntwo"), view("one\nto"), "float32", True)
     assert lines[:3] == [
         "Same text: NO, they part at token 6.",
         "  plain decoding  ...one\\nt >>>wo",
         "  with drafting   ...one\\nt >>>o",
     ]
     assert "mlx-redrafter doctor" in lines[3] and "round" not in lines[3]
-    assert "In bfloat16 a pass over several tokens may round differently" in "\n".join(
-        race.verdict(view("ab"), view("ac"), "bfloat16")
-    )
-    shorter = race.verdict(view("ab"), view("a"), "float32")
+    for dtype in ("bfloat16", "float32"):
+        assert f"In {dtype} a pass over several tokens may round differently" in "\n".join(
+            race.verdict(view("ab"), view("ac"), dtype, False)
+        )
+    shorter = race.verdict(view("ab"), view("a"), "float32", True)
     assert shorter[0].endswith("at token 2.") and shorter[2].endswith("...a >>> (nothing)")
 
 
@@ -272,12 +275,17 @@ def test_json_is_one_object_with_all_figures(invoke: Callable[..., Any], model: 
 def test_other_tokens_in_float32_are_exit_code_1(
     invoke: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("mlx_redrafter.blas.rows_alone", lambda: True)
     result = invoke(replaced=altered)
     assert result.exit_code == 1
     assert "Same text: NO, they part at token 5." in result.stdout
     assert ">>>?" in result.stdout and "doctor" in result.stdout
     found = json.loads(invoke("--json", replaced=altered).stdout)
     assert (found["same"], found["first_difference"]["token"]) == (False, 5)
+    monkeypatch.setattr("mlx_redrafter.blas.rows_alone", lambda: False)
+    result = invoke(replaced=altered)
+    assert result.exit_code == 0 and "In float32 a pass over several tokens" in result.stdout
+    monkeypatch.setattr("mlx_redrafter.blas.rows_alone", lambda: True)
     monkeypatch.setattr(race, "dtype_of", lambda target: "bfloat16")
     result = invoke(replaced=altered)
     assert result.exit_code == 0 and "may round differently" in result.stdout

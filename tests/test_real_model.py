@@ -6,8 +6,8 @@ import os
 import subprocess
 import sys
 
+import mlx.core as mx
 import pytest
-from mlx_lm.utils import load_model as load_mlx_lm
 
 from mlx_redrafter import exactness
 from mlx_redrafter.api import load
@@ -16,10 +16,11 @@ from mlx_redrafter.prompts import read_prompts
 pytestmark = pytest.mark.model
 
 
+@pytest.mark.bits
 def test_drafted_is_plain_is_mlx_lm() -> None:
-    model, tokenizer = load()
+    model, tokenizer = load(dtype=mx.float32)
     assert model.drafter is not None, "the built-in model comes with a drafter"
-    reference, _ = load_mlx_lm(model.folder)
+    reference = exactness.load_reference(model.folder)
     report = exactness.Report()
     mixture = exactness.sampling_options()
     for prompt in read_prompts(count=3):

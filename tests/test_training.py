@@ -266,6 +266,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.bits
 def test_interrupted_at_three_points_the_weights_are_the_same(
     folder: Path, target: Decoder, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_redrafter.api import Model
 from mlx_redrafter.decoding.costs import bare_pass
 from mlx_redrafter.decoding.tree import TreeShape
-from mlx_redrafter.doctor import TOLERANCE
+from mlx_redrafter.model_checks import TOLERANCE
 from mlx_redrafter.models import cache
 from mlx_redrafter.prefill.chunks import USUAL
 

@@ -37,9 +37,9 @@ def tables(document: Document) -> None:
             _speed(temp, [row for row in document.summary if row["temp"] == temp])
     _cost(document.cost_curve)
     known = document.conditions
-    console.note(", ".join(f"{name} {known[name]}" for name in _SHOWN if name in known))
+    console.note(console.facts(known, *_SHOWN))
     if sparse := known.get("sparse_prefill"):
-        held = ", ".join(f"{name} {value}" for name, value in sparse.items() if value is not None)
+        held = console.facts(sparse)
         console.note(f"prompts read sparsely by our ways, densely by mlx_lm: {held}")
 
 

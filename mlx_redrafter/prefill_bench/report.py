@@ -35,7 +35,7 @@ def show(document: Mapping[str, Any]) -> None:
                 layers(row["length"], one)
             sweep(row)
     known = document["conditions"]
-    console.note(", ".join(f"{name} {known[name]}" for name in _SHOWN if name in known))
+    console.note(console.facts(known, *_SHOWN))
 
 
 def times(row: Row) -> None:
