@@ -130,6 +130,7 @@ def convert(
         ConvertError, OptionError, DrafterError, HubError: one line each; nothing is left behind.
     """
     from mlx_redrafter.convert import card
+    from mlx_redrafter.convert.base_files import name_turn_end
     from mlx_redrafter.convert.writer import check_output, output_folder
 
     options = _Options(to, str(target) if target else None, bits, group_size, dtype)
@@ -146,6 +147,8 @@ def convert(
     check_output(out, path, force)
     with output_folder(out, path, force) as folder:
         job.write(folder, progress or (lambda done, total: None))
+        if not job.kind.is_drafter:
+            job.notes.extend(name_turn_end(folder))
         files = folder.files()
         summary = Summary(str(source), job.kind, to, out, job.mapping, files, job.notes)
         if upload_repo:
@@ -168,6 +171,7 @@ def _plan(path: Path, format: str, options: _Options) -> _Job:
     from mlx_redrafter.convert.checkpoint import open_checkpoint, weight_files
     from mlx_redrafter.convert.formats import Format, recognise
     from mlx_redrafter.convert.shards import GGUF, kind_of
+    from mlx_redrafter.models.weights import preview
 
     if format != "auto" and format not in [kind.value for kind in Format]:
         known = ", ".join(kind.value for kind in Format)
@@ -175,8 +179,13 @@ def _plan(path: Path, format: str, options: _Options) -> _Job:
     files = weight_files(path)
     found_gguf = any(kind_of(file) == GGUF for file in files)
     if found_gguf or format == Format.GGUF.value:
-        if format not in ("auto", Format.GGUF.value) or not found_gguf or len(files) > 1:
-            raise ConvertError(f"{path}: needed for --format gguf, and only for it, one GGUF file")
+        if len(files) > 1 and found_gguf:
+            names = preview(file.name for file in files)
+            raise ConvertError(f"{path} holds {len(files)} files of weights ({names}); give one")
+        if not found_gguf:
+            raise ConvertError(f"{path} is no GGUF file; drop --format gguf")
+        if format not in ("auto", Format.GGUF.value):
+            raise ConvertError(f"{path} is a GGUF file; drop --format {format}")
         return _plan_gguf(files[0], options)
     checkpoint = open_checkpoint(path)
     kind = recognise(checkpoint) if format == "auto" else Format(format)
@@ -232,22 +241,11 @@ def _plan_base(checkpoint: Checkpoint, options: _Options) -> _Job:
 
 def _plan_gguf(path: Path, options: _Options) -> _Job:
     from mlx_redrafter.convert.formats import Format
-    from mlx_redrafter.convert.gguf import convert_gguf, plan_gguf
+    from mlx_redrafter.convert.gguf import GgufPlan
 
     options.check(Format.GGUF)
-    if options.bits:
-        raise OptionError(
-            f"{path} is quantised in its own way: without -q its 4 and 8 bits are kept, with "
-            "--dtype all is dequantised"
-        )
-
-    def write(folder: OutputFolder, progress: Progress) -> None:
-        convert_gguf(
-            path, folder, keep_quantized=options.dtype is None, dtype=options.mlx_dtype,
-            progress=progress,
-        )  # fmt: skip
-
-    return _Job(Format.GGUF, plan_gguf(path), [], write)
+    plan = GgufPlan(path, bits=options.bits, group_size=options.group_size, dtype=options.mlx_dtype)
+    return _Job(Format.GGUF, plan.mappings(), plan.notes(), plan.write)
 
 
 def _locate(source: str) -> Path:
@@ -257,9 +255,6 @@ def _locate(source: str) -> Path:
         return path
     from mlx_redrafter import hub
 
-    folder = hub.resolve(source)
-    if any(folder.glob("*.safetensors")):
-        return folder
     return hub.resolve(source, also=("*.bin", "*.pt"))
 
 

@@ -15,24 +15,22 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_redrafter.convert.base_files import copy_tokenizer, generation_config, write_config
+from mlx_redrafter.convert.base_files import copy_tokenizer, with_end_tokens, write_config
 from mlx_redrafter.convert.checkpoint import Checkpoint
 from mlx_redrafter.convert.mapping import Mapping
-from mlx_redrafter.convert.writer import OutputFolder, ShardWriter
+from mlx_redrafter.convert.writer import OutputFolder, ShardWriter, sixteen_bits
 from mlx_redrafter.errors import ConvertError, ModelError
 from mlx_redrafter.hub import one_line
 from mlx_redrafter.models import Decoder, DecoderConfig
 from mlx_redrafter.models.families import decoder_config
 from mlx_redrafter.models.loading import sanitize
+from mlx_redrafter.models.stored import as_stored, packed_layers
 from mlx_redrafter.models.weights import preview
 
 Progress = Callable[[int, int], None]
 Config = dict[str, Any]
 Shape = tuple[int, ...]
 
-# Their config.json may leave out tie_word_embeddings; transformers then has a head of its own,
-# where mlx-lm would drop the one that is stored.
-_UNTIED_BY_DEFAULT = ("granite", "llama", "mistral", "olmo2", "qwen2", "qwen3")
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -85,7 +83,7 @@ def convert_base(
         out: folder under construction; gets weights, config.json, tokenizer, generation config.
         bits, group_size: of the quantisation, as in mlx_lm.convert; bits None: none.
         dtype: of the weights; None: config.json's `torch_dtype`, else as stored, as in
-            mlx_lm.convert.
+            mlx_lm.convert; but 16 bits where they are quantised, or 4 bits would take 5.
         progress: called with source tensors done and in all.
 
     Raises:
@@ -93,8 +91,12 @@ def convert_base(
             tensors.
     """
     plan = _plan(checkpoint)
-    chosen = _Quantisation(plan.config, list(plan.all_pieces()), bits, group_size)
+    names = [piece.target for piece in plan.all_pieces()]
+    chosen = Quantisation(plan.config, names, bits, group_size)
     stored_as = dtype or _DTYPES.get(str(_config_dtype(plan.config)))
+    wide = stored_as is None or stored_as == mx.float32
+    if bits is not None and dtype is None and wide:
+        stored_as = dtype = sixteen_bits({checkpoint.dtype(name) for name in plan.pieces})
     writer = ShardWriter(out)
     for done, (name, pieces) in enumerate(plan.pieces.items()):
         progress(done, len(plan.pieces))
@@ -103,9 +105,9 @@ def convert_base(
             value = value.astype(stored_as or mx.float32)
         for piece in pieces:
             rows = value[piece.first : piece.first + piece.shape[0]] if len(pieces) > 1 else value
-            for target, array in chosen.apply(piece.target, rows):
+            for target, array, parameters in chosen.apply(piece.target, rows):
                 _evaluate(array, name)
-                writer.add(target, array)
+                writer.add(target, array, parameters)
         del value, rows, array
     writer.close()
     progress(len(plan.pieces), len(plan.pieces))
@@ -181,26 +183,19 @@ def _plan(checkpoint: Checkpoint) -> _Plan:
 
 def _config(checkpoint: Checkpoint) -> Config:
     """config.json as mlx-lm reads it, and as what is stored means it."""
-    config = {**checkpoint.config, **_end_tokens(checkpoint.folder)}
     if not checkpoint.config:
         raise ConvertError(f"{checkpoint.folder} has no config.json; download it with the model")
-    text = config.get("text_config") or {}
-    blocks = ("quantization", "quantization_config")
-    block = next((c[b] for c in (config, text) for b in blocks if c.get(b)), None)
-    if block:
-        method = block.get("quant_method", "MLX") if isinstance(block, dict) else block
+    types = {t: kind for n, kind in checkpoint.types().items() if (t := _decoder_name(n))}
+    if packed_layers(types):
         raise ConvertError(
-            f"{checkpoint.path} is quantised already ({method}); needed: the unquantised model"
+            f"{checkpoint.path} is a quantised MLX model already: run it as it is, or convert the "
+            "unquantised model"
         )
-    untied = config.get("model_type") in _UNTIED_BY_DEFAULT
-    if untied and "lm_head.weight" in checkpoint.names():
-        config.setdefault("tie_word_embeddings", False)
-    return config
-
-
-def _end_tokens(folder: Path) -> Config:
-    found = generation_config(folder).get("eos_token_id")
-    return {"eos_token_id": found} if found else {}
+    try:
+        config = as_stored(checkpoint.config, types)
+    except ModelError as error:
+        raise ConvertError(f"{checkpoint.path}: {error}") from None
+    return with_end_tokens(config, checkpoint.folder)
 
 
 def _decoder_name(name: str) -> str | None:
@@ -239,7 +234,7 @@ def _cut(name: str, target: str, shape: Shape, config: DecoderConfig) -> list[_P
     return pieces
 
 
-class _Quantisation:
+class Quantisation:
     """mlx-lm's choice of what is quantised and how, and its names.
 
     mlx-lm decides on a model; it gets one whose weights are never evaluated. The weights
@@ -250,7 +245,7 @@ class _Quantisation:
     """
 
     def __init__(
-        self, config: Config, pieces: Sequence[_Piece], bits: int | None, group_size: int
+        self, config: Config, names: Sequence[str], bits: int | None, group_size: int
     ) -> None:
         from mlx_lm.utils import quantize_model
 
@@ -260,7 +255,7 @@ class _Quantisation:
         self._chosen: dict[str, tuple[int, int, str]] = {}
         if bits is None:
             return
-        model = _mlx_lm_model(config, [self._prefix + piece.target for piece in pieces])
+        model = _mlx_lm_model(config, [self._prefix + name for name in names])
         try:
             # It prints how many bits came out.
             with contextlib.redirect_stdout(io.StringIO()):
@@ -275,18 +270,27 @@ class _Quantisation:
             for path, module in model.named_modules()
             if hasattr(module, "scales")
         }
+        if not self._chosen:
+            raise ConvertError(
+                f"no matrix of this model has rows of a multiple of {group_size}, so none can be "
+                "quantised; choose another --q-group-size"
+            )
 
-    def apply(self, target: str, value: mx.array) -> Iterator[tuple[str, mx.array]]:
-        """The arrays to store for one weight, under mlx-lm's names."""
-        target = self._prefix + target
-        base, _, last = target.rpartition(".")
-        if last != "weight" or base not in self._chosen:
-            yield target, value
+    def bits(self, target: str) -> int | None:
+        """Of a tensor when it is quantised; None if it is not."""
+        base, _, last = (self._prefix + target).rpartition(".")
+        return self._chosen[base][1] if last == "weight" and base in self._chosen else None
+
+    def apply(self, target: str, value: mx.array) -> Iterator[tuple[str, mx.array, int]]:
+        """The arrays to store for one weight, under mlx-lm's names; how many weights each holds."""
+        if self.bits(target) is None:
+            yield self._prefix + target, value, value.size
             return
+        base = (self._prefix + target).removesuffix(".weight")
         group_size, bits, mode = self._chosen[base]
         packed = mx.quantize(value, group_size, bits, mode=mode)
         for part, array in zip(("weight", "scales", "biases"), packed, strict=False):
-            yield f"{base}.{part}", array
+            yield f"{base}.{part}", array, value.size if part == "weight" else 0
 
 
 def _mlx_lm_model(config: Config, names: Sequence[str]) -> Any:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from mlx_redrafter import hub, turn_ends
 from mlx_redrafter.convert.writer import OutputFolder
-from mlx_redrafter.errors import ConvertError, ModelError
+from mlx_redrafter.errors import ConvertError, HubError, ModelError
 from mlx_redrafter.models.weights import read_json
 
 _COPIED = (
@@ -22,12 +24,15 @@ _REBUILT = ("GPT2Tokenizer", "GPT2TokenizerFast")
 _REBUILT_UNLESS_BYTES = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
-def generation_config(folder: Path) -> dict[str, Any]:
-    """generation_config.json, {} if there is none that can be read (as mlx-lm takes it)."""
+def with_end_tokens(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A configuration with all ends of text that loading the folder finds, as mlx-lm takes them."""
     try:
-        return read_json(folder / "generation_config.json")
-    except ModelError:
-        return {}
+        hub.refuse_stand_ins(folder)
+        ends = hub.end_ids(folder)
+    except HubError as error:
+        raise ConvertError(str(error)) from None
+    rest = {key: value for key, value in config.items() if key != "eos_token_id"}
+    return {**rest, "eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else rest
 
 
 def write_config(config: dict[str, Any], out: OutputFolder) -> None:
@@ -48,6 +53,18 @@ def copy_tokenizer(folder: Path, out: OutputFolder) -> None:
         for path in sorted(templates.glob("*.jinja")):
             shutil.copyfile(path, out.path / templates.name / path.name)
     _keep_splitter(out.path)
+    _name_ends(folder, out.path / "generation_config.json")
+
+
+def _name_ends(folder: Path, copy: Path) -> None:
+    """In generation_config.json, which mlx-lm believes first, the same ends as in config.json."""
+    try:
+        content = read_json(copy)
+    except ModelError:
+        return
+    if content.get("eos_token_id") is not None:
+        text = json.dumps(with_end_tokens(content, folder), indent=2, ensure_ascii=False)
+        copy.write_text(text + "\n", encoding="utf-8")
 
 
 def _keep_splitter(folder: Path) -> None:
@@ -65,3 +82,22 @@ def _keep_splitter(folder: Path) -> None:
         content["tokenizer_class"] = "PreTrainedTokenizerFast"
         text = json.dumps(content, indent=2, ensure_ascii=False)
         config.write_text(text + "\n", encoding="utf-8")
+
+
+def name_turn_end(out: OutputFolder) -> list[str]:
+    """Add the end of an answer that only the chat template knows to eos_token_id; says so."""
+    try:
+        tokenizer = hub.load_tokenizer(out.path, complete=False)
+    except HubError:
+        return []  # a model without a tokenizer is converted all the same
+    if (end := turn_ends.unnamed(tokenizer)) is None:
+        return []
+    ends: dict[str, Any] = {"eos_token_id": [*sorted(tokenizer.eos_token_ids), end[0]]}
+    write_config({**read_json(out.path / "config.json"), **ends}, out)
+    with contextlib.suppress(ModelError):  # as mlx-lm takes one that cannot be read
+        ends = {**read_json(out.path / "generation_config.json"), **ends}
+    out.write_json("generation_config.json", ends)
+    return [
+        f"the chat template ends an answer with {end[1]}, which no configuration of the source "
+        "names as an end: it was added to eos_token_id"
+    ]

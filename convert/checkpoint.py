@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,8 @@ import mlx.core as mx
 
 from mlx_redrafter.convert.shards import GGUF, Shard, TensorInfo, kind_of, open_shard
 from mlx_redrafter.errors import ConvertError, ModelError
-from mlx_redrafter.models.weights import preview, read_json
-
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-# The first pattern that finds something wins; what Trainer leaves beside the weights is not theirs.
-_PATTERNS = (
-    "model*.safetensors", "*.safetensors", "pytorch_model*.bin", "model*.pt", "*.bin", "*.pt",
-    "*.pth", "*.gguf",
-)  # fmt: skip
-_NOT_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|rng_state|scaler")
-_PART = re.compile(r"(.*)-(\d{1,5})-of-(\d{1,5})(\.\w+)")
+from mlx_redrafter.models.files import SAFETENSORS, TORCH, files_of_kind
+from mlx_redrafter.models.weights import read_json, two_models
 
 
 class Checkpoint:
@@ -42,8 +33,7 @@ class Checkpoint:
         for file in files:
             for name, info in self._shard(file).tensors.items():
                 if name in self._tensors:
-                    first = self._tensors[name][0].name
-                    raise ConvertError(f"{name} is in both {first} and {file.name} of {folder}")
+                    raise ConvertError(str(two_models(name, self._tensors[name][0], file)))
                 self._tensors[name] = (file, info)
 
     def names(self) -> list[str]:
@@ -62,6 +52,10 @@ class Checkpoint:
                 "needed: the model in bfloat16, float16 or float32"
             )
         return info.dtype
+
+    def types(self) -> dict[str, mx.Dtype | None]:
+        """Names and types of all tensors; None for a type that MLX does not have."""
+        return {name: info.dtype for name, (_, info) in self._tensors.items()}
 
     def nbytes(self, name: str) -> int:
         size = self.dtype(name).size
@@ -102,59 +96,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The weights of a folder: the files its index names, else those that look like weights."""
+    """The weights of a folder, the same as loading takes; of other formats if it has no other."""
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise ConvertError(f"there is no {path}; needed: a checkpoint's folder or file")
-    for name in _INDEXES:
-        if (path / name).is_file():
-            return _indexed(path, path / name)
-    for pattern in _PATTERNS:
-        found = [f for f in sorted(path.glob(pattern)) if not _NOT_WEIGHTS.search(f.name)]
-        if found:
-            _refuse_gaps(path, found)
-            return found
+    try:
+        for kind in (SAFETENSORS, *TORCH):
+            if files := files_of_kind(path, kind, lambda file: open_shard(file).tensors.keys()):
+                return files
+    except ModelError as error:
+        raise ConvertError(str(error)) from None
+    if files := sorted(path.glob("*.gguf")):
+        return files
     raise ConvertError(
         f"{path} holds no weights; needed: *.safetensors, *.bin, *.pt, *.pth or *.gguf"
     )
-
-
-def _indexed(folder: Path, index: Path) -> list[Path]:
-    try:
-        names = read_json(index).get("weight_map")
-    except ModelError as error:
-        raise ConvertError(str(error)) from None
-    if not isinstance(names, dict) or not names:
-        raise ConvertError(f"{index} has no 'weight_map'; download it again")
-    files = sorted({str(name) for name in names.values()})
-    # By the name alone: in the Hugging Face cache the files themselves are links to elsewhere.
-    outside = [n for n in files if Path(n).is_absolute() or ".." in Path(n).parts or "\\" in n]
-    if outside:
-        raise ConvertError(
-            f"{index} is refused: it points outside its folder, to {preview(outside)}"
-        )
-    missing = [name for name in files if not (folder / name).is_file()]
-    if missing:
-        raise ConvertError(
-            f"{folder} lacks {preview(missing)} (named by {index.name}); download the missing files"
-        )
-    paths = [folder / name for name in files]
-    for path in paths:
-        promised = {tensor for tensor, name in names.items() if folder / str(name) == path}
-        if absent := promised - open_shard(path).tensors.keys():
-            raise ConvertError(
-                f"{path} lacks {preview(absent)}, which {index.name} says it holds; "
-                "download it again"
-            )
-    return paths
-
-
-def _refuse_gaps(folder: Path, files: list[Path]) -> None:
-    """Files called n-of-m without an index: are they all there?"""
-    for match in filter(None, (_PART.fullmatch(file.name) for file in files)):
-        stem, _, total, suffix = match.groups()
-        width = len(match[2])
-        names = [f"{stem}-{i:0{width}}-of-{total}{suffix}" for i in range(1, int(total) + 1)]
-        if missing := [name for name in names if not (folder / name).is_file()]:
-            raise ConvertError(f"{folder} lacks {preview(missing)}; download the missing files")

@@ -16,6 +16,7 @@ import typer
 from mlx_redrafter import console
 from mlx_redrafter.convert import Progress, Summary
 from mlx_redrafter.convert import convert as convert_checkpoint
+from mlx_redrafter.convert.mapping import size_text
 from mlx_redrafter.errors import OptionError
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
@@ -122,9 +123,9 @@ def _show(summary: Summary) -> None:
     for note in summary.notes:
         console.show(f"note: {note}")
     if summary.out is not None:
-        rows_of_files = [(f.name, _size(f.size), f.sha256) for f in summary.files]
+        rows_of_files = [(f.name, size_text(f.size), f.sha256) for f in summary.files]
         _table(("file", "size", "SHA-256"), rows_of_files)
-        console.show(f"wrote {summary.out}: {_size(summary.size)}")
+        console.show(f"wrote {summary.out}: {size_text(summary.size)}")
     if summary.url:
         console.show(f"uploaded to {summary.url}")
 
@@ -158,14 +159,6 @@ def _as_dict(summary: Summary) -> dict[str, Any]:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _size(size: int) -> str:
-    units = iter(("kB", "MB", "GB"))
-    value, unit = float(size), "B"
-    while value >= 1000 and unit != "GB":
-        value, unit = value / 1000, next(units)
-    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_redrafter.convert.checkpoint import Checkpoint
 from mlx_redrafter.convert.formats import Format
 from mlx_redrafter.convert.mapping import Mapping
-from mlx_redrafter.convert.writer import OutputFolder, ShardWriter
+from mlx_redrafter.convert.writer import OutputFolder, ShardWriter, sixteen_bits
 from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import ConvertError
 from mlx_redrafter.models.weights import preview
@@ -61,7 +61,8 @@ def plan_drafter(checkpoint: Checkpoint, kind: Format) -> DrafterPlan:
     if kind is Format.MLX:
         raw = checkpoint.config
         config = ReDrafterConfig.from_dict(raw)
-        quantization = raw.get("quantization")
+        packed = any(name.endswith(".scales") for name in shapes)
+        quantization = raw.get("quantization") if packed else None
         known = {"model_type", "quantization", *vars(config)}
         extra = {key: value for key, value in raw.items() if key not in known}
     else:
@@ -213,6 +214,9 @@ def write_drafter(
     # Apple's transformers refuse a file that does not say which framework wrote it.
     writer = ShardWriter(out, None, {"format": "mlx" if to is Format.MLX else "pt"})
     kinds = set()
+    stored = {checkpoint.dtype(theirs) for theirs in plan.names.values()}
+    if bits and dtype is None and mx.float32 in stored:
+        dtype = sixteen_bits(stored)
     for done, (ours, theirs) in enumerate(plan.names.items()):
         value = _cast(checkpoint.load(theirs), dtype)
         if mx.issubdtype(value.dtype, mx.floating):

@@ -76,7 +76,6 @@ def recognise(checkpoint: Checkpoint) -> Format:
         return Format.MLX
     _refuse_look_alikes(checkpoint)
     if kind in SUPPORTED and not any(name.startswith("drafter.") for name in names):
-        _refuse_mlx(checkpoint)
         return Format.BASE
     if any(name.startswith("drafter.lm_head.") for name in names):
         return Format.MODELOPT
@@ -109,11 +108,3 @@ def _refuse_look_alikes(checkpoint: Checkpoint) -> None:
             raise ConvertError(
                 f"{checkpoint.path} is not a ReDrafter but {what}: it holds {preview(found, 3)}"
             )
-
-
-def _refuse_mlx(checkpoint: Checkpoint) -> None:
-    if "bits" in (checkpoint.config.get("quantization") or {}):
-        raise ConvertError(
-            f"{checkpoint.path} is a quantised MLX model already: run it as it is, or convert the "
-            "unquantised model"
-        )

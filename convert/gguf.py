@@ -2,85 +2,138 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter.convert.base import check_fit, expected_shapes
+from mlx_redrafter.convert.base import Quantisation, check_fit, expected_shapes
 from mlx_redrafter.convert.base_files import write_config
-from mlx_redrafter.convert.mapping import Mapping
-from mlx_redrafter.convert.writer import OutputFolder, ShardWriter
+from mlx_redrafter.convert.mapping import Mapping, size_text
+from mlx_redrafter.convert.writer import OutputFolder, ShardWriter, sixteen_bits
 from mlx_redrafter.gguf_blocks import KEPT_BITS
 from mlx_redrafter.gguf_file import GgufTensor
-from mlx_redrafter.gguf_model import ROPE_FACTORS, GgufModel, mlx_name
+from mlx_redrafter.gguf_model import GgufModel, mlx_name
+from mlx_redrafter.gguf_rope import ROPE_FACTORS
 
 Progress = Callable[[int, int], None]
 
 
-def plan_gguf(path: Path) -> list[Mapping]:
-    """What convert_gguf would do with each tensor. Raises ConvertError."""
-    return _mappings(_checked(path))
-
-
-def convert_gguf(
-    path: Path,
-    out: OutputFolder,
-    *,
-    keep_quantized: bool,
-    dtype: mx.Dtype | None,
-    progress: Progress,
-) -> list[Mapping]:
-    """Write a GGUF file's model as an MLX folder, with the tokenizer that the file holds.
+class GgufPlan:
+    """What becomes of a GGUF file, known before anything is written.
 
     Args:
         path: the file.
-        out: folder under construction.
-        keep_quantized: Q4_0, Q4_1 and Q8_0 blocks become MLX's quantisation in groups of 32, to
-            the bit; all other types, and these too if False, are dequantised.
+        bits, group_size: quantise anew, as mlx_lm.convert does with the dequantised model. None:
+            Q4_0, Q4_1 and Q8_0 blocks become MLX's quantisation in groups of 32, to the bit,
+            unless a dtype is given; all other types are dequantised.
         dtype: of all that is not packed; None: the file's own for F32 and BF16 models, else
-            float16, which GGUF's scales are in.
-        progress: called with tensors done and in all.
+            float16, which GGUF's scales are in; 16 bits where ``bits`` are given.
 
     Raises:
         ConvertError: another architecture, tokenizer or block type; a damaged file; missing,
             left-over or misshapen tensors.
     """
-    model = _checked(path)
-    block = model.quantisation() if keep_quantized else None
-    kind = dtype or model.dense_dtype(keep_quantized)
-    _write_files(model, kind, block, out)
-    writer = ShardWriter(out)
-    for done, tensor in enumerate(model.converted(keep_quantized, kind)):
-        progress(done, len(model.tensors))
-        for part, value in tensor.parts.items():
-            writer.add(f"{tensor.base}.{part}", value)
-        del tensor, value
-    writer.close()
-    progress(len(model.tensors), len(model.tensors))
-    return _mappings(model)
 
+    def __init__(
+        self,
+        path: Path,
+        *,
+        bits: int | None = None,
+        group_size: int = 64,
+        dtype: mx.Dtype | None = None,
+    ) -> None:
+        self.model = model = GgufModel(path)
+        shapes = {_target(tensor): tensor.shape for tensor in model.tensors}
+        self.config = model.config()
+        check_fit(expected_shapes(self.config, list(shapes)), shapes, path)
+        self.keep = bits is None and dtype is None
+        self.dtype = dtype or model.dense_dtype(self.keep)
+        if bits is not None and dtype is None and self.dtype == mx.float32:
+            self.dtype = sixteen_bits(())
+        self.quantisation = Quantisation(self.config, list(shapes), bits, group_size)
+        self.bits = bits
 
-def _write_files(
-    model: GgufModel, dtype: mx.Dtype, block: dict[str, Any] | None, out: OutputFolder
-) -> None:
-    config = {**model.config(), "dtype": str(dtype).rpartition(".")[2]}
-    if block is not None:
-        config["quantization"] = block
-    write_config(config, out)
-    ids = {f"{name}_token_id": config[f"{name}_token_id"] for name in ("bos", "eos", "pad")}
-    out.write_json("generation_config.json", {k: v for k, v in ids.items() if v is not None})
-    model.tokenizer.save(out.path)
-    out.write_json("tokenizer_config.json", model.tokenizer.config(model.context_length))
+    def mappings(self) -> list[Mapping]:
+        """Every tensor of the file."""
+        rows = []
+        for tensor in self.model.tensors:
+            target, bits = _target(tensor), self._bits(tensor)
+            notes = [f"{tensor.kind}, {f'{bits} bits' if bits else _name(self.dtype)} in MLX"]
+            if self.model.reordered_heads(tensor):
+                notes.append("rows back in rotary order")
+            rows.append(Mapping(tensor.name, target, tensor.shape, ", ".join(notes)))
+        if factors := self.model.file.tensors.get(ROPE_FACTORS):
+            note = "becomes rope_scaling of config.json"
+            rows.append(Mapping(ROPE_FACTORS, "", factors.shape, note))
+        return rows
 
+    def notes(self) -> list[str]:
+        """What a person may not expect of the size, or of the precision."""
+        matrices = [t for t in self.model.tensors if len(t.shape) == 2]
+        plain = [t for t in matrices if not self._bits(t)]
+        packed = sorted({t.kind for t in plain} - {"F32", "F16", "BF16"})
+        if self.keep and packed:
+            grown = sum(math.prod(t.shape) * self.dtype.size for t in plain if t.kind in packed)
+            return [
+                f"MLX has no equal of {', '.join(packed)}: these tensors become "
+                f"{_name(self.dtype)}, {size_text(grown)}; with -q they are quantised again"
+            ]
+        if self.bits is None:
+            return []
+        notes = []
+        if kept := sorted({t.kind for t in matrices if self.model.kept(t)}):
+            notes.append(
+                f"{', '.join(kept)} tensors are quantised a second time; without -q they are "
+                "kept to the bit"
+            )
+        if plain:
+            notes.append(
+                f"{len(plain)} matrices stay {_name(self.dtype)}: their rows are no multiple of "
+                "--q-group-size"
+            )
+        return notes
 
-def _checked(path: Path) -> GgufModel:
-    """The model, if its tensors are those of its configuration."""
-    model = GgufModel(path)
-    shapes = {_target(tensor): tensor.shape for tensor in model.tensors}
-    check_fit(expected_shapes(model.config(), list(shapes)), shapes, path)
-    return model
+    def write(self, out: OutputFolder, progress: Progress) -> None:
+        """Make the folder, with the tokenizer that the file holds.
+
+        Raises ConvertError. ``progress`` is called with tensors done and in all.
+        """
+        self._write_files(out)
+        writer = ShardWriter(out)
+        total = len(self.model.tensors)
+        for done, tensor in enumerate(self.model.converted(self.keep, self.dtype)):
+            progress(done, total)
+            packed = self.keep and self.model.kept(tensor.source)
+            for part, value in tensor.parts.items():
+                name = f"{tensor.base}.{part}"
+                if packed:
+                    holds = math.prod(tensor.source.shape) if part == "weight" else 0
+                    writer.add(name, value, holds)
+                    continue
+                for target, array, holds in self.quantisation.apply(name, value):
+                    mx.eval(array)  # the writer would keep its source, which is larger
+                    writer.add(target, array, holds)
+            del tensor, value
+        writer.close()
+        progress(total, total)
+
+    def _bits(self, tensor: GgufTensor) -> int | None:
+        if self.keep and self.model.kept(tensor):
+            return KEPT_BITS[tensor.kind]
+        return self.quantisation.bits(_target(tensor))
+
+    def _write_files(self, out: OutputFolder) -> None:
+        config = {**self.quantisation.config, "dtype": _name(self.dtype)}
+        if self.keep and (block := self.model.quantisation()):
+            config["quantization"] = block
+        write_config(config, out)
+        ids = {f"{name}_token_id": config[f"{name}_token_id"] for name in ("bos", "eos", "pad")}
+        out.write_json("generation_config.json", {k: v for k, v in ids.items() if v is not None})
+        tokenizer = self.model.tokenizer
+        tokenizer.save(out.path)
+        out.write_json("tokenizer_config.json", tokenizer.config(self.model.context_length))
 
 
 def _target(tensor: GgufTensor) -> str:
@@ -88,14 +141,5 @@ def _target(tensor: GgufTensor) -> str:
     return f"{mlx_name(base)}.{part}"
 
 
-def _mappings(model: GgufModel) -> list[Mapping]:
-    rows = []
-    for tensor in model.tensors:
-        bits = KEPT_BITS.get(tensor.kind)
-        notes = [f"{tensor.kind}, {bits} bits in MLX" if bits else tensor.kind]
-        if model.reordered_heads(tensor):
-            notes.append("rows back in rotary order")
-        rows.append(Mapping(tensor.name, _target(tensor), tensor.shape, ", ".join(notes)))
-    if factors := model.file.tensors.get(ROPE_FACTORS):
-        rows.append(Mapping(ROPE_FACTORS, "", factors.shape, "becomes rope_scaling of config.json"))
-    return rows
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]

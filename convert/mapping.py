@@ -19,3 +19,15 @@ class Mapping(NamedTuple):
     target: str
     shape: tuple[int, ...]
     note: str = ""
+
+
+def size_text(size: int) -> str:
+    """Bytes in units of a thousand: 999 B, 1.0 kB, 12.3 GB."""
+    if size < 1000:
+        return f"{size} B"
+    value, unit = size / 1e3, "kB"
+    for larger in ("MB", "GB"):
+        if value < 999.95:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.1f} {unit}"

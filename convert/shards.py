@@ -57,10 +57,13 @@ class Shard(Protocol):
 
 
 def kind_of(path: Path) -> str:
-    """safetensors, torch or gguf, from the first bytes: names say nothing."""
+    """safetensors, torch or gguf, from the first bytes: names say little.
+
+    What is called .gguf and begins otherwise is a damaged GGUF file, or something in its place.
+    """
     with path.open("rb") as stream:
         start = stream.read(8)
-    if start.startswith(b"GGUF"):
+    if start.startswith(b"GGUF") or path.suffix.lower() == ".gguf":
         return GGUF
     # safetensors begin with the length of their header, which may look like either mark below.
     if len(start) == 8 and int.from_bytes(start, "little") <= _LONGEST_HEADER:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -27,6 +27,14 @@ _TYPES = {
     mx.int64: "I64", mx.int32: "I32", mx.int16: "I16", mx.int8: "I8", mx.bool_: "BOOL",
     mx.uint64: "U64", mx.uint32: "U32", mx.uint16: "U16", mx.uint8: "U8",
 }  # fmt: skip
+
+
+def sixteen_bits(stored: Collection[mx.Dtype]) -> mx.Dtype:
+    """What float32 becomes beside 4 or 8 bits: float16 if some is stored so, else bfloat16.
+
+    bfloat16 has the range of float32, which activations may need.
+    """
+    return mx.float16 if mx.float16 in stored else mx.bfloat16
 
 
 class Written(NamedTuple):
@@ -160,8 +168,8 @@ class ShardWriter:
         self._header: dict[str, Any] = {}
         self._offset = self._room = 0
 
-    def add(self, name: str, value: mx.array) -> None:
-        """The next tensor of the output."""
+    def add(self, name: str, value: mx.array, parameters: int | None = None) -> None:
+        """The next tensor of the output; ``parameters``: weights in it, if they are packed."""
         size = value.nbytes
         full = self._offset + self._pending_bytes + size > (self.max_bytes or float("inf"))
         if full and (self._offset or self._pending):
@@ -169,7 +177,7 @@ class ShardWriter:
         self._pending.append((name, value))
         self._pending_bytes += size
         self._total += size
-        self._parameters += value.size
+        self._parameters += value.size if parameters is None else parameters
         if self._pending_bytes > _PENDING_BYTES or (self._file and len(self._pending) >= _MANY):
             self._spill()
             if self.max_bytes and len(json.dumps(self._header)) > self._room // 2:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import os
-import struct
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from mlx_redrafter.errors import ConvertError
+from mlx_redrafter import gguf_values
+from mlx_redrafter.errors import ConvertError, ModelError
 from mlx_redrafter.gguf_blocks import BLOCKS
 
 # value type -> numpy's name; 8 is a string and 9 an array.
@@ -24,6 +24,7 @@ _SCALARS: dict[int, np.dtype[Any]] = {
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
+_VERSIONS = (2, 3)
 
 
 class GgufTensor(NamedTuple):
@@ -58,9 +59,12 @@ class GgufFile:
         try:
             with self.path.open("rb") as stream:
                 self._read_header(_Reader(stream))
-        except (OSError, ValueError, KeyError, OverflowError, struct.error) as error:
-            if isinstance(error, ConvertError):
-                raise
+        except ConvertError:
+            raise
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise ConvertError(f"{self.path} cannot be read ({reason})") from error
+        except (ValueError, KeyError, OverflowError) as error:
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise ConvertError(
                 f"{self.path} is not a readable GGUF file ({reason}); download it again"
@@ -82,24 +86,28 @@ class GgufFile:
         return data.reshape(rows, tensor.row_bytes)
 
     def _read_header(self, reader: _Reader) -> None:
-        if reader.take(4) != b"GGUF":
-            raise ValueError("it does not begin with 'GGUF'")
-        version = reader.u32()
-        if version not in (2, 3):
-            raise ValueError(f"version {version:#x}; needed: 2 or 3, little-endian")
+        self._refuse_others(reader)
         tensors, pairs = reader.u64(), reader.u64()
         for _ in range(pairs):
             key = reader.text()
             self.metadata[key] = reader.value(reader.u32())
+        try:
+            gguf_values.check(self.metadata)
+        except ConvertError as error:
+            raise ConvertError(
+                f"the metadata of {self.path} makes no sense: {error}; download it again"
+            ) from None
         if self.get("split.count", 1) > 1:
             raise ConvertError(
                 f"{self.path} is one of {self.get('split.count')} parts of a split GGUF file; "
                 "join them first: llama-gguf-split --merge FIRST_PART OUT"
             )
         found = [self._tensor(reader) for _ in range(tensors)]
-        alignment = int(self.get("general.alignment", 32))
+        alignment = self.get("general.alignment", 32)
         start = -(-reader.stream.tell() // alignment) * alignment
         for tensor in found:
+            if tensor.offset % alignment:
+                raise ValueError(f"{tensor.name} does not begin at a multiple of {alignment}")
             end = start + tensor.offset + tensor.rows * tensor.row_bytes
             if end > reader.size:
                 raise ConvertError(
@@ -109,6 +117,29 @@ class GgufFile:
             self.tensors[tensor.name] = tensor._replace(offset=start + tensor.offset)
         if len(self.tensors) != tensors:
             raise ValueError("two tensors have the same name")
+
+    def _refuse_others(self, reader: _Reader) -> None:
+        """Say what it is instead, where that can be told from the first bytes."""
+        from mlx_redrafter.models.weights import refuse_stand_in
+
+        try:
+            refuse_stand_in(self.path)
+        except ModelError as error:
+            raise ConvertError(str(error)) from None
+        if reader.take(4) != b"GGUF":
+            raise ValueError("it does not begin with 'GGUF'")
+        version = reader.u32()
+        if version in _VERSIONS:
+            return
+        if int.from_bytes(version.to_bytes(4, "little"), "big") in (1, *_VERSIONS):
+            raise ConvertError(
+                f"{self.path} is a big-endian GGUF file; needed: a little-endian one "
+                "(gguf-convert-endian of the Python package gguf makes one)"
+            )
+        hint = "download a newer one" if version == 1 else "update mlx-redrafter"
+        raise ConvertError(
+            f"{self.path} is of GGUF version {version}; needed: version 2 or 3: {hint}"
+        )
 
     def _tensor(self, reader: _Reader) -> GgufTensor:
         name, dimensions = reader.text(), reader.u32()
@@ -146,13 +177,13 @@ class _Reader:
     def u64(self) -> int:
         return int.from_bytes(self.take(8), "little")
 
-    def text(self) -> str:
+    def text(self, errors: str = "replace") -> str:
         # Some vocabularies hold pieces that are no UTF-8: they must not stop the conversion.
-        return self.take(self.u64()).decode("utf-8", errors="replace")
+        return self.take(self.u64()).decode("utf-8", errors)
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
-            return self.text()
+            return self.text("surrogateescape")
         if kind == _ARRAY:
             inner, count = self.u32(), self.u64()
             if inner in _SCALARS:

@@ -5,16 +5,17 @@ llama.cpp renames every tensor, and for llama reorders the rows of q and k; both
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mlx_redrafter import gguf_rope
 from mlx_redrafter.errors import ConvertError
 from mlx_redrafter.gguf_blocks import GROUP, KEPT_BITS, dequantise, repack
 from mlx_redrafter.gguf_file import GgufFile, GgufTensor
+from mlx_redrafter.gguf_rope import ROPE_FACTORS
 from mlx_redrafter.gguf_tokenizer import GgufTokenizer
 
 if TYPE_CHECKING:
@@ -37,10 +38,6 @@ _OUTER_NAMES = {
     "output": "lm_head",
 }
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-# Llama 3.1's rotary factors; configuration rather than weights.
-ROPE_FACTORS = "rope_freqs.weight"
-# (low, high) frequency factors and first context length of every published Llama 3.x.
-_LLAMA3 = (1.0, 4.0, 8192)
 # Bounds the memory of a dequantisation: elements unpacked at a time.
 _CHUNK = 1 << 24
 
@@ -48,7 +45,7 @@ _CHUNK = 1 << 24
 class Converted(NamedTuple):
     """One source tensor under its new name: `parts` by suffix (weight, scales, biases, bias)."""
 
-    source: str
+    source: GgufTensor
     base: str
     parts: dict[str, mx.array]
 
@@ -58,6 +55,8 @@ class GgufModel:
 
     def __init__(self, path: Path) -> None:
         self.file = GgufFile(path)
+        if (kind := self.file.get("general.type", "model")) != "model":
+            raise ConvertError(f"{self.file.path} is a GGUF file of type {kind!r}; needed: a model")
         self.architecture = str(self.file.get("general.architecture"))
         if self.architecture not in ARCHITECTURES or self._get("expert_count", 0):
             experts = " with experts" if self._get("expert_count", 0) else ""
@@ -72,25 +71,21 @@ class GgufModel:
 
     def config(self) -> dict[str, Any]:
         """`config.json` as transformers and mlx-lm write it. Raises ConvertError."""
-        try:
-            return self._config()
-        except (TypeError, ValueError, ZeroDivisionError) as error:
-            if isinstance(error, ConvertError):
-                raise
-            raise ConvertError(
-                f"{self.file.path} lacks sizes of the model ({error}); download it again"
-            ) from error
-
-    def _config(self) -> dict[str, Any]:
-        heads, hidden = int(self._get("attention.head_count")), int(self._get("embedding_length"))
         rows = self._shape("token_embd.weight")[0]
-        head_dim = int(self._get("attention.key_length", hidden // heads))
+        heads, hidden = self._size("attention.head_count"), self._size("embedding_length")
+        if len(self.tokenizer.tokens) > rows:
+            raise ConvertError(
+                f"{self.file.path} has {len(self.tokenizer.tokens)} tokens and embeds {rows} of "
+                "them; download it again"
+            )
+        head_dim = self._size("attention.key_length", hidden // heads)
         rotated = self._get("rope.dimension_count", head_dim)
         if rotated != head_dim:
             raise ConvertError(
                 f"{self.file.path} rotates {rotated} of {head_dim} entries of a head, which a "
                 f"{self.architecture} model cannot; convert the model's Hugging Face version"
             )
+        positions = gguf_rope.positions(self.file, self.architecture, head_dim)
         names = self.file.tensors
         ends = self.tokenizer.end_ids()
         config: dict[str, Any] = {
@@ -103,14 +98,14 @@ class GgufModel:
             "hidden_act": "silu",
             "hidden_size": hidden,
             "initializer_range": hidden**-0.5,
-            "intermediate_size": int(self._get("feed_forward_length")),
-            "max_position_embeddings": self.context_length,
+            "intermediate_size": self._size("feed_forward_length"),
+            "max_position_embeddings": positions.length,
             "num_attention_heads": heads,
-            "num_hidden_layers": int(self._get("block_count")),
+            "num_hidden_layers": self._size("block_count"),
             "num_key_value_heads": self.kv_heads,
             "pad_token_id": self.tokenizer.token_id("padding"),
-            "rms_norm_eps": round(self._get("attention.layer_norm_rms_epsilon"), 12),
-            "rope_scaling": self._rope_scaling(),
+            "rms_norm_eps": round(self._needed("attention.layer_norm_rms_epsilon"), 12),
+            "rope_scaling": positions.scaling,
             "rope_theta": self._get("rope.freq_base", 10000.0),
             "tie_word_embeddings": "output.weight" not in names,
             "use_cache": True,
@@ -127,24 +122,29 @@ class GgufModel:
 
     @property
     def kv_heads(self) -> int:
-        return int(self._get("attention.head_count_kv", self._get("attention.head_count")))
+        return self._size("attention.head_count_kv", self._size("attention.head_count"))
 
     def dense_dtype(self, quantised: bool) -> mx.Dtype:
         """Where none is asked for: as the file's matrices; float16 if any has to be unpacked."""
         import mlx.core as mx
 
         kinds = {t.kind for t in self.tensors if len(t.shape) == 2}
-        if quantised and kinds & KEPT_BITS.keys():
+        if quantised and any(map(self.kept, self.tensors)):
             return mx.float16
         names = {"F32": mx.float32, "BF16": mx.bfloat16}
         return names[kinds.pop()] if len(kinds) == 1 and kinds <= names.keys() else mx.float16
+
+    def kept(self, tensor: GgufTensor) -> bool:
+        """Has MLX an equal of these blocks? Vectors have to be plain there."""
+        matrix = len(tensor.shape) == 2 and tensor.name.endswith(".weight")
+        return matrix and tensor.kind in KEPT_BITS
 
     def quantisation(self) -> dict[str, Any] | None:
         """The `quantization` block if blocks are kept; None where there are none to keep."""
         bits = {
             mlx_name(t.name.removesuffix(".weight")): KEPT_BITS[t.kind]
             for t in self.tensors
-            if t.kind in KEPT_BITS
+            if self.kept(t)
         }
         return quantisation_block(bits) if bits else None
 
@@ -154,7 +154,7 @@ class GgufModel:
 
         for tensor in self.tensors:
             base, _, part = tensor.name.rpartition(".")
-            if quantised and tensor.kind in KEPT_BITS:
+            if quantised and self.kept(tensor):
                 weight, *scales = repack(tensor.kind, self.file.read(tensor))
                 parts = {"weight": mx.array(weight)}
                 for name, value in zip(("scales", "biases"), scales, strict=True):
@@ -164,7 +164,7 @@ class GgufModel:
             heads = self.reordered_heads(tensor)
             if heads:
                 parts = {name: unpermute(rows, heads) for name, rows in parts.items()}
-            yield Converted(tensor.name, mlx_name(base), parts)
+            yield Converted(tensor, mlx_name(base), parts)
 
     def reordered_heads(self, tensor: GgufTensor) -> int:
         """How many heads llama.cpp has reordered in this tensor; 0 for all but llama's q and k."""
@@ -172,7 +172,7 @@ class GgufModel:
             return 0
         base = tensor.name.rpartition(".")[0]
         if base.endswith(".attn_q"):
-            return int(self._get("attention.head_count"))
+            return self._size("attention.head_count")
         return self.kv_heads if base.endswith(".attn_k") else 0
 
     def _dense(self, tensor: GgufTensor, dtype: mx.Dtype) -> mx.array:
@@ -186,49 +186,36 @@ class GgufModel:
             pieces.append(mx.array(values).astype(dtype))
             mx.eval(pieces[-1])
             if not mx.isfinite(mx.abs(pieces[-1]).max()).item() and np.isfinite(values).all():
+                name = str(dtype).rpartition(".")[2]
                 raise ConvertError(
-                    f"{tensor.name} has values beyond {dtype}; run again with --dtype bfloat16"
+                    f"{tensor.name} has values beyond {name}; run again with --dtype bfloat16"
                 )
         whole = mx.concatenate(pieces) if len(pieces) > 1 else pieces[0]
         return whole.reshape(tensor.shape)
-
-    def _rope_scaling(self) -> dict[str, Any] | None:
-        kind, factor = self._get("rope.scaling.type"), self._get("rope.scaling.factor")
-        if ROPE_FACTORS in self.file.tensors:
-            return self._llama3_scaling()
-        if kind in (None, "none") or not factor or factor == 1.0:
-            return None
-        if kind == "linear":
-            return {"type": "linear", "rope_type": "linear", "factor": factor}
-        if kind == "yarn":
-            original = self._get("rope.scaling.original_context_length", self.context_length)
-            scaling = {"type": "yarn", "rope_type": "yarn", "factor": factor}
-            return {**scaling, "original_max_position_embeddings": original}
-        raise ConvertError(f"{self.file.path} has the rope scaling {kind!r}; needed: linear, yarn")
-
-    def _llama3_scaling(self) -> dict[str, Any]:
-        """The parameters behind the factors of Llama 3.1, which the file stores computed."""
-        tensor = self.file.tensors[ROPE_FACTORS]
-        stored = dequantise(tensor.kind, self.file.read(tensor)).reshape(-1)
-        factor = round(float(stored.max()), 6)
-        low, high, original = _LLAMA3
-        steps = np.arange(stored.size) / stored.size
-        wavelengths = 2 * math.pi * float(self._get("rope.freq_base", 10000.0)) ** steps
-        smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-        if not np.allclose(stored, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
-            raise ConvertError(
-                f"{self.file.path} stretches its positions in a way that is not Llama 3's "
-                f"({ROPE_FACTORS}); convert the model's Hugging Face version"
-            )
-        names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = dict(zip(names, _LLAMA3, strict=True))
-        return {"rope_type": "llama3", "factor": factor, **scaling}
 
     def _shape(self, name: str) -> tuple[int, ...]:
         tensor = self.file.tensors.get(name)
         if tensor is None:
             raise ConvertError(f"{self.file.path} lacks {name}; download it again")
         return tensor.shape
+
+    def _size(self, key: str, default: int | None = None) -> int:
+        """A size of the model, which cannot exceed what the file holds."""
+        value = int(self._needed(key) if default is None else self._get(key, default))
+        most = max((max(*t.shape, len(self.tensors)) for t in self.tensors), default=0)
+        if value > most:
+            raise ConvertError(
+                f"{self.file.path} gives {self.architecture}.{key} as {value}, more than its "
+                "tensors have; download it again"
+            )
+        return value
+
+    def _needed(self, key: str) -> Any:
+        if (value := self._get(key)) is None:
+            raise ConvertError(
+                f"{self.file.path} lacks {self.architecture}.{key}; download it again"
+            )
+        return value
 
     def _get(self, key: str, default: Any = None) -> Any:
         return self.file.get(f"{self.architecture}.{key}", default)

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_redrafter import turn_ends
 from mlx_redrafter.errors import ConvertError
+from mlx_redrafter.hub import one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -43,7 +45,13 @@ class GgufTokenizer:
         kind, splitter = self._get("model"), self._get("pre")
         splitter = _SAME_AS.get(splitter, splitter)
         self.tokens: list[str] = self._get("tokens") or []
-        self.kinds: list[int] = self._get("token_type") or [_NORMAL] * len(self.tokens)
+        types = self._get("token_type")
+        self.kinds: list[int] = types or [_NORMAL] * len(self.tokens)
+        if not types:
+            # Nothing says which tokens are markup; those with a role or a well-known name are.
+            for number in (*self.end_ids(), *map(self.token_id, dict(_ROLES).values())):
+                if number is not None:
+                    self.kinds[number] = _CONTROL
         needed = "scores" if kind == "llama" else "merges"
         if kind not in ("gpt2", "llama") or (kind == "gpt2" and splitter not in _SPLITTERS):
             raise ConvertError(
@@ -75,13 +83,31 @@ class GgufTokenizer:
 
     def token_id(self, key: str) -> int | None:
         """The id of a named token such as `eos`, None where the file names none."""
-        number = self._get(f"{key}_token_id")
-        return number if number is not None and 0 <= number < len(self.tokens) else None
+        return next(iter(self._ids(key)), None)
 
     def end_ids(self) -> list[int]:
-        """The ids that end an answer: of the text, of a turn, of a message."""
-        ids = [self.token_id(key) for key in ("eos", "eot", "eom")]
-        return list(dict.fromkeys(i for i in ids if i is not None))
+        """The ids that end an answer: those that the file names, then those of well-known names.
+
+        Only markup has such a name: a token whose type says that it is ordinary text, or which
+        stands for unknown text, ends nothing.
+        """
+        named = [i for key in ("eos", "eot", "eom") for i in self._ids(key)]
+        typed, unknown = self._get("token_type"), self.token_id("unknown")
+        markup = {
+            token: i
+            for i, token in enumerate(self.tokens)
+            if i != unknown and (not typed or self.kinds[i] in (_CONTROL, _USER_DEFINED))
+        }
+        known = sorted(markup[token] for token in turn_ends.known(markup))
+        return list(dict.fromkeys([*named, *known]))
+
+    def _ids(self, role: str) -> list[int]:
+        """Ids of a role, of one key or of several; those outside the vocabulary mean none."""
+        found: list[int] = []
+        for key in (f"{role}_token_id", f"{role}_token_ids"):
+            given = self._get(key)
+            found += given if isinstance(given, list) else [] if given is None else [given]
+        return [number for number in found if 0 <= number < len(self.tokens)]
 
     def named(self, key: str) -> str | None:
         number = self.token_id(key)
@@ -97,7 +123,8 @@ class GgufTokenizer:
             tokenizer = make(vocabulary)
         except Exception as error:  # the library raises nothing more precise
             raise ConvertError(
-                f"the tokenizer in {self._file} makes no sense ({error}); download it again"
+                f"the tokenizer in {self._file} makes no sense ({one_line(error)}); "
+                "download it again"
             ) from error
         tokenizer.add_special_tokens(
             [AddedToken(t, special=True, normalized=False) for t in self._of_kind(_CONTROL)]

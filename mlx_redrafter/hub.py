@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
+import glob
 import json
 import os
 import re
@@ -11,31 +13,37 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_redrafter.errors import HubError
+from mlx_redrafter import turn_ends
+from mlx_redrafter.errors import HubError, ModelError
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 BUILTIN = "smollm2-135m"
-PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 _FORMS = f"a model folder, a Hugging Face id (org/name) or {BUILTIN}"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken")
+_BESIDE = (
+    *_TOKENIZER_FILES, "tokenizer_config.json", "vocab.txt", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.*", "generation_config.json",
+)  # fmt: skip
 
 
 def resolve(name: str, revision: str | None = None, also: Sequence[str] = ()) -> Path:
     """The folder of a model or drafter: a local folder, the built-in model, or a hub snapshot.
 
     `org/name@revision` is the same as revision="revision". Hub files go to the Hugging Face cache
-    (HF_HOME) and are used from there without a network; `also` adds file patterns, such as
-    "*.bin", to the safetensors, JSON and tokenizer files that are downloaded.
+    (HF_HOME) and are used from there without a network: one set of safetensors, JSON and tokenizer
+    files. `also` names other kinds of weights, such as "*.bin", to take where those are missing.
     Raises HubError.
     """
     if not name.strip():
-        raise HubError(f"The model name is empty; give {_FORMS}.")
+        raise HubError(f"the model name is empty; give {_FORMS}")
     if name == BUILTIN:
         _refuse_revision(name, revision)
         from mlx_redrafter import builtin
@@ -49,8 +57,8 @@ def resolve(name: str, revision: str | None = None, also: Sequence[str] = ()) ->
     if match is None:
         raise HubError(_nothing_there(name))
     if match[2] and revision and match[2] != revision:
-        raise HubError(f"{name} names one revision and --revision {revision} another; give one.")
-    return _snapshot(match[1], match[2] or revision, [*PATTERNS, *also])
+        raise HubError(f"{name} names one revision and --revision {revision} another; give one")
+    return _snapshot(match[1], match[2] or revision, also)
 
 
 def find_drafter(model_name: str, folder: Path) -> Path | None:
@@ -94,29 +102,67 @@ def data_dir() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "share") / "mlx-redrafter"
 
 
-def load_tokenizer(folder: Path, options: dict[str, Any] | None = None) -> TokenizerWrapper:
+def load_tokenizer(
+    folder: Path, options: dict[str, Any] | None = None, *, complete: bool = True
+) -> TokenizerWrapper:
     """mlx-lm's tokenizer with its streaming detokenizer.
 
-    It stops at every end-of-text id named in the folder's config.json or generation_config.json.
-    `options` are passed to transformers. Raises HubError.
+    It stops at every end of text named in the folder's config.json or generation_config.json, by
+    id or by its text. `options` are passed to transformers. `complete` adds the end of an answer
+    that only the chat template knows, with a warning. Raises HubError.
     """
+    refuse_stand_ins(folder)
     if not any(found for pattern in _TOKENIZER_FILES for found in folder.glob(pattern)):
         raise HubError(
             f"{folder} has no tokenizer; put the tokenizer.json and tokenizer_config.json of the "
-            "model there."
+            "model there"
         )
-    from mlx_lm.utils import load_tokenizer as load
-
     # Without an answer given here, transformers would ask on the terminal whether to run code.
     # The context's length is ours to check: transformers would warn of errors that cannot happen.
     options = {"trust_remote_code": False, "model_max_length": 10**9, **(options or {})}
     try:
-        return load(folder, options, eos_token_ids=_end_ids(folder) or None)
+        loaded = _load_tokenizer(folder, options)
     except Exception as error:
         raise HubError(
-            f"The tokenizer in {folder} cannot be loaded ({one_line(error)}); copy the tokenizer "
-            "files of the model again."
+            f"the tokenizer in {folder} cannot be loaded ({one_line(error)}); copy the tokenizer "
+            "files of the model again"
         ) from error
+    for end in end_ids(folder, loaded):
+        loaded.add_eos_token(str(end))
+    return turn_ends.completed(loaded, folder) if complete else loaded
+
+
+def refuse_stand_ins(folder: Path) -> None:
+    """HubError if a Git LFS pointer or a web page lies in place of a tokenizer's file."""
+    from mlx_redrafter.models.weights import refuse_stand_in
+
+    for path in sorted(path for pattern in _BESIDE for path in folder.glob(pattern)):
+        try:
+            refuse_stand_in(path)
+        except ModelError as error:
+            raise HubError(str(error)) from None
+
+
+def end_ids(folder: Path, tokenizer: TokenizerWrapper | None = None) -> list[int]:
+    """The ends of text that config.json and generation_config.json name; other values are left out.
+
+    Those given as text need the tokenizer, which is loaded unless it is given.
+    """
+    given: list[Any] = []
+    for file in ("config.json", "generation_config.json"):
+        value = _read_json(folder / file).get("eos_token_id")
+        given += value if isinstance(value, list) else [value]
+    ids = {v for v in given if isinstance(v, int) and not isinstance(v, bool) and v >= 0}
+    if texts := sorted({v for v in given if isinstance(v, str)}):
+        vocabulary = (tokenizer or load_tokenizer(folder, complete=False)).get_vocab()
+        ids |= {int(t) for t in texts if t not in vocabulary and t.isdecimal()}
+        ids |= {vocabulary[t] for t in texts if t in vocabulary}
+        if unknown := [t for t in texts if t not in vocabulary and not t.isdecimal()]:
+            warnings.warn(
+                f"{folder} ends texts with {', '.join(unknown)}, which its tokenizer does not know",
+                stacklevel=2,
+            )
+    return sorted(ids)
 
 
 def is_full(error: BaseException) -> bool:
@@ -133,43 +179,92 @@ def _refuse_revision(name: str, revision: str | None) -> None:
     if revision:
         raise HubError(
             f"{name} has no revisions ({revision!r} was given); revisions exist for Hugging Face "
-            "ids only: drop --revision."
+            "ids only: drop --revision"
         )
 
 
 def _checked_folder(path: Path) -> Path:
-    if path.is_file() and path.suffix == ".gguf":
-        words = ["mlx-redrafter", "convert", str(path), "--out", str(path.with_suffix(""))]
-        raise HubError(f"{path} is a file in GGUF; make a folder of it first: {shlex.join(words)}")
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        raise HubError(
+            f"{path} is a GGUF file; make a model folder of it first: "
+            f"mlx-redrafter convert {shlex.quote(str(path))} --out FOLDER"
+        )
     if not path.is_dir():
-        raise HubError(f"{path} is a file; give the folder that holds config.json and the weights.")
+        raise HubError(f"{path} is a file; give the folder that holds config.json and the weights")
     if not (path / "config.json").is_file():
         raise HubError(
             f"{path} has no config.json; give a folder in MLX or Hugging Face layout "
-            "(other formats: mlx-redrafter convert)."
+            "(other formats: mlx-redrafter convert)"
         )
     return path
 
 
 def _nothing_there(name: str) -> str:
     if difflib.get_close_matches(name.lower(), [BUILTIN], cutoff=0.6):
-        return f"There is no model {name!r}; did you mean {BUILTIN}?"
-    return f"There is no folder {name!r}, and it is not a Hugging Face id; give {_FORMS}."
+        return f"there is no model {name!r}; did you mean {BUILTIN}?"
+    return f"there is no folder {name!r}, and it is not a Hugging Face id; give {_FORMS}"
 
 
-def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+def _snapshot(repo: str, revision: str | None, also: Sequence[str]) -> Path:
+    """The small files first: they say offline too, and at once, whether the repository is there."""
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        # In folders lie other forms of a model: original/, onnx/, fp16/.
+        folder = Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=[*PATTERNS], ignore_patterns=["*/*"]
+            )
+        )
+        if (folder / "config.json").is_file():
+            wanted = _wanted(_listing(repo, revision, folder, also), also, folder)
+            if not all((folder / name).is_file() for name in wanted):
+                patterns = [glob.escape(name) for name in wanted]
+                snapshot_download(repo, revision=revision, allow_patterns=patterns)
     except Exception as error:
         raise HubError(_download_message(error, repo, revision)) from error
     if not (folder / "config.json").is_file():
         raise HubError(
             f"{repo} has no config.json: it is not a model in Hugging Face layout; choose its "
-            "safetensors version."
+            "safetensors version"
         )
     return folder
+
+
+def _listing(repo: str, revision: str | None, folder: Path, also: Sequence[str]) -> list[str]:
+    """The files of a repository: as the client keeps them, or as they lie in a whole snapshot."""
+    from huggingface_hub import list_repo_files
+
+    with contextlib.suppress(ImportError, OSError, ValueError, IndexError):
+        from huggingface_hub._tree_cache import read_tree_cache
+
+        if kept := read_tree_cache(str(folder.parents[1]), folder.name):
+            return list(kept)
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+    if _weights(files, also, folder):
+        return files
+    return list(list_repo_files(repo, revision=revision))
+
+
+def _wanted(files: Sequence[str], also: Sequence[str], folder: Path) -> list[str]:
+    """The files of a repository that are read here, its drafter's too."""
+    wanted = [file for file in files if fnmatch(file, "additional_chat_templates/*.jinja")]
+    for place in ("", "drafter/"):
+        inside = [file.removeprefix(place) for file in files if file.startswith(place)]
+        names = [name for name in inside if "/" not in name]
+        kept = [name for name in names if any(fnmatch(name, p) for p in PATTERNS)]
+        weights = _weights(names, also, folder / place)
+        wanted += [place + name for name in (*kept, *weights)]
+    return wanted
+
+
+def _weights(names: Sequence[str], also: Sequence[str], folder: Path) -> list[str]:
+    from mlx_redrafter.models.files import SAFETENSORS, TORCH, weights_among
+
+    kinds = [k for k in TORCH if any(fnmatch(k.stem + k.suffix, pattern) for pattern in also)]
+    names = [name for name in names if "/" not in name]
+    found = (weights_among(names, kind, folder) for kind in (SAFETENSORS, *kinds))
+    return next(filter(None, found), [])
 
 
 def _download_message(error: Exception, repo: str, revision: str | None) -> str:
@@ -178,38 +273,39 @@ def _download_message(error: Exception, repo: str, revision: str | None) -> str:
     page = f"{constants.ENDPOINT}/{repo}"
     # The gated error is a kind of "not found": the order of these tests matters.
     if isinstance(error, errors.GatedRepoError):
-        return f"{repo} is gated: accept its licence at {page}, then run `hf auth login`."
+        return f"{repo} is gated: accept its licence at {page}, then run `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"There is no folder {repo!r} here and no model {repo!r} on the Hugging Face hub; "
-            "did you mean a local folder? For a private model run `hf auth login`."
+            f"there is no folder {repo!r} here and no model {repo!r} on the Hugging Face hub: "
+            "check the spelling; a private model needs `hf auth login`"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo} has no revision {revision!r}; see {page}/tree/main for those it has."
+        return f"{repo} has no revision {revision!r}; see {page}/tree/main for those it has"
     if isinstance(error, errors.HFValidationError):
-        return f"{repo!r} is not a valid Hugging Face id; give {_FORMS}."
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        partly = isinstance(error, errors.IncompleteSnapshotError)
+        return f"{repo!r} is not a valid Hugging Face id; give {_FORMS}"
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        # The listing is only asked for when the small files are there.
+        partly = isinstance(error, errors.IncompleteSnapshotError | errors.OfflineModeIsEnabled)
         where = (
-            f"There is no folder {repo!r} here, and {repo}{f'@{revision}' if revision else ''} is "
+            f"there is no folder {repo!r} here, and {repo}{f'@{revision}' if revision else ''} is "
             f"{'only partly' if partly else 'not'} in the Hugging Face cache"
         )
         if constants.HF_HUB_OFFLINE:
-            return f"{where}; HF_HUB_OFFLINE is set: unset it, or give a local folder."
-        return f"{where}; {constants.ENDPOINT} cannot be reached: connect to the network."
+            return f"{where}; HF_HUB_OFFLINE is set: unset it, or give a local folder"
+        return f"{where}; {constants.ENDPOINT} cannot be reached: connect to the network"
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
-        return f"The Hugging Face hub refuses access to {repo}; run `hf auth login`."
+        return f"the Hugging Face hub refuses access to {repo}; run `hf auth login`"
     return _transfer_message(error, repo, constants.HF_HUB_CACHE)
 
 
 def _transfer_message(error: Exception, repo: str, cache: str) -> str:
     if is_full(error):
-        return f"No space left in {cache} for {repo}; free some, or set HF_HOME to another disk."
+        return f"no space left in {cache} for {repo}; free some, or set HF_HOME to another disk"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{cache} cannot be written for {repo}; set HF_HOME to a folder that can be."
+        return f"{cache} cannot be written for {repo}; set HF_HOME to a folder that can be"
     return (
         f"{repo} could not be downloaded ({one_line(error)}); run the same command again, "
-        "finished files are kept."
+        "finished files are kept"
     )
 
 
@@ -218,12 +314,20 @@ def _is_builtin(folder: Path) -> bool:
     return isinstance(mark, dict) and mark.get("model") == BUILTIN
 
 
-def _end_ids(folder: Path) -> list[int]:
-    ids: set[int] = set()
-    for file in ("config.json", "generation_config.json"):
-        given = _read_json(folder / file).get("eos_token_id")
-        ids.update(given if isinstance(given, list) else [] if given is None else [given])
-    return sorted(ids)
+def _load_tokenizer(folder: Path, options: dict[str, Any]) -> TokenizerWrapper:
+    from mlx_lm.utils import load_tokenizer as load
+
+    try:
+        return load(folder, options)
+    except Exception:
+        # transformers reads all of config.json before, and refuses it for values that no tokenizer
+        # depends on: the end of text as text, for one.
+        from transformers import AutoConfig
+
+        raw = _read_json(folder / "config.json")
+        config = AutoConfig.for_model(str(raw.get("model_type")))
+        config.tokenizer_class = raw.get("tokenizer_class")
+        return load(folder, {**options, "config": config})
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def collect(
     from mlx_redrafter import hub
 
     folder = hub.resolve(name, revision)
+    hub.refuse_stand_ins(folder)
     model = _model(folder, context)
     found = hub.find_drafter(name, folder) if drafter == "auto" else hub.resolve(drafter)
     return {
@@ -71,18 +72,15 @@ def collect(
 
 
 def _model(folder: Path, context: int | None) -> dict[str, Any]:
-    from mlx_redrafter.models import decoder_config
-    from mlx_redrafter.models.loading import sanitize
-    from mlx_redrafter.models.weights import read_json, read_weights, weight_files
+    from mlx_redrafter.models import Decoder
+    from mlx_redrafter.models.loading import read_model
+    from mlx_redrafter.models.weights import parameters as parameters_of
 
-    raw = read_json(folder / "config.json")
-    decoder_config(raw)
-    weights = sanitize(read_weights(weight_files(folder)))
-    config = decoder_config(raw, weights.keys())
-    if config.tied:
-        weights = {k: v for k, v in weights.items() if not k.startswith("lm_head.")}
+    model, weights = read_model(folder)
+    config = model.config
     size, element = _sizes(weights)
-    parameters = _parameters(weights, raw.get("quantization") or {})
+    # Their number when unpacked; no array is made, as none is evaluated.
+    parameters = sum(value.size for value in parameters_of(Decoder(config)).values())
     tokens = min(context or config.max_positions, config.max_positions)
     per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * element
     return {
@@ -108,7 +106,8 @@ def _drafter(found: Path, folder: Path) -> dict[str, Any]:
     from mlx_redrafter.drafters.loading import check_compatible
     from mlx_redrafter.drafters.redrafter import ReDrafterConfig
     from mlx_redrafter.models import Decoder, decoder_config
-    from mlx_redrafter.models.weights import read_json, read_weights, weight_files
+    from mlx_redrafter.models.files import weight_files
+    from mlx_redrafter.models.weights import read_json, read_weights
 
     facts: dict[str, Any] = {
         "folder": str(found),
@@ -151,22 +150,6 @@ def _sizes(weights: Mapping[str, Any]) -> tuple[int, int]:
         for w in weights.values()
     )
     return size, element
-
-
-def _parameters(weights: Mapping[str, Any], block: Mapping[str, Any]) -> int:
-    """Number of weights, packed ones counted unpacked."""
-    total = 0
-    for name, value in weights.items():
-        base, _, kind = name.rpartition(".")
-        if f"{base}.scales" not in weights:
-            total += value.size
-        elif kind == "scales":
-            own = block.get(base)
-            group = own["group_size"] if isinstance(own, dict) else block.get("group_size", 64)
-            total += value.size * group
-        elif kind == "bias":
-            total += value.size
-    return total
 
 
 def show(facts: Mapping[str, Any]) -> None:

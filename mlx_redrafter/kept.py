@@ -24,7 +24,8 @@ from mlx_redrafter.drafters.loading import check_folder
 from mlx_redrafter.errors import DrafterError, HubError, ModelError
 from mlx_redrafter.hub import data_dir, one_line, shipped_drafter
 from mlx_redrafter.models import Decoder, decoder_config
-from mlx_redrafter.models.weights import read_header, read_json, weight_files
+from mlx_redrafter.models.files import weight_files
+from mlx_redrafter.models.weights import read_header, read_json
 
 FILE = "kept.json"
 _SAMPLE = 64  # bytes, at the start, the middle and the end of every tensor

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from tiny_gguf import F32, I32, STRING, U32, metadata, pack_text, pack_value
 
-from mlx_redrafter.convert.gguf import convert_gguf
+from mlx_redrafter.convert.gguf import GgufPlan
 from mlx_redrafter.convert.writer import output_folder
 from mlx_redrafter.gguf_blocks import BLOCKS
 
@@ -113,11 +113,11 @@ def random_blocks(kind, elements):
     return np.resize(data, (count, data.shape[1])).tobytes()
 
 
-def run(path, out, keep=False, dtype=None):
+def run(path, out, **options):
+    plan = GgufPlan(path, **options)
     with output_folder(out, path) as folder:
-        return convert_gguf(
-            path, folder, keep_quantized=keep, dtype=dtype, progress=lambda done, total: None
-        )
+        plan.write(folder, lambda done, total: None)
+    return plan.mappings()
 
 
 def weights_of(folder):

@@ -167,6 +167,46 @@ def test_the_stored_dtype_is_kept_and_another_one_is_recorded(tmp_path):
     assert json.loads((tmp_path / "other" / "config.json").read_text())["torch_dtype"] == "float32"
 
 
+@pytest.mark.parametrize(
+    ("stored", "said", "asked", "expected"),
+    [
+        (mx.float32, None, None, mx.bfloat16),
+        (mx.float32, "float32", None, mx.bfloat16),
+        (mx.float32, "bfloat16", None, mx.bfloat16),
+        (mx.float16, None, None, mx.float16),
+        (mx.float16, "float32", None, mx.float16),
+        (mx.float32, None, mx.float16, mx.float16),
+        (mx.float32, "bfloat16", mx.float32, mx.float32),
+    ],
+)
+def test_scales_have_16_bits_unless_more_are_asked_for(tmp_path, stored, said, asked, expected):
+    source = source_of(tmp_path, "llama", stored, **({"torch_dtype": said} if said else {}))
+    run(source, tmp_path / "out", bits=4, group_size=32, dtype=asked)
+    found = weights_of(tmp_path / "out")
+    assert {value.dtype for value in found.values()} == {mx.uint32, expected}
+    plain = weights_of(source)["model.layers.0.mlp.up_proj.weight"].astype(expected)
+    for part, value in zip(("weight", "scales", "biases"), mx.quantize(plain, 32, 4), strict=True):
+        assert mx.array_equal(found[f"model.layers.0.mlp.up_proj.{part}"], value)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("torch_dtype") == (str(expected).rpartition(".")[2] if said else None)
+
+
+def test_one_matrix_of_16_bits_decides_for_all(tmp_path):
+    source = source_of(tmp_path, "llama")
+    weights = weights_of(source)
+    weights["model.norm.weight"] = weights["model.norm.weight"].astype(mx.float16)
+    mx.save_safetensors(str(source / "model.safetensors"), weights)
+    run(source, tmp_path / "out", bits=4, group_size=32)
+    kinds = {value.dtype for value in weights_of(tmp_path / "out").values()}
+    assert kinds == {mx.uint32, mx.float16}
+
+
+def test_rows_that_no_group_fits_are_refused(tmp_path):
+    source = source_of(tmp_path, "llama", hidden_size=64, intermediate_size=96)
+    with pytest.raises(ConvertError, match="multiple of 128, so none can be quantised"):
+        run(source, tmp_path / "out", bits=4, group_size=128)
+
+
 def test_fused_projections_are_cut(tmp_path):
     source = source_of(tmp_path, "llama-untied-biases")
     weights = weights_of(source)
@@ -217,6 +257,8 @@ def damaged(tmp_path, case="llama", drop=(), add=None, **changes):
 
 
 NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
+SCALES = GATE.replace("weight", "scales")
+QWEIGHT, ONES = GATE.replace("weight", "qweight"), mx.ones((96, 8), mx.uint32)
 BROKEN = {
     "missing": ({"drop": [NORM]}, f"lacks {NORM}"),
     "left-over": (
@@ -225,8 +267,11 @@ BROKEN = {
     ),
     "shape": ({"add": {GATE: mx.ones((95, 64))}}, r"gate_proj.weight \(95, 64\) instead of \(96"),
     "integers": ({"add": {GATE: mx.ones((96, 64), mx.int8)}}, "quantised by another program"),
-    "gptq": ({"quantization_config": {"quant_method": "gptq"}}, r"quantised already \(gptq\)"),
-    "mlx": ({"quantization": {"bits": 4, "group_size": 64}}, r"quantised already \(MLX\)"),
+    "gptq": (
+        {"add": {QWEIGHT: ONES}, "quantization_config": {"quant_method": "gptq"}},
+        "quantised by 'gptq'",
+    ),
+    "mlx": ({"add": {GATE: ONES, SCALES: mx.ones((96, 1))}}, "a quantised MLX model already"),
     "type": ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
     "twice": ({"add": {f"language_model.{NORM}": mx.ones((64,))}}, "under two names"),
 }

@@ -157,7 +157,7 @@ def test_a_card_says_how_to_run(to: str, lines: list[str]) -> None:
 
 
 @pytest.mark.parametrize("safetensors", [True, False])
-def test_pickles_of_the_hub_are_fetched_only_where_nothing_else_is(
+def test_pickles_of_the_hub_are_converted_too(
     safetensors: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     source = write(tmp_path / "snapshot", apple_weights(FULL), apple_config(FULL))
@@ -172,11 +172,10 @@ def test_pickles_of_the_hub_are_fetched_only_where_nothing_else_is(
     monkeypatch.setattr(hub, "resolve", resolve)
     summary = convert("org/drafter@v1", tmp_path / "out")
     assert (summary.source, summary.size > 0) == ("org/drafter@v1", True)
-    once = [("org/drafter@v1", ())]
-    assert asked == (once if safetensors else [*once, ("org/drafter@v1", ("*.bin", "*.pt"))])
+    assert asked == [("org/drafter@v1", ("*.bin", "*.pt"))]
 
 
 def test_neither_a_path_nor_an_id(runner: CliRunner, tmp_path: Path) -> None:
     result = runner.invoke(cli.app, ["convert", "no such thing", "--out", str(tmp_path / "out")])
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: There is no folder 'no such thing'")
+    assert result.stderr.startswith("error: there is no folder 'no such thing'")

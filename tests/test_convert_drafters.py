@@ -239,6 +239,7 @@ def test_quantised_as_the_loader_reads_it(tmp_path: Path) -> None:
     assert config["target_model"] == "somebody/model"
     weights = read(tmp_path / "q")
     assert weights["rnn_u.weight"].dtype == mx.uint32
+    assert weights["rnn_u.scales"].dtype == weights["rnn_u.bias"].dtype == mx.bfloat16
     assert "lm_head.1.scales" not in weights  # 48 inputs are no whole groups
     values = SimpleNamespace(hidden_size=32, vocab_size=48, num_layers=1)
     embed = mx.zeros((48, 32))

@@ -129,15 +129,19 @@ def test_a_missing_shard(tmp_path: Path) -> None:
     assert refused(folder) == f"{folder} lacks {missing}; download the missing files"
 
 
-def test_a_shard_that_lacks_what_the_index_promises(tmp_path: Path) -> None:
+def test_a_shard_that_lacks_a_tensor(tmp_path: Path) -> None:
     folder, files = sharded(tmp_path)
     content = mx.load(str(files[0]))
     assert isinstance(content, dict)
     name = next(iter(content))
     mx.save_safetensors(str(files[0]), {k: v for k, v in content.items() if k != name})
-    assert refused(folder).startswith(
-        f"{files[0]} lacks {name}, which model.safetensors.index.json"
-    )
+    assert refused(folder).startswith(f"{folder} lacks {name}, which a drafter of its config")
+
+
+def test_several_gguf_files_are_two_models(tmp_path: Path) -> None:
+    for name in ("model.gguf", "model-q4_0.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF" + bytes(60))
+    assert "one GGUF file" in refused(tmp_path)
 
 
 def test_one_tensor_in_two_shards(tmp_path: Path) -> None:

@@ -208,12 +208,17 @@ def test_info_counts_a_model(tmp_path: Path) -> None:
 
 
 def test_info_counts_packed_weights_unpacked(tmp_path: Path) -> None:
-    import mlx.core as mx
+    from mlx_lm import utils
 
-    packed, scales, biases = mx.quantize(mx.ones((64, 128)), group_size=32, bits=4)
-    weights = {"a.weight": packed, "a.scales": scales, "a.biases": biases, "n.weight": mx.ones(3)}
-    assert info._parameters(weights, {"group_size": 32, "bits": 4}) == 64 * 128 + 3
-    assert info._parameters(weights, {"group_size": 64, "a": {"group_size": 32}}) == 64 * 128 + 3
+    doctor.tiny_model(tmp_path)
+    plain = info.collect(str(tmp_path))["model"]
+    model, config = utils.load_model(tmp_path)
+    quantised, config = utils.quantize_model(model, config, 32, 4)
+    utils.save_model(tmp_path, quantised)
+    utils.save_config(config, tmp_path / "config.json")
+    packed = info.collect(str(tmp_path))["model"]
+    assert packed["parameters"] == plain["parameters"]
+    assert packed["bits_per_weight"] < 8
 
 
 @pytest.mark.parametrize(("hidden", "fits"), [(128, True), (64, False)])

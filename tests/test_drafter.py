@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import D, V, prompt_of, random_drafter, run
-from edits import Edit, edit_config, edit_file, edit_weights
+from edits import POINTER, Edit, edit_config, edit_file, edit_weights, edits
 
 from mlx_redrafter.decoding import beam
 from mlx_redrafter.decoding.engine import Engine
@@ -239,7 +239,7 @@ def with_entry(name: str, value: float) -> Callable[[dict[str, mx.array]], None]
     return change
 
 
-WEIGHTS, POINTER = "model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"
+WEIGHTS = "model.safetensors"
 BROKEN: dict[str, tuple[Edit, str]] = {
     "hidden size": (edit_config(hidden_size=64), "hidden size 64.*32"),
     "vocabulary": (edit_config(vocab_size=98), "vocabulary size 98.*97"),
@@ -256,7 +256,10 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "unknown cell": (edit_config(cell="lstm"), "'lstm'"),
     "unknown head": (edit_config(head="shared"), "'shared'"),
     "quantisation without bits": (
-        edit_config(quantization={"group_size": 32}),
+        edits(
+            edit_weights(lambda w: w.update({"rnn_w.scales": mx.zeros((32, 1))})),
+            edit_config(quantization={"group_size": 32}),
+        ),
         "quantization|bits",
     ),
     "other width": (edit_config(exit_dim=48), "input_proj|lm_head"),
@@ -272,7 +275,8 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "NaN": (edit_weights(with_entry("rnn_w.weight", np.nan)), "NaN.*rnn_w.weight"),
     "infinity": (edit_weights(with_entry("context_proj.weight", np.inf)), "infinity.*context_proj"),
     "truncated": (edit_file(WEIGHTS, lambda b: b[:-100]), "truncated"),
-    "not safetensors": (edit_file(WEIGHTS, lambda b: POINTER), "safetensors"),
+    "not safetensors": (edit_file(WEIGHTS, lambda b: b"PK" * 40), "not a safetensors"),
+    "in LFS": (edit_file(WEIGHTS, lambda b: POINTER), "Git LFS pointer"),
     "no weights": (edit_file(WEIGHTS, lambda b: None), "safetensors"),
     "no config": (edit_file("config.json", lambda b: None), "config.json"),
     "broken config": (edit_file("config.json", lambda b: b"{"), "config.json"),
@@ -299,8 +303,11 @@ def test_no_folder(target: Decoder, tmp_path: Path) -> None:
 
 def test_unused_keys_and_tensors_are_ignored(target: Decoder, tmp_path: Path) -> None:
     apple_folder(tmp_path, True, E, 1)
+    exact = one_draft(load_drafter(tmp_path, target))
     edit_config(another=[1, 2], num_lookback_tokens=3)(tmp_path)
-    load_drafter(tmp_path, target)
+    edit_config(quantization={"group_size": 32, "bits": 4})(tmp_path)  # nothing is packed
+    for mine, theirs in zip(one_draft(load_drafter(tmp_path, target)), exact, strict=True):
+        assert np.array_equal(mine, theirs)
 
 
 def test_half_precision_is_read(target: Decoder, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
+from huggingface_hub._tree_cache import TREE_CACHE_FORMAT_VERSION
+from huggingface_hub.utils import filter_repo_objects
 
 from mlx_redrafter import builtin, hub
 from mlx_redrafter.errors import HubError
@@ -79,11 +81,11 @@ def test_empty_name(name):
 
 
 def test_wrong_local_paths(tmp_path):
-    file = tmp_path / "model.gguf"
+    file = tmp_path / "model.bin"
     file.touch()
     assert "is a file" in message(str(file))
     assert "has no config.json" in message(str(tmp_path))
-    assert "There is no folder" in message(str(tmp_path / "missing"))
+    assert "there is no folder" in message(str(tmp_path / "missing"))
     assert "has no revisions" in message(str(model_folder(tmp_path / "m")), "main")
 
 
@@ -111,14 +113,102 @@ def test_the_built_in_name(monkeypatch, tmp_path):
 def test_a_hub_id_becomes_a_snapshot(monkeypatch, tmp_path, name, revision, asked):
     calls = []
 
-    def download(repo, revision, allow_patterns):
-        calls.append((repo, revision, allow_patterns))
+    def download(repo, revision, allow_patterns, ignore_patterns=None):
+        calls.append((repo, revision, allow_patterns, ignore_patterns))
+        return str(model_folder(tmp_path))
+
+    def listing(repo, revision):
+        calls.append((repo, revision))
+        return ["config.json", "README.md", "model.safetensors", "pytorch_model.bin"]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", listing)
+    assert hub.resolve(name, revision, also=["*.bin"]) == tmp_path
+    assert calls == [
+        ("org/name", asked, [*hub.PATTERNS], ["*/*"]),
+        ("org/name", asked),
+        ("org/name", asked, ["config.json", "model.safetensors"], None),
+    ]
+    (tmp_path / "model.safetensors").touch()
+    calls.clear()
+    assert hub.resolve(name, revision) == tmp_path
+    assert calls == [("org/name", asked, [*hub.PATTERNS], ["*/*"])], "the weights were there"
+
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+REPOSITORIES = {
+    "consolidated": ([*SHARDS, "consolidated.safetensors", "consolidated.00.pth"], SHARDS),
+    "in folders": (["model.safetensors", "original/model.safetensors", "fp16/model.safetensors"],
+        ["model.safetensors"]),
+    "other programs": (["model.safetensors", "pytorch_model.bin", "tf_model.h5", "rust_model.ot",
+        "flax_model.msgpack", "onnx/model.onnx", "model.gguf"], ["model.safetensors"]),
+    "precisions": (["model.safetensors", "model.fp16.safetensors", "model-bf16.safetensors",
+        "model_q4.safetensors", "model.int8-00001-of-00002.safetensors"], ["model.safetensors"]),
+    "precisions of parts": ([*SHARDS, "model-00001-of-00003.fp16.safetensors"], SHARDS),
+    "only precisions": (["model.fp16.safetensors", "model.bf16.safetensors"],
+        ["model.bf16.safetensors"]),
+    "adapters": ([*SHARDS, "adapter_model.safetensors", "adapters.safetensors"], SHARDS),
+    "trainer": (["model.safetensors", "optimizer.safetensors", "training_args.bin"],
+        ["model.safetensors"]),
+    "one file and parts": ([*SHARDS, "model.safetensors"], ["model.safetensors"]),
+    "two builds": ([*SHARDS, "model-00001-of-00001.safetensors"],
+        ["model-00001-of-00001.safetensors"]),
+    "parts by subject": (["model-a.safetensors", "model-b.safetensors"],
+        ["model-a.safetensors", "model-b.safetensors"]),
+    "old names": (["weights.00.safetensors", "weights.01.safetensors"],
+        ["weights.00.safetensors", "weights.01.safetensors"]),
+    "a drafter": (["model.safetensors", "drafter/config.json", "drafter/model.safetensors",
+        "drafter/adapter_model.safetensors"],
+        ["model.safetensors", "drafter/config.json", "drafter/model.safetensors"]),
+    "pickles": (["pytorch_model-00001-of-00001.bin", "optimizer.bin", "onnx/model.bin"],
+        ["pytorch_model-00001-of-00001.bin"]),
+}  # fmt: skip
+SMALL = ["config.json", "tokenizer.json", "model.safetensors.index.json", "original/params.json"]
+
+
+@pytest.mark.parametrize(
+    ("named", "wanted"),
+    [
+        (SHARDS, SHARDS),
+        (SHARDS[:1], SHARDS),
+        (["heart.safetensors", "model.safetensors"], ["heart.safetensors", "model.safetensors"]),
+        (["model-00001-of-00009.safetensors"], ["model.safetensors"]),
+        (None, ["model.safetensors"]),
+    ],
+)
+def test_an_index_chooses_among_what_a_repository_has(monkeypatch, tmp_path, named, wanted):
+    files = [*SHARDS, "model.safetensors", "heart.safetensors", "config.json"]
+    index = json.dumps({"weight_map": dict(enumerate(named)) if named else 3})
+    asked = []
+
+    def download(repo, revision, allow_patterns, ignore_patterns=None):
+        (model_folder(tmp_path) / "model.safetensors.index.json").write_text(index)
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: files)
+    hub.resolve("org/name")
+    assert sorted(asked[1]) == sorted(["config.json", *wanted])
+
+
+@pytest.mark.parametrize("name", REPOSITORIES)
+def test_only_the_files_of_one_model_are_downloaded(monkeypatch, tmp_path, name):
+    files, wanted = REPOSITORIES[name]
+    asked = set()
+
+    def download(repo, revision, allow_patterns, ignore_patterns=None):
+        asked.update(
+            filter_repo_objects(
+                [*SMALL, *files], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            )
+        )
         return str(model_folder(tmp_path))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert hub.resolve(name, revision, also=["*.bin"]) == tmp_path
-    assert calls == [("org/name", asked, [*hub.PATTERNS, "*.bin"])]
-    assert "*.bin" not in hub.PATTERNS
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: [*SMALL, *files])
+    hub.resolve("org/name", also=["*.bin", "*.pt"])
+    assert asked == {*wanted, *SMALL[:3]}
 
 
 def test_two_different_revisions():
@@ -134,7 +224,7 @@ def test_gated_is_not_reported_as_missing(monkeypatch):
 
 def test_repository_and_revision_not_found(monkeypatch):
     fail_with(monkeypatch, http_error(errors.RepositoryNotFoundError, 401))
-    assert "did you mean a local folder?" in message("org/name")
+    assert "check the spelling" in message("org/name")
     fail_with(monkeypatch, http_error(errors.RevisionNotFoundError, 404))
     assert "has no revision 'v9'" in message("org/name@v9")
 
@@ -170,12 +260,20 @@ def test_the_real_client_offline(monkeypatch, tmp_path):
     folder = model_folder(repo / "snapshots" / ("0" * 40))
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("0" * 40)
+    assert "org/name is only partly in the Hugging Face cache" in message("org/name")
+    (folder / "model.safetensors").touch()
     assert hub.resolve("org/name") == folder
+    # What the client keeps of a listing says what else there is.
+    tree = {name: {"size": 1, "blob_id": "0"} for name in ("config.json", "drafter/config.json")}
+    (repo / "trees").mkdir()
+    kept = {"format_version": TREE_CACHE_FORMAT_VERSION, "files": tree}
+    (repo / "trees" / f"{'0' * 40}.json").write_text(json.dumps(kept))
+    assert "only partly" in message("org/name")
 
 
 def test_full_and_read_only_disks(monkeypatch):
     fail_with(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
-    assert "No space left" in message("org/name") and "HF_HOME" in message("org/name")
+    assert "no space left" in message("org/name") and "HF_HOME" in message("org/name")
     fail_with(monkeypatch, PermissionError(errno.EACCES, "Permission denied"))
     assert "cannot be written" in message("org/name")
 
@@ -242,3 +340,9 @@ def test_missing_and_broken_tokenizers(tmp_path):
     with pytest.raises(HubError, match="cannot be loaded") as caught:
         hub.load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_gguf_file_is_told_what_to_do(tmp_path):
+    (tmp_path / "my model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(HubError, match=r"GGUF file; .* convert '.*/my model\.gguf' --out FOLDER"):
+        hub.resolve(str(tmp_path / "my model.gguf"))

@@ -134,7 +134,7 @@ def test_what_no_longer_fits_is_left_out_with_a_line(
     lines = [str(w.message) for w in said]
     for line, place, problem in zip(
         lines, (text, short, tensor, size),
-        ("not readable as JSON", "truncated", "lacks", "hidden size 64"), strict=True,
+        ("is a web page", "truncated", "lacks", "hidden size 64"), strict=True,
     ):  # fmt: skip
         assert line.startswith("a drafter is left out: ") and problem in line
         assert str(place) in line and "\n" not in line

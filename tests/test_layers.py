@@ -35,6 +35,9 @@ LAYERS = [
         "gguf_file",
         "gguf_model",
         "gguf_tokenizer",
+        "gguf_rope",
+        "gguf_values",
+        "turn_ends",
     },
     {
         "console",

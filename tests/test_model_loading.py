@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from edits import Edit, edit_config, edit_file, edit_weights
+from edits import PAGE, POINTER, Edit, edit_config, edit_file, edit_weights, edits
 from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 from tiny_models import C, Runner, assert_close, build, save, tokens_of
@@ -132,6 +132,8 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path: Path) -> None
 
 
 NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+SCALES, QWEIGHT = UP.replace("weight", "scales"), UP.replace("weight", "qweight")
+PACKED = mx.zeros((96, 8), mx.uint32)
 INDEX = b'{"weight_map": {"a": "model-1.safetensors", "b": "model.safetensors"}}'
 BROKEN: dict[str, tuple[Edit, list[str]]] = {
     "no config": (edit_file("config.json", lambda b: None), ["config.json"]),
@@ -148,7 +150,9 @@ BROKEN: dict[str, tuple[Edit, list[str]]] = {
     "rope": (edit_config(rope_scaling={"type": "wavy"}), ["'wavy'", "llama3", "yarn"]),
     "rope factor": (edit_config(rope_scaling={"type": "yarn"}), ["'yarn'", "factor"]),
     "shard": (edit_file("model.safetensors.index.json", lambda b: INDEX), ["model-1.safetensors"]),
-    "index": (edit_file("model.safetensors.index.json", lambda b: b"{}"), ["weight_map"]),
+    "weights in LFS": (edit_file("model.safetensors", lambda b: POINTER), ["git lfs pull"]),
+    "config in LFS": (edit_file("config.json", lambda b: POINTER), ["json is a Git LFS pointer"]),
+    "a page": (edit_file("model.safetensors", lambda b: PAGE), ["tensors is a web page"]),
     "truncated": (edit_file("model.safetensors", lambda b: b[:-9]), ["truncated"]),
     "corrupt": (edit_file("model.safetensors", lambda b: b"\xff" * 99), ["not a safetensors"]),
     "empty": (edit_file("model.safetensors", lambda b: b""), ["not a safetensors"]),
@@ -157,14 +161,24 @@ BROKEN: dict[str, tuple[Edit, list[str]]] = {
     "shape": (edit_weights(lambda w: w.update({UP: mx.zeros((95, 64))})), [UP, "(95, 64)"]),
     "nan": (edit_weights(lambda w: w.update({UP: w[UP] * mx.nan})), ["NaN", UP]),
     "infinity": (edit_weights(lambda w: w.update({NORM: w[NORM] / 0})), ["NaN or inf", NORM]),
-    "gptq": (edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), ["'gptq'"]),
     "awq": (
-        edit_config(quantization_config={"quant_method": "awq", "bits": 4, "group_size": 64}),
-        ["'awq'", "mlx_lm.convert"],
+        edits(
+            edit_weights(lambda w: w.update({QWEIGHT: mx.zeros((64, 12), mx.int32)})),
+            edit_config(quantization_config={"quant_method": "awq", "bits": 4, "group_size": 64}),
+        ),
+        ["'awq'", QWEIGHT, "mlx_lm.convert"],
+    ),
+    "integers": (
+        edit_weights(lambda w: w.update({UP: mx.zeros((96, 64), mx.int8)})),
+        ["quantised by another program", UP, "int8"],
     ),
     "mode": (
-        edit_config(quantization={"bits": 4, "group_size": 32, "lm_head": True, "mode": "odd"}),
-        ["quantisation", "odd"],
+        edit_weights(lambda w: w.update({UP: PACKED, SCALES: mx.zeros((96, 1), mx.uint8)})),
+        ["quantised weights", "unknown"],
+    ),
+    "groups": (
+        edit_weights(lambda w: w.update({UP: PACKED, SCALES: mx.zeros((96, 0))})),
+        ["quantised weights", "zero"],
     ),
 }
 

@@ -233,7 +233,7 @@ def test_the_fit_alone_takes_answers_into_a_new_folder(
         ("my model.gguf", "convert 'TMP/my model.gguf' --out 'TMP/my model'"),
         ("mamba", "model_type 'mamba' is not supported"),
         ("fails", "chat template fails ('list object' has no attribute"),
-        ("none", "There is no folder"),
+        ("none", "there is no folder"),
     ],
 )
 def test_a_model_that_cannot_be_trained_for_is_one_line(

@@ -73,6 +73,7 @@ CASES: dict[str, Config] = {
     "llama-llama3": {"model_type": "llama", "rope_scaling": LLAMA3},
     "llama-yarn": {"model_type": "llama", "rope_scaling": YARN},
     "llama-linear": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 3.0}},
+    "llama-dynamic": {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 3.0}},
     "llama-traditional": {"model_type": "llama", "rope_traditional": True},
     "llama-window": {"model_type": "llama", "layer_types": MIXED, "sliding_window": 3},
     "mistral": {"model_type": "mistral", "sliding_window": 8, "tie_word_embeddings": False},

@@ -15,6 +15,7 @@ from mlx_lm.utils import dequantize_model
 from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import DrafterError, ModelError
 from mlx_redrafter.models import Decoder
+from mlx_redrafter.models.files import weight_files
 from mlx_redrafter.models.weights import (
     finite,
     misshapen,
@@ -23,7 +24,6 @@ from mlx_redrafter.models.weights import (
     read_header,
     read_json,
     read_weights,
-    weight_files,
 )
 
 # Apple's trainer may leave a norm in the checkpoint that its forward pass never uses.
@@ -52,7 +52,7 @@ def load_drafter(folder: Path, target: Decoder) -> ReDrafter:
         for name, value in weights.items()
     }
     _assign(drafter, weights, folder)
-    if raw.get("quantization") and mx.default_device() == mx.Device(mx.cpu):
+    if _quantization(raw, weights) and mx.default_device() == mx.Device(mx.cpu):
         drafter = cast(ReDrafter, dequantize_model(drafter))
         mx.eval(drafter.parameters())  # or every compiled step would do it again
     return drafter.bind(target)
@@ -100,7 +100,7 @@ def _empty(
 ) -> ReDrafter:
     """A drafter of this shape; the layers of which packed weights are given are quantised."""
     drafter = ReDrafter(config)
-    if quantization := raw.get("quantization"):
+    if quantization := _quantization(raw, given):
         try:
             nn.quantize(
                 drafter,
@@ -114,6 +114,11 @@ def _empty(
                 "needed are group_size and bits that its layers can have"
             ) from None
     return drafter
+
+
+def _quantization(raw: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What config.json says of packed weights; nothing where none are stored."""
+    return raw.get("quantization") if any(name.endswith(".scales") for name in given) else None
 
 
 def check_compatible(config: ReDrafterConfig, target: Decoder, folder: Path | str) -> None:

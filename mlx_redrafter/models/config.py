@@ -17,6 +17,26 @@ class RopeConfig:
     scaling: Mapping[str, Any] | None = field(default=None, hash=False)
     max_positions: int = 4096
 
+    @property
+    def kind(self) -> str:
+        """The scaling's name; checkpoints spell the key `type` or `rope_type`."""
+        scaling = self.scaling or {}
+        return str(scaling.get("type") or scaling.get("rope_type") or "default")
+
+    @property
+    def stretched_positions(self) -> int:
+        """How many positions the scaling makes of those that it stretches.
+
+        That number is its own where it names one; max_positions may then be the stretched one
+        already. What a dynamic one would stretch changes with the length: not done here.
+        """
+        scaling = self.scaling or {}
+        factor = float(scaling.get("factor") or 1.0)
+        original = scaling.get("original_max_position_embeddings")
+        if self.kind in ("default", "dynamic") or not (original or self.kind in ("linear", "yarn")):
+            return self.max_positions
+        return max(self.max_positions, int(factor * int(original or self.max_positions)))
+
 
 @dataclass(frozen=True)
 class DecoderConfig:

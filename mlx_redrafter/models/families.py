@@ -35,7 +35,7 @@ def decoder_config(raw: Raw, weight_names: Collection[str] = ()) -> DecoderConfi
             f"config.json of model_type '{kind}' lacks {error}; "
             "download the model's config.json again"
         ) from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(
@@ -99,6 +99,7 @@ def _base(raw: Raw, *, max_positions: int, theta: float = 10000.0) -> DecoderCon
     """What all families share."""
     layers, head_dim = int(raw["num_hidden_layers"]), _head_dim(raw)
     limit = int(raw.get("max_position_embeddings") or max_positions)
+    rope = _rope(raw, head_dim, theta, limit)
     return DecoderConfig(
         model_type=str(raw["model_type"]),
         hidden_size=int(raw["hidden_size"]),
@@ -108,10 +109,10 @@ def _base(raw: Raw, *, max_positions: int, theta: float = 10000.0) -> DecoderCon
         num_heads=int(raw["num_attention_heads"]),
         num_kv_heads=int(raw.get("num_key_value_heads") or raw["num_attention_heads"]),
         head_dim=head_dim,
-        max_positions=limit,
+        max_positions=rope.stretched_positions,
         norm_eps=float(raw["rms_norm_eps"]),
         attention_scale=head_dim**-0.5,
-        ropes=(_rope(raw, head_dim, theta, limit),),
+        ropes=(rope,),
         layer_ropes=(0,) * layers,
         layer_windows=(0,) * layers,
         tied=bool(raw.get("tie_word_embeddings", True)),
@@ -225,11 +226,12 @@ def _gemma3_text(raw: Raw) -> DecoderConfig:
     local = [(i + 1) % pattern != 0 for i in range(config.num_layers)]
     nested = raw.get("rope_parameters") or {}
     full, sliding = nested.get("full_attention") or {}, nested.get("sliding_attention") or {}
-    limit = config.max_positions
+    limit = config.ropes[0].max_positions
     flat = {**raw, "rope_parameters": full}
     local_base = raw.get("rope_local_base_freq") or sliding.get("rope_theta") or 1e4
     return replace(
         config,
+        max_positions=limit,  # stretched already
         qk_norm="head",
         # mlx-lm rounds this factor to bfloat16, as the model was trained.
         embedding_scale=cast(float, mx.array(config.hidden_size**0.5, mx.bfloat16).item()),

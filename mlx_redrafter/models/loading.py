@@ -14,7 +14,9 @@ from ..errors import ModelError
 from .config import DecoderConfig
 from .decoder import Decoder
 from .families import decoder_config
+from .files import weight_files
 from .rope import fused_kernels
+from .stored import as_stored, packed_layers
 from .weights import (
     finite,
     misshapen,
@@ -22,7 +24,6 @@ from .weights import (
     preview,
     read_json,
     read_weights,
-    weight_files,
 )
 
 Weights = dict[str, mx.array]
@@ -43,24 +44,34 @@ def load_model(folder: Path, dtype: mx.Dtype | None = None) -> Decoder:
         raise ModelError(f"{folder} is not a folder; needed: a folder with config.json and weights")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json; needed: a model in Hugging Face layout")
-    raw = read_json(folder / "config.json")
-    decoder_config(raw)  # an unsupported type is said before gigabytes are read
-    quantization = _quantization(raw)
-    weights = sanitize(read_weights(weight_files(folder)))
-    config = decoder_config(raw, weights.keys())
-    if config.tied:
-        weights = {k: v for k, v in weights.items() if not k.startswith("lm_head.")}
+    model, weights = read_model(folder)
     if dtype is None and not fused_kernels():
         dtype = mx.float32
-    weights = _convert(weights, config, dtype)
-    model = Decoder(config)
-    if quantization:
-        _quantize(model, quantization, weights)
-    _assign(model, weights, folder)
+    weights = _convert(weights, model.config, dtype)
+    model.update(tree_unflatten(list(weights.items())))
     del weights
     _materialise(model, folder)
     model.eval()
     return model
+
+
+def read_model(folder: Path) -> tuple[Decoder, Weights]:
+    """The model of a folder, by what is stored there, and the weights that go into it.
+
+    They have its names and shapes, without a head that is tied. Nothing is evaluated yet.
+    Raises ModelError.
+    """
+    raw = read_json(folder / "config.json")
+    decoder_config(raw)  # an unsupported type is said before gigabytes are read
+    weights = sanitize(read_weights(weight_files(folder)))
+    raw = as_stored(raw, {name: value.dtype for name, value in weights.items()})
+    config = decoder_config(raw, weights.keys())
+    if config.tied:
+        weights = {k: v for k, v in weights.items() if not k.startswith("lm_head.")}
+    model = Decoder(config)
+    _quantize(model, weights)
+    _check_fit(model, weights, folder)
+    return model, weights
 
 
 def sanitize(weights: Mapping[str, mx.array]) -> Weights:
@@ -95,64 +106,31 @@ def _convert(weights: Weights, config: DecoderConfig, dtype: mx.Dtype | None) ->
     return result
 
 
-def _quantization(raw: Mapping[str, Any]) -> dict[str, Any] | None:
-    """MLX's quantisation block with paths as Decoder has them, or None for a dense model."""
-    text = raw.get("text_config") or {}
-    block = (
-        raw.get("quantization")
-        or raw.get("quantization_config")
-        or text.get("quantization")
-        or text.get("quantization_config")
-    )
-    if not block:
-        return None
-    if (
-        "bits" not in block
-        or "group_size" not in block
-        or ("quant_method" in block and not raw.get("quantization"))
-    ):
-        method = block.get("quant_method", "unknown")
-        raise ModelError(
-            f"the weights are quantised by '{method}', a format that is not read here; "
-            "needed: an MLX model (mlx_lm.convert --quantize) or the unquantised one"
-        )
-    return {key.removeprefix("language_model."): value for key, value in block.items()}
-
-
-def _quantize(model: Decoder, block: dict[str, Any], weights: Weights) -> None:
-    """Turn into quantised layers what is stored so; overrides by path go before shapes."""
+def _quantize(model: Decoder, weights: Weights) -> None:
+    """Turn into quantised layers what is stored so, in the way that the shapes tell."""
+    packed = packed_layers({name: value.dtype for name, value in weights.items()})
 
     def params(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if not hasattr(module, "to_quantized"):
+        if path not in packed or not hasattr(module, "to_quantized"):
             return False
-        if isinstance(override := block.get(path), bool | dict):
-            return override
-        scales = weights.get(f"{path}.scales")
-        if scales is None:
-            return False
-        inputs, packed = module.weight.shape[-1], weights[f"{path}.weight"].shape[-1]
-        bits, group_size = packed * 32 // inputs, inputs // scales.shape[-1]
+        scales = weights[f"{path}.scales"]
+        inputs, words = module.weight.shape[-1], weights[f"{path}.weight"].shape[-1]
+        bits, group_size = words * 32 // inputs, inputs // scales.shape[-1]
         affine = scales.dtype != mx.uint8
         mode = "affine" if affine else _FLOAT_MODES.get((bits, group_size), "unknown")
         return {"group_size": group_size, "bits": bits, "mode": mode}
 
     try:
-        nn.quantize(
-            model,
-            group_size=block["group_size"],
-            bits=block["bits"],
-            mode=block.get("mode", "affine"),
-            class_predicate=params,
-        )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        nn.quantize(model, class_predicate=params)
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise ModelError(
-            f"the quantisation in config.json does not fit the weights ({error}); "
+            f"the quantised weights do not fit config.json ({error}); "
             "convert the model again with mlx_lm.convert"
         ) from error
 
 
-def _assign(model: Decoder, weights: Weights, folder: Path) -> None:
-    """Put the weights into the model; names and shapes must be exactly the model's."""
+def _check_fit(model: Decoder, weights: Weights, folder: Path) -> None:
+    """Names and shapes of the weights must be exactly the model's."""
     expected = parameters(model)
     missing, extra = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     if missing or extra:
@@ -167,7 +145,6 @@ def _assign(model: Decoder, weights: Weights, folder: Path) -> None:
             f"tensors in {folder} have other shapes than config.json says: {preview(wrong, 3)}; "
             "download config.json and weights of the same model"
         )
-    model.update(tree_unflatten(list(weights.items())))
 
 
 def _materialise(model: Decoder, folder: Path) -> None:

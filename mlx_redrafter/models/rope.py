@@ -11,7 +11,7 @@ from mlx_lm.models.rope_utils import SuScaledRoPE, YarnRoPE, initialize_rope
 from ..errors import ModelError
 from .config import RopeConfig
 
-ROPE_TYPES = ("default", "linear", "llama3", "longrope", "su", "yarn")
+ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "longrope", "su", "yarn")
 
 Rotation = tuple[mx.array, mx.array]
 """Cosines and sines, each as it multiplies the pairs of a head: (N, 2 or 1, dims/2), transposed
@@ -23,17 +23,11 @@ def fused_kernels() -> bool:
     return bool(mx.default_device() == mx.Device(mx.gpu))
 
 
-def rope_type(config: RopeConfig) -> str:
-    """The scaling's name; checkpoints spell the key `type` or `rope_type`."""
-    scaling = config.scaling or {}
-    return str(scaling.get("type") or scaling.get("rope_type") or "default")
-
-
 class Rope:
     """One rotary embedding. Frequencies come from mlx-lm, so that they are equal to the bit."""
 
     def __init__(self, config: RopeConfig):
-        kind = rope_type(config)
+        kind = config.kind
         if kind not in ROPE_TYPES:
             raise ModelError(
                 f"rope type '{kind}' in config.json is not supported; "
@@ -42,6 +36,8 @@ class Rope:
         scaling = dict(config.scaling) if config.scaling else None
         if scaling and kind == "su":
             scaling["type"] = "longrope"
+        if kind == "dynamic":
+            scaling = None  # it changes nothing within max_positions, where the context ends
         try:
             made = initialize_rope(
                 config.dims, config.base, config.traditional, scaling, config.max_positions

@@ -13,11 +13,32 @@ from mlx.utils import tree_flatten
 
 from ..errors import ModelError
 
-_INDEX = "model.safetensors.index.json"
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_PAGES = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml")
+
+
+def refuse_stand_in(path: Path) -> None:
+    """ModelError if a Git LFS pointer or a web page lies where a model's file should be.
+
+    Any other file passes, one that is missing too: its own reader says what is wrong with it.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(256).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    except OSError:
+        return
+    if start.startswith(_POINTER):
+        raise ModelError(
+            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, "
+            "or download it again"
+        )
+    if start.startswith(_PAGES):
+        raise ModelError(f"{path} is a web page, not the file itself; download it again")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ModelError if it is not one."""
+    refuse_stand_in(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -27,36 +48,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: those its index names, else model*.safetensors."""
-    index = folder / _INDEX
-    if index.exists():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise ModelError(f"{index} has no 'weight_map'; download it again")
-        if outside := [name for name in names.values() if Path(name).name != name]:
-            raise ModelError(f"{index} names {outside[0]!r}, a file outside its folder")
-        files = [folder / name for name in sorted(set(names.values()))]
-        missing = [file.name for file in files if not file.exists()]
-        if missing:
-            raise ModelError(
-                f"{folder} lacks {preview(missing)} (named by {_INDEX}); download the missing files"
-            )
-        return files
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(
-            f"{folder} has no *.safetensors file; needed: a model in safetensors format "
-            "(convert other formats first)"
-        )
-    return files
-
-
 def read_weights(files: Iterable[Path]) -> dict[str, mx.array]:
-    """All tensors of the files, not evaluated yet."""
+    """All tensors of the files, not evaluated yet. Raises ModelError, also for a doubled one."""
     weights: dict[str, mx.array] = {}
+    held: dict[str, Path] = {}
     for file in files:
-        read_header(file)  # MLX reads lazily and would fail much later
+        for name in read_header(file):  # MLX reads lazily and would fail much later
+            if name in held:
+                raise two_models(name, held[name], file)
+            held[name] = file
         try:
             weights.update(cast(dict[str, mx.array], mx.load(str(file))))
         except (RuntimeError, ValueError) as error:
@@ -64,6 +64,14 @@ def read_weights(files: Iterable[Path]) -> dict[str, mx.array]:
                 f"{file} cannot be read ({_one_line(error)}); download it again"
             ) from error
     return weights
+
+
+def two_models(name: str, first: Path, second: Path) -> ModelError:
+    """The refusal of a folder in which two files hold the same tensor."""
+    return ModelError(
+        f"{name} is in both {first.name} and {second.name} of {first.parent}, as if two models "
+        "lay there; keep the files of one"
+    )
 
 
 def parameters(module: nn.Module) -> dict[str, mx.array]:
@@ -101,8 +109,9 @@ def read_header(file: Path) -> dict[str, Any]:
 
     Raises ModelError: another kind of file, or one that ends before its last tensor.
     """
-    size = file.stat().st_size
+    refuse_stand_in(file)
     try:
+        size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= size - 8:
@@ -110,6 +119,8 @@ def read_header(file: Path) -> dict[str, Any]:
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         needed = 8 + length + max((v["data_offsets"][1] for v in header.values()), default=0)
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({_one_line(error)})") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(
             f"{file} is not a safetensors file ({_one_line(error)}); download it again"

@@ -12,7 +12,8 @@ from typing import Any
 from mlx_redrafter.builtin import REPO
 from mlx_redrafter.drafters.redrafter import ReDrafter, ReDrafterConfig
 from mlx_redrafter.hub import BUILTIN
-from mlx_redrafter.models.weights import parameters, read_json, weight_files
+from mlx_redrafter.models.files import weight_files
+from mlx_redrafter.models.weights import parameters, read_json
 
 from . import evaluate, lines, plots
 from .config import TrainConfig

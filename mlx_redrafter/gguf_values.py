@@ -1,0 +1,108 @@
+"""The metadata of a GGUF file that is used here, and of what type each value must be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mlx_redrafter.errors import ConvertError
+
+Test = Callable[[Any], bool]
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _count(value: Any) -> bool:
+    return _whole(value) and value > 0
+
+
+def _power(value: Any) -> bool:
+    return _count(value) and value & (value - 1) == 0
+
+
+def _ids(value: Any) -> bool:
+    return _whole(value) or (isinstance(value, list) and all(map(_whole, value)))
+
+
+def _number(value: Any) -> bool:
+    return (_whole(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+def _positive(value: Any) -> bool:
+    return _number(value) and value > 0
+
+
+def _text(value: Any) -> bool:
+    # Bytes that are not UTF-8 were read as halves of characters.
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_number, value))
+
+
+def _wholes(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_whole, value))
+
+
+def _truth(value: Any) -> bool:
+    return isinstance(value, bool) or (_whole(value) and value in (0, 1))
+
+
+# What is needed, how it is told, and the keys; * stands for the architecture.
+_KINDS: tuple[tuple[str, Test, tuple[str, ...]], ...] = (
+    ("text in UTF-8", _text, (
+        "general.architecture", "general.type", "*.rope.scaling.type", "tokenizer.chat_template",
+        "tokenizer.ggml.model", "tokenizer.ggml.pre",
+    )),
+    ("a whole number of at least 1", _count, (
+        "*.attention.head_count", "*.attention.head_count_kv",
+        "*.attention.key_length", "*.attention.value_length", "*.block_count", "*.context_length",
+        "*.embedding_length", "*.feed_forward_length", "*.rope.dimension_count",
+        "*.rope.scaling.original_context_length",
+    )),
+    ("a power of two", _power, ("general.alignment",)),
+    ("a whole number", _whole, ("split.count", "*.expert_count")),
+    ("a number above 0", _positive, (
+        "*.attention.layer_norm_rms_epsilon", "*.rope.freq_base", "*.rope.scaling.yarn_beta_fast",
+        "*.rope.scaling.yarn_beta_slow",
+    )),
+    ("a finite number", _number, ("*.rope.scale_linear", "*.rope.scaling.factor")),
+    ("true or false", _truth, (
+        "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token",
+        "tokenizer.ggml.add_space_prefix",
+    )),
+    ("a whole number", _whole, (
+        "tokenizer.ggml.bos_token_id", "tokenizer.ggml.padding_token_id",
+        "tokenizer.ggml.unknown_token_id",
+    )),
+    ("a whole number or a list of them", _ids, tuple(
+        f"tokenizer.ggml.{role}_token_id{s}" for role in ("eos", "eot", "eom") for s in ("", "s")
+    )),
+    ("a list of texts", _texts, ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")),
+    ("a list of whole numbers", _wholes, ("tokenizer.ggml.token_type",)),
+    ("a list of finite numbers", _numbers, ("tokenizer.ggml.scores",)),
+)  # fmt: skip
+
+
+def check(metadata: Mapping[str, Any]) -> None:
+    """ConvertError for a value of another type than its key must have; other keys may hold any."""
+    architecture = metadata.get("general.architecture")
+    for needed, test, keys in _KINDS:
+        for key in (key.replace("*", str(architecture), 1) for key in keys):
+            if key in metadata and not test(metadata[key]):
+                raise ConvertError(f"{key} is {_shown(metadata[key])}; needed: {needed}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"a list of {len(value)} values"
+    text = ascii(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
