@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "load": "api",
     "generate": "api",
+    "render": "chat_template",
     "stream_generate": "api",
     "Model": "api",
     "GenerationResponse": "api",
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "generate",
     "load",
+    "render",
     "stream_generate",
 ]
 
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
         load,
         stream_generate,
     )
+    from mlx_redrafter.chat_template import render
     from mlx_redrafter.decoding.sampling import SamplingParams
     from mlx_redrafter.decoding.tree import TreeShape
     from mlx_redrafter.errors import RedrafterError

@@ -35,8 +35,9 @@ USUAL_LENGTH = 256  # tokens of an answer where nobody says it, as in mlx_lm
 class Model:
     """A target model, its drafter (or None), and the engine that runs both.
 
-    ``drafting`` is False where plain decoding was asked for; without a drafter and with it the
-    text itself still is a source of drafts.
+    "No drafter" means that ``drafter`` is None: drafts then come from the text itself.
+    ``drafting`` tells whether `stream_generate` drafts unless it is told so or not: False where
+    the model was loaded for plain decoding.
     """
 
     name: str
@@ -122,7 +123,7 @@ def stream_generate(
     prompt: str | Sequence[int] | mx.array,
     max_tokens: int | None = None,
     *,
-    draft: bool = True,
+    draft: bool | None = None,
     tree: TreeShape | None = None,
     stop: str | Sequence[str] | None = None,
     stop_tokens: Sequence[int] | None = None,
@@ -137,7 +138,8 @@ def stream_generate(
     Args:
         prompt: text (no template is applied) or token ids, in a list or a 1-D array.
         max_tokens: at most so many tokens, fewer where the context ends; None: 256; -1: no limit.
-        draft: False decodes plainly, through the same code; the tokens are the same.
+        draft: False decodes plainly, through the same code; the tokens are the same. True drafts
+            from what there is: the drafter and the text itself. None: as the model was loaded.
         tree: how much to draft; None: chosen for every step by what pays on this machine and on
             this text (the first time it is measured, which takes a few seconds).
         stop: strings that end the answer; neither they nor what follows is emitted.
@@ -182,7 +184,7 @@ def stream_generate(
     session = session if session is not None else Session()
     session.check(model.target)
 
-    if not (draft is None or draft) or not (model.drafting or tree):
+    if not (model.drafting if draft is None else draft):
         tree = TreeShape.plain()
     reading = _Reading(session, prefill_step_size, prompt_progress_callback, sparse_prefill)
     answer = partial(_Answer, tokenizer, len(ids), stops, end_tokens, room)

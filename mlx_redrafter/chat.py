@@ -9,14 +9,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mlx_redrafter import console
+from mlx_redrafter.answer_writer import AnswerWriter
+from mlx_redrafter.chat_template import has_template
 from mlx_redrafter.conversation import Conversation, unfinished, unquoted
-from mlx_redrafter.errors import OptionError, RedrafterError
-from mlx_redrafter.options import DecodeOptions
+from mlx_redrafter.errors import RedrafterError
+from mlx_redrafter.options import MAX_TOKENS, DecodeOptions
 from mlx_redrafter.waiting import Waiting
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import History
+
+    from mlx_redrafter.api import GenerationResponse
 
 PROMPT = "> "
 
@@ -88,19 +92,16 @@ class Chat:
     ) -> None:
         from mlx_redrafter.decoding.engine import Session
 
-        if not tokenizer.has_chat_template:
-            raise OptionError(
-                f"{model.name} has no chat template; use: mlx-redrafter generate --raw"
-            )
         self.model, self.tokenizer = model, tokenizer
         self.interactive, self.quiet, self.verbose = interactive, quiet, verbose
         self.session = Session()
         self.conversation = Conversation(
             tokenizer,
-            options,
-            context=model.target.config.max_positions,
-            drafter=model.drafter is not None,
+            options.for_model(tokenizer, context := model.target.config.max_positions),
+            context=context,
+            drafter=console.drafter_name(model.drafter_folder),
             model=model.name,
+            draft=model.drafting,
         )
 
     def say(self, line: str) -> bool:
@@ -123,8 +124,7 @@ class Chat:
             console.warn(warning)
         pieces: list[str] = []
         last, stopped = None, False
-        markers = (self.tokenizer.think_start, self.tokenizer.think_end)
-        writer = console.AnswerWriter(markers, dim=self.interactive)
+        writer = AnswerWriter.after(self.tokenizer, prompt, terminal=self.interactive)
         try:
             with silent_keys(), stoppable() as flag, self._stream(prompt, flag) as stream:
                 for last in stream:
@@ -144,7 +144,16 @@ class Chat:
         if stopped:
             console.note("[stopped]")
         self.conversation.answered("".join(pieces), last and last.stats, stopped=stopped)
-        if last is not None and not self.quiet:
+        self.report(last, writer.in_thought("".join(pieces)))
+
+    def report(self, last: GenerationResponse | None, in_thought: bool) -> None:
+        """What is said below an answer."""
+        if last is None:
+            return
+        if in_thought and last.finish_reason == "length":
+            limit = self.conversation.options.max_tokens or MAX_TOKENS
+            console.warn(console.cut_thought(last.generation_tokens, limit, "/set max_tokens"))
+        if not self.quiet:
             console.note(console.summary(last))
             if self.verbose:
                 console.note(console.details(last.stats))
@@ -173,12 +182,18 @@ def run(
     verbose: bool = False,
 ) -> int:
     """Talk until the user leaves or the input ends; the exit code."""
+    missing = model.drafting and model.drafter is None
+    if missing and not quiet:
+        console.note(console.no_drafter(model.name))
+    if not has_template(tokenizer):
+        console.note(console.no_template(model.name, options.system_prompt))
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     chat = Chat(model, tokenizer, options, interactive=interactive, quiet=quiet, verbose=verbose)
     if not interactive:
         return read_lines(chat)
-    draft = "with a drafter" if model.drafter is not None else "without a drafter"
-    console.note(f"{model.name} {draft}. /help lists the commands, Ctrl-D leaves.")
+    sources = console.drafts_from(chat.conversation.drafter, options.tree())
+    drafting = f"drafting from {sources}" if model.drafting and sources else "without drafting"
+    console.note(f"{model.name}, {drafting}. /help lists the commands, Ctrl-D leaves.")
     return read_terminal(chat, prompt_session(history))
 
 

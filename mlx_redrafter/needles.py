@@ -18,11 +18,11 @@ from typing import Annotated, Any
 
 import typer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from rich.console import Console
+from rich.text import Text
 
 from mlx_redrafter import console, reports
 from mlx_redrafter.api import Model, load, stream_generate
-from mlx_redrafter.conversation import render
+from mlx_redrafter.chat_template import render
 from mlx_redrafter.decoding.engine import Session
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.haystack import TASKS, Case, make
@@ -154,14 +154,14 @@ def _of_way(outcomes: Sequence[Outcome], way: str) -> dict[str, Any]:
 def show(outcomes: Sequence[Outcome]) -> None:
     """Every case with its answers, then the summary."""
     names = _ways(outcomes)
-    out = Console(highlight=False, soft_wrap=True)
     for o in outcomes:
-        out.print(f"{o.case.name} ({o.tokens} tokens): {', '.join(o.case.expected)}", style="bold")
+        heading = f"{o.case.name} ({o.tokens} tokens): {', '.join(o.case.expected)}"
+        console.show(Text(heading, style="bold"))
         for way, given in {"dense": o.dense, **o.sparse}.items():
             mark = "right" if given.right else "WRONG"
             same = "as densely" if given.tokens == o.dense.tokens else f"{given.same} tokens alike"
             facts = "" if way == "dense" else f", {same}, density {given.density:.2f}"
-            out.print(f"  {way:<12}{mark}{facts}: {given.text.strip()!r}", markup=False)
+            console.show(f"  {way:<12}{mark}{facts}: {given.text.strip()!r}")
     table = reports.table("task", "length", "cases", "right densely", *names, "identical answers")
     for row in summary(outcomes):
         found = row["ways"]

@@ -25,6 +25,7 @@ LAYERS = [
     {
         "api",
         "arguments",
+        "chat_template",
         "tuning",
         "hub",
         "kept",
@@ -41,8 +42,11 @@ LAYERS = [
     {
         "console",
         "options",
+        "flat_options",
         "conversation",
         "chat",
+        "generating",
+        "answer_writer",
         "info",
         "doctor",
         "model_checks",
