@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,21 +16,11 @@ from mlx_redrafter.convert import Progress, Summary
 from mlx_redrafter.convert import convert as convert_checkpoint
 from mlx_redrafter.convert.mapping import size_text
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.net import Debug
+from mlx_redrafter.paths import expanded
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 BITS, GROUP_SIZE = 4, 64
-
-
-def run(ctx: typer.Context) -> None:
-    """The command with the arguments of the context that `mlx-redrafter convert` got."""
-    command = typer.main.get_command(app)
-    with command.make_context("convert", list(ctx.args), parent=ctx.parent) as inner:
-        command.invoke(inner)
-
-
-def _set_debug(ctx: typer.Context, value: bool) -> bool:
-    ctx.meta[console.DEBUG] = value
-    return value
 
 
 @app.command()
@@ -43,7 +31,7 @@ def convert(
             metavar="SRC", help="Folder, file or Hugging Face id of a model or drafter."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")],
+    out: Annotated[Path, typer.Option("--out", "-o", callback=expanded, help="Folder to create.")],
     format: Annotated[
         str,
         typer.Option(help="Format of SRC: auto, apple, mlx, tensorrt-llm, modelopt, base or gguf."),
@@ -83,9 +71,7 @@ def convert(
         typer.Option(help="Upload the result to this Hugging Face repository, with a model card."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of errors.")
-    ] = False,
+    debug: Debug = False,
 ) -> None:
     """Convert a drafter or a base model: PyTorch, TensorRT-LLM or GGUF to MLX, and back.
 
@@ -93,7 +79,7 @@ def convert(
     """
     if not quantize and (q_bits is not None or q_group_size is not None):
         raise OptionError("--q-bits and --q-group-size say how to quantise; add -q")
-    with _stoppable(), _progress_bar() as progress:
+    with _progress_bar() as progress:
         summary = convert_checkpoint(
             source,
             out,
@@ -159,25 +145,6 @@ def _as_dict(summary: Summary) -> dict[str, Any]:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Let a polite kill or a closed terminal unwind, so that the half-made folder is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    kinds = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    before = [(kind, signal.signal(kind, leave)) for kind in kinds]
-    try:
-        yield
-    finally:
-        for kind, handler in before:
-            signal.signal(kind, handler)
 
 
 @contextmanager

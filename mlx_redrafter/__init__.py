@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 from mlx_redrafter import blas
@@ -54,6 +57,18 @@ if TYPE_CHECKING:
     from mlx_redrafter.prefill.session import Session
     from mlx_redrafter.stats import DraftStats
 
+
+def _end_quietly() -> None:
+    """In a program of ours Ctrl-C is no error, nor is it one before the program has begun."""
+    started = [os.path.basename(getattr(sys, "argv", [""])[0] or "")]
+    if started == ["-m"]:
+        started = [word.partition(".")[0] for word in sys.orig_argv]
+    ours = {"mlx-redrafter", "redrafter", "mlx_redrafter"}.intersection(started)
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+_end_quietly()
 # The only work at import: on Linux the BLAS must be in place before mlx.core is loaded.
 blas.prepare()
 

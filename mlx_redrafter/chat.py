@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from mlx_redrafter import console
+from mlx_redrafter import console, net, terminal
 from mlx_redrafter.answer_writer import AnswerWriter
 from mlx_redrafter.chat_template import has_template
+from mlx_redrafter.checks import checked_text
 from mlx_redrafter.conversation import Conversation, unfinished, unquoted
-from mlx_redrafter.errors import RedrafterError
+from mlx_redrafter.errors import OptionError, RedrafterError
 from mlx_redrafter.options import MAX_TOKENS, DecodeOptions
 from mlx_redrafter.waiting import Waiting
 
@@ -59,24 +60,6 @@ def stoppable() -> Iterator[StopFlag]:
         signal.signal(signal.SIGINT, before)
 
 
-@contextlib.contextmanager
-def silent_keys() -> Iterator[None]:
-    """Within, the terminal does not write ^C and what is typed ahead into the answer."""
-    if not sys.stdin.isatty():
-        yield
-        return
-    import termios
-
-    before = termios.tcgetattr(sys.stdin)
-    silent = [*before]
-    silent[3] &= ~termios.ECHO
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
-
-
 class Chat:
     """Answers questions of a conversation aloud."""
 
@@ -105,13 +88,19 @@ class Chat:
         )
 
     def say(self, line: str) -> bool:
-        """Take a message or a command; False: leave."""
+        """Take a message or a command; False: leave. After an error the conversation is as before.
+
+        Raises RedrafterError, and whatever a tokenizer, a template or MLX raises.
+        """
+        checked_text(line, "input")
         if not line.strip():
             return True
         if not line.strip().startswith("/"):
             self.answer(self.conversation.ask(unquoted(line)))
             return True
         reply = self.conversation.command(line)
+        if reply.failed:
+            raise OptionError(reply.text)
         if reply.text:
             console.note(reply.text)
         if reply.action == "retry":
@@ -119,14 +108,14 @@ class Chat:
         return reply.action != "exit"
 
     def answer(self, prompt: list[int]) -> None:
-        """Stream the answer to `prompt` and keep it; raises RedrafterError."""
+        """Stream the answer to `prompt` and keep it."""
         if warning := self.conversation.warning(len(prompt)):
             console.warn(warning)
         pieces: list[str] = []
         last, stopped = None, False
         writer = AnswerWriter.after(self.tokenizer, prompt, terminal=self.interactive)
         try:
-            with silent_keys(), stoppable() as flag, self._stream(prompt, flag) as stream:
+            with terminal.silent(), stoppable() as flag, self._stream(prompt, flag) as stream:
                 for last in stream:
                     flag.waiting.word()
                     pieces.append(last.text)
@@ -136,8 +125,13 @@ class Chat:
                         break
         except Interrupted:
             stopped = True
-        except (RedrafterError, KeyboardInterrupt):
+        except BaseException as error:
             self.conversation.unasked()
+            if not isinstance(error, RedrafterError | KeyboardInterrupt):
+                self.session = type(self.session)()  # nobody knows what it holds now
+            if pieces:
+                writer.close()
+                console.write("\n")
             raise
         writer.close()
         console.write("\n")
@@ -199,17 +193,17 @@ def run(
 
 def read_lines(chat: Chat) -> int:
     """Every line of stdin is a message, a block in three quotes too; 1 if one went wrong."""
-    code, text = 0, ""
-    for line in sys.stdin:
-        text += line
-        if unfinished(text):
+    code, data = 0, b""
+    for line in console.input_lines():
+        data += line
+        if unfinished(data.decode(errors="replace")):
             continue
-        message, text = text, ""
+        message, data = data, b""
         try:
-            if not chat.say(message):
+            if not chat.say(console.decoded(message)):
                 return code
-        except RedrafterError as error:
-            console.error(str(error))
+        except Exception as error:
+            net.survive(error)
             code = 1
     return code
 
@@ -218,14 +212,19 @@ def read_terminal(chat: Chat, lines: PromptSession[str]) -> int:
     """The loop of a terminal. Ctrl-C clears the line, Ctrl-D leaves."""
     while True:
         try:
-            if not chat.say(lines.prompt(PROMPT)):
+            line = lines.prompt(PROMPT)
+        except KeyboardInterrupt:
+            console.note("Ctrl-D or /exit leaves")
+            continue
+        except EOFError:
+            return 0
+        try:
+            if not chat.say(line):
                 return 0
         except KeyboardInterrupt:
             console.note("Ctrl-D or /exit leaves")
-        except EOFError:
-            return 0
-        except RedrafterError as error:
-            console.error(str(error))
+        except Exception as error:
+            net.survive(error)
 
 
 def prompt_session(keep_history: bool) -> PromptSession[str]:
@@ -261,11 +260,24 @@ def _history(keep: bool) -> History:
 
     if not keep:
         return InMemoryHistory()
+
+    class OptionalHistory(FileHistory):
+        """A file that breaks while it is used costs no chat."""
+
+        def load_history_strings(self) -> Iterable[str]:
+            with contextlib.suppress(OSError):
+                yield from super().load_history_strings()
+
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):
+                super().store_string(string.encode(errors="replace").decode())
+
     file = cache_dir() / "history"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
+        file.open("ab").close()
     except OSError as error:
         console.warn(f"no history is kept: {file} cannot be written ({error.strerror})")
         return InMemoryHistory()
-    return FileHistory(str(file))
+    return OptionalHistory(str(file))

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 import mlx_redrafter
 from mlx_redrafter import blas as matrix_library
-from mlx_redrafter import console
-from mlx_redrafter.console import DEBUG
-from mlx_redrafter.errors import OptionError, RedrafterError
+from mlx_redrafter import console, net
+from mlx_redrafter.checks import at_least, checked_text
+from mlx_redrafter.errors import OptionError
 from mlx_redrafter.flat_options import flat_options
-from mlx_redrafter.options import (
-    Blas,
-    Debug,
-    DecodeOptions,
-    DrafterName,
-    ModelName,
-    ModelOptions,
-)
-
-INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + the signal, as a shell has it
-
+from mlx_redrafter.net import Debug
+from mlx_redrafter.options import Blas, DecodeOptions, DrafterName, ModelName, ModelOptions
+from mlx_redrafter.paths import expanded
 
 # As --help lists them: what is wanted most comes first in every group.
 ORDER = (
@@ -37,30 +26,13 @@ ORDER = (
 )  # fmt: skip
 
 
-class Commands(TyperGroup):
-    """Turns what a user can get wrong into one line and an exit code."""
+class Commands(net.Commands):
+    """The commands in their order."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         places = {name: place for place, name in enumerate(ORDER)}
         names = super().list_commands(ctx)
         return sorted(names, key=lambda name: places.get(name, len(places)))
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = _show_warning
-                return super().invoke(ctx)
-        except RedrafterError as error:
-            if ctx.meta.get(DEBUG):
-                raise
-            console.error(str(error))
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            # Whoever read our output has left; the flush at exit must not complain either.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(PIPE_CLOSED) from None
 
 
 # A command whose options are read by its own file.
@@ -74,10 +46,6 @@ app = typer.Typer(
 )
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    console.warn(f"warning: {message}")
-
-
 def _print_version(value: bool) -> None:
     if value:
         typer.echo(f"mlx-redrafter {mlx_redrafter.__version__}")
@@ -88,6 +56,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 PromptFile = Annotated[
     Path | None,
     typer.Option(
+        callback=expanded,
         help='Prompts to measure with: jsonl with "prompt" and "category".',
         show_default="92 built-in",
     ),
@@ -116,6 +85,7 @@ def root(
             "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
         ),
     ] = False,
+    debug: Debug = False,
 ) -> None:
     """Run a language model with ReDrafter: the same text in fewer passes over the model."""
     matrix_library.status()  # a wrong MLX_REDRAFTER_BLAS is one line before any command
@@ -191,6 +161,7 @@ def info(
     """Show a model and its drafter, whether they fit, and the memory they need."""
     from mlx_redrafter import info as report
 
+    at_least(1, context=context)
     facts = report.collect(model, drafter, revision, context)
     if as_json:
         typer.echo(json.dumps(facts))
@@ -239,7 +210,8 @@ def demo(
     """Compare text and speed with and without drafting, on three tasks or your question."""
     from mlx_redrafter.demo import run
 
-    run(source, prompt, max_tokens)
+    at_least(1, max_tokens=max_tokens)
+    run(source, None if prompt is None else checked_text(prompt, "prompt"), max_tokens)
 
 
 @app.command(rich_help_panel=USE)
@@ -251,7 +223,10 @@ def race(
     options: DecodeOptions,
     raw: Raw = False,
     save_svg: Annotated[
-        Path | None, typer.Option(help="Save a picture of the moment when the first one finishes.")
+        Path | None,
+        typer.Option(
+            callback=expanded, help="Save a picture of the moment when the first one finishes."
+        ),
     ] = None,
     as_json: Json = False,
     blas: Blas = None,
@@ -294,6 +269,7 @@ def acceptance(
     """Measure a drafter's tokens per step, by prompt group, tree and temperature."""
     from mlx_redrafter import reports
 
+    at_least(1, count=count, max_tokens=max_tokens)
     reports.acceptance(model, drafter, prompts, count, max_tokens, as_json)
 
 
@@ -305,7 +281,8 @@ def tune(
         bool, typer.Option("--again", help="Measure again what is known already.")
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the cost curve into this PNG or SVG file.")
+        Path | None,
+        typer.Option(callback=expanded, help="Draw the cost curve into this PNG or SVG file."),
     ] = None,
     as_json: Json = False,
     blas: Blas = None,
@@ -321,9 +298,12 @@ def tune(
 def prefill_search(
     *,
     model: ModelArgument = BUILTIN,
-    out: Annotated[Path, typer.Option(help="File to write the patterns to (JSON).")],
+    out: Annotated[
+        Path, typer.Option(callback=expanded, help="File to write the patterns to (JSON).")
+    ],
     text: Annotated[
-        Path | None, typer.Option(help="Text to read.", show_default="Python's help topics")
+        Path | None,
+        typer.Option(callback=expanded, help="Text to read.", show_default="Python's help topics"),
     ] = None,
     length: Annotated[
         int, typer.Option(help="How many tokens of it; patterns fit prompts of that length best.")
@@ -333,7 +313,9 @@ def prefill_search(
     ] = 0.35,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw which pattern fits which head into this PNG or SVG file."),
+        typer.Option(
+            callback=expanded, help="Draw which pattern fits which head into this PNG or SVG file."
+        ),
     ] = None,
     as_json: Json = False,
     blas: Blas = None,
@@ -350,7 +332,7 @@ def bench(ctx: typer.Context) -> None:
     """Time mlx_lm, plain and drafted decoding in turns."""
     from mlx_redrafter.bench import command
 
-    command.run(ctx)
+    net.pass_on(command.app, ctx)
 
 
 @app.command("prefill-bench", context_settings=PASSED_ON, rich_help_panel=MEASURE)
@@ -358,7 +340,7 @@ def prefill_bench(ctx: typer.Context) -> None:
     """Compare dense and sparse reading of long prompts."""
     from mlx_redrafter.prefill_bench import command
 
-    command.run(ctx)
+    net.pass_on(command.app, ctx)
 
 
 @app.command(context_settings=PASSED_ON, rich_help_panel=PREPARE)
@@ -366,7 +348,7 @@ def convert(ctx: typer.Context) -> None:
     """Convert a model or a drafter to MLX: PyTorch, GGUF, TensorRT-LLM."""
     from mlx_redrafter.convert import command
 
-    command.run(ctx)
+    net.pass_on(command.app, ctx)
 
 
 @app.command(context_settings=PASSED_ON, rich_help_panel=PREPARE)
@@ -374,27 +356,20 @@ def train(ctx: typer.Context) -> None:
     """Train a drafter for any model, on this machine."""
     from mlx_redrafter.training import command
 
-    command.run(ctx)
+    net.pass_on(command.app, ctx)
 
 
 def _read_prompt(prompt: str | None) -> str:
     if prompt is None and sys.stdin.isatty():
         raise typer.BadParameter("give it as an argument, or pipe it in", param_hint="PROMPT")
     if prompt in (None, "-"):
-        try:
-            prompt = sys.stdin.read().removesuffix("\n")
-        except UnicodeError:
-            raise OptionError("the input is not UTF-8 text: convert it first (iconv)") from None
+        prompt = console.decoded(b"".join(console.input_lines())).removesuffix("\n")
     assert prompt is not None
     if not prompt.strip():
         raise OptionError("the prompt is empty: give it as an argument, or pipe it in")
-    try:
-        prompt.encode()
-    except UnicodeError:
-        raise OptionError("the prompt is not UTF-8 text: convert it first (iconv)") from None
-    return prompt
+    return checked_text(prompt, "prompt")
 
 
 def main() -> None:
     """Entry point of the console scripts."""
-    app()
+    net.start(app)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from mlx_redrafter.errors import RedrafterError
+from mlx_redrafter.errors import OptionError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,16 +22,14 @@ if TYPE_CHECKING:
     from mlx_redrafter.decoding.tree import TreeShape
     from mlx_redrafter.stats import DraftStats, PrefillStats
 
-# Where the command line keeps, in its context, whether an error shows its traceback.
-DEBUG = "mlx_redrafter.debug"
-
-
 _NAME = re.compile(r".{0,28} {2}(?=\S)")  # the first column of a line that has two
 
 
 def _say(text: str, style: str) -> None:
+    # What a file or a pipe said may be quoted: no escape sequence of it reaches the terminal.
+    shown = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
     # Made anew each time, because stderr may have been replaced since.
-    show(Text(text, style=style), Console(stderr=True, highlight=False))
+    show(Text(shown, style=style), Console(stderr=True, highlight=False))
 
 
 def show(text: Text | str, out: Console | None = None) -> None:
@@ -77,17 +76,6 @@ def facts(known: Mapping[str, Any], *names: str) -> str:
     return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
 
 
-def run(command: Callable[..., None]) -> None:
-    """Run a module's command line; what a user can get wrong is one line and exit code 1."""
-    import typer
-
-    try:
-        typer.run(command)
-    except RedrafterError as wrong:
-        error(str(wrong))
-        sys.exit(1)
-
-
 def write(text: str) -> None:
     """A piece of an answer, as it is, to stdout at once."""
     sys.stdout.write(text)
@@ -132,6 +120,26 @@ def cut_thought(tokens: int, limit: int, how: str) -> str:
     if limit < 0 or tokens < limit:
         return "the answer ended inside a thought: the model's context is full"
     return f"the answer ended inside a thought, at the limit of {limit} tokens: {how} allows more"
+
+
+def input_lines() -> Iterator[bytes]:
+    """Standard input as it is. Raises OptionError where it cannot be read."""
+    try:
+        yield from sys.stdin.buffer
+    except OSError as error:
+        raise OptionError(f"standard input cannot be read ({error.strerror})") from None
+
+
+def decoded(data: bytes) -> str:
+    """What was piped in, as text; raises OptionError."""
+    encoding = sys.stdin.encoding or "utf-8"
+    if codecs.lookup(encoding).name in ("ascii", "utf-8"):
+        encoding = "utf-8-sig"  # without a byte order mark
+    try:
+        return data.decode(encoding).replace("\r\n", "\n")
+    except UnicodeError:
+        name = encoding.removesuffix("-sig").upper()
+        raise OptionError(f"the input is not {name} text: convert it first (iconv)") from None
 
 
 def summary(last: GenerationResponse) -> str:

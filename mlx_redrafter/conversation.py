@@ -13,6 +13,7 @@ from mlx_redrafter import console
 from mlx_redrafter.chat_template import Message, prompt_ids
 from mlx_redrafter.errors import OptionError, RedrafterError
 from mlx_redrafter.options import MAX_TOKENS, DecodeOptions
+from mlx_redrafter.paths import user_path, write_whole
 from mlx_redrafter.stats import DraftStats
 
 HELP = """\
@@ -34,6 +35,7 @@ AUTOMATIC = (
     "beam_width", "beam_length", "nodes", "candidates", "lookup", "prefill_step_size", "thinking",
     "max_tokens",
 )  # fmt: skip
+LONGEST = 10**8  # bytes of a saved conversation
 Action = Literal["stay", "exit", "retry"]
 
 
@@ -43,6 +45,7 @@ class Reply:
 
     text: str = ""
     action: Action = "stay"
+    failed: bool = field(default=False, compare=False)
 
 
 def unfinished(text: str) -> bool:
@@ -82,6 +85,7 @@ class Conversation:
     attempt: int = 0
     last: DraftStats | None = None
     total: DraftStats = field(default_factory=DraftStats)
+    _before: list[Message] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.clear()
@@ -92,13 +96,14 @@ class Conversation:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def ask(self, text: str) -> list[int]:
-        """Add a question; the prompt's token ids. Raises OptionError, and then forgets it again."""
-        self.attempt = 0
+        """Add a question; the prompt's token ids. If it raises an error, it forgets it again."""
+        self.attempt, self._before = 0, list(self.messages)
         self.messages.append({"role": "user", "content": text})
         return self._prompt()
 
     def again(self) -> list[int]:
         """Drop the last answer; the prompt of its question, and another seed when sampling."""
+        self._before = list(self.messages)
         if self.messages and self.messages[-1]["role"] == "assistant":
             self.messages.pop()
         self.attempt += 1
@@ -116,9 +121,8 @@ class Conversation:
         self.messages.append({**message, "stopped": True} if stopped else message)
 
     def unasked(self) -> None:
-        """Forget a question that got no answer."""
-        if self.messages and self.messages[-1]["role"] == "user":
-            self.messages.pop()
+        """Forget a question that got no answer; one that was asked again keeps the old one."""
+        self.messages = self._before
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the next answer."""
@@ -144,7 +148,7 @@ class Conversation:
                     f"the conversation has {len(prompt)} tokens and the model's context "
                     f"{self.context}: /clear starts anew"
                 )
-        except RedrafterError:
+        except Exception:
             self.unasked()
             raise
         return prompt
@@ -168,11 +172,11 @@ class Conversation:
             "retry": self._retry,
         }
         if name not in commands:
-            return Reply(f"unknown command /{name}: /help lists them")
+            return Reply(f"unknown command /{name}: /help lists them", failed=True)
         try:
             return commands[name](argument.strip())
         except RedrafterError as error:
-            return Reply(str(error))
+            return Reply(str(error), failed=True)
 
     def _clear(self, _: str) -> Reply:
         self.clear()
@@ -198,9 +202,9 @@ class Conversation:
             ]
             return Reply("\n".join(rows))
         if key not in fields:
-            return Reply(f"unknown option {key}: /set lists them")
+            raise OptionError(f"unknown option {key}: /set lists them")
         if not value.strip():
-            return Reply(f"/set {key} needs a value; it is {_shown(key, self.options)}")
+            raise OptionError(f"/set {key} needs a value; it is {_shown(key, self.options)}")
         changed = dataclasses.replace(self.options, **{key: _parsed(key, value.strip())})
         changed.check()
         changed.template_config(self.tokenizer)
@@ -217,28 +221,28 @@ class Conversation:
 
     def _save(self, name: str) -> Reply:
         if not name:
-            return Reply("/save needs a file name")
+            raise OptionError("/save needs a file name")
         content = {"model": self.model, "messages": self.messages}
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         try:
-            Path(name).expanduser().write_text(
-                json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+            write_whole(user_path(name), text)
         except OSError as error:
-            return Reply(f"{name} cannot be written: {error.strerror}")
+            raise OptionError(f"{name} cannot be written: {error.strerror}") from None
         return Reply(f"{_count(self.messages)} written to {name}")
 
     def _load(self, name: str) -> Reply:
         if not name:
-            return Reply("/load needs a file name")
+            raise OptionError("/load needs a file name")
+        file = user_path(name)
         try:
-            content = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
+            content = json.loads(_conversation_text(file))
         except OSError as error:
-            return Reply(f"{name} cannot be read: {error.strerror}")
-        except ValueError as error:
-            return Reply(f"{name} is not a saved conversation: {error}")
+            raise OptionError(f"{name} cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise OptionError(f"{name} is not a saved conversation: {error}") from None
         messages = content.get("messages") if isinstance(content, dict) else None
         if not isinstance(messages, list) or not all(map(_is_message, messages)):
-            return Reply(f"{name} is not a saved conversation: it has no list of messages")
+            raise OptionError(f"{name} is not a saved conversation: it has no list of messages")
         self.messages = messages
         return Reply(f"{_count(messages)} read from {name}")
 
@@ -262,19 +266,27 @@ class Conversation:
 
     def _retry(self, _: str) -> Reply:
         if not any(message["role"] == "user" for message in self.messages):
-            return Reply("there is no question to answer again")
+            raise OptionError("there is no question to answer again")
         greedy = self.options.temp == 0
         return Reply(
             "greedy: the answer will be the same; /set temp 0.8" if greedy else "", "retry"
         )
 
 
+def _conversation_text(file: Path) -> str:
+    """What a saved conversation may say. Raises OSError and ValueError."""
+    if file.exists() and not file.is_file():
+        raise ValueError("it is a folder" if file.is_dir() else "it is no regular file")
+    if (size := file.stat().st_size) > LONGEST:
+        raise ValueError(f"it has {size / 1e6:.0f} MB")
+    return file.read_text(encoding="utf-8")
+
+
 def _is_message(message: object) -> bool:
-    return (
-        isinstance(message, dict)
-        and message.get("role") in ("system", "user", "assistant")
-        and isinstance(message.get("content"), str)
-    )
+    if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+        return False
+    content = message.get("content")
+    return isinstance(content, str) and content == content.encode(errors="ignore").decode()
 
 
 def _count(messages: Sequence[Message]) -> str:

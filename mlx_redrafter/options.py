@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mlx_redrafter import blas, checks, console
-from mlx_redrafter.console import DEBUG
+from mlx_redrafter.checks import checked_text
 from mlx_redrafter.errors import OptionError
 
 if TYPE_CHECKING:
@@ -32,11 +32,6 @@ def _use_blas(ctx: typer.Context, value: str | None) -> str | None:
     return value
 
 
-def _set_debug(ctx: typer.Context, value: bool) -> bool:
-    ctx.meta[DEBUG] = value
-    return value
-
-
 Blas = Annotated[
     Literal["auto", "row-exact", "openblas", "reference"] | None,
     typer.Option(
@@ -47,12 +42,6 @@ Blas = Annotated[
         rich_help_panel=OTHER,
         hidden=sys.platform != "linux",
         help=f"Matrix library on Linux; the same as setting {blas.VARIABLE}.",
-    ),
-]
-Debug = Annotated[
-    bool,
-    typer.Option(
-        "--debug", callback=_set_debug, rich_help_panel=OTHER, help="Show the traceback of errors."
     ),
 ]
 ModelName = Annotated[
@@ -355,8 +344,9 @@ class DecodeOptions:
         known = {f.name for f in dataclasses.fields(SamplingParams)}
         SamplingParams(**{name: value for name, value in given.items() if name in known})
         length(given["max_tokens"])
-        if given["prefill_step_size"] is not None:
-            checks.whole("prefill_step_size", given["prefill_step_size"], 1)
+        checks.at_least(1, prefill_step_size=self.prefill_step_size)
+        checked_text(self.system_prompt or "", "system prompt")
+        checked_text("".join(self.stop or ()), "stop text")
 
 
 def sparse_prefill(

@@ -10,6 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.chat_template import prompt_ids
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.paths import user_path
 
 MANUAL = "pydoc_data.topics"  # ships with every CPython, some 100,000 tokens
 ASSETS = Path(__file__).parent / "assets"
@@ -30,7 +31,7 @@ class Prompt:
 
 def prompt_file(name: str) -> Path:
     """``dev`` and ``copy`` are in the package; anything else is a file."""
-    return {"dev": DEV, "copy": COPY}.get(name) or Path(name).expanduser()
+    return {"dev": DEV, "copy": COPY}.get(name) or user_path(name)
 
 
 def read_prompts(file: Path = DEV, count: int | None = None) -> list[Prompt]:

@@ -18,7 +18,7 @@ CONVERT = Path(mlx_redrafter.convert.__file__).parent
 
 # A module may import those of its own row and of the rows above it.
 LAYERS = [
-    {"errors", "checks", "stats", "blas", "kernels", "threads", "clock"},
+    {"errors", "checks", "stats", "blas", "kernels", "threads", "clock", "paths", "terminal"},
     {"models", "drafters"},
     {"prefill"},
     {"decoding"},
@@ -41,6 +41,7 @@ LAYERS = [
     },
     {
         "console",
+        "net",
         "options",
         "flat_options",
         "conversation",

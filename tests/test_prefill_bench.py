@@ -16,7 +16,7 @@ from conftest import ByteTokenizer
 from prefill_cases import random_case
 from typer.testing import CliRunner
 
-from mlx_redrafter import cli
+from mlx_redrafter import cli, net
 from mlx_redrafter.api import Model
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.models import Decoder
@@ -259,7 +259,7 @@ def test_a_run_that_is_stopped_shows_what_it_has(
     monkeypatch.setattr(whole, "in_turn", stopped)
     file = tmp_path / "out.json"
     result = bench("--lengths", "512,1024", "--modes", "a_shape", "--quality", "--json", file)
-    assert result.exit_code == cli.INTERRUPTED and "incomplete" in result.stderr
+    assert result.exit_code == net.INTERRUPTED and "incomplete" in result.stderr
     found = json.loads(file.read_text())
     first, second = found["lengths"]
     assert not found["complete"] and len(first["ways"]) == 2

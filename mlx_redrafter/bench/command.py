@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.net import Debug
 from mlx_redrafter.options import (
     Blas,
-    Debug,
     DrafterName,
     ModelName,
     SparseConfig,
@@ -21,17 +21,11 @@ from mlx_redrafter.options import (
 from mlx_redrafter.options import (
     sparse_prefill as sparse_options,
 )
+from mlx_redrafter.paths import expanded
 
 COMPARED, INSTEAD = "What is compared", "Instead of timing"
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
-
-
-def run(ctx: typer.Context) -> None:
-    """The command with the arguments of the context that `mlx-redrafter bench` got."""
-    command = typer.main.get_command(app)
-    with command.make_context("bench", list(ctx.args), parent=ctx.parent) as inner:
-        command.invoke(inner)
 
 
 @app.command()
@@ -123,12 +117,16 @@ def bench(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Folder for bench.json and plots, updated after every turn."
+            "--output",
+            "-o",
+            callback=expanded,
+            help="Folder for bench.json and plots, updated after every turn.",
         ),
     ] = None,
     plot_only: Annotated[
         Path | None,
         typer.Option(
+            callback=expanded,
             rich_help_panel=INSTEAD,
             help="Measure nothing: show the results in such a folder again.",
         ),

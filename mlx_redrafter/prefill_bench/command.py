@@ -7,16 +7,11 @@ from typing import Annotated
 
 import typer
 
-from mlx_redrafter.options import Blas, Debug, ModelName
+from mlx_redrafter.net import Debug
+from mlx_redrafter.options import Blas, ModelName
+from mlx_redrafter.paths import expanded
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
-
-
-def run(ctx: typer.Context) -> None:
-    """The command with the arguments of the context that `mlx-redrafter prefill-bench` got."""
-    command = typer.main.get_command(app)
-    with command.make_context("prefill-bench", list(ctx.args), parent=ctx.parent) as inner:
-        command.invoke(inner)
 
 
 @app.command()
@@ -29,7 +24,8 @@ def prefill_bench(
         str, typer.Option(help="Kinds of sparse reading; a_shape and tri_shape exist too.")
     ] = "trianglemix,xattention,minference",
     text: Annotated[
-        Path | None, typer.Option(help="Text to read.", show_default="Python's manual")
+        Path | None,
+        typer.Option(callback=expanded, help="Text to read.", show_default="Python's manual"),
     ] = None,
     rounds: Annotated[
         int | None,
@@ -59,10 +55,12 @@ def prefill_bench(
         int, typer.Option(help="Length of the prefix for --layer, in tokens.")
     ] = 32768,
     as_json: Annotated[
-        Path | None, typer.Option("--json", help="Write all results into this JSON file.")
+        Path | None,
+        typer.Option("--json", callback=expanded, help="Write all results into this JSON file."),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw time by length into this PNG or SVG file.")
+        Path | None,
+        typer.Option(callback=expanded, help="Draw time by length into this PNG or SVG file."),
     ] = None,
     blas: Blas = None,
     debug: Debug = False,

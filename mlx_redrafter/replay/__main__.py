@@ -18,13 +18,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mlx_redrafter import console, reports, tuning
+from mlx_redrafter import console, net, reports, tuning
 from mlx_redrafter.api import load
+from mlx_redrafter.checks import at_least
 from mlx_redrafter.decoding import prospects
 from mlx_redrafter.decoding.costs import Costs
 from mlx_redrafter.decoding.policy import Automatic, Fixed, contenders
 from mlx_redrafter.decoding.prospects import LOOKUP, Prospects
 from mlx_redrafter.decoding.tree import TreeShape
+from mlx_redrafter.paths import expanded
 from mlx_redrafter.prompts import DEV, read_prompts
 from mlx_redrafter.replay.record import TEMPERATURES, Answer, record, tabulate
 from mlx_redrafter.replay.walks import (
@@ -42,16 +44,19 @@ from mlx_redrafter.replay.walks import (
 def main(
     model: str = "smollm2-135m",
     drafter: str = "auto",
-    prompts: Path = DEV,
+    prompts: Annotated[Path, typer.Option(callback=expanded)] = DEV,
     count: int = 30,
     max_tokens: int = 128,
     lost: Annotated[
         float, typer.Option(help="Seconds of a step that is not launched ahead.")
     ] = 1e-3,
-    write: Annotated[Path | None, typer.Option("--prospects", help="Write the table here.")] = None,
+    write: Annotated[
+        Path | None, typer.Option("--prospects", callback=expanded, help="Write the table here.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Record answers, replay every way to choose, print the speed-ups over plain decoding."""
+    at_least(1, count=count, max_tokens=max_tokens)
     loaded, tokenizer = load(model, drafter)
     chosen = read_prompts(prompts, count)
     answers = []
@@ -141,4 +146,4 @@ def compare(
 
 
 if __name__ == "__main__":
-    console.run(main)
+    net.run_module(main)

@@ -12,7 +12,9 @@ import typer
 
 from mlx_redrafter import console
 from mlx_redrafter.errors import OptionError, RedrafterError
-from mlx_redrafter.options import Blas, Debug
+from mlx_redrafter.net import Debug
+from mlx_redrafter.options import Blas
+from mlx_redrafter.paths import expanded
 
 from . import folder, lines
 from .config import Evaluating, TrainConfig
@@ -68,7 +70,9 @@ _RESULT = "Result"
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 File = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="YAML file with these options; flags override it."),
+    typer.Option(
+        "--config", "-c", callback=expanded, help="YAML file with these options; flags override it."
+    ),
 ]
 Estimate = Annotated[
     bool,
@@ -90,13 +94,6 @@ EvalTokens = Annotated[
         rich_help_panel=_RESULT, help="Longest answer in the evaluation.", show_default="128"
     ),
 ]
-
-
-def run(ctx: typer.Context) -> None:
-    """The command with the arguments of the context that `mlx-redrafter train` got."""
-    command = typer.main.get_command(app)
-    with command.make_context("train", list(ctx.args), parent=ctx.parent) as inner:
-        command.invoke(inner)
 
 
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -122,6 +119,7 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
                 hints[name] | None,
                 typer.Option(
                     f"--{name.replace('_', '-')}", *([_SHORT[name]] if name in _SHORT else []),
+                    callback=expanded if "Path" in str(hints[name]) else None,
                     help=OPTIONS[panels[name]][name],
                     rich_help_panel=None if panels[name] == "Data" else panels[name],
                     show_default=str(defaults[name]) if defaults[name] is not None else False,
