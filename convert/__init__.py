@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_redrafter.errors import ConvertError, OptionError
+from mlx_redrafter.paths import user_path
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -141,7 +142,7 @@ def convert(
         job = _plan(path, format, options)
     except OSError as error:
         raise ConvertError(f"{path} cannot be read ({error})") from error
-    out = Path(out).expanduser()
+    out = user_path(out)
     if dry_run:
         return Summary(str(source), job.kind, to, None, job.mapping, notes=job.notes)
     check_output(out, path, force)
@@ -250,7 +251,7 @@ def _plan_gguf(path: Path, options: _Options) -> _Job:
 
 def _locate(source: str) -> Path:
     """A local folder or file, else a hub id; pickles are fetched only where nothing else is."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.exists():
         return path
     from mlx_redrafter import hub

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,61 +16,62 @@ from mlx_redrafter.convert import Progress, Summary
 from mlx_redrafter.convert import convert as convert_checkpoint
 from mlx_redrafter.convert.mapping import size_text
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.net import Debug
+from mlx_redrafter.paths import expanded
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 BITS, GROUP_SIZE = 4, 64
 
 
-def run(ctx: typer.Context) -> None:
-    """The command with the arguments of the context that `mlx-redrafter convert` got."""
-    command = typer.main.get_command(app)
-    with command.make_context("convert", list(ctx.args), parent=ctx.parent) as inner:
-        command.invoke(inner)
-
-
-def _set_debug(ctx: typer.Context, value: bool) -> bool:
-    ctx.meta[console.DEBUG] = value
-    return value
-
-
 @app.command()
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="Folder, file or hub id of a drafter or model.")
+        str,
+        typer.Argument(
+            metavar="SRC", help="Folder, file or Hugging Face id of a model or drafter."
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
+    out: Annotated[Path, typer.Option("--out", "-o", callback=expanded, help="Folder to create.")],
     format: Annotated[
         str,
-        typer.Option(help="Of SRC: auto, apple, mlx, tensorrt-llm, modelopt, base or gguf."),
+        typer.Option(help="Format of SRC: auto, apple, mlx, tensorrt-llm, modelopt, base or gguf."),
     ] = "auto",
     to: Annotated[
-        str, typer.Option(help="Layout to write: mlx; a drafter also as apple or tensorrt-llm.")
+        str, typer.Option(help="Format to write: mlx; for a drafter also apple or tensorrt-llm.")
     ] = "mlx",
     target: Annotated[
-        str | None, typer.Option(help="Model that the drafter must fit: built-in, folder, hub id.")
+        str | None, typer.Option(help="Model that the drafter is for, to check that they fit.")
     ] = None,
-    quantize: Annotated[bool, typer.Option("--quantize", "-q", help="Quantise.")] = False,
-    q_bits: Annotated[int | None, typer.Option(help="4 or 8.", show_default=str(BITS))] = None,
+    quantize: Annotated[
+        bool, typer.Option("--quantize", "-q", help="Quantise the weights.")
+    ] = False,
+    q_bits: Annotated[
+        int | None, typer.Option(help="Bits of a quantised weight: 4 or 8.", show_default=str(BITS))
+    ] = None,
     q_group_size: Annotated[
-        int | None, typer.Option(help="32, 64 or 128.", show_default=str(GROUP_SIZE))
+        int | None,
+        typer.Option(
+            help="Weights that share a scale: 32, 64 or 128.", show_default=str(GROUP_SIZE)
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float16, bfloat16 or float32.", show_default="as stored"),
+        typer.Option(
+            help="Type of the weights: float16, bfloat16 or float32.", show_default="as stored"
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what becomes of every tensor, write nothing.")
+        bool, typer.Option("--dry-run", help="Show what becomes of every tensor and write nothing.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace the model folder that --out names.")
+        bool, typer.Option("--force", help="Replace the folder of --out if it holds a model.")
     ] = False,
     upload_repo: Annotated[
-        str | None, typer.Option(help="Then upload to this hub repository, with a model card.")
+        str | None,
+        typer.Option(help="Upload the result to this Hugging Face repository, with a model card."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")
-    ] = False,
+    debug: Debug = False,
 ) -> None:
     """Convert a drafter or a base model: PyTorch, TensorRT-LLM or GGUF to MLX, and back.
 
@@ -80,7 +79,7 @@ def convert(
     """
     if not quantize and (q_bits is not None or q_group_size is not None):
         raise OptionError("--q-bits and --q-group-size say how to quantise; add -q")
-    with _stoppable(), _progress_bar() as progress:
+    with _progress_bar() as progress:
         summary = convert_checkpoint(
             source,
             out,
@@ -103,18 +102,18 @@ def convert(
 
 def _show(summary: Summary) -> None:
     kept = [row for row in summary.mapping if row.target]
-    typer.echo(f"{summary.source}: {summary.format.label}, {len(kept)} tensors, to {summary.to}")
+    console.show(f"{summary.source}: {summary.format.label}, {len(kept)} tensors, to {summary.to}")
     if summary.out is None:
         rows = [(m.source, m.target or "-", _shape(m.shape), m.note) for m in summary.mapping]
         _table(("source", "target", "shape", "note"), rows)
     for note in summary.notes:
-        typer.echo(f"note: {note}")
+        console.show(f"note: {note}")
     if summary.out is not None:
         rows_of_files = [(f.name, size_text(f.size), f.sha256) for f in summary.files]
         _table(("file", "size", "SHA-256"), rows_of_files)
-        typer.echo(f"wrote {summary.out}: {size_text(summary.size)}")
+        console.show(f"wrote {summary.out}: {size_text(summary.size)}")
     if summary.url:
-        typer.echo(f"uploaded to {summary.url}")
+        console.show(f"uploaded to {summary.url}")
 
 
 def _table(titles: tuple[str, ...], rows: list[Any]) -> None:
@@ -146,25 +145,6 @@ def _as_dict(summary: Summary) -> dict[str, Any]:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Let a polite kill or a closed terminal unwind, so that the half-made folder is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    kinds = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    before = [(kind, signal.signal(kind, leave)) for kind in kinds]
-    try:
-        yield
-    finally:
-        for kind, handler in before:
-            signal.signal(kind, handler)
 
 
 @contextmanager

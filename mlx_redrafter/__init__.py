@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 from mlx_redrafter import blas
@@ -11,6 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "load": "api",
     "generate": "api",
+    "render": "chat_template",
     "stream_generate": "api",
     "Model": "api",
     "GenerationResponse": "api",
@@ -33,6 +37,7 @@ __all__ = [
     "__version__",
     "generate",
     "load",
+    "render",
     "stream_generate",
 ]
 
@@ -45,12 +50,25 @@ if TYPE_CHECKING:
         stream_generate,
     )
     from mlx_redrafter.cache.session import Session
+    from mlx_redrafter.chat_template import render
     from mlx_redrafter.decoding.sampling import SamplingParams
     from mlx_redrafter.errors import RedrafterError
     from mlx_redrafter.prefill.config import SparsePrefill
     from mlx_redrafter.stats import DraftStats
     from mlx_redrafter.tree.shape import TreeShape
 
+
+def _end_quietly() -> None:
+    """In a program of ours Ctrl-C is no error, nor is it one before the program has begun."""
+    started = [os.path.basename(getattr(sys, "argv", [""])[0] or "")]
+    if started == ["-m"]:
+        started = [word.partition(".")[0] for word in sys.orig_argv]
+    ours = {"mlx-redrafter", "redrafter", "mlx_redrafter"}.intersection(started)
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+_end_quietly()
 # The only work at import: on Linux the BLAS must be in place before mlx.core is loaded.
 blas.prepare()
 

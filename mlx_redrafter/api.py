@@ -38,8 +38,9 @@ USUAL_LENGTH = 256  # tokens of an answer where nobody says it, as in mlx_lm
 class Model:
     """A target model, what drafts for it, and the engine that runs both.
 
-    ``drafter`` is the trained one, or None; the text itself drafts besides, unless plain decoding
-    was asked for: ``engine.drafters`` has all that draft. ``budget`` knows what pays here.
+    ``drafter`` is the trained one, or None; the text itself drafts in any case: ``engine.drafters``
+    has all that draft. ``drafting`` tells whether `stream_generate` drafts unless it is told so or
+    not: False where the model was loaded for plain decoding. ``budget`` knows what pays here.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Model:
     drafter_folder: Path | None
     engine: Engine
     budget: Budget
+    drafting: bool = True
 
     @classmethod
     def of(
@@ -59,16 +61,16 @@ class Model:
         drafter: Drafter | None = None,
         drafter_folder: Path | None = None,
         *,
-        text: bool = True,
+        drafting: bool = True,
         compiled: bool = True,
     ) -> Model:
-        """Put together of loaded parts; ``text``: does the text itself draft?"""
-        drafters: list[Drafter] = [Lookup()] if text else []
+        """Put together of loaded parts."""
+        drafters: list[Drafter] = [Lookup()]
         if drafter is not None:
             drafters.append(drafter)
         engine = Engine(target, drafters, compiled)
         budget = Budget(engine, target, folder, drafter_folder)
-        return cls(name, folder, target, drafter, drafter_folder, engine, budget)
+        return cls(name, folder, target, drafter, drafter_folder, engine, budget, drafting)
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def load(
     target = load_model(folder, dtype)
     loaded = load_drafter(drafter_folder, target) if drafter_folder is not None else None
     model = Model.of(
-        name, folder, target, loaded, drafter_folder, text=given is not None, compiled=compiled
+        name, folder, target, loaded, drafter_folder, drafting=given is not None, compiled=compiled
     )
     return model, hub.load_tokenizer(folder, tokenizer_config)
 
@@ -146,7 +148,7 @@ def stream_generate(
     prompt: str | Sequence[int] | mx.array,
     max_tokens: int | None = None,
     *,
-    draft: bool = True,
+    draft: bool | None = None,
     tree: TreeShape | None = None,
     stop: str | Sequence[str] | None = None,
     stop_tokens: Sequence[int] | None = None,
@@ -161,7 +163,8 @@ def stream_generate(
     Args:
         prompt: text (no template is applied) or token ids, in a list or a 1-D array.
         max_tokens: at most so many tokens, fewer where the context ends; None: 256; -1: no limit.
-        draft: False decodes plainly, through the same code; the tokens are the same.
+        draft: False decodes plainly, through the same code; the tokens are the same. True drafts
+            from what there is: the drafter and the text itself. None: as the model was loaded.
         tree: how much to draft; None: chosen for every step by what pays on this machine and on
             this text (the first time it is measured, which takes a few seconds).
         stop: strings that end the answer; neither they nor what follows is emitted.
@@ -202,7 +205,7 @@ def stream_generate(
     stops = arguments.stops(stop)
     end_tokens = {*tokenizer.eos_token_ids, *arguments.stop_tokens(stop_tokens, config.vocab_size)}
     ids = arguments.prompt_ids(tokenizer, prompt)
-    plain = not (draft is None or draft) or not model.engine.drafters
+    plain = not (model.drafting if draft is None else draft)
     asked = Request(
         ids, params, TreeShape.plain() if plain else tree or TreeShape(),
         USUAL_LENGTH if max_tokens is None else max_tokens,

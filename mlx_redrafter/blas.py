@@ -26,6 +26,7 @@ from pathlib import Path
 
 from mlx_redrafter import kernels
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.paths import user_path
 
 VARIABLE = "MLX_REDRAFTER_BLAS"
 CHOICES = ("auto", "row-exact", "openblas", "reference")
@@ -59,7 +60,7 @@ def prepare() -> None:
 
     An unknown value of MLX_REDRAFTER_BLAS is left to `status` to report: an import must not fail.
     """
-    with contextlib.suppress(RuntimeError):  # no home directory
+    with contextlib.suppress(RuntimeError, OptionError):  # no such home directory
         kernels.prepare(_cache_folder().parent / "kernels")
     with contextlib.suppress(OptionError):
         status()
@@ -90,7 +91,8 @@ def status() -> BlasStatus:
         )
     try:
         return _use("openblas" if choice == "openblas" else "row-exact")
-    except (_Unavailable, OSError, RuntimeError) as reason:  # RuntimeError: no home directory
+    # The last two: no such home directory.
+    except (_Unavailable, OSError, RuntimeError, OptionError) as reason:
         return BlasStatus("reference", str(reason))
 
 
@@ -172,7 +174,7 @@ def _library() -> Path:
 
 def _cache_folder() -> Path:
     if own := os.environ.get("MLX_REDRAFTER_CACHE"):
-        return Path(own) / "blas"
+        return user_path(own) / "blas"
     user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(user) / "mlx-redrafter" / "blas"
 

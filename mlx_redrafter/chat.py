@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from mlx_redrafter import console
+from mlx_redrafter import console, net, terminal
+from mlx_redrafter.answer_writer import AnswerWriter
+from mlx_redrafter.chat_template import has_template
+from mlx_redrafter.checks import checked_text
 from mlx_redrafter.conversation import Conversation, unfinished, unquoted
 from mlx_redrafter.errors import OptionError, RedrafterError
-from mlx_redrafter.options import DecodeOptions
+from mlx_redrafter.options import MAX_TOKENS, DecodeOptions
 from mlx_redrafter.waiting import Waiting
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import History
+
+    from mlx_redrafter.api import GenerationResponse
 
 PROMPT = "> "
 
@@ -55,24 +60,6 @@ def stoppable() -> Iterator[StopFlag]:
         signal.signal(signal.SIGINT, before)
 
 
-@contextlib.contextmanager
-def silent_keys() -> Iterator[None]:
-    """Within, the terminal does not write ^C and what is typed ahead into the answer."""
-    if not sys.stdin.isatty():
-        yield
-        return
-    import termios
-
-    before = termios.tcgetattr(sys.stdin)
-    silent = [*before]
-    silent[3] &= ~termios.ECHO
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
-
-
 class Chat:
     """Answers questions of a conversation aloud."""
 
@@ -88,29 +75,32 @@ class Chat:
     ) -> None:
         from mlx_redrafter.cache.session import Session
 
-        if not tokenizer.has_chat_template:
-            raise OptionError(
-                f"{model.name} has no chat template; use: mlx-redrafter generate --raw"
-            )
         self.model, self.tokenizer = model, tokenizer
         self.interactive, self.quiet, self.verbose = interactive, quiet, verbose
         self.session = Session()
         self.conversation = Conversation(
             tokenizer,
-            options,
-            context=model.target.config.max_positions,
-            drafter=model.drafter is not None,
+            options.for_model(tokenizer, context := model.target.config.max_positions),
+            context=context,
+            drafter=console.drafter_name(model.drafter_folder),
             model=model.name,
+            draft=model.drafting,
         )
 
     def say(self, line: str) -> bool:
-        """Take a message or a command; False: leave."""
+        """Take a message or a command; False: leave. After an error the conversation is as before.
+
+        Raises RedrafterError, and whatever a tokenizer, a template or MLX raises.
+        """
+        checked_text(line, "input")
         if not line.strip():
             return True
         if not line.strip().startswith("/"):
             self.answer(self.conversation.ask(unquoted(line)))
             return True
         reply = self.conversation.command(line)
+        if reply.failed:
+            raise OptionError(reply.text)
         if reply.text:
             console.note(reply.text)
         if reply.action == "retry":
@@ -118,15 +108,14 @@ class Chat:
         return reply.action != "exit"
 
     def answer(self, prompt: list[int]) -> None:
-        """Stream the answer to `prompt` and keep it; raises RedrafterError."""
+        """Stream the answer to `prompt` and keep it."""
         if warning := self.conversation.warning(len(prompt)):
             console.warn(warning)
         pieces: list[str] = []
         last, stopped = None, False
-        markers = (self.tokenizer.think_start, self.tokenizer.think_end)
-        writer = console.AnswerWriter(markers, dim=self.interactive)
+        writer = AnswerWriter.after(self.tokenizer, prompt, terminal=self.interactive)
         try:
-            with silent_keys(), stoppable() as flag, self._stream(prompt, flag) as stream:
+            with terminal.silent(), stoppable() as flag, self._stream(prompt, flag) as stream:
                 for last in stream:
                     flag.waiting.word()
                     pieces.append(last.text)
@@ -136,15 +125,29 @@ class Chat:
                         break
         except Interrupted:
             stopped = True
-        except (RedrafterError, KeyboardInterrupt):
+        except BaseException as error:
             self.conversation.unasked()
+            if not isinstance(error, RedrafterError | KeyboardInterrupt):
+                self.session = type(self.session)()  # nobody knows what it holds now
+            if pieces:
+                writer.close()
+                console.write("\n")
             raise
         writer.close()
         console.write("\n")
         if stopped:
             console.note("[stopped]")
         self.conversation.answered("".join(pieces), last and last.stats, stopped=stopped)
-        if last is not None and not self.quiet:
+        self.report(last, writer.in_thought("".join(pieces)))
+
+    def report(self, last: GenerationResponse | None, in_thought: bool) -> None:
+        """What is said below an answer."""
+        if last is None:
+            return
+        if in_thought and last.finish_reason == "length":
+            limit = self.conversation.options.max_tokens or MAX_TOKENS
+            console.warn(console.cut_thought(last.generation_tokens, limit, "/set max_tokens"))
+        if not self.quiet:
             console.note(console.summary(last))
             if self.verbose:
                 console.note(console.details(last.stats))
@@ -173,28 +176,34 @@ def run(
     verbose: bool = False,
 ) -> int:
     """Talk until the user leaves or the input ends; the exit code."""
+    missing = model.drafting and model.drafter is None
+    if missing and not quiet:
+        console.note(console.no_drafter(model.name))
+    if not has_template(tokenizer):
+        console.note(console.no_template(model.name, options.system_prompt))
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     chat = Chat(model, tokenizer, options, interactive=interactive, quiet=quiet, verbose=verbose)
     if not interactive:
         return read_lines(chat)
-    draft = "with a drafter" if model.drafter is not None else "without a drafter"
-    console.note(f"{model.name} {draft}. /help lists the commands, Ctrl-D leaves.")
+    sources = console.drafts_from(chat.conversation.drafter, options.tree())
+    drafting = f"drafting from {sources}" if model.drafting and sources else "without drafting"
+    console.note(f"{model.name}, {drafting}. /help lists the commands, Ctrl-D leaves.")
     return read_terminal(chat, prompt_session(history))
 
 
 def read_lines(chat: Chat) -> int:
     """Every line of stdin is a message, a block in three quotes too; 1 if one went wrong."""
-    code, text = 0, ""
-    for line in sys.stdin:
-        text += line
-        if unfinished(text):
+    code, data = 0, b""
+    for line in console.input_lines():
+        data += line
+        if unfinished(data.decode(errors="replace")):
             continue
-        message, text = text, ""
+        message, data = data, b""
         try:
-            if not chat.say(message):
+            if not chat.say(console.decoded(message)):
                 return code
-        except RedrafterError as error:
-            console.error(str(error))
+        except Exception as error:
+            net.survive(error)
             code = 1
     return code
 
@@ -203,14 +212,19 @@ def read_terminal(chat: Chat, lines: PromptSession[str]) -> int:
     """The loop of a terminal. Ctrl-C clears the line, Ctrl-D leaves."""
     while True:
         try:
-            if not chat.say(lines.prompt(PROMPT)):
+            line = lines.prompt(PROMPT)
+        except KeyboardInterrupt:
+            console.note("Ctrl-D or /exit leaves")
+            continue
+        except EOFError:
+            return 0
+        try:
+            if not chat.say(line):
                 return 0
         except KeyboardInterrupt:
             console.note("Ctrl-D or /exit leaves")
-        except EOFError:
-            return 0
-        except RedrafterError as error:
-            console.error(str(error))
+        except Exception as error:
+            net.survive(error)
 
 
 def prompt_session(keep_history: bool) -> PromptSession[str]:
@@ -246,11 +260,24 @@ def _history(keep: bool) -> History:
 
     if not keep:
         return InMemoryHistory()
+
+    class OptionalHistory(FileHistory):
+        """A file that breaks while it is used costs no chat."""
+
+        def load_history_strings(self) -> Iterable[str]:
+            with contextlib.suppress(OSError):
+                yield from super().load_history_strings()
+
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):
+                super().store_string(string.encode(errors="replace").decode())
+
     file = cache_dir() / "history"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
+        file.open("ab").close()
     except OSError as error:
         console.warn(f"no history is kept: {file} cannot be written ({error.strerror})")
         return InMemoryHistory()
-    return FileHistory(str(file))
+    return OptionalHistory(str(file))

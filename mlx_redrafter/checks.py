@@ -35,6 +35,22 @@ def whole(name: str, value: Any, low: int, high: int | None = None, use: str = "
     return int(given)
 
 
+def at_least(least: int, **given: int | None) -> None:
+    """Refuse a whole number below ``least``; None is one that was not given. Raises OptionError."""
+    for name, value in given.items():
+        if value is not None:
+            whole(name, value, least)
+
+
+def checked_text(text: str, what: str) -> str:
+    """The text, if all of it can be encoded. Raises OptionError."""
+    try:
+        text.encode()
+    except UnicodeError:
+        raise OptionError(f"the {what} is not UTF-8 text: convert it first (iconv)") from None
+    return text
+
+
 def shown(value: Any) -> str:
     """A value in a message: short, on one line."""
     return " ".join(reprlib.repr(value).split())

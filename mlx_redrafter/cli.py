@@ -3,44 +3,36 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 import mlx_redrafter
 from mlx_redrafter import blas as matrix_library
-from mlx_redrafter import console
-from mlx_redrafter.console import DEBUG
-from mlx_redrafter.errors import OptionError, RedrafterError
-from mlx_redrafter.options import Blas, Debug, DecodeOptions, ModelOptions, flat_options
+from mlx_redrafter import console, net
+from mlx_redrafter.checks import at_least, checked_text
+from mlx_redrafter.errors import OptionError
+from mlx_redrafter.flat_options import flat_options
+from mlx_redrafter.net import Debug
+from mlx_redrafter.options import Blas, DecodeOptions, DrafterName, ModelName, ModelOptions
+from mlx_redrafter.paths import expanded
 
-INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + the signal, as a shell has it
+# As --help lists them: what is wanted most comes first in every group.
+ORDER = (
+    "chat", "generate", "demo", "race", "info", "train", "convert", "doctor", "prefill-search",
+    "bench", "acceptance", "tune", "prefill-bench",
+)  # fmt: skip
 
 
-class Commands(TyperGroup):
-    """Turns what a user can get wrong into one line and an exit code."""
+class Commands(net.Commands):
+    """The commands in their order."""
 
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = _show_warning
-                return super().invoke(ctx)
-        except RedrafterError as error:
-            if ctx.meta.get(DEBUG):
-                raise
-            console.error(str(error))
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            # Whoever read our output has left; the flush at exit must not complain either.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(PIPE_CLOSED) from None
+    def list_commands(self, ctx: Any) -> list[str]:
+        places = {name: place for place, name in enumerate(ORDER)}
+        names = super().list_commands(ctx)
+        return sorted(names, key=lambda name: places.get(name, len(places)))
 
 
 # A command whose options are read by its own file.
@@ -54,10 +46,6 @@ app = typer.Typer(
 )
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    console.warn(f"warning: {message}")
-
-
 def _print_version(value: bool) -> None:
     if value:
         typer.echo(f"mlx-redrafter {mlx_redrafter.__version__}")
@@ -65,37 +53,45 @@ def _print_version(value: bool) -> None:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
-ModelName = Annotated[
-    str, typer.Option("--model", "-m", help="Built-in name, local folder or hub id.")
-]
-DrafterName = Annotated[
-    str, typer.Option("--drafter", "-d", help="Local folder or hub id; 'auto' looks for one.")
-]
 PromptFile = Annotated[
     Path | None,
-    typer.Option(help='jsonl with "prompt" and "category".', show_default="92 built-in"),
+    typer.Option(
+        callback=expanded,
+        help='Prompts to measure with: jsonl with "prompt" and "category".',
+        show_default="92 built-in",
+    ),
 ]
-Question = Annotated[str | None, typer.Argument(help="The question; '-' or nothing reads a pipe.")]
+Question = Annotated[
+    str | None,
+    typer.Argument(help="The question; without one, or with '-', it is read from a pipe."),
+]
 Raw = Annotated[
-    bool, typer.Option("--raw", help="Continue the text itself, without a chat template.")
+    bool, typer.Option("--raw", help="Continue the text as it stands, without a chat template.")
+]
+ModelArgument = Annotated[
+    str, typer.Argument(help="Built-in name, local folder or Hugging Face id (org/name).")
 ]
 BUILTIN = "smollm2-135m"
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No statistics on stderr.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="All statistics, on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no statistics on stderr.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print all statistics on stderr.")]
+USE, PREPARE, MEASURE = "Use a model", "Prepare a model or a drafter", "Measure"
 
 
 @app.callback()
 def root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it, leave."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
+    debug: Debug = False,
 ) -> None:
     """Run a language model with ReDrafter: the same text in fewer passes over the model."""
     matrix_library.status()  # a wrong MLX_REDRAFTER_BLAS is one line before any command
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 @flat_options
 def generate(
     *,
@@ -109,63 +105,32 @@ def generate(
     blas: Blas = None,
     debug: Debug = False,
 ) -> None:
-    """Answer one prompt: the text alone on stdout, statistics on stderr."""
+    """Answer one question: the text on stdout, statistics on stderr."""
     text = _read_prompt(prompt)
-    options.check()
+    options.check(raw)
     model, tokenizer = source.load(options.tree())
-    from mlx_redrafter.api import stream_generate
-    from mlx_redrafter.waiting import Waiting
+    from mlx_redrafter import generating
 
-    ids = text if raw else _render(tokenizer, text, options.system_prompt)
-    writer = console.AnswerWriter(
-        (tokenizer.think_start, tokenizer.think_end), dim=sys.stdout.isatty()
+    generating.run(
+        model, tokenizer, text, options, raw=raw, as_json=as_json, quiet=quiet, verbose=verbose
     )
-    pieces, tokens, last = [], [], None
-    waiting = Waiting()
-    arguments = {"prompt_progress_callback": waiting.on_progress, **options.arguments()}
-    try:
-        for last in stream_generate(model, tokenizer, ids, **arguments):
-            waiting.word()
-            pieces.append(last.text)
-            tokens.append(last.token)
-            if not as_json:
-                writer.write(last.text)
-    except KeyboardInterrupt:
-        writer.close()
-        console.write("\n")
-        raise
-    finally:
-        waiting.close()
-    assert last is not None, "a generation yields at least one response"
-    if as_json:
-        from mlx_redrafter import reports
-
-        found = reports.answer(model, options.seed, "".join(pieces), tokens, last)
-        typer.echo(json.dumps(found))
-        return
-    writer.close()
-    console.write("\n")
-    if not quiet:
-        console.note(console.summary(last))
-        if verbose:
-            console.note(console.details(last.stats))
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 @flat_options
 def chat(
     *,
     source: ModelOptions,
     options: DecodeOptions,
     no_history: Annotated[
-        bool, typer.Option("--no-history", help="Do not keep what is typed in a file.")
+        bool, typer.Option("--no-history", help="Keep no file of what was typed.")
     ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     blas: Blas = None,
     debug: Debug = False,
 ) -> None:
-    """Talk with the model; /help lists the commands."""
+    """Talk with a model; /help lists what you can type besides questions."""
     options.check()
     model, tokenizer = source.load(options.tree())
     from mlx_redrafter.chat import run
@@ -175,25 +140,28 @@ def chat(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def info(
-    model: Annotated[
-        str, typer.Argument(help="Built-in name, local folder or hub id.")
-    ] = "smollm2-135m",
-    drafter: Annotated[
-        str, typer.Option("--drafter", "-d", help="Local folder or hub id; 'auto' looks for one.")
-    ] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    model: ModelArgument = BUILTIN,
+    drafter: DrafterName = "auto",
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Branch, tag or commit of a Hugging Face id."),
+    ] = None,
     context: Annotated[
-        int | None, typer.Option(help="Tokens to reckon the cache for.", show_default="longest")
+        int | None,
+        typer.Option(
+            help="Length in tokens to size the cache for.", show_default="the model's longest"
+        ),
     ] = None,
     as_json: Json = False,
     blas: Blas = None,
     debug: Debug = False,
 ) -> None:
-    """Show a model, its drafter, whether they fit, and what they need of this machine."""
+    """Show a model and its drafter, whether they fit, and the memory they need."""
     from mlx_redrafter import info as report
 
+    at_least(1, context=context)
     facts = report.collect(model, drafter, revision, context)
     if as_json:
         typer.echo(json.dumps(facts))
@@ -201,14 +169,14 @@ def info(
         report.show(facts)
 
 
-@app.command()
+@app.command(rich_help_panel=PREPARE)
 def doctor(
     model: Annotated[
         str | None,
         typer.Option(
             "--model",
             "-m",
-            help="Test this model too: built-in name, local folder or hub id.",
+            help="Test this model too: built-in name, local folder or Hugging Face id.",
             show_default="built-in, if it is here",
         ),
     ] = None,
@@ -217,7 +185,7 @@ def doctor(
     blas: Blas = None,
     debug: Debug = False,
 ) -> None:
-    """Test the installation on this machine, and a model on it; exit code 1 if something fails."""
+    """Test the installation, and a model on it; exit code 1 if a check fails."""
     from mlx_redrafter import doctor as tests
 
     checks = tests.examine(None if as_json else tests.show, model, drafter)
@@ -227,7 +195,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 @flat_options
 def demo(
     *,
@@ -239,13 +207,14 @@ def demo(
     blas: Blas = None,
     debug: Debug = False,
 ) -> None:
-    """Answer three tasks, or your question, with and without drafting: text and speed compared."""
+    """Compare text and speed with and without drafting, on three tasks or your question."""
     from mlx_redrafter.demo import run
 
-    run(source, prompt, max_tokens)
+    at_least(1, max_tokens=max_tokens)
+    run(source, None if prompt is None else checked_text(prompt, "prompt"), max_tokens)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 @flat_options
 def race(
     *,
@@ -254,149 +223,153 @@ def race(
     options: DecodeOptions,
     raw: Raw = False,
     save_svg: Annotated[
-        Path | None, typer.Option(help="Picture of the moment when the first one finishes.")
+        Path | None,
+        typer.Option(
+            callback=expanded, help="Save a picture of the moment when the first one finishes."
+        ),
     ] = None,
     as_json: Json = False,
     blas: Blas = None,
     debug: Debug = False,
 ) -> None:
-    """Decode plainly and with drafting side by side; exit code 1 if float32 texts differ."""
+    """Watch plain and drafted decoding side by side.
+
+    Exit code 1 if the texts differ in float32.
+    """
     text = _read_prompt(prompt)
-    options.check()
+    options.check(raw)
+    from mlx_redrafter import generating
     from mlx_redrafter import race as racing
 
     racing.check(source, options, save_svg)
     model, tokenizer = source.load(options.tree())
-    ids = text if raw else _render(tokenizer, text, options.system_prompt)
+    ids = generating.read(model, tokenizer, text, options, raw)
     code = racing.run(
         model, tokenizer, ids, options, question=text, picture=save_svg, as_json=as_json
     )
     raise typer.Exit(code)
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def acceptance(
     model: ModelName = BUILTIN,
     drafter: DrafterName = "auto",
     prompts: PromptFile = None,
-    count: Annotated[int | None, typer.Option(help="So many prompts, of every group.")] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of prompts in total, spread over the groups.", show_default="all"
+        ),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
     as_json: Json = False,
     blas: Blas = None,
     debug: Debug = False,
 ) -> None:
-    """Measure tokens per step of the drafter: by prompt group, tree and temperature."""
+    """Measure a drafter's tokens per step, by prompt group, tree and temperature."""
     from mlx_redrafter import reports
 
+    at_least(1, count=count, max_tokens=max_tokens)
     reports.acceptance(model, drafter, prompts, count, max_tokens, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def tune(
     model: ModelName = BUILTIN,
     drafter: DrafterName = "auto",
-    again: Annotated[bool, typer.Option("--again", help="Measure even what is known.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure again what is known already.")
+    ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the cost curve into this PNG or SVG file.")
+        Path | None,
+        typer.Option(callback=expanded, help="Draw the cost curve into this PNG or SVG file."),
     ] = None,
     as_json: Json = False,
     blas: Blas = None,
     debug: Debug = False,
 ) -> None:
-    """Show what steps cost on this machine, and which trees are worth drafting."""
+    """Show what steps cost on this machine and which trees are worth drafting."""
     from mlx_redrafter import tune as report
 
     report.run(model, drafter, again, plot, as_json)
 
 
-@app.command("prefill-search")
+@app.command("prefill-search", rich_help_panel=PREPARE)
 def prefill_search(
     *,
-    model: Annotated[str, typer.Argument(help="Built-in name, local folder or hub id.")] = BUILTIN,
-    out: Annotated[Path, typer.Option(help="File for the patterns, in MInference's format.")],
+    model: ModelArgument = BUILTIN,
+    out: Annotated[
+        Path, typer.Option(callback=expanded, help="File to write the patterns to (JSON).")
+    ],
     text: Annotated[
-        Path | None, typer.Option(help="What to read.", show_default="Python's help topics")
+        Path | None,
+        typer.Option(callback=expanded, help="Text to read.", show_default="Python's help topics"),
     ] = None,
     length: Annotated[
-        int, typer.Option(help="Tokens of it; patterns fit prompts of that length best.")
+        int, typer.Option(help="How many tokens of it; patterns fit prompts of that length best.")
     ] = 4096,
     density: Annotated[
-        float, typer.Option(help="Share of the pairs of dense attention that a head may score.")
+        float, typer.Option(help="Share of all query-key pairs that a head may look at.")
     ] = 0.35,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw what fits which head into this PNG or SVG file.")
+        Path | None,
+        typer.Option(
+            callback=expanded, help="Draw which pattern fits which head into this PNG or SVG file."
+        ),
     ] = None,
     as_json: Json = False,
     blas: Blas = None,
     debug: Debug = False,
 ) -> None:
-    """Search the sparse pattern of every head for --sparse-prefill minference."""
+    """Find the sparse pattern of every head, for --sparse-prefill minference."""
     from mlx_redrafter import prefill_search as searching
 
     searching.run(model, out, text, length, density, plot, as_json)
 
 
-@app.command(context_settings=PASSED_ON)
+@app.command(context_settings=PASSED_ON, rich_help_panel=MEASURE)
 def bench(ctx: typer.Context) -> None:
-    """Time mlx_lm, plain and drafted decoding, in turns in one process."""
+    """Time mlx_lm, plain and drafted decoding in turns."""
     from mlx_redrafter.bench import command
 
-    command.run(ctx)
+    net.pass_on(command.app, ctx)
 
 
-@app.command("prefill-bench", context_settings=PASSED_ON)
+@app.command("prefill-bench", context_settings=PASSED_ON, rich_help_panel=MEASURE)
 def prefill_bench(ctx: typer.Context) -> None:
-    """Compare dense and sparse reading of long prompts: time, density, recall."""
+    """Compare dense and sparse reading of long prompts."""
     from mlx_redrafter.prefill_bench import command
 
-    command.run(ctx)
+    net.pass_on(command.app, ctx)
 
 
-@app.command(context_settings=PASSED_ON)
+@app.command(context_settings=PASSED_ON, rich_help_panel=PREPARE)
 def convert(ctx: typer.Context) -> None:
-    """Convert a drafter or a base model: PyTorch, TensorRT-LLM or GGUF to MLX, and back."""
+    """Convert a model or a drafter to MLX: PyTorch, GGUF, TensorRT-LLM."""
     from mlx_redrafter.convert import command
 
-    command.run(ctx)
+    net.pass_on(command.app, ctx)
 
 
-@app.command(context_settings=PASSED_ON)
+@app.command(context_settings=PASSED_ON, rich_help_panel=PREPARE)
 def train(ctx: typer.Context) -> None:
-    """Train a drafter for any model on this machine: prompts, answers, fit, evaluation."""
+    """Train a drafter for any model, on this machine."""
     from mlx_redrafter.training import command
 
-    command.run(ctx)
-
-
-def _render(tokenizer: Any, text: str, system: str | None) -> str | list[int]:
-    """One question in the model's chat template; the text itself where it has none."""
-    from mlx_redrafter.conversation import render
-
-    if not tokenizer.has_chat_template:
-        console.warn("note: this model has no chat template; it continues the text itself (--raw)")
-        return text
-    messages = [{"role": "system", "content": system}] if system else []
-    return render(tokenizer, [*messages, {"role": "user", "content": text}])
+    net.pass_on(command.app, ctx)
 
 
 def _read_prompt(prompt: str | None) -> str:
     if prompt is None and sys.stdin.isatty():
         raise typer.BadParameter("give it as an argument, or pipe it in", param_hint="PROMPT")
     if prompt in (None, "-"):
-        try:
-            prompt = sys.stdin.read().removesuffix("\n")
-        except UnicodeError:
-            raise OptionError("the input is not UTF-8 text: convert it first (iconv)") from None
+        prompt = console.decoded(b"".join(console.input_lines())).removesuffix("\n")
     assert prompt is not None
     if not prompt.strip():
         raise OptionError("the prompt is empty: give it as an argument, or pipe it in")
-    try:
-        prompt.encode()
-    except UnicodeError:
-        raise OptionError("the prompt is not UTF-8 text: convert it first (iconv)") from None
-    return prompt
+    return checked_text(prompt, "prompt")
 
 
 def main() -> None:
     """Entry point of the console scripts."""
-    app()
+    net.start(app)

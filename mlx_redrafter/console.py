@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
+import codecs
+import re
+import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Column, Table
 from rich.text import Text
 
-from mlx_redrafter.errors import RedrafterError
+from mlx_redrafter.errors import OptionError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mlx_redrafter.api import GenerationResponse
     from mlx_redrafter.stats import DraftStats, PrefillStats
+    from mlx_redrafter.tree.shape import TreeShape
 
-# Where the command line keeps, in its context, whether an error shows its traceback.
-DEBUG = "mlx_redrafter.debug"
-DIM_ON, DIM_OFF = "\x1b[2m", "\x1b[22m"
+_NAME = re.compile(r".{0,28} {2}(?=\S)")  # the first column of a line that has two
 
 
 def _say(text: str, style: str) -> None:
+    # What a file or a pipe said may be quoted: no escape sequence of it reaches the terminal.
+    shown = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
     # Made anew each time, because stderr may have been replaced since.
-    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(text, style=style))
+    show(Text(shown, style=style), Console(stderr=True, highlight=False))
+
+
+def show(text: Text | str, out: Console | None = None) -> None:
+    """Lines on stdout, or ``out``, that break between words on a terminal and nowhere else.
+
+    What follows a name and two spaces keeps its column.
+    """
+    out = Console(highlight=False) if out is None else out
+    # As Text, in which neither [brackets] nor :names: mean anything.
+    text = Text(text) if isinstance(text, str) else text
+    if not out.is_terminal:
+        out.print(text, soft_wrap=True)
+        return
+    for line in text.split("\n", allow_blank=True):
+        name = _NAME.match(line.plain)
+        out.print(line if name is None else _in_columns(line, name.end()))
+
+
+def _in_columns(line: Text, place: int) -> Table:
+    grid = Table.grid(Column(width=place, no_wrap=True), Column(overflow="fold"))
+    grid.add_row(line[:place], line[place:])
+    return grid
 
 
 def error(text: str) -> None:
@@ -47,21 +76,70 @@ def facts(known: Mapping[str, Any], *names: str) -> str:
     return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
 
 
-def run(command: Callable[..., None]) -> None:
-    """Run a module's command line; what a user can get wrong is one line and exit code 1."""
-    import typer
-
-    try:
-        typer.run(command)
-    except RedrafterError as wrong:
-        error(str(wrong))
-        sys.exit(1)
-
-
 def write(text: str) -> None:
     """A piece of an answer, as it is, to stdout at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def drafts_from(drafter: str | None, tree: TreeShape | None) -> str:
+    """What drafts, in a few words: the trained drafter of that name, the text itself, both; ""."""
+    sources = []
+    if drafter is not None and (tree is None or tree.depth):
+        sources.append(drafter)
+    if tree is None or tree.lookup:
+        sources.append("the text itself")
+    return " and ".join(sources)
+
+
+def drafter_name(folder: Path | None) -> str | None:
+    """The hub id of a drafter's folder, or its name; None where there is no drafter."""
+    if folder is None:
+        return None
+    if folder.parent.name == "snapshots" and (hub := folder.parent.parent.name).count("--") == 2:
+        return "/".join(hub.split("--")[1:])
+    return f"{folder.parent.name}/{folder.name}" if folder.name == "drafter" else folder.name
+
+
+def no_drafter(model: str) -> str:
+    """What to say once of a model for which no trained drafter was found."""
+    return (
+        f"no trained drafter for {model} was found, so drafts come from the text itself; to train "
+        f"one: mlx-redrafter train -m {shlex.quote(model)}, to use one: --drafter FOLDER-OR-ID"
+    )
+
+
+def no_template(model: str, system_prompt: str | None = None) -> str:
+    """What to say once of a base model."""
+    without = ", without the system prompt" if system_prompt else ""
+    return f"note: {model} has no chat template, so it continues the text as it stands{without}"
+
+
+def cut_thought(tokens: int, limit: int, how: str) -> str:
+    """What to say of an answer that ends before its thought; ``how`` to allow a longer one."""
+    if limit < 0 or tokens < limit:
+        return "the answer ended inside a thought: the model's context is full"
+    return f"the answer ended inside a thought, at the limit of {limit} tokens: {how} allows more"
+
+
+def input_lines() -> Iterator[bytes]:
+    """Standard input as it is. Raises OptionError where it cannot be read."""
+    try:
+        yield from sys.stdin.buffer
+    except OSError as error:
+        raise OptionError(f"standard input cannot be read ({error.strerror})") from None
+
+
+def decoded(data: bytes) -> str:
+    """What was piped in, as text; raises OptionError."""
+    encoding = sys.stdin.encoding or "utf-8"
+    if codecs.lookup(encoding).name in ("ascii", "utf-8"):
+        encoding = "utf-8-sig"  # without a byte order mark
+    try:
+        return data.decode(encoding).replace("\r\n", "\n")
+    except UnicodeError:
+        name = encoding.removesuffix("-sig").upper()
+        raise OptionError(f"the input is not {name} text: convert it first (iconv)") from None
 
 
 def summary(last: GenerationResponse) -> str:
@@ -113,44 +191,3 @@ def sparse_prefill(stats: PrefillStats) -> str:
         text += f", in their sparse layers {stats.density:.0%} of the attention"
     reasons = ", ".join(f"{reason} {count}" for reason, count in stats.declined.most_common())
     return text + (f"; dense layer passes: {reasons}" if reasons else "")
-
-
-class AnswerWriter:
-    """Streams an answer to stdout; on a terminal what a model thinks before it answers is dim.
-
-    `markers` are the texts that start and end the thinking, (None, None) where the model has none.
-    """
-
-    def __init__(self, markers: tuple[str | None, str | None], *, dim: bool) -> None:
-        start, end = markers
-        self.markers = (start, end) if dim and start and end else None
-        self.pending = ""
-        self.thinking = False
-
-    def write(self, text: str) -> None:
-        """Print a segment; what may be the first half of a marker waits for the next one."""
-        if self.markers is None:
-            write(text)
-            return
-        self.pending += text
-        while True:
-            marker = self.markers[self.thinking]
-            head, found, tail = self.pending.partition(marker)
-            if not found:
-                break
-            self.thinking = not self.thinking
-            write(f"{head}{DIM_ON}{marker}" if self.thinking else f"{head}{marker}{DIM_OFF}")
-            self.pending = tail
-        held = _overlap(self.pending, marker)
-        write(self.pending[: len(self.pending) - held])
-        self.pending = self.pending[len(self.pending) - held :]
-
-    def close(self) -> None:
-        """Print what waits and leave the terminal as it was."""
-        write(self.pending + (DIM_OFF if self.thinking else ""))
-        self.pending, self.thinking = "", False
-
-
-def _overlap(text: str, marker: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `marker`."""
-    return next((n for n in range(len(marker) - 1, 0, -1) if text.endswith(marker[:n])), 0)

@@ -10,27 +10,33 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mlx_redrafter import console
+from mlx_redrafter.chat_template import Message, prompt_ids
 from mlx_redrafter.errors import OptionError, RedrafterError
-from mlx_redrafter.options import DecodeOptions
+from mlx_redrafter.options import MAX_TOKENS, DecodeOptions
+from mlx_redrafter.paths import user_path, write_whole
 from mlx_redrafter.stats import DraftStats
 
 HELP = """\
 /help               this list
 /clear              forget the conversation
 /system TEXT        set the system prompt and start anew
-/set [KEY VALUE]    change an option (temp, max_tokens, beam_width, ...), or list them
+/set [KEY VALUE]    change an option (temp, max_tokens, thinking, ...), or list them
 /stats              what drafting did
 /save FILE          write the conversation to a JSON file
 /load FILE          go on with a saved one
-/drafter on|off     draft, or decode plainly; the text is the same
+/drafter [on|off]   draft, or decode plainly (the text is the same); or say what drafts
 /retry              answer the last question again
 /exit               leave (also /bye, /quit, Ctrl-D)
 A message may have several lines: paste it, press Alt-Enter, or put it between \"\"\" and \"\"\".
 Ctrl-C stops an answer; what was said so far is kept."""
 
 QUOTES = '"""'
+AUTOMATIC = (
+    "beam_width", "beam_length", "nodes", "candidates", "lookup", "prefill_step_size", "thinking",
+    "max_tokens",
+)  # fmt: skip
+LONGEST = 10**8  # bytes of a saved conversation
 Action = Literal["stay", "exit", "retry"]
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,23 +45,7 @@ class Reply:
 
     text: str = ""
     action: Action = "stay"
-
-
-def render(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Token ids of the messages in the model's chat template, with the opening of an answer.
-
-    Raises OptionError where the template refuses them (some know no system prompt).
-    """
-    import jinja2
-
-    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-    try:
-        return list(tokenizer.apply_chat_template(plain, add_generation_prompt=True))
-    except jinja2.TemplateError as error:
-        raise OptionError(
-            f"this model's chat template refuses the messages ({error}); leave out the system "
-            "prompt, or use generate --raw"
-        ) from None
+    failed: bool = field(default=False, compare=False)
 
 
 def unfinished(text: str) -> bool:
@@ -77,23 +67,25 @@ class Conversation:
     """What was said, and how to answer.
 
     Args:
-        tokenizer: mlx-lm's, with a chat template.
+        tokenizer: mlx-lm's; without a chat template the text itself is continued.
         options: of the next answer; its system prompt opens the conversation.
         context: the most tokens that prompt and answer can have together.
-        drafter: is one loaded?
+        drafter: name of the trained drafter; None: the text itself is all there is to draft from.
         model: name that goes into a saved file.
+        draft: whether to draft.
     """
 
     tokenizer: Any
     options: DecodeOptions
     context: int
-    drafter: bool
+    drafter: str | None = None
     model: str = ""
     draft: bool = True
     messages: list[Message] = field(default_factory=list)
     attempt: int = 0
     last: DraftStats | None = None
     total: DraftStats = field(default_factory=DraftStats)
+    _before: list[Message] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.clear()
@@ -104,13 +96,14 @@ class Conversation:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def ask(self, text: str) -> list[int]:
-        """Add a question; the prompt's token ids. Raises OptionError, and then forgets it again."""
-        self.attempt = 0
+        """Add a question; the prompt's token ids. If it raises an error, it forgets it again."""
+        self.attempt, self._before = 0, list(self.messages)
         self.messages.append({"role": "user", "content": text})
         return self._prompt()
 
     def again(self) -> list[int]:
         """Drop the last answer; the prompt of its question, and another seed when sampling."""
+        self._before = list(self.messages)
         if self.messages and self.messages[-1]["role"] == "assistant":
             self.messages.pop()
         self.attempt += 1
@@ -128,9 +121,8 @@ class Conversation:
         self.messages.append({**message, "stopped": True} if stopped else message)
 
     def unasked(self) -> None:
-        """Forget a question that got no answer."""
-        if self.messages and self.messages[-1]["role"] == "user":
-            self.messages.pop()
+        """Forget a question that got no answer; one that was asked again keeps the old one."""
+        self.messages = self._before
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the next answer."""
@@ -140,7 +132,7 @@ class Conversation:
     def warning(self, prompt_tokens: int) -> str | None:
         """What to say before an answer that the context may cut short."""
         left = self.context - prompt_tokens
-        if left >= self.options.max_tokens:
+        if left >= (self.options.max_tokens or MAX_TOKENS):
             return None
         return (
             f"context nearly full: {prompt_tokens} of {self.context} tokens are used, the answer "
@@ -149,13 +141,14 @@ class Conversation:
 
     def _prompt(self) -> list[int]:
         try:
-            prompt = render(self.tokenizer, self.messages)
+            config = self.options.template_config(self.tokenizer)
+            prompt = prompt_ids(self.tokenizer, self.messages, config)
             if len(prompt) >= self.context:
                 raise OptionError(
                     f"the conversation has {len(prompt)} tokens and the model's context "
                     f"{self.context}: /clear starts anew"
                 )
-        except RedrafterError:
+        except Exception:
             self.unasked()
             raise
         return prompt
@@ -179,11 +172,11 @@ class Conversation:
             "retry": self._retry,
         }
         if name not in commands:
-            return Reply(f"unknown command /{name}: /help lists them")
+            return Reply(f"unknown command /{name}: /help lists them", failed=True)
         try:
             return commands[name](argument.strip())
         except RedrafterError as error:
-            return Reply(str(error))
+            return Reply(str(error), failed=True)
 
     def _clear(self, _: str) -> Reply:
         self.clear()
@@ -209,11 +202,12 @@ class Conversation:
             ]
             return Reply("\n".join(rows))
         if key not in fields:
-            return Reply(f"unknown option {key}: /set lists them")
+            raise OptionError(f"unknown option {key}: /set lists them")
         if not value.strip():
-            return Reply(f"/set {key} needs a value; it is {_shown(key, self.options)}")
+            raise OptionError(f"/set {key} needs a value; it is {_shown(key, self.options)}")
         changed = dataclasses.replace(self.options, **{key: _parsed(key, value.strip())})
         changed.check()
+        changed.template_config(self.tokenizer)
         self.options = changed
         return Reply(f"{key} = {_shown(key, changed)}")
 
@@ -227,56 +221,72 @@ class Conversation:
 
     def _save(self, name: str) -> Reply:
         if not name:
-            return Reply("/save needs a file name")
+            raise OptionError("/save needs a file name")
         content = {"model": self.model, "messages": self.messages}
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         try:
-            Path(name).expanduser().write_text(
-                json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+            write_whole(user_path(name), text)
         except OSError as error:
-            return Reply(f"{name} cannot be written: {error.strerror}")
+            raise OptionError(f"{name} cannot be written: {error.strerror}") from None
         return Reply(f"{_count(self.messages)} written to {name}")
 
     def _load(self, name: str) -> Reply:
         if not name:
-            return Reply("/load needs a file name")
+            raise OptionError("/load needs a file name")
+        file = user_path(name)
         try:
-            content = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
+            content = json.loads(_conversation_text(file))
         except OSError as error:
-            return Reply(f"{name} cannot be read: {error.strerror}")
-        except ValueError as error:
-            return Reply(f"{name} is not a saved conversation: {error}")
+            raise OptionError(f"{name} cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise OptionError(f"{name} is not a saved conversation: {error}") from None
         messages = content.get("messages") if isinstance(content, dict) else None
         if not isinstance(messages, list) or not all(map(_is_message, messages)):
-            return Reply(f"{name} is not a saved conversation: it has no list of messages")
+            raise OptionError(f"{name} is not a saved conversation: it has no list of messages")
         self.messages = messages
         return Reply(f"{_count(messages)} read from {name}")
 
     def _drafter(self, argument: str) -> Reply:
-        if argument not in ("on", "off"):
-            return Reply(
-                f"drafting is {'on' if self.draft and self.drafter else 'off'}; /drafter on|off"
-            )
-        if argument == "on" and not self.drafter:
-            return Reply("no drafter is loaded: start with --drafter FOLDER")
-        self.draft = argument == "on"
-        return Reply(f"drafting is {argument}")
+        if argument not in ("", "on", "off"):
+            raise OptionError(f"/drafter {argument} is not possible: use on or off")
+        if argument:
+            self.draft = argument == "on"
+        return Reply(self.drafting())
+
+    def drafting(self) -> str:
+        """Whether this conversation drafts, and from what."""
+        sources = console.drafts_from(self.drafter, self.options.tree())
+        missing = "" if self.drafter else " (no trained drafter is loaded)"
+        if not self.draft:
+            more = f"; /drafter on drafts from {sources}{missing}" if sources else missing
+            return f"drafting is off{more}"
+        if not sources:
+            return f"drafting is on, but the options leave nothing to draft from{missing}"
+        return f"drafting is on: from {sources}{missing}"
 
     def _retry(self, _: str) -> Reply:
         if not any(message["role"] == "user" for message in self.messages):
-            return Reply("there is no question to answer again")
+            raise OptionError("there is no question to answer again")
         greedy = self.options.temp == 0
         return Reply(
             "greedy: the answer will be the same; /set temp 0.8" if greedy else "", "retry"
         )
 
 
+def _conversation_text(file: Path) -> str:
+    """What a saved conversation may say. Raises OSError and ValueError."""
+    if file.exists() and not file.is_file():
+        raise ValueError("it is a folder" if file.is_dir() else "it is no regular file")
+    if (size := file.stat().st_size) > LONGEST:
+        raise ValueError(f"it has {size / 1e6:.0f} MB")
+    return file.read_text(encoding="utf-8")
+
+
 def _is_message(message: object) -> bool:
-    return (
-        isinstance(message, dict)
-        and message.get("role") in ("system", "user", "assistant")
-        and isinstance(message.get("content"), str)
-    )
+    if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+        return False
+    content = message.get("content")
+    return isinstance(content, str) and content == content.encode(errors="ignore").decode()
 
 
 def _count(messages: Sequence[Message]) -> str:
@@ -285,8 +295,9 @@ def _count(messages: Sequence[Message]) -> str:
 
 def _shown(name: str, options: DecodeOptions) -> str:
     value = getattr(options, name)
-    automatic = ("beam_width", "beam_length", "nodes", "candidates", "lookup", "prefill_step_size")
-    if value is None and name in automatic:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if value is None and name in AUTOMATIC:
         return "default"
     return "off" if value is None or value == [] else str(value)
 
@@ -295,8 +306,12 @@ def _parsed(key: str, text: str) -> Any:
     """The value of an option from its text; raises OptionError."""
     hint = get_type_hints(DecodeOptions)[key]
     kinds = (hint,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
-    if text == "off" and type(None) in kinds:
+    if bool in kinds and text in ("on", "off"):
+        return text == "on"
+    if text in ("off", "default") and type(None) in kinds:
         return None
+    if bool in kinds:
+        raise OptionError(f"{key} {text!r} is not possible: give on, off or default")
     if any(get_origin(kind) is list for kind in kinds):
         return [text]
     if str in kinds or any(get_origin(kind) is Literal for kind in kinds):

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from mlx_redrafter import console, race
-from mlx_redrafter.conversation import render
+from mlx_redrafter.answer_writer import AnswerWriter
+from mlx_redrafter.chat_template import prompt_ids
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.lanes import View, views
 from mlx_redrafter.options import DecodeOptions, ModelOptions
@@ -67,7 +68,10 @@ def run(source: ModelOptions, question: str | None, max_tokens: int) -> None:
     model, tokenizer = source.load()
     tasks = {"yours": question} if question else TASKS
     contests = [
-        race.Contest(model, tokenizer, _prompt(tokenizer, text), options) for text in tasks.values()
+        race.Contest(
+            model, tokenizer, prompt_ids(tokenizer, [{"role": "user", "content": text}]), options
+        )
+        for text in tasks.values()
     ]
     console.note("Warming up: what is used for the first time here has to be compiled ...")
     contests[0].warm_up()
@@ -79,18 +83,10 @@ def run(source: ModelOptions, question: str | None, max_tokens: int) -> None:
     _report(results, race.conditions_of(model, options, None))
 
 
-def _prompt(tokenizer: Any, text: str) -> str | list[int]:
-    if not tokenizer.has_chat_template:
-        return text
-    return render(tokenizer, [{"role": "user", "content": text}])
-
-
 def _answer(name: str, text: str, contest: race.Contest) -> Result:
     """The answer aloud, then both ways on clocks: everything that they use is traced by then."""
     Console(stderr=True, highlight=False).print(Text(f"\n> {text}\n", "bold"))
-    tokenizer = contest.tokenizer
-    markers = (tokenizer.think_start, tokenizer.think_end)
-    writer = console.AnswerWriter(markers, dim=sys.stdout.isatty())
+    writer = AnswerWriter.after(contest.tokenizer, contest.prompt, terminal=sys.stdout.isatty())
     for response in contest.answer(draft=True):
         writer.write(response.text)
     writer.close()
@@ -120,7 +116,7 @@ def _report(results: Sequence[Result], conditions: Mapping[str, Any]) -> None:
     out.print(rows)
     out.print()
     for line in verdict(results, conditions["dtype"]):
-        out.print(line, markup=False)
+        console.show(line, out)
     console.note(console.facts(conditions))
     console.note('To watch both side by side: mlx-redrafter race "QUESTION"')
 

@@ -12,10 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.text import Text
 
-from mlx_redrafter import blas, model_checks
+from mlx_redrafter import blas, console, model_checks
 from mlx_redrafter.errors import RedrafterError
 from mlx_redrafter.model_checks import SIZES, Check, guarded
 
@@ -74,7 +73,7 @@ def show(check: Check) -> None:
     line = Text.assemble(
         (f"{check.mark:<5}", STYLES[check.mark]), f"{check.name:<20}", check.detail
     )
-    Console(highlight=False, soft_wrap=True).print(line)
+    console.show(line)
 
 
 def as_dict(checks: Sequence[Check]) -> dict[str, Any]:

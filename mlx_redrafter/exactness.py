@@ -26,10 +26,13 @@ from mlx_lm.generate import generate_step
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model as load_mlx_lm
 
-from mlx_redrafter import blas, console
+from mlx_redrafter import blas, console, net
 from mlx_redrafter.acceptance import SHAPES
 from mlx_redrafter.api import Model, load, stream_generate
 from mlx_redrafter.cache.session import Session
+from mlx_redrafter.checks import at_least
+from mlx_redrafter.errors import OptionError
+from mlx_redrafter.paths import expanded
 from mlx_redrafter.prompts import DEV, Prompt, read_prompts
 
 
@@ -153,21 +156,32 @@ def summary(model: Model, report: Report, seconds: float) -> dict[str, Any]:
     }
 
 
+def _shard(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if part.isdecimal() and parts.isdecimal() and int(part) < int(parts):
+        return int(part), int(parts)
+    raise OptionError(f"shard {text!r} is not possible: use i/n, with i from 0 to n-1")
+
+
 def main(
     model: str = "smollm2-135m",
     drafter: str = "auto",
-    prompts: Path = DEV,
+    prompts: Annotated[Path, typer.Option(callback=expanded)] = DEV,
     count: int = 40,
     max_tokens: int = 128,
     sampled: int = 200,
     sampled_tokens: int = 48,
     shard: Annotated[str, typer.Option(help="i/n: every n-th prompt and run only.")] = "0/1",
-    output: Annotated[Path | None, typer.Option("--json", help="Write the report there.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--json", callback=expanded, help="Write the report there.")
+    ] = None,
 ) -> None:
     """Compare drafted, plain and mlx_lm decoding token by token."""
+    at_least(1, count=count, max_tokens=max_tokens, sampled_tokens=sampled_tokens)
+    at_least(0, sampled=sampled)
+    part, parts = _shard(shard)
     blas.full_float32()
     start = time.perf_counter()
-    part, parts = (int(n) for n in shard.split("/"))
     loaded, tokenizer = load(model, drafter, dtype=mx.float32)
     reference = load_reference(loaded.folder)
     chosen = read_prompts(prompts, count)
@@ -193,4 +207,4 @@ def main(
 
 
 if __name__ == "__main__":
-    console.run(main)
+    net.run_module(main)

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_redrafter import turn_ends
 from mlx_redrafter.errors import HubError, ModelError
+from mlx_redrafter.paths import user_path
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -49,7 +51,7 @@ def resolve(name: str, revision: str | None = None, also: Sequence[str] = ()) ->
         from mlx_redrafter import builtin
 
         return builtin.ensure(builtin.device_kind())
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.exists():
         _refuse_revision(name, revision)
         return _checked_folder(path)
@@ -84,22 +86,25 @@ def shipped_drafter() -> Path:
 
 def cache_dir() -> Path:
     """`$MLX_REDRAFTER_CACHE`, else `mlx-redrafter` in the platform's cache folder of the user."""
-    if given := os.environ.get("MLX_REDRAFTER_CACHE"):
-        return Path(given).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mlx-redrafter"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mlx-redrafter"
+    return _own_folder("MLX_REDRAFTER_CACHE", "Library/Caches", "XDG_CACHE_HOME", ".cache")
 
 
 def data_dir() -> Path:
     """`$MLX_REDRAFTER_DATA`, else `mlx-redrafter` in the platform's data folder of the user."""
-    if given := os.environ.get("MLX_REDRAFTER_DATA"):
-        return Path(given).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "mlx-redrafter"
-    base = os.environ.get("XDG_DATA_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "share") / "mlx-redrafter"
+    mac = "Library/Application Support"
+    return _own_folder("MLX_REDRAFTER_DATA", mac, "XDG_DATA_HOME", ".local/share")
+
+
+def _own_folder(own: str, mac: str, variable: str, usual: str) -> Path:
+    if given := os.environ.get(own):
+        return user_path(given)
+    on_mac = sys.platform == "darwin"
+    if not on_mac and (base := os.environ.get(variable)):
+        return Path(base) / "mlx-redrafter"
+    try:
+        return Path.home() / (mac if on_mac else usual) / "mlx-redrafter"
+    except RuntimeError:  # a user without a name and without HOME, as in a container
+        return Path(tempfile.gettempdir()) / f"mlx-redrafter-{os.getuid()}"
 
 
 def load_tokenizer(

@@ -15,6 +15,7 @@ from typing import Any, cast
 from rich.console import Console
 from rich.table import Table
 
+from mlx_redrafter import console
 from mlx_redrafter.errors import DrafterError, ModelError
 
 
@@ -156,7 +157,7 @@ def show(facts: Mapping[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in (*_model_rows(facts), ("", ""), *_drafter_rows(facts["drafter"])):
+    for name, value in (*_model_rows(facts), ("", ""), *_drafter_rows(facts)):
         table.add_row(name, value)
     table.add_row("", "")
     here = facts["machine"]
@@ -164,7 +165,8 @@ def show(facts: Mapping[str, Any]) -> None:
     if here["blas"]:
         table.add_row("BLAS", here["blas"])
     table.add_row("versions", _versions(here))
-    Console(highlight=False).print(table)
+    # A pipe has no width to fold lines at.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 1000).print(table)
 
 
 def _versions(here: Mapping[str, Any]) -> str:
@@ -190,9 +192,10 @@ def _model_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _drafter_rows(drafter: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def _drafter_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    drafter = facts["drafter"]
     if drafter is None:
-        return [("drafter", "none with this model: plain decoding, or give --drafter FOLDER")]
+        return [("drafter", console.no_drafter(facts["name"]))]
     rows = [("drafter", drafter["folder"]), ("from", drafter["origin"])]
     if "cell" in drafter:
         rows += [

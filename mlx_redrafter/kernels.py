@@ -78,11 +78,12 @@ def _works(compiler: str, folder: Path, cache: Path) -> bool:
             [*command, "-x", "c++", "-"], input="#include <cmath>\nint main() { return 0; }\n",
             text=True, capture_output=True, timeout=60, check=False,
         )  # fmt: skip
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text("yes" if run.returncode == 0 else "no")
-        return run.returncode == 0
     except (OSError, subprocess.SubprocessError):
         return False
+    with contextlib.suppress(OSError):  # without a place to keep it, it is asked every time
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text("yes" if run.returncode == 0 else "no")
+    return run.returncode == 0
 
 
 def compiling(since: float) -> bool:

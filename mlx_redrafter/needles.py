@@ -18,14 +18,16 @@ from typing import Annotated, Any
 
 import typer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from rich.console import Console
+from rich.text import Text
 
-from mlx_redrafter import console, reports
+from mlx_redrafter import console, net, reports
 from mlx_redrafter.api import Model, load, stream_generate
 from mlx_redrafter.cache.session import Session
-from mlx_redrafter.conversation import render
+from mlx_redrafter.chat_template import render
+from mlx_redrafter.checks import at_least
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.haystack import TASKS, Case, make
+from mlx_redrafter.paths import expanded
 from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill, read_patterns
 
 ANSWER = 20  # tokens
@@ -154,14 +156,14 @@ def _of_way(outcomes: Sequence[Outcome], way: str) -> dict[str, Any]:
 def show(outcomes: Sequence[Outcome]) -> None:
     """Every case with its answers, then the summary."""
     names = _ways(outcomes)
-    out = Console(highlight=False, soft_wrap=True)
     for o in outcomes:
-        out.print(f"{o.case.name} ({o.tokens} tokens): {', '.join(o.case.expected)}", style="bold")
+        heading = f"{o.case.name} ({o.tokens} tokens): {', '.join(o.case.expected)}"
+        console.show(Text(heading, style="bold"))
         for way, given in {"dense": o.dense, **o.sparse}.items():
             mark = "right" if given.right else "WRONG"
             same = "as densely" if given.tokens == o.dense.tokens else f"{given.same} tokens alike"
             facts = "" if way == "dense" else f", {same}, density {given.density:.2f}"
-            out.print(f"  {way:<12}{mark}{facts}: {given.text.strip()!r}", markup=False)
+            console.show(f"  {way:<12}{mark}{facts}: {given.text.strip()!r}")
     table = reports.table("task", "length", "cases", "right densely", *names, "identical answers")
     for row in summary(outcomes):
         found = row["ways"]
@@ -205,11 +207,17 @@ def main(
     seeds: Annotated[int, typer.Option(help="Cases of every task, length and depth.")] = 1,
     min_context: Annotated[int, typer.Option(help="What is before that is read densely.")] = 512,
     patterns: Annotated[
-        Path | None, typer.Option(help="A file for mode minference, as prefill-search writes it.")
+        Path | None,
+        typer.Option(
+            callback=expanded, help="A file for mode minference, as prefill-search writes it."
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="Write all of it there.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--json", callback=expanded, help="Write all of it there.")
+    ] = None,
 ) -> None:
     """Answer questions about long prompts densely and with every sparse prefill."""
+    at_least(1, seeds=seeds, min_context=min_context)
     compared = ways(min_context, patterns)
     chosen = [task.strip() for task in tasks.split(",")]
     loaded, tokenizer = load(model, None)
@@ -241,4 +249,4 @@ def write(file: Path, outcomes: Sequence[Outcome], facts: dict[str, Any]) -> Non
 
 
 if __name__ == "__main__":
-    console.run(main)
+    net.run_module(main)

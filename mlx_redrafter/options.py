@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from mlx_redrafter import blas, checks, console
-from mlx_redrafter.console import DEBUG
+from mlx_redrafter.checks import checked_text
 from mlx_redrafter.errors import OptionError
 
 if TYPE_CHECKING:
     from mlx_redrafter.prefill.config import SparsePrefill
     from mlx_redrafter.tree.shape import TreeShape
 
-T = TypeVar("T")
-MODEL, SAMPLING, DRAFTING, PROMPT = "Model", "Sampling", "Drafting", "Long prompts"
+SAMPLING, DRAFTING, PROMPT, OTHER = "Sampling", "Drafting", "Long prompts", "Other"
+MAX_TOKENS, THINKING_TOKENS = 512, 4096  # longest answers, where no option says so
 
 
 def _use_blas(ctx: typer.Context, value: str | None) -> str | None:
@@ -33,11 +32,6 @@ def _use_blas(ctx: typer.Context, value: str | None) -> str | None:
     return value
 
 
-def _set_debug(ctx: typer.Context, value: bool) -> bool:
-    ctx.meta[DEBUG] = value
-    return value
-
-
 Blas = Annotated[
     Literal["auto", "row-exact", "openblas", "reference"] | None,
     typer.Option(
@@ -45,33 +39,50 @@ Blas = Annotated[
         callback=_use_blas,
         is_eager=True,
         show_default="auto",
+        rich_help_panel=OTHER,
+        hidden=sys.platform != "linux",
         help=f"Matrix library on Linux; the same as setting {blas.VARIABLE}.",
     ),
 ]
-Debug = Annotated[
-    bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")
+ModelName = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="Built-in name, local folder or Hugging Face id (org/name)."
+    ),
 ]
-
+DrafterName = Annotated[
+    str,
+    typer.Option(
+        "--drafter",
+        "-d",
+        help="Folder or Hugging Face id of a drafter; 'auto' finds the one made for the model.",
+    ),
+]
 
 SparseMode = Annotated[
     Literal["off", "trianglemix", "xattention", "minference"],
     typer.Option(
         rich_help_panel=PROMPT,
-        help="Read a long prompt with sparse attention, which may change the answer.",
+        help="Read a long prompt with sparse attention; this may change the answer.",
     ),
 ]
 SparseConfig = Annotated[
     str | None,
     typer.Option(
-        rich_help_panel=PROMPT, metavar="PATH", help="MInference's JSON file for the model."
+        rich_help_panel=PROMPT,
+        metavar="PATH",
+        help="Patterns of the model's heads for minference (JSON).",
     ),
 ]
 SparseMinContext = Annotated[
-    int, typer.Option(rich_help_panel=PROMPT, help="Tokens that are read densely before that.")
+    int, typer.Option(rich_help_panel=PROMPT, help="Tokens to read densely before that.")
 ]
 SparseTau = Annotated[
     float,
     typer.Option(rich_help_panel=PROMPT, help="Share of the attention that xattention keeps."),
+]
+Context = Annotated[
+    int, typer.Option(rich_help_panel=SAMPLING, help="How many of the last tokens it looks at.")
 ]
 
 
@@ -79,28 +90,14 @@ SparseTau = Annotated[
 class ModelOptions:
     """Which model and drafter to load."""
 
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model", "-m", rich_help_panel=MODEL, help="Built-in name, local folder or hub id."
-        ),
-    ] = "smollm2-135m"
-    drafter: Annotated[
-        str,
-        typer.Option(
-            "--drafter",
-            "-d",
-            rich_help_panel=MODEL,
-            help="Local folder or hub id; 'auto' takes the one that came with the model, if any.",
-        ),
-    ] = "auto"
+    model: ModelName = "smollm2-135m"
+    drafter: DrafterName = "auto"
     no_draft: Annotated[
-        bool,
-        typer.Option("--no-draft", rich_help_panel=MODEL, help="Plain decoding, no drafter."),
+        bool, typer.Option("--no-draft", help="Decode plainly, without any drafting.")
     ] = False
     revision: Annotated[
         str | None,
-        typer.Option(rich_help_panel=MODEL, help="Branch, tag or commit of a hub id."),
+        typer.Option(metavar="NAME", help="Branch, tag or commit of a Hugging Face id."),
     ] = None
 
     def load(self, tree: TreeShape | None = None) -> tuple[Any, Any]:
@@ -123,82 +120,134 @@ class DecodeOptions:
     """How to continue the prompt: everything that `stream_generate` takes beside the prompt."""
 
     max_tokens: Annotated[
-        int, typer.Option(rich_help_panel=SAMPLING, help="Longest answer, in tokens; -1: no limit.")
-    ] = 512
-    temp: Annotated[
-        float, typer.Option(rich_help_panel=SAMPLING, help="Temperature; 0 is greedy.")
-    ] = 0.0
-    top_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING, help="0 is off.")] = 0.0
-    top_k: Annotated[int, typer.Option(rich_help_panel=SAMPLING, help="0 is off.")] = 0
-    min_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING, help="0 is off.")] = 0.0
-    repetition_penalty: Annotated[
-        float | None, typer.Option(rich_help_panel=SAMPLING, show_default="off")
-    ] = None
-    repetition_context_size: Annotated[
-        int, typer.Option(rich_help_panel=SAMPLING, help="Tokens back that it looks.")
-    ] = 20
-    presence_penalty: Annotated[
-        float | None, typer.Option(rich_help_panel=SAMPLING, show_default="off")
-    ] = None
-    presence_context_size: Annotated[
-        int, typer.Option(rich_help_panel=SAMPLING, help="Tokens back that it looks.")
-    ] = 20
-    frequency_penalty: Annotated[
-        float | None, typer.Option(rich_help_panel=SAMPLING, show_default="off")
-    ] = None
-    frequency_context_size: Annotated[
-        int, typer.Option(rich_help_panel=SAMPLING, help="Tokens back that it looks.")
-    ] = 20
-    logit_bias: Annotated[
-        list[str] | None,
+        int | None,
         typer.Option(
-            rich_help_panel=SAMPLING, metavar="ID=VALUE", help="Added to a logit; repeatable."
+            help="Longest answer, in tokens; -1: no limit.",
+            show_default="512; up to 4096 for models that think",
+        ),
+    ] = None
+    temp: Annotated[
+        float, typer.Option(help="Temperature: 0 takes the likeliest token, higher varies more.")
+    ] = 0.0
+    system_prompt: Annotated[
+        str | None, typer.Option(help="Instructions that come before the question.")
+    ] = None
+    thinking: Annotated[
+        bool | None,
+        typer.Option(
+            "--thinking/--no-thinking",
+            help="Let the model think before it answers, or not, if its template has a switch.",
+            show_default="as the template has it",
+        ),
+    ] = None
+    chat_template_config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help="Variables for the chat template: '{\"enable_thinking\": false}'.",
         ),
     ] = None
     seed: Annotated[
-        int, typer.Option(rich_help_panel=SAMPLING, help="Same seed, same text, drafted or not.")
+        int,
+        typer.Option(rich_help_panel=SAMPLING, help="Same seed, same text, drafted or not."),
     ] = 0
+    top_p: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel=SAMPLING, help="Keep the likeliest tokens up to this share; 0 is off."
+        ),
+    ] = 0.0
+    top_k: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=SAMPLING, help="Keep this many of the likeliest tokens; 0 is off."
+        ),
+    ] = 0
+    min_p: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel=SAMPLING,
+            help="Drop tokens less likely than this share of the likeliest; 0 is off.",
+        ),
+    ] = 0.0
     stop: Annotated[
         list[str] | None,
         typer.Option(rich_help_panel=SAMPLING, help="Text that ends the answer; repeatable."),
     ] = None
-    system_prompt: Annotated[str | None, typer.Option(help="First message of the template.")] = None
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=SAMPLING,
+            show_default="off",
+            help="Make tokens that were used less likely; 1 changes nothing.",
+        ),
+    ] = None
+    repetition_context_size: Context = 20
+    presence_penalty: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=SAMPLING,
+            show_default="off",
+            help="Taken off the logit of every token that was used.",
+        ),
+    ] = None
+    presence_context_size: Context = 20
+    frequency_penalty: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=SAMPLING,
+            show_default="off",
+            help="Taken off the logit of a token for every time it was used.",
+        ),
+    ] = None
+    frequency_context_size: Context = 20
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            rich_help_panel=SAMPLING,
+            metavar="ID=VALUE",
+            help="Added to the logit of a token; repeatable.",
+        ),
+    ] = None
     beam_width: Annotated[
         int | None,
-        typer.Option(rich_help_panel=DRAFTING, help="Candidates per level; 1 drafts a chain."),
+        typer.Option(
+            rich_help_panel=DRAFTING, help="Branches of the drafted tree; 1 drafts a chain."
+        ),
     ] = None
     beam_length: Annotated[
         int | None,
         typer.Option(
             rich_help_panel=DRAFTING,
-            help="Drafted tokens on a branch; the root, which is already decided, not counted.",
+            help="Drafted tokens on a branch.",
         ),
     ] = None
     nodes: Annotated[
         int | None,
         typer.Option(
-            rich_help_panel=DRAFTING, help="Tokens checked in one pass, the root counted."
+            rich_help_panel=DRAFTING,
+            help="Tokens checked in one pass, including the one already decided.",
         ),
     ] = None
     candidates: Annotated[
         Literal["trellis", "beams"] | None,
         typer.Option(
             rich_help_panel=DRAFTING,
-            help="Nodes from the whole beam search, or from its surviving beams (Apple's set).",
+            help="Drafted tokens from the whole beam search, or from its surviving beams only.",
         ),
     ] = None
     lookup: Annotated[
         int | None,
         typer.Option(
             rich_help_panel=DRAFTING,
-            help="Tokens drafted from the text itself, where it said the same before; 0: none.",
+            help="Tokens to draft from the text itself, where it repeats; 0 is off.",
         ),
     ] = None
     prefill_step_size: Annotated[
         int | None,
         typer.Option(
             rich_help_panel=PROMPT,
-            help="Prompt tokens read in one pass.",
+            help="Prompt tokens to read in one pass.",
             show_default="measured once; 512 for short prompts",
         ),
     ] = None
@@ -229,16 +278,42 @@ class DecodeOptions:
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `stream_generate`; raises OptionError."""
-        own = ["system_prompt", "beam_width", "beam_length", "nodes", "candidates", "lookup"]
+        own = ["system_prompt", "thinking", "chat_template_config"]
+        own += ["beam_width", "beam_length", "nodes", "candidates", "lookup"]
         own += [f"sparse_prefill_{name}" for name in ("config", "min_context", "tau")]
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in own:
             del given[name]
+        given["max_tokens"] = MAX_TOKENS if self.max_tokens is None else self.max_tokens
         given["logit_bias"] = parse_logit_bias(self.logit_bias)
         given["stop"] = tuple(self.stop or ())
         given["tree"] = self.tree()
         given["sparse_prefill"] = self.sparse()
         return given
+
+    def template_config(self, tokenizer: Any) -> dict[str, Any]:
+        """The variables of the chat template; raises OptionError."""
+        from mlx_redrafter.chat_template import parse_config, thinking_switch
+
+        config = parse_config(self.chat_template_config)
+        if self.thinking is None:
+            return config
+        return {**config, **thinking_switch(tokenizer, self.thinking, config)}
+
+    def for_model(self, tokenizer: Any, context: int) -> DecodeOptions:
+        """With a longest answer that fits a model: one that thinks first needs more room.
+
+        Raises OptionError where the template lacks what the options ask of it.
+        """
+        from mlx_redrafter.chat_template import thinks
+
+        config = self.template_config(tokenizer)
+        if self.max_tokens is not None:
+            return self
+        longest = MAX_TOKENS
+        if thinks(tokenizer, config):
+            longest = max(longest, min(THINKING_TOKENS, context // 2))
+        return dataclasses.replace(self, max_tokens=longest)
 
     def sparse(self) -> SparsePrefill | None:
         """How a long prompt is read, None where it is read densely; raises OptionError."""
@@ -249,17 +324,28 @@ class DecodeOptions:
             self.sparse_prefill_tau,
         )
 
-    def check(self) -> None:
-        """Refuse impossible values before a model is loaded; raises OptionError."""
+    def check(self, raw: bool = False) -> None:
+        """Refuse impossible values before a model is loaded; raises OptionError.
+
+        ``raw``: the prompt is not put into a chat template.
+        """
+        from mlx_redrafter.chat_template import parse_config
         from mlx_redrafter.decoding.request import length
         from mlx_redrafter.decoding.sampling import SamplingParams
 
+        config = parse_config(self.chat_template_config)
+        if raw and (self.system_prompt or self.thinking is not None or config):
+            raise OptionError(
+                "--raw uses no chat template: leave out --system-prompt, --thinking, --no-thinking "
+                "and --chat-template-config"
+            )
         given = self.arguments()
         known = {f.name for f in dataclasses.fields(SamplingParams)}
         SamplingParams(**{name: value for name, value in given.items() if name in known})
         length(given["max_tokens"])
-        if given["prefill_step_size"] is not None:
-            checks.whole("prefill_step_size", given["prefill_step_size"], 1)
+        checks.at_least(1, prefill_step_size=self.prefill_step_size)
+        checked_text(self.system_prompt or "", "system prompt")
+        checked_text("".join(self.stop or ()), "stop text")
 
 
 def sparse_prefill(
@@ -289,37 +375,3 @@ def parse_logit_bias(items: Sequence[str] | None) -> dict[int, float]:
                 f"--logit-bias {item}: needs TOKEN_ID=VALUE, for example --logit-bias 42=-5"
             ) from None
     return bias
-
-
-def flat_options(command: Callable[..., T]) -> Callable[..., T]:
-    """Show typer one option for every field of the dataclasses that `command` takes."""
-    parameters: list[inspect.Parameter] = []
-    groups: dict[str, type] = {}
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        if not dataclasses.is_dataclass(parameter.annotation):
-            parameters.append(parameter)
-            continue
-        group: Any = parameter.annotation
-        groups[parameter.name] = group
-        hints = get_type_hints(group, include_extras=True)
-        parameters += [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=field.default,
-                annotation=hints[field.name],
-            )
-            for field in dataclasses.fields(group)
-        ]
-
-    def flat(**given: Any) -> T:
-        for name, group in groups.items():
-            own = {field.name: given.pop(field.name) for field in dataclasses.fields(group)}
-            given[name] = group(**own)
-        return command(**given)
-
-    ordered = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-    flat.__name__, flat.__doc__ = command.__name__, command.__doc__
-    flat.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
-    flat.__annotations__ = {p.name: p.annotation for p in ordered}
-    return flat

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_redrafter.chat_template import prompt_ids
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.paths import user_path
 
 MANUAL = "pydoc_data.topics"  # ships with every CPython, some 100,000 tokens
 ASSETS = Path(__file__).parent / "assets"
@@ -24,15 +26,12 @@ class Prompt:
 
     def encode(self, tokenizer: TokenizerWrapper) -> list[int]:
         """Token ids in the model's chat template, or of the bare text if it has none."""
-        if not tokenizer.has_chat_template:
-            return list(tokenizer.encode(self.text))
-        messages = [{"role": "user", "content": self.text}]
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        return prompt_ids(tokenizer, [{"role": "user", "content": self.text}])
 
 
 def prompt_file(name: str) -> Path:
     """``dev`` and ``copy`` are in the package; anything else is a file."""
-    return {"dev": DEV, "copy": COPY}.get(name) or Path(name).expanduser()
+    return {"dev": DEV, "copy": COPY}.get(name) or user_path(name)
 
 
 def read_prompts(file: Path = DEV, count: int | None = None) -> list[Prompt]:

@@ -77,7 +77,7 @@ def run(
     else:
         if not race_screen.is_live(out):
             out.print(race_screen.table((plain, drafted)))
-        out.print("\n" + "\n".join(lines), soft_wrap=True, markup=False)
+        console.show("\n" + "\n".join(lines), out)
         console.note(held)
     return int(plain.token_ids != drafted.token_ids and exact)
 

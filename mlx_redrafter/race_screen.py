@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mlx_redrafter.chat import silent_keys
+from mlx_redrafter import terminal
 from mlx_redrafter.lanes import Piece, View
 
 # Blue and orange are told apart by colour-blind eyes too, on dark and light ground; bold without
@@ -34,7 +34,7 @@ def is_live(out: Console) -> bool:
 def screen(out: Console) -> Iterator[Callable[[Sequence[View]], None]]:
     """Within, the context draws views over one another, when it is called and not otherwise: a
     thread that draws would take time from the decoder whose turn it is."""
-    with silent_keys(), Live(console=out, auto_refresh=False, vertical_overflow="crop") as live:
+    with terminal.silent(), Live(console=out, auto_refresh=False, vertical_overflow="crop") as live:
         yield lambda views: live.update(frame(views, out), refresh=True)
 
 

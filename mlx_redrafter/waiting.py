@@ -135,7 +135,7 @@ class Waiting:
         ahead = "\n" if self._words and sys.stdout.isatty() and self._out.is_terminal else ""
         text = "compiling kernels for the first answer with these options, once ..."
         if self._live is not None:
-            self._live.console.print(Text(text, "dim"), soft_wrap=True)
+            console.show(Text(text, "dim"), self._live.console)
         elif not self._over.is_set():
             console.note(ahead + text)
 

@@ -26,12 +26,24 @@ class FakeTokenizer:
     think_end: str | None = None
     takes_system = True
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
-        assert options == {"add_generation_prompt": True}
+    bos_token: str | None = None
+    knows: tuple[str, ...] = ()  # variables of the template
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], *, tokenize: bool, **options: Any
+    ) -> str | list[int]:
+        assert options.pop("add_generation_prompt")
         if not self.takes_system and messages[0]["role"] == "system":
             raise jinja2.TemplateError("System role not supported")
         text = "".join(f"[{m['role']}]{m['content']}" for m in messages) + "[assistant]"
+        text += "".join(f"[{name}={options[name]}]" for name in self.knows if name in options)
+        return list(map(ord, text)) if tokenize else text
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(map(ord, text))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "".join(map(chr, tokens))
 
 
 @dataclass
@@ -43,11 +55,13 @@ class FakeModel:
     loaded: list[tuple[Any, ...]] = field(default_factory=list)
     before_piece: Callable[[int], None] = lambda index: None
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
-    drafter: object | None = None
+    drafter: object | None = field(default_factory=object)
+    drafting: bool = True
     error: Exception | None = None
     name: str = "fake"
-    drafter_folder: Path | None = None
     budget: Any = field(default_factory=lambda: SimpleNamespace(costs=lambda *_: None))
+    ends: str = "stop"
+    drafter_folder: Path | None = Path("the-drafter")
     engine: Any = field(default_factory=SimpleNamespace)
     target: Any = field(
         default_factory=lambda: SimpleNamespace(config=SimpleNamespace(max_positions=1000))
@@ -79,7 +93,7 @@ class FakeModel:
                 generation_tokens=i + 1,
                 generation_tps=20.0,
                 peak_memory=0.0,
-                finish_reason="stop" if i == len(pieces) - 1 else None,
+                finish_reason=self.ends if i == len(pieces) - 1 else None,
                 stats=stats,
             )
 

@@ -16,7 +16,6 @@ from prompt_toolkit.output import DummyOutput
 from typer.testing import CliRunner
 
 from mlx_redrafter import chat, cli
-from mlx_redrafter.console import AnswerWriter
 from mlx_redrafter.conversation import HELP, Conversation, Reply, unfinished, unquoted
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.options import DecodeOptions
@@ -28,7 +27,7 @@ def conversation(**options: object) -> Conversation:
         FakeTokenizer(),
         DecodeOptions(**options),  # type: ignore[arg-type]
         context=1000,
-        drafter=True,
+        drafter="mine",
         model="fake",
     )
 
@@ -88,7 +87,7 @@ def test_commands_change_the_next_answer() -> None:
     assert talk.arguments()["sparse_prefill"].mode == "xattention"
     assert talk.command("/set sparse_prefill off") == Reply("sparse_prefill = off")
     assert talk.arguments()["sparse_prefill"] is None
-    assert talk.command("/drafter off") == Reply("drafting is off")
+    assert talk.command("/drafter off").text.startswith("drafting is off; ")
     arguments = talk.arguments()
     assert (arguments["temp"], arguments["max_tokens"], arguments["stop"]) == (0.5, 9, ("END",))
     assert (arguments["repetition_penalty"], arguments["draft"]) == (None, False)
@@ -112,7 +111,7 @@ def test_commands_change_the_next_answer() -> None:
         ("/set candidates x", "candidate mode 'x' is unknown: use trellis or beams"),
         (
             "/set sparse_prefill x",
-            "sparse prefill: mode x is not possible: use off, a_shape, tri_shape, trianglemix, "
+            "sparse prefill: mode 'x' is not possible: use off, a_shape, tri_shape, trianglemix, "
             "xattention, minference",
         ),
         ("/retry", "there is no question to answer again"),
@@ -120,7 +119,8 @@ def test_commands_change_the_next_answer() -> None:
         ("/save", "/save needs a file name"),
         ("/load", "/load needs a file name"),
         ("/system", "system prompt: that of the template"),
-        ("/drafter", "drafting is on; /drafter on|off"),
+        ("/drafter", "drafting is on: from mine and the text itself"),
+        ("/drafter of", "/drafter of is not possible: use on or off"),
         ("/help", HELP),
         ("/?", HELP),
     ],
@@ -188,11 +188,6 @@ def conversation_with_question() -> Conversation:
     talk.ask("One?")
     talk.answered("1", None)
     return talk
-
-
-def test_the_drafter_cannot_be_switched_on_where_there_is_none() -> None:
-    talk = Conversation(FakeTokenizer(), DecodeOptions(), context=1000, drafter=False)
-    assert "no drafter is loaded" in talk.command("/drafter on").text
 
 
 def test_a_context_that_is_nearly_full_is_said_before_the_answer() -> None:
@@ -299,25 +294,6 @@ def test_an_error_forgets_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError):
         talking.say("Hi")
     assert talking.conversation.messages == []
-
-
-def test_thinking_is_dim_and_nothing_of_it_is_lost(capsys: pytest.CaptureFixture[str]) -> None:
-    pieces = ["<th", "ink>hm", "</thi", "nk>", "4 < 5", " <t"]
-    for dim, expected in [
-        (True, "\x1b[2m<think>hm</think>\x1b[22m4 < 5 <t"),
-        (False, "<think>hm</think>4 < 5 <t"),
-    ]:
-        writer = AnswerWriter(("<think>", "</think>"), dim=dim)
-        for piece in pieces:
-            writer.write(piece)
-        writer.close()
-        assert capsys.readouterr().out == expected
-
-
-def test_a_model_without_a_chat_template_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeTokenizer, "has_chat_template", False)
-    with pytest.raises(OptionError, match="fake has no chat template"):
-        talk(monkeypatch, FakeModel())
 
 
 def test_without_a_terminal_every_line_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:

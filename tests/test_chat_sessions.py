@@ -14,7 +14,7 @@ from tiny_chat import END, write_chat_model
 
 from mlx_redrafter import api
 from mlx_redrafter.chat import Chat
-from mlx_redrafter.conversation import render
+from mlx_redrafter.chat_template import render
 from mlx_redrafter.options import DecodeOptions
 
 SYSTEM = "ba be bi bo bu " * 12

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakes import SUMMARY, FakeModel, FakeTokenizer, install
+from fakes import SUMMARY, FakeModel, install
 from typer.testing import CliRunner
 
 import mlx_redrafter
@@ -175,28 +175,14 @@ def test_no_draft_loads_no_drafter_and_raw_uses_no_template(
     assert result.exit_code == 0
     assert model.loaded[0][1] is None
     assert model.prompts == ["Once upon"]
-
-
-def test_a_model_without_a_template_continues_the_text_and_says_so(
-    runner: CliRunner, model: FakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(FakeTokenizer, "has_chat_template", False)
-    result = runner.invoke(cli.app, ["generate", "-q", "Once upon"])
-    assert model.prompts == ["Once upon"]
-    assert result.stderr.startswith("note: this model has no chat template")
-    assert len(result.stderr.splitlines()) == 1
-
-
-def test_a_template_that_refuses_the_system_prompt_is_one_line(
-    runner: CliRunner, model: FakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(FakeTokenizer, "takes_system", False)
-    result = runner.invoke(cli.app, ["generate", "--system-prompt", "Hi", "Capital?"])
-    assert result.exit_code == 1
-    assert result.stderr == (
-        "error: this model's chat template refuses the messages (System role not supported); "
-        "leave out the system prompt, or use generate --raw\n"
-    )
+    for more in (
+        ["--system-prompt", "Hi"],
+        ["--no-thinking"],
+        ["--chat-template-config", '{"a": 1}'],
+    ):
+        result = runner.invoke(cli.app, ["generate", "--raw", "Once upon", *more])
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: --raw uses no chat template: leave out")
 
 
 @pytest.mark.parametrize(
@@ -218,6 +204,8 @@ def test_a_template_that_refuses_the_system_prompt_is_one_line(
         (["--beam-width", "0"], "beam width 0 is not possible"),
         (["--beam-length", "0", "--lookup", "0"], "beam length 0 is not possible"),
         (["--nodes", "99"], "99 nodes are not possible"),
+        (["--chat-template-config", "{"], "--chat-template-config { is not a JSON object: give"),
+        (["--chat-template-config", "[1]"], "--chat-template-config [1] is not a JSON object"),
         (["--logit-bias", "42"], "--logit-bias 42: needs TOKEN_ID=VALUE"),
         (["--logit-bias", "x=1"], "--logit-bias x=1: needs TOKEN_ID=VALUE"),
     ],
@@ -327,24 +315,6 @@ def test_a_warning_of_the_library_is_one_line(runner: CliRunner, model: FakeMode
     model.before_piece = lambda index: warnings.warn("no g++", stacklevel=2) if not index else None
     result = runner.invoke(cli.app, ["generate", "-q", "Capital?"])
     assert (result.stdout, result.stderr) == ("Paris.\n", "warning: no g++\n")
-
-
-def test_version_and_help(runner: CliRunner) -> None:
-    result = runner.invoke(cli.app, ["--version"])
-    assert (result.exit_code, result.output) == (0, f"mlx-redrafter {mlx_redrafter.__version__}\n")
-    for command in ("generate", "chat", "info", "doctor", "demo"):
-        assert runner.invoke(cli.app, [command, "--help"]).exit_code == 0
-
-
-def test_help_loads_no_mlx() -> None:
-    code = (
-        "import sys\n"
-        "from mlx_redrafter.cli import main\n"
-        "sys.argv = ['mlx-redrafter', 'generate', '--help']\n"
-        "try:\n    main()\n"
-        "except SystemExit:\n    sys.exit('mlx.core' in sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_the_tree_is_left_to_the_program_until_an_option_names_it() -> None:

@@ -17,7 +17,6 @@ from tiny_chat import write_chat_model
 from typer.testing import CliRunner
 
 from mlx_redrafter import blas, cli, console, doctor, info, model_checks
-from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.model_checks import Check, Difference
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.tree.shape import TreeShape
@@ -148,7 +147,7 @@ def test_a_drafted_text_that_parts_from_the_plain_one_is_found(
 def test_slabs_that_are_copied_are_a_warning(
     byte_target: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = SimpleNamespace(target=byte_target, engine=Engine(byte_target, None, compiled=False))
+    model = SimpleNamespace(target=byte_target, engine=engine_of(byte_target, None, compiled=False))
     assert model_checks.in_place(model).mark == "ok"  # type: ignore[arg-type]
     monkeypatch.setattr("mlx.core.get_peak_memory", lambda: 2**40)
     found = model_checks.in_place(model)  # type: ignore[arg-type]
@@ -203,7 +202,8 @@ def test_info_counts_a_model(tmp_path: Path) -> None:
     assert facts["drafter"] is None
     result = CliRunner().invoke(cli.app, ["info", str(tmp_path)])
     assert result.exit_code == 0
-    assert "none with this model" in result.stdout
+    said = f"no trained drafter for {tmp_path} was found, so drafts come from the text itself; "
+    assert said in result.stdout
 
 
 def test_info_counts_packed_weights_unpacked(tmp_path: Path) -> None:

@@ -288,6 +288,16 @@ def test_plain_decoding_was_asked_for(model: Model, tokenizer: ByteTokenizer, an
         assert (stats.drafted, dict(stats.shapes)) == (0, {"plain": stats.steps})
 
 
+def test_a_model_loaded_for_plain_decoding_drafts_where_it_is_told_to(
+    model: Model, tokenizer: ByteTokenizer, answer: str
+) -> None:
+    asked = replace(model, drafting=False)
+    stats = (responses := stream(asked, tokenizer, draft=True))[-1].stats
+    assert text_of(responses) == answer and stats.drafted > 0
+    stats = (responses := stream(asked, tokenizer, tree=TreeShape.chain(2)))[-1].stats
+    assert text_of(responses) == answer and stats.drafted == 0
+
+
 def test_the_first_special_token_is_not_doubled(
     model: Model, tokenizer: ByteTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

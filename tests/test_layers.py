@@ -18,13 +18,14 @@ CONVERT = Path(mlx_redrafter.convert.__file__).parent
 
 # A module may import those of its own row and of the rows above it.
 LAYERS = [
-    {"errors", "checks", "stats", "blas", "kernels", "threads", "clock"},
+    {"errors", "checks", "stats", "blas", "kernels", "threads", "clock", "paths", "terminal"},
     {"models", "drafters"},
     {"prefill"},
     {"decoding"},
     {
         "api",
         "arguments",
+        "chat_template",
         "tuning",
         "hub",
         "kept",
@@ -40,9 +41,13 @@ LAYERS = [
     },
     {
         "console",
+        "net",
         "options",
+        "flat_options",
         "conversation",
         "chat",
+        "generating",
+        "answer_writer",
         "info",
         "doctor",
         "model_checks",

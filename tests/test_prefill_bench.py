@@ -16,7 +16,7 @@ from conftest import ByteTokenizer
 from prefill_cases import random_case
 from typer.testing import CliRunner
 
-from mlx_redrafter import cli
+from mlx_redrafter import cli, net
 from mlx_redrafter.api import Model
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.prefill.config import SparsePrefill
@@ -171,7 +171,7 @@ def test_expectation_is_amdahls() -> None:
 
 @pytest.fixture
 def tiny(byte_target: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Model.of("tiny", tmp_path, byte_target, text=False)
+    model = Model.of("tiny", tmp_path, byte_target, drafting=False)
     monkeypatch.setattr(run, "load", lambda *_: (model, ByteTokenizer()))
 
 
@@ -257,7 +257,7 @@ def test_a_run_that_is_stopped_shows_what_it_has(
     monkeypatch.setattr(whole, "in_turn", stopped)
     file = tmp_path / "out.json"
     result = bench("--lengths", "512,1024", "--modes", "a_shape", "--quality", "--json", file)
-    assert result.exit_code == cli.INTERRUPTED and "incomplete" in result.stderr
+    assert result.exit_code == net.INTERRUPTED and "incomplete" in result.stderr
     found = json.loads(file.read_text())
     first, second = found["lengths"]
     assert not found["complete"] and len(first["ways"]) == 2

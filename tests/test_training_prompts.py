@@ -99,8 +99,11 @@ def test_a_control_token_spelled_out_is_one_too(tmp_path: Path, token: str) -> N
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("{{ raise_exception('No.') }}", "chat template fails on a user message (No.)"),
-        ("{{ messages[0]['text'].strip() }}", "chat template fails on a user message"),
+        ("{{ raise_exception('No.') }}", "chat template refuses the messages (No.)"),
+        (
+            "{{ messages[0]['text'].strip() }}",
+            "chat template fails ('dict object' has no attribute 'text')",
+        ),
         ("{{ messages[0]['content'].split()[9] }} hello", "does not show what the user says"),
     ],
 )

@@ -232,7 +232,7 @@ def test_the_fit_alone_takes_answers_into_a_new_folder(
     [
         ("my model.gguf", "convert 'TMP/my model.gguf' --out 'TMP/my model'"),
         ("mamba", "model_type 'mamba' is not supported"),
-        ("fails", "chat template fails on a user message"),
+        ("fails", "chat template fails ('list object' has no attribute"),
         ("none", "there is no folder"),
     ],
 )

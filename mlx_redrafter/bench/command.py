@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 import typer
 
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.net import Debug
 from mlx_redrafter.options import (
     Blas,
-    Debug,
+    DrafterName,
+    ModelName,
     SparseConfig,
     SparseMinContext,
     SparseMode,
@@ -19,39 +21,38 @@ from mlx_redrafter.options import (
 from mlx_redrafter.options import (
     sparse_prefill as sparse_options,
 )
+from mlx_redrafter.paths import expanded
+
+COMPARED, INSTEAD = "What is compared", "Instead of timing"
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 
-def run(ctx: typer.Context) -> None:
-    """The command with the arguments of the context that `mlx-redrafter bench` got."""
-    command = typer.main.get_command(app)
-    with command.make_context("bench", list(ctx.args), parent=ctx.parent) as inner:
-        command.invoke(inner)
-
-
 @app.command()
 def bench(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="Built-in name, local folder or hub id.")
-    ] = "smollm2-135m",
-    drafter: Annotated[
-        str, typer.Option("--drafter", "-d", help="Local folder or hub id; 'auto' looks for one.")
-    ] = "auto",
+    model: ModelName = "smollm2-135m",
+    drafter: DrafterName = "auto",
     against: Annotated[
         str | None,
-        typer.Option(help="Another drafter, measured in the same turns: folder or hub id."),
+        typer.Option(
+            rich_help_panel=COMPARED,
+            help="Another drafter to measure in the same turns: folder or Hugging Face id.",
+        ),
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Of weights and arithmetic.", show_default="float32 on a CPU"),
+        typer.Option(
+            help="Type of the weights and of the arithmetic.", show_default="float32 on a CPU"
+        ),
     ] = None,
     prompts: Annotated[
         str, typer.Option(help='dev, copy, or a jsonl file with "prompt" and "category".')
     ] = "dev",
     count: Annotated[
         int | None,
-        typer.Option(help="So many prompts, of every group.", show_default="6; sweep 3"),
+        typer.Option(
+            help="Number of prompts in total, spread over the groups.", show_default="6; sweep 3"
+        ),
     ] = None,
     max_tokens: Annotated[
         int | None,
@@ -61,7 +62,7 @@ def bench(
     ] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(help="How often every prompt is measured.", show_default="2; sweep 1"),
+        typer.Option(help="How many times every prompt is measured.", show_default="2; sweep 1"),
     ] = None,
     temp: Annotated[
         list[float] | None,
@@ -70,35 +71,65 @@ def bench(
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            help="A tree besides the automatic one; repeatable: 3x4/8 (width x depth / nodes), "
-            "1x4 (a chain), lookup7, 3x4/8+lookup7."
+            rich_help_panel=COMPARED,
+            help="Another tree to measure, besides the automatic one; repeatable: 3x4/8 (width x "
+            "depth / nodes), 1x4 (a chain), lookup7, 3x4/8+lookup7.",
         ),
     ] = None,
     mlx_lm_draft: Annotated[
-        str | None, typer.Option(help="Also mlx_lm's decoding with this draft model.")
+        str | None,
+        typer.Option(rich_help_panel=COMPARED, help="Also measure mlx_lm with this draft model."),
     ] = None,
-    draft_tokens: Annotated[int, typer.Option(help="Tokens that model drafts in a step.")] = 3,
+    draft_tokens: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=COMPARED, help="Tokens that mlx_lm's draft model drafts in a step."
+        ),
+    ] = 3,
     perfect: Annotated[
-        bool, typer.Option(help="Also a drafter that knows the answer, 4, 8 and 16 nodes.")
+        bool,
+        typer.Option(
+            rich_help_panel=COMPARED,
+            help="Also measure a drafter that knows the answer (4, 8 and 16 nodes).",
+        ),
     ] = True,
-    seed: Annotated[int, typer.Option(help="Of sampled answers.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampled answers.")] = 0,
     sparse_prefill: SparseMode = "off",
     sparse_prefill_config: SparseConfig = None,
     sparse_prefill_min_context: SparseMinContext = 32768,
     sparse_prefill_tau: SparseTau = 0.9,
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Time many widths, depths and nodes instead.")
+        bool,
+        typer.Option(
+            "--sweep",
+            rich_help_panel=INSTEAD,
+            help="Time trees of many widths, depths and sizes instead.",
+        ),
     ] = False,
     divergence: Annotated[
         bool,
-        typer.Option("--divergence", help="Compare greedy drafted with greedy plain text instead."),
+        typer.Option(
+            "--divergence",
+            rich_help_panel=INSTEAD,
+            help="Compare greedy drafted with greedy plain text instead.",
+        ),
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for bench.json and plots; kept up to date."),
+        typer.Option(
+            "--output",
+            "-o",
+            callback=expanded,
+            help="Folder for bench.json and plots, updated after every turn.",
+        ),
     ] = None,
     plot_only: Annotated[
-        Path | None, typer.Option(help="Measure nothing: show such a folder's results again.")
+        Path | None,
+        typer.Option(
+            callback=expanded,
+            rich_help_panel=INSTEAD,
+            help="Measure nothing: show the results in such a folder again.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     blas: Blas = None,

@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter import console, reports
 from mlx_redrafter.api import Model, load
+from mlx_redrafter.checks import at_least
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prompts import Prompt, prompt_file, read_prompts
@@ -69,8 +70,7 @@ class BenchOptions:
             "--draft-tokens": (self.draft_tokens, 1),
         }
         for name, (value, least) in limits.items():
-            if value < least:
-                raise OptionError(f"{name} {value} is not possible: use {least} or more")
+            at_least(least, **{name: value})
         return count, tokens, rounds
 
 

@@ -5,8 +5,8 @@ python -m mlx_redrafter.counts [--model M] [--drafter D] [--shape W,L,N,LOOKUP] 
 
 from __future__ import annotations
 
-from mlx_redrafter import console
+from mlx_redrafter import net
 from mlx_redrafter.counts.report import main
 
 if __name__ == "__main__":
-    console.run(main)
+    net.run_module(main)

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast, get_args
 
 from mlx_redrafter import checks
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.paths import user_path
 
 Mode = Literal["off", "a_shape", "tri_shape", "trianglemix", "xattention", "minference"]
 Kind = Literal["vertical_and_slash", "stream_llm", "block_sparse"]
@@ -154,8 +155,9 @@ def read_patterns(
     Raises:
         OptionError: a file that cannot be read, or is not such a file, or is of another model.
     """
+    file = user_path(path)
     try:
-        data = json.loads(Path(path).read_text())
+        data = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise OptionError(f"{path} cannot be read ({error.strerror})") from None
     except ValueError as error:

@@ -7,59 +7,60 @@ from typing import Annotated
 
 import typer
 
-from mlx_redrafter.options import Blas, Debug
+from mlx_redrafter.net import Debug
+from mlx_redrafter.options import Blas, ModelName
+from mlx_redrafter.paths import expanded
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 
-def run(ctx: typer.Context) -> None:
-    """The command with the arguments of the context that `mlx-redrafter prefill-bench` got."""
-    command = typer.main.get_command(app)
-    with command.make_context("prefill-bench", list(ctx.args), parent=ctx.parent) as inner:
-        command.invoke(inner)
-
-
 @app.command()
 def prefill_bench(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="Built-in name, local folder or hub id.")
-    ] = "smollm2-135m",
+    model: ModelName = "smollm2-135m",
     lengths: Annotated[
         str, typer.Option(help="Prompt lengths in tokens, multiples of 128.")
     ] = "2048,4096,8192",
     modes: Annotated[
-        str, typer.Option(help="Of sparse prefill; there are also a_shape, tri_shape.")
+        str, typer.Option(help="Kinds of sparse reading; a_shape and tri_shape exist too.")
     ] = "trianglemix,xattention,minference",
     text: Annotated[
-        Path | None, typer.Option(help="What is read.", show_default="Python's manual")
+        Path | None,
+        typer.Option(callback=expanded, help="Text to read.", show_default="Python's manual"),
     ] = None,
     rounds: Annotated[
         int | None,
         typer.Option(
-            help="How often each is timed; 0 with --quality: not at all.", show_default="1; layer 7"
+            help="How many times each is timed; with --quality it can be 0.",
+            show_default="1; layer 7",
         ),
     ] = None,
     min_context: Annotated[
         int | None,
-        typer.Option(help="Sparse from this token on.", show_default="a quarter of the length"),
+        typer.Option(
+            help="Read sparsely from this token on.", show_default="a quarter of the length"
+        ),
     ] = None,
     quality: Annotated[
         bool,
         typer.Option(
             "--quality",
-            help="Also recall and error by layer, beside random, nearest and best blocks at equal "
-            "density, and by tau, window and lines.",
+            help="Also show recall and error by layer, compared with random, nearest and best "
+            "blocks at equal density, and by tau, window and lines.",
         ),
     ] = False,
     layer: Annotated[
         bool, typer.Option("--layer", help="Time one attention layer at a long prefix instead.")
     ] = False,
-    prefix: Annotated[int, typer.Option(help="Of --layer, in tokens.")] = 32768,
+    prefix: Annotated[
+        int, typer.Option(help="Length of the prefix for --layer, in tokens.")
+    ] = 32768,
     as_json: Annotated[
-        Path | None, typer.Option("--json", help="Write everything into this file.")
+        Path | None,
+        typer.Option("--json", callback=expanded, help="Write all results into this JSON file."),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw time by length into this PNG or SVG file.")
+        Path | None,
+        typer.Option(callback=expanded, help="Draw time by length into this PNG or SVG file."),
     ] = None,
     blas: Blas = None,
     debug: Debug = False,

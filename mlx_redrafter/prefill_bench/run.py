@@ -15,6 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter import console, figures, reports
 from mlx_redrafter.api import Model, load
+from mlx_redrafter.checks import at_least
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.info import machine
 from mlx_redrafter.prefill.config import Mode, SparsePrefill
@@ -68,8 +69,7 @@ class Settings:
             raise OptionError(
                 f"--rounds {self.rounds} is not possible: use 1 or more, or 0 with --quality"
             )
-        if self.min_context is not None and self.min_context < 1:
-            raise OptionError(f"--min-context {self.min_context} is not possible: use 1 or more")
+        at_least(1, **{"--min-context": self.min_context})
         if self.plot is not None:
             figures.check(self.plot)
         if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):

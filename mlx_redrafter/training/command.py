@@ -12,7 +12,9 @@ import typer
 
 from mlx_redrafter import console
 from mlx_redrafter.errors import OptionError, RedrafterError
-from mlx_redrafter.options import Blas, Debug
+from mlx_redrafter.net import Debug
+from mlx_redrafter.options import Blas
+from mlx_redrafter.paths import expanded
 
 from . import folder, lines
 from .config import Evaluating, TrainConfig
@@ -22,45 +24,45 @@ if TYPE_CHECKING:
 
 OPTIONS: dict[str, dict[str, str]] = {
     "Data": {
-        "model": "Built-in name, local folder or hub id.",
-        "out": "Folder of the run; the drafter goes to its subfolder drafter.",
-        "prompts": "jsonl of prompts, messages or ShareGPT; without it the model writes its own.",
-        "answers": "jsonl(.gz) of token ids from an earlier run, to train on besides.",
-        "answer_tokens": "Answer tokens to have in all; those of --answers count.",
+        "model": "Built-in name, local folder or Hugging Face id (org/name).",
+        "out": "Folder of the run; the drafter goes into its subfolder drafter.",
+        "prompts": "Prompts to answer (jsonl); without a file the model writes its own.",
+        "answers": "Answers of an earlier run to train on as well (jsonl or jsonl.gz).",
+        "answer_tokens": "Tokens of answers to train on in total, with those of --answers.",
         "max_tokens": "Longest answer, in tokens.",
-        "prompt_tokens": "Longest prompt that the model writes, in tokens.",
-        "system_prompt": "First message of the template, in every conversation.",
-        "batch": "Answers written at once; lowered by itself to fit in memory.",
-        "seed": "Same seed, same data and drafter.",
+        "prompt_tokens": "Longest prompt that the model may write, in tokens.",
+        "system_prompt": "Instructions at the start of every conversation.",
+        "batch": "Answers written at once; lowered automatically to fit in memory.",
+        "seed": "Same seed, same data and same drafter.",
     },
     "Drafter": {
-        "cell": "sum or elman (Apple's), or gru.",
-        "initial_state": "zero (Apple's) or context.",
-        "context_layers": "Layers the drafter reads, as 2,15,29; auto: three; '': the last state.",
-        "head": "own output matrix, or the target's rows.",
-        "exit_dim": "Width of the head; without it the model's hidden size.",
+        "cell": "Recurrent cell: gru, or sum or elman as in Apple's.",
+        "initial_state": "Where the cell starts: context, or zero as in Apple's.",
+        "context_layers": "Layers to read, as 2,15,29; auto takes three, '' the last state only.",
+        "head": "Output matrix: own, or target to use the model's.",
+        "exit_dim": "Width of the head; by default the model's hidden size.",
         "num_draft_layers": "Residual blocks of the head.",
-        "draft_vocab_size": "Tokens that can be drafted, the most frequent; 0: all.",
+        "draft_vocab_size": "How many of the most frequent tokens can be drafted; 0: all.",
         "warm_start": "Drafter folder of the same shape to start from.",
     },
     "Fit": {
-        "positions": "Positions processed; those seen twice count twice.",
-        "batch_positions": "Positions of an optimiser step.",
-        "segment": "Neighbouring positions taken together.",
-        "rollout": "Draft steps trained per position.",
-        "candidates": "Tokens whose logits are computed per step.",
-        "learning_rate": "Peak of the schedule.",
-        "warmup": "Share of the steps until the peak.",
-        "head_rate": "Learning rate of an own output matrix, as a share of the others'.",
-        "weight_decay": "Of AdamW.",
+        "positions": "Positions to train on; those seen twice count twice.",
+        "batch_positions": "Positions in an optimiser step.",
+        "segment": "Neighbouring positions that are read together.",
+        "rollout": "Draft steps to train per position.",
+        "candidates": "Tokens whose logits are computed in a step.",
+        "learning_rate": "Highest learning rate of the schedule.",
+        "warmup": "Share of the steps before the highest learning rate.",
+        "head_rate": "Learning rate of an own output matrix, as a share of the rest's.",
+        "weight_decay": "Weight decay of AdamW.",
         "clip": "Largest norm of a gradient.",
-        "step_decay": "Weight of draft step k is this to the power of k.",
-        "hard": "Share of the loss on the tokens themselves, not on the distribution.",
+        "step_decay": "Draft step k weighs this to the power of k.",
+        "hard": "Share of the loss on the tokens alone, not on their distribution.",
         "acceptance": "Weight of the acceptance loss.",
         "acceptance_after": "Share of the steps before the acceptance loss begins.",
-        "cache_gb": "Disk for hidden states; beyond it they are computed in every epoch.",
+        "cache_gb": "GB of disk for hidden states; what does not fit is computed again.",
     },
-    "Result": {"bits": "Of the drafter's weights: 4, 5, 6, 8 or 16."},
+    "Result": {"bits": "Bits of the drafter's weights: 4, 5, 6, 8 or 16."},
 }
 _SHORT = {"model": "-m", "out": "-o"}
 _RESULT = "Result"
@@ -68,16 +70,22 @@ _RESULT = "Result"
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 File = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="YAML file of these options; flags win over it."),
+    typer.Option(
+        "--config", "-c", callback=expanded, help="YAML file with these options; flags override it."
+    ),
 ]
 Estimate = Annotated[
     bool,
-    typer.Option("--estimate", help="Measure for half a minute how long all will take; no more."),
+    typer.Option(
+        "--estimate", help="Only measure, for half a minute, how long everything will take."
+    ),
 ]
 EvalPrompts = Annotated[
     int | None,
     typer.Option(
-        rich_help_panel=_RESULT, help="Prompts of the evaluation.", show_default="92 built-in"
+        rich_help_panel=_RESULT,
+        help="Number of prompts in the evaluation.",
+        show_default="92 built-in",
     ),
 ]
 EvalTokens = Annotated[
@@ -86,13 +94,6 @@ EvalTokens = Annotated[
         rich_help_panel=_RESULT, help="Longest answer in the evaluation.", show_default="128"
     ),
 ]
-
-
-def run(ctx: typer.Context) -> None:
-    """The command with the arguments of the context that `mlx-redrafter train` got."""
-    command = typer.main.get_command(app)
-    with command.make_context("train", list(ctx.args), parent=ctx.parent) as inner:
-        command.invoke(inner)
 
 
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -118,8 +119,9 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
                 hints[name] | None,
                 typer.Option(
                     f"--{name.replace('_', '-')}", *([_SHORT[name]] if name in _SHORT else []),
+                    callback=expanded if "Path" in str(hints[name]) else None,
                     help=OPTIONS[panels[name]][name],
-                    rich_help_panel=panels[name],
+                    rich_help_panel=None if panels[name] == "Data" else panels[name],
                     show_default=str(defaults[name]) if defaults[name] is not None else False,
                 ),
             ],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_redrafter.checks import at_least
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,7 @@ class Evaluating:
     def of(cls, given: dict[str, int | None]) -> Evaluating:
         """With what was given; None is not. Raises OptionError."""
         values: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        if any(value < 1 for value in values.values()):
-            raise OptionError("--eval-prompts and --eval-tokens are 1 or more")
+        at_least(1, eval_prompts=given.get("prompts"), eval_tokens=given.get("max_tokens"))
         return cls(**values)
 
 
@@ -126,7 +126,7 @@ def from_mapping(values: dict[str, Any], source: str) -> TrainConfig:
     for name, value in values.items():
         default, kind = getattr(config, name), known[name].type
         if value is not None and "Path" in str(kind):
-            value = Path(os.path.expanduser(str(value)))
+            value = user_path(str(value))
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         elif value is not None and type(value) is not _type(name, default):

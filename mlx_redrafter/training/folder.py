@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.paths import user_path
 
 from .config import TrainConfig, from_mapping
 
@@ -182,7 +183,7 @@ def _same_place(old: Any, new: Any) -> bool:
     """A model or a file under another spelling of its path."""
     if not all(isinstance(x, str | Path) for x in (old, new)):
         return False
-    a, b = Path(old).expanduser(), Path(new).expanduser()
+    a, b = user_path(old), user_path(new)
     return a.exists() and b.exists() and a.samefile(b)
 
 

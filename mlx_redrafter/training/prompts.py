@@ -12,9 +12,8 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter.conversation import render
+from mlx_redrafter.chat_template import has_template, render, render_text
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.hub import one_line
 from mlx_redrafter.models.batched import BatchedTarget, Request
 from mlx_redrafter.prompts import read_prompts
 
@@ -100,18 +99,11 @@ def user_header(tokenizer: TokenizerWrapper) -> tuple[list[int], set[int]]:
     Raises OptionError: a template in which a user turn cannot be found.
     """
     ends = set(tokenizer.eos_token_ids)
-    if not tokenizer.has_chat_template:
+    if not has_template(tokenizer):
         first = tokenizer.bos_token_id
         return [first if first is not None else min(ends, default=0)], ends
-    try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=False
-        )
-    except Exception as error:  # a template is a program, which can fail in any way
-        raise OptionError(
-            f"this model's chat template fails on a user message ({one_line(error)}): mend it, or "
-            "remove it to train on plain text"
-        ) from error
+    opening = [{"role": "user", "content": _MARK}]
+    text = render_text(tokenizer, opening, {"add_generation_prompt": False})
     head, found, tail = text.partition(_MARK)
     if not found:
         raise OptionError(
@@ -137,7 +129,7 @@ def control_tokens(tokenizer: TokenizerWrapper) -> tuple[set[int], set[int]]:
 
 def encode(tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> list[int]:
     """Token ids with the opening of the answer, in the template if there is one."""
-    if tokenizer.has_chat_template:
+    if has_template(tokenizer):
         return render(tokenizer, messages)
     return list(tokenizer.encode(messages[-1]["content"]))
 

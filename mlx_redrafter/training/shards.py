@@ -52,7 +52,11 @@ def shards(folder: Path) -> list[Shard]:
 def read_lines(file: Path) -> list[Any]:
     """The JSON values of a .jsonl or .jsonl.gz file. Raises OptionError."""
     try:
-        with gzip.open(file, "rt") if file.suffix == ".gz" else file.open(encoding="utf-8") as f:
+        with (
+            gzip.open(file, "rt", encoding="utf-8")
+            if file.suffix == ".gz"
+            else file.open(encoding="utf-8") as f
+        ):
             return [json.loads(line) for line in f if line.strip()]
     except (OSError, ValueError, EOFError) as error:
         raise OptionError(
@@ -64,7 +68,8 @@ def write_lines(file: Path, rows: Iterable[Any]) -> None:
     """Write a .jsonl file whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(file)
 
 
