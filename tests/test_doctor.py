@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from conftest import engine_of
 from tiny_chat import write_chat_model
 from typer.testing import CliRunner
 
