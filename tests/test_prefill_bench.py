@@ -138,7 +138,7 @@ def test_a_probe_reads_densely(byte_target: Decoder) -> None:
     hidden = []
     for attention in (None, probe, sparse):
         session = whole.new_session(byte_target, len(prompt))
-        found, _ = whole.read(byte_target, prompt, session, 512, sparse=attention)
+        found = whole.read(byte_target, prompt, session, 512, sparse=attention).hidden
         hidden.append(np.array(found))
     assert np.abs(hidden[0] - hidden[1]).max() < 1e-4 < np.abs(hidden[0] - hidden[2]).max()
     assert probe.seconds > 0 and probe.looks == []

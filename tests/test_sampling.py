@@ -302,6 +302,6 @@ def test_a_ban_holds_against_penalties_and_filters() -> None:
     arrays, tree = params.arrays(4), root_only(mx.array([0]))
     windows = {name: mx.array([[0, 3, 0]]) for name, _ in params.windows}
     chosen = {
-        sampling.choose(logits, tree, windows, arrays, mx.array([at])).item() for at in range(60)
+        sampling.sample(logits, tree, windows, arrays, mx.array([at])).item() for at in range(60)
     }
     assert chosen == {1, 2}
