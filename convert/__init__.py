@@ -9,20 +9,22 @@ docs/checkpoint_format.md lists every format, tensor by tensor.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_redrafter.errors import ConvertError, OptionError
-from mlx_redrafter.paths import user_path
+from mlx_redrafter.runtime.paths import user_path
+
+from .summary import Summary
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from mlx_redrafter.convert.checkpoint import Checkpoint
-    from mlx_redrafter.convert.formats import Format
-    from mlx_redrafter.convert.mapping import Mapping
-    from mlx_redrafter.convert.writer import OutputFolder, Written
+    from .checkpoint import Checkpoint
+    from .formats import Format
+    from .mapping import Mapping
+    from .writer import OutputFolder
 
 __all__ = ["ConvertError", "Summary", "convert"]
 
@@ -30,36 +32,6 @@ BITS, GROUP_SIZES, DTYPES = (4, 8), (32, 64, 128), ("float16", "bfloat16", "floa
 LAYOUTS = ("mlx", "apple", "tensorrt-llm")
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What was converted, or would be.
-
-    Attributes:
-        source: as given.
-        format: what the source was recognised as, or declared to be.
-        to: layout of the output.
-        out: the new folder; None after a dry run.
-        mapping: every tensor.
-        files: of the output, with size and SHA-256.
-        notes: what a person should know.
-        url: where it was uploaded to.
-    """
-
-    source: str
-    format: Format
-    to: str
-    out: Path | None
-    mapping: list[Mapping]
-    files: list[Written] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    url: str | None = None
-
-    @property
-    def size(self) -> int:
-        """Bytes of the output."""
-        return sum(file.size for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -130,9 +102,9 @@ def convert(
     Raises:
         ConvertError, OptionError, DrafterError, HubError: one line each; nothing is left behind.
     """
-    from mlx_redrafter.convert import card
-    from mlx_redrafter.convert.base_files import name_turn_end
-    from mlx_redrafter.convert.writer import check_output, output_folder
+    from . import card
+    from .base_files import name_turn_end
+    from .writer import check_output, output_folder
 
     options = _Options(to, str(target) if target else None, bits, group_size, dtype)
     if upload_repo and not dry_run:
@@ -169,10 +141,11 @@ class _Job:
 
 
 def _plan(path: Path, format: str, options: _Options) -> _Job:
-    from mlx_redrafter.convert.checkpoint import open_checkpoint, weight_files
-    from mlx_redrafter.convert.formats import Format, recognise
-    from mlx_redrafter.convert.shards import GGUF, kind_of
     from mlx_redrafter.models.weights import preview
+
+    from .checkpoint import open_checkpoint, weight_files
+    from .formats import Format, recognise
+    from .shards import GGUF, kind_of
 
     if format != "auto" and format not in [kind.value for kind in Format]:
         known = ", ".join(kind.value for kind in Format)
@@ -199,8 +172,8 @@ def _plan(path: Path, format: str, options: _Options) -> _Job:
 
 
 def _plan_drafter(checkpoint: Checkpoint, kind: Format, options: _Options) -> _Job:
-    from mlx_redrafter.convert import drafters
-    from mlx_redrafter.convert.formats import Format
+    from . import drafters
+    from .formats import Format
 
     plan = drafters.plan_drafter(checkpoint, kind)
     to = Format(options.to)
@@ -228,8 +201,8 @@ def _plan_drafter(checkpoint: Checkpoint, kind: Format, options: _Options) -> _J
 
 
 def _plan_base(checkpoint: Checkpoint, options: _Options) -> _Job:
-    from mlx_redrafter.convert.base import convert_base, plan_base
-    from mlx_redrafter.convert.formats import Format
+    from .base import convert_base, plan_base
+    from .formats import Format
 
     def write(folder: OutputFolder, progress: Progress) -> None:
         convert_base(
@@ -241,8 +214,8 @@ def _plan_base(checkpoint: Checkpoint, options: _Options) -> _Job:
 
 
 def _plan_gguf(path: Path, options: _Options) -> _Job:
-    from mlx_redrafter.convert.formats import Format
-    from mlx_redrafter.convert.gguf import GgufPlan
+    from .formats import Format
+    from .gguf import GgufPlan
 
     options.check(Format.GGUF)
     plan = GgufPlan(path, bits=options.bits, group_size=options.group_size, dtype=options.mlx_dtype)
@@ -254,7 +227,7 @@ def _locate(source: str) -> Path:
     path = user_path(source)
     if path.exists():
         return path
-    from mlx_redrafter import hub
+    from mlx_redrafter.hub import resolve as hub
 
     return hub.resolve(source, also=("*.bin", "*.pt"))
 
@@ -263,8 +236,8 @@ def _check_fit(config: object, target: str, path: Path) -> None:
     from types import SimpleNamespace
     from typing import Any, cast
 
-    from mlx_redrafter import hub
     from mlx_redrafter.drafters.loading import check_compatible
+    from mlx_redrafter.hub import resolve as hub
     from mlx_redrafter.models.families import decoder_config
     from mlx_redrafter.models.weights import read_json
 

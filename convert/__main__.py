@@ -2,7 +2,7 @@
 
 import sys
 
-from mlx_redrafter.cli import main
+from mlx_redrafter.cli.main import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "convert")

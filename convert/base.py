@@ -15,17 +15,17 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_redrafter.convert.base_files import copy_tokenizer, with_end_tokens, write_config
-from mlx_redrafter.convert.checkpoint import Checkpoint
-from mlx_redrafter.convert.mapping import Mapping
-from mlx_redrafter.convert.writer import OutputFolder, ShardWriter, sixteen_bits
-from mlx_redrafter.errors import ConvertError, ModelError
-from mlx_redrafter.hub import one_line
+from mlx_redrafter.errors import ConvertError, ModelError, one_line
 from mlx_redrafter.models import Decoder, DecoderConfig
 from mlx_redrafter.models.families import decoder_config
 from mlx_redrafter.models.loading import sanitize
 from mlx_redrafter.models.stored import as_stored, packed_layers
 from mlx_redrafter.models.weights import preview
+
+from .base_files import copy_tokenizer, with_end_tokens, write_config
+from .checkpoint import Checkpoint
+from .mapping import Mapping
+from .writer import OutputFolder, ShardWriter, sixteen_bits
 
 Progress = Callable[[int, int], None]
 Config = dict[str, Any]

@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mlx_redrafter import hub, turn_ends
-from mlx_redrafter.convert.writer import OutputFolder
 from mlx_redrafter.errors import ConvertError, HubError, ModelError
 from mlx_redrafter.models.weights import read_json
+from mlx_redrafter.text import turn_ends
+from mlx_redrafter.text.tokenizer import end_ids, load_tokenizer, refuse_stand_ins
+
+from .writer import OutputFolder
 
 _COPIED = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -27,8 +29,8 @@ _REBUILT_UNLESS_BYTES = ("LlamaTokenizer", "LlamaTokenizerFast")
 def with_end_tokens(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A configuration with all ends of text that loading the folder finds, as mlx-lm takes them."""
     try:
-        hub.refuse_stand_ins(folder)
-        ends = hub.end_ids(folder)
+        refuse_stand_ins(folder)
+        ends = end_ids(folder)
     except HubError as error:
         raise ConvertError(str(error)) from None
     rest = {key: value for key, value in config.items() if key != "eos_token_id"}
@@ -87,7 +89,7 @@ def _keep_splitter(folder: Path) -> None:
 def name_turn_end(out: OutputFolder) -> list[str]:
     """Add the end of an answer that only the chat template knows to eos_token_id; says so."""
     try:
-        tokenizer = hub.load_tokenizer(out.path, complete=False)
+        tokenizer = load_tokenizer(out.path, complete=False)
     except HubError:
         return []  # a model without a tokenizer is converted all the same
     if (end := turn_ends.unnamed(tokenizer)) is None:

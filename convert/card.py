@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from mlx_redrafter.errors import HubError, OptionError
-from mlx_redrafter.hub import one_line
+from mlx_redrafter.errors import HubError, OptionError, one_line
 
 if TYPE_CHECKING:
-    from mlx_redrafter.convert import Summary
+    from .summary import Summary
 
 _APPLE = """Load it with Apple's `recurrent_drafting`. Its `beam_length` counts the root: 5 there
 drafts 4 tokens."""

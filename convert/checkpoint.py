@@ -7,10 +7,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter.convert.shards import GGUF, Shard, TensorInfo, kind_of, open_shard
 from mlx_redrafter.errors import ConvertError, ModelError
 from mlx_redrafter.models.files import SAFETENSORS, TORCH, files_of_kind
 from mlx_redrafter.models.weights import read_json, two_models
+
+from .shards import GGUF, Shard, TensorInfo, kind_of, open_shard
 
 
 class Checkpoint:

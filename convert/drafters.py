@@ -11,13 +11,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_redrafter.convert.checkpoint import Checkpoint
-from mlx_redrafter.convert.formats import Format
-from mlx_redrafter.convert.mapping import Mapping
-from mlx_redrafter.convert.writer import OutputFolder, ShardWriter, sixteen_bits
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import ConvertError
 from mlx_redrafter.models.weights import preview
+
+from .checkpoint import Checkpoint
+from .formats import Format
+from .mapping import Mapping
+from .writer import OutputFolder, ShardWriter, sixteen_bits
 
 # A norm that Apple's other trainer leaves in the checkpoint; no forward pass uses it.
 _UNUSED = "emb_norm.weight"

@@ -6,10 +6,11 @@ import re
 from enum import Enum
 from typing import Any
 
-from mlx_redrafter.convert.checkpoint import Checkpoint
 from mlx_redrafter.errors import ConvertError
 from mlx_redrafter.models import SUPPORTED
 from mlx_redrafter.models.weights import preview
+
+from .checkpoint import Checkpoint
 
 
 class Format(str, Enum):

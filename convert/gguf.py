@@ -8,14 +8,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_redrafter.convert.base import Quantisation, check_fit, expected_shapes
-from mlx_redrafter.convert.base_files import write_config
-from mlx_redrafter.convert.mapping import Mapping, size_text
-from mlx_redrafter.convert.writer import OutputFolder, ShardWriter, sixteen_bits
-from mlx_redrafter.gguf_blocks import KEPT_BITS
-from mlx_redrafter.gguf_file import GgufTensor
-from mlx_redrafter.gguf_model import GgufModel, mlx_name
-from mlx_redrafter.gguf_rope import ROPE_FACTORS
+from mlx_redrafter.hub.gguf.blocks import KEPT_BITS
+from mlx_redrafter.hub.gguf.file import GgufTensor
+from mlx_redrafter.hub.gguf.model import GgufModel, mlx_name
+from mlx_redrafter.hub.gguf.rope import ROPE_FACTORS
+
+from .base import Quantisation, check_fit, expected_shapes
+from .base_files import write_config
+from .mapping import Mapping, size_text
+from .writer import OutputFolder, ShardWriter, sixteen_bits
 
 Progress = Callable[[int, int], None]
 

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_redrafter.errors import ConvertError, ModelError
-from mlx_redrafter.hub import one_line
+from mlx_redrafter.errors import ConvertError, ModelError, one_line
 from mlx_redrafter.models.weights import read_header
 
 _LONGEST_HEADER = 100_000_000  # of the format's own reader

@@ -14,8 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_redrafter.errors import ConvertError
-from mlx_redrafter.hub import is_full, one_line
+from mlx_redrafter.errors import ConvertError, is_full, one_line
 
 SHARD_BYTES = 5_000_000_000
 # Tensors wait in memory so that a small file gets an exact header; a large one gets room for it.

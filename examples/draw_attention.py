@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_redrafter import figures, load
+from mlx_redrafter import load
 from mlx_redrafter.budget.chunks import USUAL as STEP
-from mlx_redrafter.prompts import long_text
+from mlx_redrafter.evaluation import figures
+from mlx_redrafter.evaluation.prompts import long_text
 
 import mlx.core as mx  # isort: skip  (after the package, which chooses the BLAS)
 import numpy as np

@@ -7,14 +7,14 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-from mlx_redrafter import blas
+from mlx_redrafter.runtime import blas
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "load": "api",
     "generate": "api",
-    "render": "chat_template",
+    "render": "text.template",
     "stream_generate": "api",
     "Model": "api",
     "GenerationResponse": "api",
@@ -50,11 +50,11 @@ if TYPE_CHECKING:
         stream_generate,
     )
     from mlx_redrafter.cache.session import Session
-    from mlx_redrafter.chat_template import render
     from mlx_redrafter.decoding.sampling import SamplingParams
     from mlx_redrafter.errors import RedrafterError
     from mlx_redrafter.prefill.config import SparsePrefill
     from mlx_redrafter.stats import DraftStats
+    from mlx_redrafter.text.template import render
     from mlx_redrafter.tree.shape import TreeShape
 
 

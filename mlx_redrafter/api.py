@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter import arguments, blas, checks, hub, threads
+from mlx_redrafter import arguments
 from mlx_redrafter.budget.machine import Budget
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.engine import Engine
@@ -25,10 +25,14 @@ from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.drafters.lookup import Lookup
+from mlx_redrafter.hub import resolve as hub
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import Progress
+from mlx_redrafter.runtime import blas, checks, threads
+from mlx_redrafter.runtime.paths import BUILTIN
 from mlx_redrafter.stats import DraftStats
+from mlx_redrafter.text.tokenizer import load_tokenizer
 from mlx_redrafter.tree.shape import TreeShape
 
 USUAL_LENGTH = 256  # tokens of an answer where nobody says it, as in mlx_lm
@@ -96,7 +100,7 @@ class GenerationResponse:
 
 
 def load(
-    path_or_hf_repo: str | os.PathLike[str] = hub.BUILTIN,
+    path_or_hf_repo: str | os.PathLike[str] = BUILTIN,
     drafter: str | os.PathLike[str] | None = "auto",
     *,
     revision: str | None = None,
@@ -139,7 +143,7 @@ def load(
     model = Model.of(
         name, folder, target, loaded, drafter_folder, drafting=given is not None, compiled=compiled
     )
-    return model, hub.load_tokenizer(folder, tokenizer_config)
+    return model, load_tokenizer(folder, tokenizer_config)
 
 
 def stream_generate(

@@ -17,9 +17,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter import checks
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.runtime import checks
 
 _CACHE = "leave it out, the cache keeps the model's whole context in the type of its weights"
 # Options of mlx_lm and its relatives, and what does the same here.

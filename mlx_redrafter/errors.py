@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class RedrafterError(ValueError):
     """Base of all errors that the command line shows as one line (exit code 1)."""
@@ -25,3 +27,13 @@ class HubError(RedrafterError):
 
 class ConvertError(RedrafterError):
     """A checkpoint that cannot be read, recognised or written in another format."""
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk or a quota is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text, short and without line breaks, to quote inside a message of ours."""
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,1 +1,1 @@
-"""Measured comparisons: speed of every way to decode, a sweep of tree shapes, divergence."""
+"""Everything else that measures."""

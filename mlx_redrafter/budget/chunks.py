@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_redrafter import clock
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.models import Decoder, DecoderConfig
-from mlx_redrafter.models.rope import fused_kernels
 from mlx_redrafter.prefill.reading import USUAL, read
+from mlx_redrafter.runtime import clock
+from mlx_redrafter.runtime.device import fused_kernels
 
 SIZES = (128, 256, USUAL, 1024, 2048)
 LONG = 2048  # tokens to read: what the best size saves on fewer is less than measuring takes

@@ -16,12 +16,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter import clock
 from mlx_redrafter.cache.layer import Kept, Pass, new_caches
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.decoding.step import State, StepSpec, blank_state
 from mlx_redrafter.drafters import Ask, Drafter
 from mlx_redrafter.models import Decoder
+from mlx_redrafter.runtime import clock
 from mlx_redrafter.tree.shape import BEAMS, TreeShape
 
 NODES = (1, 2, 3, 4, 5, 6, 8, 12, 16)

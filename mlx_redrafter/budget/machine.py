@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from mlx_redrafter import blas, hub
 from mlx_redrafter.budget import chunks, yields
 from mlx_redrafter.budget.automatic import Automatic, contenders
 from mlx_redrafter.budget.chunks import Chunks
@@ -26,6 +25,8 @@ from mlx_redrafter.budget.costs import Costs, measure
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.prefill.reading import USUAL
+from mlx_redrafter.runtime import blas
+from mlx_redrafter.runtime.paths import cache_dir
 from mlx_redrafter.tree.shape import BEAMS, TreeShape
 
 Say = Callable[[str], None]
@@ -151,7 +152,7 @@ def _file(facts: dict[str, Any]) -> Path:
 
     text = json.dumps({**facts, "program": __version__}, sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return hub.cache_dir() / "costs" / f"{key}.json"
+    return cache_dir() / "costs" / f"{key}.json"
 
 
 def _digest(file: Path) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_redrafter import checks
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.decoding.sampling import SamplingParams
@@ -14,6 +13,7 @@ from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import DecoderConfig
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import USUAL, Progress
+from mlx_redrafter.runtime import checks
 from mlx_redrafter.stats import DraftStats
 from mlx_redrafter.tree.shape import TreeShape
 

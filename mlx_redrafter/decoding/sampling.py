@@ -18,10 +18,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter import checks
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import vectorised
-from mlx_redrafter.models.rope import fused_kernels
+from mlx_redrafter.runtime import checks
+from mlx_redrafter.runtime.device import fused_kernels
 from mlx_redrafter.tree.nodes import DraftTree, integers
 
 Arrays = dict[str, mx.array]

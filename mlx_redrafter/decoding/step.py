@@ -15,8 +15,9 @@ import mlx.core as mx
 from mlx_redrafter.cache.layer import Kept, LayerCache, Pass, Rows, capacity_of, new_caches
 from mlx_redrafter.decoding import sampling
 from mlx_redrafter.decoding.sampling import Arrays
-from mlx_redrafter.drafters import Ask, Drafter, Features, Verified
+from mlx_redrafter.drafters import Ask, Drafter, Verified
 from mlx_redrafter.models import Target
+from mlx_redrafter.models.features import Features
 from mlx_redrafter.tree.accept import accept
 from mlx_redrafter.tree.nodes import (
     DraftTree,

@@ -10,27 +10,9 @@ from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
+from mlx_redrafter.models.features import Features
 from mlx_redrafter.tree.nodes import Candidates, DraftTree
 from mlx_redrafter.tree.shape import TreeShape
-
-
-class Features(NamedTuple):
-    """What a pass of the target leaves to be read.
-
-    hidden (M, D): after the final norm. layers: indices of layers, and outputs: what each of them
-    put out, (M, D).
-    """
-
-    hidden: mx.array
-    layers: tuple[int, ...] = ()
-    outputs: tuple[mx.array, ...] = ()
-
-    def of(self, layers: Sequence[int]) -> mx.array:
-        """The outputs of some layers side by side (M, layers * D); of none, the final hidden
-        states."""
-        if not layers:
-            return self.hidden
-        return mx.concatenate([self.outputs[self.layers.index(i)] for i in layers], axis=-1)
 
 
 class Draw(Protocol):

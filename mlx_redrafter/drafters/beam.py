@@ -11,9 +11,10 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_redrafter.drafters import Ask, Cell, Draw, Features, Verified
+from mlx_redrafter.drafters import Ask, Cell, Draw, Verified
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.models.rope import fused_kernels
+from mlx_redrafter.models.features import Features
+from mlx_redrafter.runtime.device import fused_kernels
 from mlx_redrafter.tree.nodes import END, Candidates, integers
 from mlx_redrafter.tree.shape import BEAMS, TreeShape
 

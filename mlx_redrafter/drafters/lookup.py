@@ -9,7 +9,8 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_redrafter.drafters import Ask, Features, Verified
+from mlx_redrafter.drafters import Ask, Verified
+from mlx_redrafter.models.features import Features
 from mlx_redrafter.tree.nodes import END, FILLER, Candidates, integers, prefixes
 from mlx_redrafter.tree.shape import TEXT
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_redrafter.drafters import Features
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.models import Decoder
+from mlx_redrafter.models.features import Features
 
 
 def feature_layers(target: Decoder, config: ReDrafterConfig) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from .rope import fused_kernels
+from ..runtime.device import fused_kernels
 
 Softmax = Callable[[mx.array], mx.array]
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_redrafter import kernels
 from mlx_redrafter.cache.layer import Kept, LayerCache, Pass, new_caches
 from mlx_redrafter.cache.slabs import capacity_for
+from mlx_redrafter.runtime import compiler as kernels
 
+from ..runtime.device import fused_kernels
 from . import vectorised
 from .attention import attend
 from .decoder import Decoder, Functions
-from .rope import fused_kernels
 
 ROWS_PER_PASS = 4096  # bounds the activations of a pass
 _SHRINK = 0.6  # sequences that are left, as a share of the batch, when it is made smaller

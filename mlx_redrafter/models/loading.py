@@ -11,11 +11,11 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..errors import ModelError
+from ..runtime.device import fused_kernels
 from .config import DecoderConfig
 from .decoder import Decoder
 from .families import decoder_config
 from .files import weight_files
-from .rope import fused_kernels
 from .stored import as_stored, packed_layers
 from .weights import (
     finite,

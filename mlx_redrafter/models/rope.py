@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx_lm.models.rope_utils import SuScaledRoPE, YarnRoPE, initialize_rope
 
 from ..errors import ModelError
+from ..runtime.device import fused_kernels
 from .config import RopeConfig
 
 ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "longrope", "su", "yarn")
@@ -16,11 +17,6 @@ ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "longrope", "su", "yarn"
 Rotation = tuple[mx.array, mx.array]
 """Cosines and sines, each as it multiplies the pairs of a head: (N, 2 or 1, dims/2), transposed
 where pairs are neighbours."""
-
-
-def fused_kernels() -> bool:
-    """True where mx.fast has real kernels; on the CPU it decomposes into primitives."""
-    return bool(mx.default_device() == mx.Device(mx.gpu))
 
 
 class Rope:

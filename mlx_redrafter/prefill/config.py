@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from mlx_redrafter import checks
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.paths import user_path
+from mlx_redrafter.runtime import checks
+from mlx_redrafter.runtime.paths import user_path
 
 Mode = Literal["off", "a_shape", "tri_shape", "trianglemix", "xattention", "minference"]
 Kind = Literal["vertical_and_slash", "stream_llm", "block_sparse"]

@@ -10,9 +10,9 @@ import mlx.core as mx
 from mlx_redrafter.cache.layer import Pass, capacity_of
 from mlx_redrafter.cache.session import BETWEEN_SNAPSHOTS, Session
 from mlx_redrafter.cache.slabs import capacity_for
-from mlx_redrafter.drafters import Features
 from mlx_redrafter.models import Target
 from mlx_redrafter.models.decoder import Functions
+from mlx_redrafter.models.features import Features
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.sparse import SparseAttention
 

@@ -14,12 +14,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_redrafter import console
 from mlx_redrafter.models.batched import BatchedTarget
-
-from . import dates, imports
-from .shards import Conversation, read_conversations
-from .supply import Supply
+from mlx_redrafter.terminal import console
+from mlx_redrafter.training import dates, imports
+from mlx_redrafter.training.shards import Conversation, read_conversations
+from mlx_redrafter.training.supply import Supply
 
 LEAST = 0.9  # agreement of a model with what it wrote itself is 1, less what rounding changes
 _COUNT = 8  # conversations

@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 import mlx.core as mx
 
 from mlx_redrafter.models.batched import BatchedTarget, Request
-
-from .shards import Shard, batched, save_features, write_lines
+from mlx_redrafter.training.shards import Shard, batched, save_features, write_lines
 
 TEMPERATURES = (0.0, 0.8, 0.6, 0.0, 1.0, 0.8, 0.6, 0.0, 1.0, 0.8)  # 30 % greedy
 POOL = 8  # batches whose prompts are sorted by length together

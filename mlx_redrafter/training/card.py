@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_redrafter.builtin import REPO
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
-from mlx_redrafter.hub import BUILTIN
+from mlx_redrafter.evaluation import positions as evaluate
+from mlx_redrafter.hub.builtin import REPO
 from mlx_redrafter.models.files import weight_files
 from mlx_redrafter.models.weights import parameters, read_json
-
-from . import evaluate, lines, plots
-from .config import TrainConfig
-from .shards import Conversation
+from mlx_redrafter.runtime.paths import BUILTIN
+from mlx_redrafter.training import lines, plots
+from mlx_redrafter.training.config import TrainConfig
+from mlx_redrafter.training.shards import Conversation
 
 FILE = "README.md"
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_redrafter.checks import at_least
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.paths import user_path
+from mlx_redrafter.runtime.checks import at_least
+from mlx_redrafter.runtime.paths import user_path
 
 
 @dataclass(frozen=True)

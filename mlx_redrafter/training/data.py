@@ -10,8 +10,7 @@ import numpy as np
 
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models.batched import BatchedTarget
-
-from .shards import (
+from mlx_redrafter.training.shards import (
     Conversation,
     Shard,
     batched,

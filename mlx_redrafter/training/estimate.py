@@ -14,20 +14,27 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mlx_redrafter import console, hub
 from mlx_redrafter.drafters.recurrent import ReDrafterConfig
 from mlx_redrafter.drafters.rollout import feature_layers
-from mlx_redrafter.info import device
+from mlx_redrafter.evaluation import positions as evaluate
+from mlx_redrafter.evaluation.prompts import read_prompts
+from mlx_redrafter.hub import resolve as hub
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.models.batched import BatchedTarget, Request
-from mlx_redrafter.prompts import read_prompts
-
-from . import evaluate, imports, initialise, memory
-from .config import Evaluating, TrainConfig
-from .fit import Fit
-from .progress import duration
-from .shards import answer_tokens, feature_bytes, record_layers, save_features, write_lines
-from .stages import fitted_steps
+from mlx_redrafter.runtime.device import device
+from mlx_redrafter.terminal import console
+from mlx_redrafter.training import imports, initialise, memory
+from mlx_redrafter.training.config import Evaluating, TrainConfig
+from mlx_redrafter.training.fit import Fit
+from mlx_redrafter.training.progress import duration
+from mlx_redrafter.training.shards import (
+    answer_tokens,
+    feature_bytes,
+    record_layers,
+    save_features,
+    write_lines,
+)
+from mlx_redrafter.training.stages import fitted_steps
 
 _SECONDS = 6.0  # of each measurement, about
 _PROMPT_SHARE = 0.5  # length of a prompt of the model's, as a share of the longest

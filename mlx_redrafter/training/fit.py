@@ -19,10 +19,9 @@ from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.drafters.rollout import contexts, feature_layers, final_hidden, head_inputs
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.batched import BatchedTarget
-
-from .config import TrainConfig
-from .data import Batch, Positions
-from .initialise import (
+from mlx_redrafter.training.config import TrainConfig
+from mlx_redrafter.training.data import Batch, Positions
+from mlx_redrafter.training.initialise import (
     Scales,
     drafter_config,
     fold,
@@ -31,7 +30,7 @@ from .initialise import (
     new_drafter,
     warm_start,
 )
-from .losses import distillation, softmax
+from mlx_redrafter.training.losses import distillation, softmax
 
 SUPPORT = 8192  # tokens that soft targets are computed on where the draft vocabulary is larger
 LOG_EVERY = 25

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.paths import user_path
-
-from .config import TrainConfig, from_mapping
+from mlx_redrafter.runtime.paths import user_path
+from mlx_redrafter.training.config import TrainConfig, from_mapping
 
 FILE = "train.yaml"
 _BEGAN = "began"  # in that file, beside the options: when it was written first

@@ -8,12 +8,18 @@ from pathlib import Path
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter import console
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import DecoderConfig
-
-from .prompts import KnownPrompts
-from .shards import Conversation, answer_tokens, batched, read_conversations, shards, write_lines
+from mlx_redrafter.terminal import console
+from mlx_redrafter.training.prompts import KnownPrompts
+from mlx_redrafter.training.shards import (
+    Conversation,
+    answer_tokens,
+    batched,
+    read_conversations,
+    shards,
+    write_lines,
+)
 
 PREFIX = "import"
 _SIZE = 64  # conversations per file

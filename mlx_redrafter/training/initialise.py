@@ -19,8 +19,7 @@ from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.weights import parameters
-
-from .config import TrainConfig
+from mlx_redrafter.training.config import TrainConfig
 
 _FIRST_OUTPUT = 0.1  # size of the first logits, as a share of what the target's rows would give
 

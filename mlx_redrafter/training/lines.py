@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig
+from mlx_redrafter.training.config import TrainConfig
 
 
 def line(*words: str, **options: Any) -> str:

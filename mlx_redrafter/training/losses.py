@@ -10,7 +10,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_redrafter.models import vectorised
-from mlx_redrafter.models.rope import fused_kernels
+from mlx_redrafter.runtime.device import fused_kernels
 
 
 def softmax(x: mx.array) -> mx.array:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
-from mlx_redrafter.info import machine
 from mlx_redrafter.models import Decoder, DecoderConfig
 from mlx_redrafter.models.batched import ROWS_PER_PASS
 from mlx_redrafter.models.weights import parameters
-
-from .config import TrainConfig
-from .data import READ_TOKENS
-from .fit import SUPPORT
+from mlx_redrafter.runtime.device import machine
+from mlx_redrafter.training.config import TrainConfig
+from mlx_redrafter.training.data import READ_TOKENS
+from mlx_redrafter.training.fit import SUPPORT
 
 LONGEST = 1024  # tokens of a prompt from a file, at most
 USABLE = 0.75  # share of a machine's memory that a run may fill

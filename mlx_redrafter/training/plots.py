@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_redrafter import console, figures
 from mlx_redrafter.errors import OptionError
-
-from . import evaluate
-from .shards import read_lines
+from mlx_redrafter.evaluation import figures
+from mlx_redrafter.evaluation import positions as evaluate
+from mlx_redrafter.terminal import console
+from mlx_redrafter.training.shards import read_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mlx_redrafter import console
+from mlx_redrafter.terminal import console
 
 _EVERY = 60.0  # seconds between two lines in a log
 _WINDOW = 3600.0  # seconds that the speed is taken over: a batch of answers can take minutes

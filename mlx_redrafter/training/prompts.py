@@ -12,12 +12,11 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter.chat_template import has_template, render, render_text
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.evaluation.prompts import read_prompts
 from mlx_redrafter.models.batched import BatchedTarget, Request
-from mlx_redrafter.prompts import read_prompts
-
-from .shards import read_lines
+from mlx_redrafter.text.template import has_template, render, render_text
+from mlx_redrafter.training.shards import read_lines
 
 _MARK = "\u2402MARK\u2402"
 _SHORTEST = 3  # tokens of a prompt

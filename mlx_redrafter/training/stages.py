@@ -17,21 +17,30 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter import console, hub, kept
 from mlx_redrafter.drafters.recurrent import ReDrafterConfig
 from mlx_redrafter.drafters.rollout import feature_layers
 from mlx_redrafter.errors import HubError, ModelError, OptionError
-from mlx_redrafter.info import device
+from mlx_redrafter.hub import kept
+from mlx_redrafter.hub import resolve as hub
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.models.batched import BatchedTarget, Request
-
-from . import agreement, dates, folder, imports, initialise, lines, memory
-from .answers import write_shard
-from .config import Evaluating, TrainConfig
-from .data import compute_features
-from .progress import Bar
-from .shards import Shard, answer_tokens, feature_bytes, record_layers, recorded_layers, shards
-from .supply import Supply
+from mlx_redrafter.runtime.device import device
+from mlx_redrafter.terminal import console
+from mlx_redrafter.text.tokenizer import load_tokenizer
+from mlx_redrafter.training import agreement, dates, folder, imports, initialise, lines, memory
+from mlx_redrafter.training.answers import write_shard
+from mlx_redrafter.training.config import Evaluating, TrainConfig
+from mlx_redrafter.training.data import compute_features
+from mlx_redrafter.training.progress import Bar
+from mlx_redrafter.training.shards import (
+    Shard,
+    answer_tokens,
+    feature_bytes,
+    record_layers,
+    recorded_layers,
+    shards,
+)
+from mlx_redrafter.training.supply import Supply
 
 _EXPECTED = 0.75  # length of an answer, as a share of the longest, before any is known
 _FROM_MEASURED = 1.02  # prompts more than the answers so far say are needed
@@ -87,7 +96,7 @@ def open_run(
 ) -> Run:
     """Load the model, lower the batch to what fits in memory, and write the configuration down."""
     place = hub.resolve(config.model)
-    target, tokenizer = load_model(place), hub.load_tokenizer(place)
+    target, tokenizer = load_model(place), load_tokenizer(place)
     config = replace(config, batch=_batch(config, before, target))
     run = Run(config, target, tokenizer, evaluating or Evaluating(), place)
     if before != config:
@@ -239,7 +248,7 @@ def fit(run: Run) -> None:
             f"{config.out} has no answers to train on: run `{lines.train(config, 'answers')}` "
             "first, or give some with --answers FILE"
         )
-    from .fit import fit as fit_drafter
+    from mlx_redrafter.training.fit import fit as fit_drafter
 
     agreement.warn(run.supply)
     if _cached(run):
@@ -299,11 +308,10 @@ def evaluate(run: Run) -> None:
     the table of what every shape of a step yields."""
     from mlx_redrafter.api import load
     from mlx_redrafter.budget import yields
-    from mlx_redrafter.prompts import read_prompts
-    from mlx_redrafter.replay.record import TEMPERATURES, record, tabulate
-
-    from . import card, plots
-    from . import evaluate as measuring
+    from mlx_redrafter.evaluation import positions as measuring
+    from mlx_redrafter.evaluation.prompts import read_prompts
+    from mlx_redrafter.evaluation.yields_record import TEMPERATURES, record, tabulate
+    from mlx_redrafter.training import card, plots
 
     config, asked = run.config, run.evaluating
     place = config.out / "drafter"
@@ -348,7 +356,7 @@ def evaluate(run: Run) -> None:
 
 def keep(run: Run) -> Path | None:
     """Keep the drafter where it is found for this model, and say so if that is not possible."""
-    from .evaluate import short_name
+    from mlx_redrafter.evaluation.positions import short_name
 
     out, name = run.config.out, short_name(run.config.model)
     try:

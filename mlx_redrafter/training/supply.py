@@ -13,15 +13,14 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter import console
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models.batched import BatchedTarget, Request
-
-from . import prompts
-from .answers import POOL, plan
-from .config import TrainConfig
-from .memory import LONGEST, wave
-from .shards import read_lines, write_lines
+from mlx_redrafter.terminal import console
+from mlx_redrafter.training import prompts
+from mlx_redrafter.training.answers import POOL, plan
+from mlx_redrafter.training.config import TrainConfig
+from mlx_redrafter.training.memory import LONGEST, wave
+from mlx_redrafter.training.shards import read_lines, write_lines
 
 _FIRST_SEED, _SEEDS = 5_000_000, 1000  # seeds of the prompts, apart from those of the answers
 _OWN_TEMP = 1.0

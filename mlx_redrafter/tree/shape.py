@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mlx_redrafter import checks
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.runtime import checks
 
 BEAMS, TEXT = "beams", "text"
 """The parts of a tree: what a drafter searches for, and what the text itself says."""

@@ -1,0 +1,255 @@
+"""The budget as tables or JSON: plain step, default tree, chain of 4."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+from unittest.mock import patch
+
+import mlx.core as mx
+import mlx.nn as nn
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mlx_redrafter.bench import reports
+from mlx_redrafter.bench.counts import host, metal, parts, sizes
+from mlx_redrafter.bench.counts.graph import metal_shaped
+from mlx_redrafter.decoding.engine import Engine
+from mlx_redrafter.drafters.loading import load_recurrent
+from mlx_redrafter.drafters.lookup import Lookup
+from mlx_redrafter.drafters.recurrent import ReDrafter
+from mlx_redrafter.errors import OptionError
+from mlx_redrafter.hub import resolve as hub
+from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.runtime.checks import at_least
+from mlx_redrafter.runtime.device import machine
+from mlx_redrafter.runtime.paths import BUILTIN
+from mlx_redrafter.tree.shape import TreeShape
+
+USUAL = TreeShape(3, 2, 8, lookup=7)  # what the policy mostly takes for the built-in model
+SHAPES = (TreeShape.plain(), USUAL, TreeShape.chain(4))
+_PROMPT = 40  # tokens of the answer that host work is counted on
+_GROUP = 32  # weights that share a scale, as in the GGUF file of the built-in model
+_MB = 1e6
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One column of the report."""
+
+    counts: parts.Counts
+    read: sizes.Read
+    host: host.Host | None
+
+
+def main(
+    model: Annotated[str, typer.Option("--model", "-m")] = BUILTIN,
+    drafter: Annotated[str, typer.Option("--drafter", "-d")] = "auto",
+    shape: Annotated[
+        str | None, typer.Option(help="One more tree: width,length,nodes[,lookup].")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens in the cache.")] = 1024,
+    bits: Annotated[
+        int | None,
+        typer.Option(help="Count an unquantised model as one of so many bits; 16: as stored."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Count what a decode step does. No Mac is needed; only host times are measured."""
+    at_least(1, context=context, bits=bits)
+    shapes = (*SHAPES, *([_shape(shape)] if shape else []))
+    folder = hub.resolve(model)
+    found = hub.find_drafter(model, folder) if drafter == "auto" else hub.resolve(drafter)
+    if found is None:
+        raise OptionError(f"there is no drafter for {model}: give one with --drafter")
+    target, draft = load_as_on_metal(folder, found, bits)
+    here = load_model(folder)
+    engine = Engine(here, [Lookup(), load_recurrent(found, here)])
+    prompt = [7 * i % here.config.vocab_size for i in range(_PROMPT)]
+    budgets = [
+        Budget(
+            parts.count(target, [Lookup(), draft], each, capacity=context + 128),
+            sizes.read(target, draft, each, context),
+            host.run(engine, prompt, each),
+        )
+        for each in shapes
+    ]
+    large = reckoning(shapes, context)
+    facts = machine()
+    conditions = {
+        "model": model,
+        "counted in": _stored(target),
+        "drafter": f"{found.name}, {_stored(draft)}",
+        "context": context,
+        "mlx": facts["mlx"],
+        "host times on": facts["chip"],
+    }
+    if as_json:
+        print(json.dumps({"steps": [as_dict(b, budgets[0]) for b in budgets], "8B": large,
+                          "conditions": conditions}))  # fmt: skip
+        return
+    _show(budgets, large, conditions)
+
+
+def _shape(text: str) -> TreeShape:
+    try:
+        width, depth, nodes, *rest = (int(n) for n in text.split(","))
+    except ValueError:
+        raise OptionError(
+            f"--shape {text!r} is not possible: use width,length,nodes or "
+            "width,length,nodes,lookup, such as 3,4,8"
+        ) from None
+    return TreeShape(width, depth, nodes, lookup=sum(rest))
+
+
+def load_as_on_metal(
+    folder: Path, drafter: Path, bits: int | None = None
+) -> tuple[Decoder, ReDrafter]:
+    """Model and drafter as Metal would have them: packed weights stay packed.
+
+    The built-in model is stored in float32 for a CPU and in 4 bits for Metal: unquantised weights
+    become ``bits`` ones (None: 4) here too.
+    """
+    if bits not in (None, 2, 3, 4, 5, 6, 8, 16):
+        raise OptionError(f"bits {bits} is not possible: use 2, 3, 4, 5, 6, 8 or 16")
+    with metal_shaped():
+        target = load_model(folder)
+        if bits != 16 and not _packed(target):
+            target.set_dtype(mx.bfloat16)
+            nn.quantize(target, _GROUP, bits or 4, class_predicate=_packable)
+        # The drafter's table is a packed product of thousands of rows, half a minute on a CPU.
+        with patch.object(nn.QuantizedLinear, "__call__", _zeros):
+            loaded = load_recurrent(drafter, target)
+    mx.eval(target.parameters(), loaded.parameters())
+    return target, loaded
+
+
+def _zeros(layer: nn.QuantizedLinear, x: mx.array) -> mx.array:
+    """Of the shape and type of the layer's output."""
+    return mx.zeros((*x.shape[:-1], layer.scales.shape[0]), x.dtype)
+
+
+def _packable(_: str, module: nn.Module) -> bool:
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % _GROUP == 0
+
+
+def _packed(model: nn.Module) -> bool:
+    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    return any(isinstance(module, kinds) for module in model.modules())
+
+
+def _stored(model: nn.Module) -> str:
+    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    packed = {m.bits for m in model.modules() if isinstance(m, kinds)}
+    return f"{'/'.join(map(str, sorted(packed)))} bits" if packed else "unquantised"
+
+
+def reckoning(shapes: tuple[TreeShape, ...], context: int) -> dict[str, Any]:
+    """Bytes of an 8B 4-bit model with a 128k vocabulary and a 6-bit drafter by the usual recipe."""
+    target, drafter = sizes.large_model()
+    plain = sizes.read(target, None, TreeShape.plain(), context)
+    rows = {}
+    for shape in shapes:
+        if shape.depth:
+            drafted = sizes.read(target, drafter, shape, context).drafter
+            rows[str(shape)] = {
+                "drafter_bytes": drafted,
+                "share_of_plain": round(drafted / (plain.target + plain.kv), 4),
+            }
+    return {"target_bytes": plain.target, "kv_bytes": plain.kv, "context": context, "trees": rows}
+
+
+def as_dict(budget: Budget, plain: Budget) -> dict[str, Any]:
+    """Plain values; launches with all kinds."""
+    counts = budget.counts
+    result = {
+        "shape": str(counts.shape),
+        "primitives": counts.primitives,
+        "dispatches": counts.dispatches,
+        "dispatches_to_plain": round(counts.dispatches / plain.counts.dispatches, 4),
+        "parts": {
+            name: {"primitives": p, "dispatches": d, "by_kind": _nonzero(counts.by_part[name])}
+            for name, (p, d) in counts.parts.items()
+        },
+        "by_kind": _nonzero(counts.launches),
+        "unknown_kinds": sorted(counts.unknown),
+        "widest_sort": counts.widest_sort,
+        "read_bytes": vars(budget.read),
+    }
+    if budget.host is not None:
+        result["syncs_per_step"] = budget.host.syncs_per_step
+        result["traces"] = budget.host.traces
+        result["measured_launch_ms"] = round(1000 * budget.host.launch_seconds, 3)
+    return result
+
+
+def _nonzero(kinds: Counter[str]) -> dict[str, int]:
+    return {kind: n for kind, n in kinds.most_common() if n}
+
+
+def _show(budgets: list[Budget], large: dict[str, Any], conditions: dict[str, Any]) -> None:
+    out = Console(highlight=False)
+    plain = budgets[0]
+    table = reports.table("a step", *(str(b.counts.shape) for b in budgets))
+
+    def row(name: str, values: list[str], style: str | None = None) -> None:
+        table.add_row(name, *values, style=style)
+
+    row("Metal dispatches, estimated", [str(b.counts.dispatches) for b in budgets], "bold")
+    for part in parts.ORDER:
+        found = [b.counts.parts.get(part, (0, 0))[1] for b in budgets]
+        if any(found):
+            row(f"  {part}", [str(number) for number in found])
+    ratios = [b.counts.dispatches / plain.counts.dispatches for b in budgets]
+    row("  to the plain step", [f"{ratio:.2f}" for ratio in ratios], "bold")
+    row("primitives (views are free)", [str(b.counts.primitives) for b in budgets])
+    row("widest sort", [str(b.counts.widest_sort or "none") for b in budgets])
+    row("MB of target weights read", [f"{b.read.target / _MB:.1f}" for b in budgets])
+    row("MB of drafter weights read", [f"{b.read.drafter / _MB:.1f}" for b in budgets])
+    row("  to the target's", [f"{b.read.drafter / plain.read.target:.1%}" for b in budgets])
+    row("MB of keys and values read", [f"{b.read.kv / _MB:.1f}" for b in budgets])
+    hosts = [b.host for b in budgets if b.host is not None]
+    row("synchronisations", [f"{h.syncs_per_step:.2f}" for h in hosts])
+    row("traces of its bucket", [str(h.traces) for h in hosts])
+    row("ms to launch, measured here", [f"{1000 * h.launch_seconds:.2f}" for h in hosts])
+    out.print(table)
+    out.print()
+    out.print(_kinds(budgets))
+    out.print()
+    out.print(_large(large))
+    if unknown := sorted(set().union(*(b.counts.unknown for b in budgets))):
+        out.print(f"kinds without a row in the table, counted as one: {', '.join(unknown)}")
+    out.print(", ".join(f"{name} {value}" for name, value in conditions.items()), style="dim")
+
+
+def _kinds(budgets: list[Budget]) -> Table:
+    """Dispatches by kind; fused kernels are one kind."""
+    table = reports.table("dispatches by kind", *(str(b.counts.shape) for b in budgets))
+    grouped = []
+    for budget in budgets:
+        kinds = Counter[str]()
+        for kind, number in budget.counts.launches.items():
+            kinds["fused element by element" if kind.startswith(metal.FUSED) else kind] += number
+        grouped.append(kinds)
+    every = Counter[str]()
+    for kinds in grouped:
+        every |= kinds
+    for kind, _ in every.most_common():
+        table.add_row(kind, *(str(kinds[kind] or "") for kinds in grouped))
+    return table
+
+
+def _large(large: dict[str, Any]) -> Table:
+    base = f"{large['target_bytes'] / _MB:.0f} MB of weights, {large['kv_bytes'] / _MB:.0f} of KV"
+    table = reports.table(
+        "8B, 4 bits, vocabulary 128k", "MB of a 6-bit drafter", "of the plain step"
+    )
+    table.title, table.title_justify, table.title_style = base, "left", "dim"
+    for shape, found in large["trees"].items():
+        megabytes = f"{found['drafter_bytes'] / _MB:.0f}"
+        table.add_row(shape, megabytes, f"{found['share_of_plain']:.1%}")
+    return table

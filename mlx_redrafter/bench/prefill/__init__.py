@@ -1,0 +1,1 @@
+"""Sparse reading of long prompts: time, density, recall."""

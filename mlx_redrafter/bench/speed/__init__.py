@@ -1,0 +1,1 @@
+"""Decoding against the clock, in turns."""

@@ -1,0 +1,181 @@
+"""What a model and its drafter are, whether they fit, and what they need of this machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from rich.console import Console
+from rich.table import Table
+
+from mlx_redrafter.cli import remarks
+from mlx_redrafter.errors import DrafterError, ModelError
+from mlx_redrafter.runtime.device import device, machine
+
+
+def collect(
+    name: str, drafter: str = "auto", revision: str | None = None, context: int | None = None
+) -> dict[str, Any]:
+    """All facts, as plain values; weights are looked at, not loaded.
+
+    Raises HubError, ModelError. A drafter that does not fit is a fact, not an error.
+    """
+    from mlx_redrafter.hub import resolve as hub
+    from mlx_redrafter.text.tokenizer import refuse_stand_ins
+
+    folder = hub.resolve(name, revision)
+    refuse_stand_ins(folder)
+    model = _model(folder, context)
+    found = hub.find_drafter(name, folder) if drafter == "auto" else hub.resolve(drafter)
+    return {
+        "name": name,
+        "folder": str(folder),
+        "model": model,
+        "drafter": _drafter(found, folder) if found is not None else None,
+        "machine": machine(),
+    }
+
+
+def _model(folder: Path, context: int | None) -> dict[str, Any]:
+    from mlx_redrafter.models import Decoder
+    from mlx_redrafter.models.loading import read_model
+    from mlx_redrafter.models.weights import parameters as parameters_of
+
+    model, weights = read_model(folder)
+    config = model.config
+    size, element = _sizes(weights)
+    # Their number when unpacked; no array is made, as none is evaluated.
+    parameters = sum(value.size for value in parameters_of(Decoder(config)).values())
+    tokens = min(context or config.max_positions, config.max_positions)
+    per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * element
+    return {
+        "model_type": config.model_type,
+        "parameters": parameters,
+        "bits_per_weight": round(8 * size / parameters, 2),
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocabulary": config.vocab_size,
+        "context": config.max_positions,
+        "weights_bytes": size,
+        "cache_tokens": tokens,
+        "cache_bytes": tokens * per_token,
+    }
+
+
+def _drafter(found: Path, folder: Path) -> dict[str, Any]:
+    """Facts of a drafter beside the model in `folder`; `problem` says why it does not fit."""
+    from mlx_redrafter.drafters.loading import check_compatible
+    from mlx_redrafter.drafters.recurrent import ReDrafterConfig
+    from mlx_redrafter.hub import kept
+    from mlx_redrafter.models import Decoder, decoder_config
+    from mlx_redrafter.models.files import weight_files
+    from mlx_redrafter.models.weights import read_json, read_weights
+
+    facts: dict[str, Any] = {
+        "folder": str(found),
+        "origin": kept.origin(found, folder),
+        "fits": False,
+        "problem": None,
+    }
+    try:
+        config = ReDrafterConfig.from_dict(read_json(found / "config.json"))
+        target = SimpleNamespace(config=decoder_config(read_json(folder / "config.json")))
+        weights = read_weights(weight_files(found))
+        size, element = _sizes(weights)
+        rows = config.output_size * config.hidden_size * element if config.head == "target" else 0
+        facts |= {
+            "cell": config.cell,
+            "head": config.head,
+            "residual_blocks": config.num_draft_layers,
+            "head_width": config.exit_dim,
+            "context_layers": list(config.context_layers),
+            "draft_vocabulary": config.output_size,
+            "weights_bytes": size,
+            "bytes_per_draft_step": size + rows,
+        }
+        check_compatible(config, cast(Decoder, target), found)
+        facts["fits"] = True
+    except (DrafterError, ModelError) as error:
+        facts["problem"] = str(error)
+    return facts
+
+
+def _sizes(weights: Mapping[str, Any]) -> tuple[int, int]:
+    """Bytes of the weights when loaded on this device, and of one activation."""
+    import mlx.core as mx
+
+    wide = device() == "cpu"
+    floats = [w for w in weights.values() if mx.issubdtype(w.dtype, mx.floating)]
+    element = 4 if wide else max((w.dtype.size for w in floats), default=2)
+    size = sum(
+        w.size * (4 if wide and mx.issubdtype(w.dtype, mx.floating) else w.dtype.size)
+        for w in weights.values()
+    )
+    return size, element
+
+
+def show(facts: Mapping[str, Any]) -> None:
+    """The facts as a table on stdout."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in (*_model_rows(facts), ("", ""), *_drafter_rows(facts)):
+        table.add_row(name, value)
+    table.add_row("", "")
+    here = facts["machine"]
+    table.add_row("device", f"{here['device']}, {here['chip']}, {here['memory_gb']:.0f} GB")
+    if here["blas"]:
+        table.add_row("BLAS", here["blas"])
+    table.add_row("versions", _versions(here))
+    # A pipe has no width to fold lines at.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 1000).print(table)
+
+
+def _versions(here: Mapping[str, Any]) -> str:
+    return (
+        f"mlx-redrafter {here['mlx_redrafter']}, MLX {here['mlx']}, mlx-lm {here['mlx_lm']}, "
+        f"Python {here['python']}, {here['system']}"
+    )
+
+
+def _model_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    model = facts["model"]
+    return [
+        ("model", f"{facts['name']} ({model['model_type']})"),
+        ("folder", facts["folder"]),
+        ("parameters", f"{model['parameters'] / 1e6:,.1f} million"),
+        ("bits per weight", f"{model['bits_per_weight']:g} as loaded on this device"),
+        ("layers", f"{model['layers']}, hidden size {model['hidden_size']}"),
+        ("heads", f"{model['heads']} of {model['head_dim']}, {model['kv_heads']} for keys"),
+        ("vocabulary", f"{model['vocabulary']:,}"),
+        ("context", f"{model['context']:,} tokens"),
+        ("memory", f"{_megabytes(model['weights_bytes'])} weights"),
+        ("", f"{_megabytes(model['cache_bytes'])} cache for {model['cache_tokens']:,} tokens"),
+    ]
+
+
+def _drafter_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    drafter = facts["drafter"]
+    if drafter is None:
+        return [("drafter", remarks.no_drafter(facts["name"]))]
+    rows = [("drafter", drafter["folder"]), ("from", drafter["origin"])]
+    if "cell" in drafter:
+        rows += [
+            (
+                "architecture",
+                f"{drafter['cell']} cell, {drafter['residual_blocks']} residual blocks",
+            ),
+            ("head", f"{drafter['head']}, {drafter['draft_vocabulary']:,} tokens"),
+            ("reads", f"{_megabytes(drafter['bytes_per_draft_step'])} for each drafted level"),
+        ]
+    return [*rows, ("fits", "yes" if drafter["fits"] else f"no: {drafter['problem']}")]
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.2f} GB"

@@ -1,0 +1,1 @@
+"""Plain and drafted decoding side by side."""

@@ -1,0 +1,1 @@
+"""How good a drafter is: live, and position by position."""

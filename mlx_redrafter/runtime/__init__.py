@@ -1,0 +1,1 @@
+"""The machine under us: devices, matrix libraries, compilers, clocks, paths."""

@@ -1,0 +1,62 @@
+"""What MLX computes on, and the machine around it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+def fused_kernels() -> bool:
+    """True where mx.fast has real kernels; on the CPU it decomposes into primitives."""
+    import mlx.core as mx
+
+    return bool(mx.default_device() == mx.Device(mx.gpu))
+
+
+def device() -> str:
+    """What MLX computes on: "gpu" (Metal) or "cpu"."""
+    import mlx.core as mx
+
+    return "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
+
+
+def machine() -> dict[str, Any]:
+    """Chip, memory, operating system, versions, and the BLAS where one is used."""
+    import mlx.core as mx
+
+    import mlx_redrafter
+    from mlx_redrafter.runtime import blas
+
+    found = mx.device_info()
+    name = blas.used()
+    return {
+        "chip": _chip(found),
+        "memory_gb": _memory_gb(found),
+        "system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
+        "device": device(),
+        "blas": name,
+        "blas_detail": blas.status().detail if name else None,
+        "python": platform.python_version(),
+        "mlx_redrafter": mlx_redrafter.__version__,
+        "mlx": importlib.metadata.version("mlx"),
+        "mlx_lm": importlib.metadata.version("mlx-lm"),
+    }
+
+
+def _chip(found: Mapping[str, Any]) -> str:
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        out = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        return out or platform.machine()
+    return str(found.get("device_name") or platform.machine())
+
+
+def _memory_gb(found: Mapping[str, Any]) -> float:
+    if "memory_size" in found:
+        return float(found["memory_size"]) / 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

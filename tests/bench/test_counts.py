@@ -1,0 +1,232 @@
+"""The budget of a decode step, and that what counts it can be wrong."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from conftest import random_drafter, write_target
+from typer.testing import CliRunner
+
+from mlx_redrafter.bench.counts import metal, parts, report, sizes
+from mlx_redrafter.bench.counts.graph import graph, metal_shaped
+from mlx_redrafter.decoding.sampling import SamplingParams
+from mlx_redrafter.drafters import Drafter, beam
+from mlx_redrafter.drafters.loading import save_drafter
+from mlx_redrafter.drafters.lookup import Lookup
+from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
+from mlx_redrafter.errors import OptionError
+from mlx_redrafter.models import Decoder, decoder_config, load_model
+from mlx_redrafter.tree.shape import DEFAULT, TEXT, TreeShape
+
+CHAIN = TreeShape.chain(4)
+# Dispatches of a step to those of a plain step, as it is; never to rise.
+USUAL_TO_PLAIN, DEFAULT_TO_PLAIN, CHAIN_TO_PLAIN = 1.40, 1.53, 1.265
+BESIDE_VERIFY = 160
+
+
+@pytest.fixture(scope="module")
+def built_in() -> tuple[Decoder, ReDrafter]:
+    """The built-in model's layers, quantised as on Metal, and the shipped drafter's shape; thin."""
+    target = Decoder(
+        decoder_config(
+            {
+                "model_type": "llama", "hidden_size": 64, "intermediate_size": 64,
+                "num_hidden_layers": 30, "num_attention_heads": 6, "num_key_value_heads": 2,
+                "head_dim": 64, "vocab_size": 8192, "rms_norm_eps": 1e-5,
+                "max_position_embeddings": 8192, "rope_theta": 10000.0,
+                "tie_word_embeddings": True,
+            }
+        )
+    )  # fmt: skip
+    for block in target.model.layers:
+        block.self_attn.fuse()
+        block.mlp.fuse()
+    config = ReDrafterConfig(64, 8192, 64, 2, "gru", "context", (2, 15, 29), "own", 7168)
+    drafter = ReDrafter(config)
+    for model, bits in ((target, 4), (drafter, 6)):
+        model.set_dtype(mx.bfloat16)
+        nn.quantize(model, 64, bits)
+    mx.eval(target.parameters(), drafter.parameters())
+    return target, drafter.bind(target)
+
+
+def sources(target: Decoder, drafter: ReDrafter) -> tuple[Decoder, list[Drafter]]:
+    return target, [Lookup(), drafter]
+
+
+@pytest.fixture(scope="module")
+def counted(built_in: tuple[Decoder, ReDrafter]) -> dict[TreeShape, parts.Counts]:
+    return {s: parts.count(*sources(*built_in), s) for s in (*report.SHAPES, DEFAULT)}
+
+
+def test_the_budget_of_dispatches(counted: dict[TreeShape, parts.Counts]) -> None:
+    plain = counted[TreeShape.plain()].dispatches
+    assert counted[report.USUAL].dispatches <= USUAL_TO_PLAIN * plain
+    assert counted[DEFAULT].dispatches <= DEFAULT_TO_PLAIN * plain
+    assert counted[CHAIN].dispatches <= CHAIN_TO_PLAIN * plain
+    assert counted[DEFAULT].beside_verify <= BESIDE_VERIFY
+    for counts in counted.values():
+        assert not counts.unknown
+        assert counts.widest_sort <= beam.SORT_WIDTH
+
+
+def test_parts_add_up(counted: dict[TreeShape, parts.Counts]) -> None:
+    for counts in counted.values():
+        assert sum(p for p, _ in counts.parts.values()) == counts.primitives
+        assert sum(d for _, d in counts.parts.values()) == counts.dispatches
+        assert sum(counts.by_part.values(), Counter()) - counts.launches == Counter()
+        assert counts.parts.keys() <= set(parts.ORDER)
+    assert counted[DEFAULT].parts.keys() >= {"draft", "lookup", parts.MOVE, "walk"}
+    assert counted[TreeShape.plain()].beside_verify < 10 < counted[CHAIN].beside_verify
+
+
+def test_a_sampled_step_has_noise_and_no_wide_sort(built_in: tuple[Decoder, ReDrafter]) -> None:
+    params = SamplingParams(temp=0.8, top_k=40, repetition_penalty=1.2)
+    counts = parts.count(*sources(*built_in), TreeShape(3, 4, 8), params)
+    assert counts.parts["choose tokens"][1] > 31  # bisection
+    shape = TreeShape(3, 2, 7)
+    greedy, drawn = (
+        parts.count(*sources(*built_in), shape, SamplingParams(temp=temp)).dispatches
+        for temp in (0, 0.8)
+    )
+    assert greedy < drawn < greedy + 30, "noise in few kernels"
+    assert counts.widest_sort <= beam.SORT_WIDTH and not counts.unknown
+
+
+X, KV = mx.zeros((4, 6, 8)), mx.zeros((1, 2, 32, 8))
+START = mx.array([3])
+
+
+def written(
+    *also: Callable[[mx.array], mx.array],
+) -> Callable[[mx.array, mx.array], list[mx.array]]:
+    return lambda kv, start: [
+        mx.slice_update(kv, mx.exp(kv[:, :, :4]), start, (2,)) if also else
+        mx.slice_update(kv, mx.ones((1, 2, 4, 8)), start, (2,)),
+        *(f(kv) for f in also),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs", "expected"),
+    [
+        (lambda x: [mx.exp(x) * 2 + x], (X,), {"Compiled": 1}),
+        (lambda x: [mx.concatenate([x, x, x])], (X,), {"Concatenate": 3}),
+        (lambda x: [x.reshape(24, 8)[2:].swapaxes(0, 1)[None]], (X,), {}),
+        (lambda x: [x.transpose(1, 0, 2).reshape(24, 8)], (X,), {"copy by Reshape": 1}),
+        (lambda x: [x[:1].transpose(1, 0, 2).reshape(6, 8)], (X,), {}),
+        (lambda x: [mx.argsort(x, -1)], (mx.zeros((2, 2048)),), {"ArgSort": 1}),
+        (lambda x: [mx.argsort(x, -1)], (mx.zeros((2, 2049)),),
+         {"ArgSort": 1, "merging in ArgSort": 3}),
+        (written(), (KV, START), {"DynamicSliceUpdate": 2, "Full": 1}),
+        (written(mx.sin), (KV, START), {"DynamicSliceUpdate": 2, "Exp": 1, "Sin": 1,
+         "copy of the base of DynamicSliceUpdate": 1}),
+        (lambda x: [x.sum()], (mx.zeros((5000,)),), {"Sum": 1, "second pass of Reduce": 1}),
+        (lambda x: [mx.fast.rms_norm(x, None, 1e-5)], (X,), {"RMSNorm": 1}),
+        (lambda x: [mx.fast.rms_norm(x[..., :4], None, 1e-5)], (X,),
+         {"RMSNorm": 1, "copy before RMSNorm": 1}),
+        (lambda x: [mx.fast.rope(x[:, :, None], 8, traditional=False, base=1e4, scale=1.0,
+                                 offset=mx.array([1, 2, 3, 4]))], (X,), {"RoPE": 1}),
+        (lambda x: [mx.fast.rope(x[:, :4, None], 8, traditional=False, base=1e4, scale=1.0,
+                                 offset=mx.array([1, 2, 3, 4]))], (X,),
+         {"RoPE": 1, "copy before RoPE": 1}),
+        (lambda x, kv: [mx.fast.scaled_dot_product_attention(
+            x.transpose(1, 0, 2)[None], kv[:, :1], kv[:, 1:], scale=1.0)], (X, KV),
+         {"ScaledDotProductAttention": 1}),
+        (lambda x, kv: [mx.fast.scaled_dot_product_attention(
+            x[:, :4].transpose(1, 0, 2)[None], kv[:, :1], kv[:, 1:], scale=1.0)], (X, KV),
+         {"ScaledDotProductAttention": 1, "copy before ScaledDotProductAttention": 1}),
+        (lambda x, w: [x @ w.T], (mx.zeros((3, 8)), mx.zeros((5, 8))), {"Matmul": 1}),
+        (lambda x, w: [x[:, ::2] @ w[:, :4].T], (mx.zeros((3, 8)), mx.zeros((5, 8))),
+         {"Matmul": 1, "copy before Matmul": 1}),
+    ],
+)  # fmt: skip
+def test_dispatches_of_small_graphs(
+    function: Callable[..., list[mx.array]], inputs: tuple[mx.array, ...], expected: dict[str, int]
+) -> None:
+    with metal_shaped():
+        found = metal.dispatches(graph(function, *inputs))
+    merged: Counter[str] = Counter()
+    for kind, number in found.items():
+        merged[metal.FUSED if kind.startswith(metal.FUSED) else kind] += number
+    assert merged == expected
+
+
+def test_an_unknown_kind_is_named() -> None:
+    drawn = graph(lambda x: [mx.linalg.norm(mx.fft.fft(x))], mx.zeros((8,)))
+    assert "FFT" in metal.unknown(drawn)
+    assert metal.dispatches(drawn)["FFT"] == 1
+
+
+def test_quantised_embedding_is_one_kernel() -> None:
+    table = nn.QuantizedEmbedding(100, 64)
+    mx.eval(table.parameters())
+    with metal_shaped():
+        found = metal.dispatches(graph(lambda ids: [table(ids)], mx.array([3, 4])))
+    assert found == {"Gather": 3, "Dequantize": 1}
+    assert sum(metal.dispatches(graph(lambda ids: [table(ids)], mx.array([3]))).values()) > 4
+
+
+def test_bytes_of_a_step(built_in: tuple[Decoder, ReDrafter]) -> None:
+    target, drafter = built_in
+    packed = 4 + 32 / 64  # bits per weight: a scale and a bias of 16 bits for 64 weights
+    row = 64 * packed / 8
+    layer = (64 * 64 * 10 + 64 * 64 * 6 + 3 * 64 * 64) * packed / 8 + 2 * 64 * 2
+    whole = 30 * layer + 8192 * row + 64 * 2
+    plain = sizes.read(target, None, TreeShape.plain(), 100)
+    assert plain == sizes.Read(int(whole + row), 0, 30 * 2 * 2 * 64 * 100 * 2)
+    level = (3 * 64 * 64 + 64 * 64 + 2 * 64 * 64 + 7168 * 64) * 6.5 / 8
+    level += 2 * (3 * 64 + 2 * 64)  # biases of the cell and of two blocks
+    for shape, beams in ((CHAIN, 3), (DEFAULT, 9)):
+        found = sizes.read(target, drafter, shape, 100)
+        once = (3 * 64 * 64 + 64 * 64 + 3 * 64 * 64) * 6.5 / 8 + 3 * 64 * 2 + 64 * 2
+        assert found.target - plain.target == (shape.nodes - 1) * row
+        expected = 4 * level + once + row + beams * 3 * 64 * 2
+        assert found.drafter == pytest.approx(expected, abs=4 * 64)
+    assert sizes.read(target, drafter, DEFAULT.only([TEXT]), 100).drafter == 0
+
+
+def test_an_8b_model_is_reckoned_without_its_memory() -> None:
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    found = report.reckoning((TreeShape.plain(), DEFAULT), 1024)
+    assert mx.get_peak_memory() - before < 1e6
+    assert (
+        4.1e9 < found["target_bytes"] < 4.6e9
+    )  # 8.0 billion weights less the embedding's, 4.5 bits
+    assert found["kv_bytes"] == 32 * 2 * 8 * 128 * 1024 * 2
+    assert found["trees"].keys() == {str(DEFAULT)}
+
+
+def test_the_command(tmp_path: Path) -> None:
+    import typer
+
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(report.main)
+    folder = write_target(tmp_path / "target", hidden_size=64, head_dim=32)
+    alone = CliRunner().invoke(app, ["--model", str(folder)])
+    assert isinstance(alone.exception, OptionError) and "--drafter" in str(alone.exception)
+    drafter = random_drafter(load_model(folder), cell="gru", exit_dim=64)
+    save_drafter(folder / "drafter", drafter)
+    given = ["--model", str(folder), "--context", "100"]
+    result = CliRunner().invoke(app, [*given, "--json", "--shape", "2,2,4"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [s["shape"] for s in found["steps"]] == [
+        "plain", str(report.USUAL), "chain of 4", "beam 2x2, 4 nodes",
+    ]  # fmt: skip
+    for step in found["steps"]:
+        assert step["syncs_per_step"] == 1 and step["traces"] == 1
+        assert step["measured_launch_ms"] > 0
+        assert sum(p["dispatches"] for p in step["parts"].values()) == step["dispatches"]
+    table = CliRunner().invoke(app, given).stdout
+    assert "Metal dispatches, estimated" in table and "measured here" in table
+    for wrong in (["--shape", "3"], ["--shape", "3,4,x"], ["--bits", "7"]):
+        refused = CliRunner().invoke(app, [*given, *wrong])
+        assert isinstance(refused.exception, OptionError)

@@ -1,0 +1,67 @@
+"""`python -m mlx_redrafter.bench.exactness`: what it compares, and in which precision."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+import typer
+from mlx_lm.utils import load_model as load_mlx_lm
+from tiny_chat import write_chat_model
+
+from mlx_redrafter.bench import exactness
+from mlx_redrafter.evaluation.prompts import Prompt
+
+
+@pytest.fixture
+def sixteen_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model that is stored in bfloat16; its steps are not compiled, which would take longer."""
+    folder = write_chat_model(tmp_path / "model")
+    file = str(folder / "model.safetensors")
+    rounded = {name: value.astype(mx.bfloat16) for name, value in mx.load(file).items()}
+    mx.save_safetensors(file, rounded, metadata={"format": "mlx"})
+    monkeypatch.setattr("mlx_redrafter.api._compiler_present", lambda: False)
+    return folder
+
+
+def run(model: Path, report: Path) -> None:
+    exactness.main(
+        str(model), count=2, max_tokens=24, sampled=2, sampled_tokens=8, shard="0/1", output=report
+    )
+
+
+def test_both_models_are_compared_in_float32(
+    sixteen_bits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_ENABLE_TF32", "1")
+    reference = exactness.load_reference(sixteen_bits)
+    assert {v.dtype for v in reference.model.layers[0].self_attn.q_proj.parameters().values()} == {
+        mx.float32
+    }
+    run(sixteen_bits, tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["differences"] == []
+    assert report["compared"]["greedy: plain against mlx_lm"] == 2
+    assert report["dtype"] == "float32"
+    assert os.environ["MLX_ENABLE_TF32"] == "0"
+
+
+def test_a_reference_as_stored_would_differ(
+    sixteen_bits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exactness, "load_reference", lambda folder: load_mlx_lm(folder)[0])
+    with pytest.raises(typer.Exit) as ended:
+        run(sixteen_bits, tmp_path / "report.json")
+    assert ended.value.exit_code == 1
+
+
+def test_a_report_says_where_the_first_difference_is() -> None:
+    report = exactness.Report()
+    prompt = Prompt("How so?", "chat")
+    report.compare("a", prompt, [1, 2, 3], [1, 2, 3])
+    report.compare("a", prompt, [1, 2, 3], [1, 2])
+    assert (report.compared["a"], report.tokens["a"]) == (2, 6)
+    assert report.differences == [{"what": "a", "prompt": "How so?", "first_at": 2}]
