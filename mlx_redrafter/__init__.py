@@ -17,7 +17,7 @@ _EXPORTS = {
     "render": "text.template",
     "stream_generate": "api",
     "Model": "api",
-    "GenerationResponse": "api",
+    "GenerationResponse": "text.answer",
     "Session": "cache.session",
     "SamplingParams": "decoding.sampling",
     "TreeShape": "tree.shape",
@@ -43,7 +43,6 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mlx_redrafter.api import (
-        GenerationResponse,
         Model,
         generate,
         load,
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from mlx_redrafter.errors import RedrafterError
     from mlx_redrafter.prefill.config import SparsePrefill
     from mlx_redrafter.stats import DraftStats
+    from mlx_redrafter.text.answer import GenerationResponse
     from mlx_redrafter.text.template import render
     from mlx_redrafter.tree.shape import TreeShape
 

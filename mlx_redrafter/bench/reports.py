@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from mlx_redrafter.api import GenerationResponse, Model, load
+from mlx_redrafter.api import Model, load
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.evaluation import acceptance as counting
 from mlx_redrafter.evaluation.prompts import DEV, Prompt, read_prompts
 from mlx_redrafter.runtime.device import device, machine
 from mlx_redrafter.terminal import console
+from mlx_redrafter.text.answer import GenerationResponse
 
 
 def acceptance(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import History
 
-    from mlx_redrafter.api import GenerationResponse
+    from mlx_redrafter.text.answer import GenerationResponse
 
 PROMPT = "> "
 

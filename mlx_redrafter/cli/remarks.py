@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlx_redrafter.api import GenerationResponse
     from mlx_redrafter.stats import DraftStats, PrefillStats
+    from mlx_redrafter.text.answer import GenerationResponse
     from mlx_redrafter.tree.shape import TreeShape
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from conftest import ByteTokenizer, Oracle, plainly, write_target
 
-from mlx_redrafter.api import GenerationResponse, Model, generate, stream_generate
+from mlx_redrafter.api import Model, generate, stream_generate
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.text.answer import GenerationResponse
 from mlx_redrafter.tree.shape import TreeShape
 
 PROMPT = "once"

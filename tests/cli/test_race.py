@@ -19,7 +19,7 @@ from rich.console import Console
 from test_generate import LENGTH, LETTERS, PROMPT, model_of
 from typer.testing import CliRunner
 
-from mlx_redrafter.api import GenerationResponse, Model, stream_generate
+from mlx_redrafter.api import Model, stream_generate
 from mlx_redrafter.cli import main as cli
 from mlx_redrafter.cli.options import DecodeOptions, ModelOptions
 from mlx_redrafter.cli.race import contest as race
@@ -29,6 +29,7 @@ from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.stats import DraftStats
+from mlx_redrafter.text.answer import GenerationResponse
 
 BIAS = [f"{token}={value:g}" for token, value in LETTERS.items()]
 

@@ -12,8 +12,8 @@ from typing import Any
 import jinja2
 import pytest
 
-from mlx_redrafter.api import GenerationResponse
 from mlx_redrafter.stats import DraftStats
+from mlx_redrafter.text.answer import GenerationResponse
 
 SUMMARY = "3 tokens · 20.0 tokens/s · 1.50 tokens per step · prompt 4 tokens, 100.0 tokens/s\n"
 

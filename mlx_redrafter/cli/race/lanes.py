@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlx_redrafter.api import GenerationResponse
+    from mlx_redrafter.text.answer import GenerationResponse
 
 TURN = 0.1  # seconds
 
