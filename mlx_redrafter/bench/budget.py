@@ -1,4 +1,4 @@
-"""`mlx-redrafter tune`: the measured cost curve, and what the policy makes of it."""
+"""`mlx-redrafter bench budget`: the measured cost curve, and what the policy makes of it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_redrafter.api import Model, load
-from mlx_redrafter.bench import reports
 from mlx_redrafter.budget import yields
 from mlx_redrafter.budget.chunks import FAR as BEHIND
 from mlx_redrafter.budget.chunks import Chunks
 from mlx_redrafter.budget.costs import FAR, NEAR, Costs
 from mlx_redrafter.evaluation import figures
-from mlx_redrafter.terminal import console
+from mlx_redrafter.terminal import console, tables
 from mlx_redrafter.tree.shape import TreeShape
 
 PLAIN = TreeShape.plain()
@@ -73,7 +72,7 @@ def row(shape: TreeShape, known: Costs, table: yields.Yields, sampled: bool) -> 
 def passes(known: Costs) -> Table:
     """t(N) near the beginning of a text and far into it."""
     titles = (f"ms at {NEAR} cached", "times one token", f"ms at {FAR} cached")
-    shown = reports.table("tokens checked", *titles)
+    shown = tables.table("tokens checked", *titles)
     for nodes, seconds in known.verify.items():
         far = known.checking(nodes, FAR)
         ratio = seconds / known.verify[1]
@@ -86,7 +85,7 @@ def passes(known: Costs) -> Table:
 
 def offers(choices: dict[str, list[dict[str, Any]]]) -> Table:
     """The contenders, greedy and sampled."""
-    shown = reports.table("shape", "decoding", "ms a step", "tokens a step", "times plain")
+    shown = tables.table("shape", "decoding", "ms a step", "tokens a step", "times plain")
     for kind, rows in choices.items():
         for r in rows:
             figures = (r["milliseconds"], r["tokens_per_step"], r["times_plain"])
@@ -97,7 +96,7 @@ def offers(choices: dict[str, list[dict[str, Any]]]) -> Table:
 def chunk_sizes(known: Chunks, layers: int) -> Table:
     """What a prompt token takes in a model of so many layers, by how many are read at a time."""
     titles = ("ms a token at the beginning", f"behind {BEHIND} tokens")
-    shown = reports.table("tokens read at a time", *titles)
+    shown = tables.table("tokens read at a time", *titles)
     whole = layers / known.layers
     for n in known.near:
         shown.add_row(str(n), *(f"{1e3 * whole * part[n]:.2f}" for part in (known.near, known.far)))

@@ -1,10 +1,7 @@
 """Is the drafted text the text of plain decoding, and that the text of mlx_lm? Token by token.
 
-    python -m mlx_redrafter.bench.exactness [--drafter DIR] [--prompts FILE] [--count 40] [--sampled 200]
-
 Greedy: every prompt with mlx_lm, plain, and drafted with several tree shapes and with those that
 the policy chooses. Sampled: plain against drafted, with mixed temperatures, filters and penalties.
-Exit code 1 if a single token differs.
 """
 
 from __future__ import annotations
@@ -17,24 +14,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import typer
 from mlx_lm.generate import generate_step
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model as load_mlx_lm
 
 from mlx_redrafter.api import Model, load, stream_generate
 from mlx_redrafter.cache.session import Session
-from mlx_redrafter.cli import net
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.evaluation.acceptance import SHAPES
-from mlx_redrafter.evaluation.prompts import DEV, Prompt, read_prompts
+from mlx_redrafter.evaluation.prompts import Prompt, read_prompts
 from mlx_redrafter.runtime import blas
 from mlx_redrafter.runtime.checks import at_least
-from mlx_redrafter.runtime.paths import expanded
 from mlx_redrafter.terminal import console
 
 
@@ -165,20 +159,18 @@ def _shard(text: str) -> tuple[int, int]:
     raise OptionError(f"shard {text!r} is not possible: use i/n, with i from 0 to n-1")
 
 
-def main(
-    model: str = "smollm2-135m",
-    drafter: str = "auto",
-    prompts: Annotated[Path, typer.Option(callback=expanded)] = DEV,
-    count: int = 40,
-    max_tokens: int = 128,
-    sampled: int = 200,
-    sampled_tokens: int = 48,
-    shard: Annotated[str, typer.Option(help="i/n: every n-th prompt and run only.")] = "0/1",
-    output: Annotated[
-        Path | None, typer.Option("--json", callback=expanded, help="Write the report there.")
-    ] = None,
-) -> None:
-    """Compare drafted, plain and mlx_lm decoding token by token."""
+def run(
+    model: str,
+    drafter: str,
+    prompts: Path,
+    count: int,
+    max_tokens: int,
+    sampled: int,
+    sampled_tokens: int,
+    shard: str,
+    output: Path | None,
+) -> bool:
+    """Compare drafted, plain and mlx_lm decoding, and show it; False if a single token differs."""
     at_least(1, count=count, max_tokens=max_tokens, sampled_tokens=sampled_tokens)
     at_least(0, sampled=sampled)
     part, parts = _shard(shard)
@@ -205,8 +197,4 @@ def main(
     print(console.facts(conditions))
     if report.differences:
         print(f"first difference: {report.differences[0]}")
-        raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    net.run_module(main)
+    return not report.differences

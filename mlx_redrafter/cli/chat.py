@@ -1,4 +1,4 @@
-"""The chat on a terminal, and line by line where there is none."""
+"""`mlx-redrafter chat`, on a terminal, and line by line where there is none."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from mlx_redrafter.cli import net, remarks
 from mlx_redrafter.cli.answer_writer import AnswerWriter
 from mlx_redrafter.cli.conversation import Conversation, unfinished, unquoted
-from mlx_redrafter.cli.options import MAX_TOKENS, DecodeOptions
+from mlx_redrafter.cli.options import MAX_TOKENS, DecodeOptions, ModelOptions, Quiet, Verbose
 from mlx_redrafter.errors import OptionError, RedrafterError
 from mlx_redrafter.runtime.checks import checked_text
 from mlx_redrafter.terminal import console
@@ -26,6 +28,24 @@ if TYPE_CHECKING:
     from mlx_redrafter.text.answer import GenerationResponse
 
 PROMPT = "> "
+
+
+def command(
+    *,
+    source: ModelOptions,
+    options: DecodeOptions,
+    no_history: Annotated[
+        bool, typer.Option("--no-history", help="Keep no file of what was typed.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Talk with a model; /help lists what you can type besides questions."""
+    options.check()
+    model, tokenizer = source.load(options.tree())
+    raise typer.Exit(
+        run(model, tokenizer, options, history=not no_history, quiet=quiet, verbose=verbose)
+    )
 
 
 class Interrupted(Exception):

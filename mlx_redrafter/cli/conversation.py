@@ -32,7 +32,7 @@ Ctrl-C stops an answer; what was said so far is kept."""
 
 QUOTES = '"""'
 AUTOMATIC = (
-    "beam_width", "beam_length", "nodes", "candidates", "lookup", "prefill_step_size", "thinking",
+    "beam_width", "beam_length", "nodes", "lookup", "prefill_step_size", "thinking",
     "max_tokens",
 )  # fmt: skip
 LONGEST = 10**8  # bytes of a saved conversation

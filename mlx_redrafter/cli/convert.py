@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_redrafter.cli.net import Debug
+from mlx_redrafter.cli.options import Json
 from mlx_redrafter.convert import Progress, Summary
 from mlx_redrafter.convert import convert as convert_checkpoint
 from mlx_redrafter.convert.mapping import size_text
@@ -19,12 +19,10 @@ from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime.paths import expanded
 from mlx_redrafter.terminal import console
 
-app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 BITS, GROUP_SIZE = 4, 64
 
 
-@app.command()
-def convert(
+def command(
     source: Annotated[
         str,
         typer.Argument(
@@ -70,8 +68,7 @@ def convert(
         str | None,
         typer.Option(help="Upload the result to this Hugging Face repository, with a model card."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
-    debug: Debug = False,
+    as_json: Json = False,
 ) -> None:
     """Convert a drafter or a base model: PyTorch, TensorRT-LLM or GGUF to MLX, and back.
 

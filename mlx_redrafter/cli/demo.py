@@ -1,4 +1,4 @@
-"""What drafting is for: a few tasks, answered plainly and with drafting. One text, two speeds."""
+"""`mlx-redrafter demo`: a few tasks, answered plainly and with drafting. One text, two speeds."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -16,7 +17,9 @@ from mlx_redrafter.cli.options import DecodeOptions, ModelOptions
 from mlx_redrafter.cli.race import contest as race
 from mlx_redrafter.cli.race.lanes import View, views
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.runtime.checks import at_least, checked_text
 from mlx_redrafter.terminal import console
+from mlx_redrafter.terminal.tables import table
 from mlx_redrafter.text.template import prompt_ids
 
 TASKS = {
@@ -52,6 +55,19 @@ class Result:
     @property
     def parted(self) -> race.Difference | None:
         return race.difference(self.plain.pieces, self.drafted.pieces)
+
+
+def command(
+    *,
+    prompt: Annotated[
+        str | None, typer.Argument(help="A question of your own.", show_default=False)
+    ] = None,
+    source: ModelOptions,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+) -> None:
+    """Compare text and speed with and without drafting, on three tasks or your question."""
+    at_least(1, max_tokens=max_tokens)
+    run(source, None if prompt is None else checked_text(prompt, "prompt"), max_tokens)
 
 
 def run(source: ModelOptions, question: str | None, max_tokens: int) -> None:
@@ -99,8 +115,6 @@ def _answer(name: str, text: str, contest: race.Contest) -> Result:
 
 
 def _report(results: Sequence[Result], conditions: Mapping[str, Any]) -> None:
-    from mlx_redrafter.bench.reports import table
-
     out = Console(highlight=False)
     rows = table("\ntask", "\ntokens", *HEADINGS)
     for result in results:

@@ -1,4 +1,4 @@
-"""A self-test of this machine: versions, matrix library, compiler, exactness, attention kernels."""
+"""`mlx-redrafter doctor`: versions, matrix library, compiler, exactness, attention kernels."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.text import Text
 
+from mlx_redrafter.cli.options import DrafterName, Json
 from mlx_redrafter.errors import RedrafterError
 from mlx_redrafter.evaluation import model_checks
 from mlx_redrafter.evaluation.model_checks import SIZES, Check, guarded
@@ -40,6 +42,27 @@ TINY: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+def command(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Test this model too: built-in name, local folder or Hugging Face id.",
+            show_default="built-in, if it is here",
+        ),
+    ] = None,
+    drafter: DrafterName = "auto",
+    as_json: Json = False,
+) -> None:
+    """Test the installation, and a model on it; exit code 1 if a check fails."""
+    checks = examine(None if as_json else show, model, drafter)
+    if as_json:
+        typer.echo(json.dumps(as_dict(checks)))
+    if any(check.mark == "fail" for check in checks):
+        raise typer.Exit(1)
 
 
 def examine(

@@ -1,19 +1,48 @@
-"""What a model and its drafter are, whether they fit, and what they need of this machine."""
+"""`mlx-redrafter info`: a model and its drafter, whether they fit, and what they need here."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from mlx_redrafter.cli import remarks
+from mlx_redrafter.cli.options import DrafterName, Json, ModelArgument
 from mlx_redrafter.errors import DrafterError, ModelError
+from mlx_redrafter.runtime.checks import at_least
 from mlx_redrafter.runtime.device import device, machine
+from mlx_redrafter.runtime.paths import BUILTIN
+
+
+def command(
+    model: ModelArgument = BUILTIN,
+    drafter: DrafterName = "auto",
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Branch, tag or commit of a Hugging Face id."),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Length in tokens to size the cache for.", show_default="the model's longest"
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a model and its drafter, whether they fit, and the memory they need."""
+    at_least(1, context=context)
+    facts = collect(model, drafter, revision, context)
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        show(facts)
 
 
 def collect(

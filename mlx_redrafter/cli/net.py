@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import functools
-import inspect
 import io
 import os
 import signal
@@ -19,6 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from mlx_redrafter.cli import help_page
 from mlx_redrafter.errors import OptionError, RedrafterError
 from mlx_redrafter.terminal import console
 from mlx_redrafter.terminal import modes as terminal
@@ -28,6 +27,7 @@ SHORT = 300  # characters that are shown of a name, or of an error that is not o
 
 _debugging = contextvars.ContextVar("debugging", default=False)
 # typer brings a copy of click, or uses click itself, by its version.
+_UsageError: Any = typer.BadParameter.__mro__[1]
 _ClickException: Any = typer.BadParameter.__mro__[2]
 _OUT_OF_MEMORY = ("malloc", "unable to allocate", "insufficient memory", "outofmemory",
                   "out of memory")  # fmt: skip
@@ -39,16 +39,34 @@ def _set_debug(value: bool) -> bool:
     return value
 
 
-Debug = Annotated[
-    bool,
-    typer.Option(
-        "--debug",
-        callback=_set_debug,
-        is_eager=True,
-        rich_help_panel="Other",
-        help="Show the traceback of errors.",
-    ),
-]
+def debugging() -> bool:
+    """Was --debug given?"""
+    return _debugging.get()
+
+
+def _debug_option() -> Any:
+    """--debug, which every command takes and no command is told of."""
+    app = typer.Typer(add_completion=False)
+
+    @app.command()
+    def declare(
+        debug: Annotated[
+            bool,
+            typer.Option(
+                "--debug",
+                callback=_set_debug,
+                is_eager=True,
+                expose_value=False,
+                rich_help_panel=help_page.OTHER,
+                help="Show the traceback of errors.",
+            ),
+        ] = False,
+    ) -> None: ...
+
+    return typer.main.get_command(app).params[0]
+
+
+_DEBUG = _debug_option()
 
 
 class _Net:
@@ -73,6 +91,18 @@ class _Net:
             code = _flushed(code)
         sys.exit(code)
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        *own, shown_help = super().get_params(ctx)  # type: ignore[misc]
+        return [*own, _DEBUG, shown_help]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print it; nothing is left to the formatter."""
+        help_page.show(self, ctx, self.rows(ctx))
+
+    def rows(self, ctx: Any) -> dict[str, list[help_page.Row]]:
+        """The commands of a group with what they do, by section."""
+        return {}
+
     def invoke(self, ctx: Any) -> Any:
         """What typer would answer in its own way is taken before it."""
         try:
@@ -89,29 +119,14 @@ class _Net:
 class Commands(_Net, TyperGroup):
     """A program of several commands."""
 
+    def rows(self, ctx: Any) -> dict[str, list[help_page.Row]]:
+        known = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        shown = {name: one for name, one in known.items() if one is not None and not one.hidden}
+        return {"Commands": [(name, one.get_short_help_str(200)) for name, one in shown.items()]}
+
 
 class Command(_Net, TyperCommand):
     """A program of one command."""
-
-
-def run_module(command: Callable[..., None]) -> NoReturn:
-    """The command line of a module that is run with ``python -m``; it takes --debug as well."""
-    signature = inspect.signature(command, eval_str=True)
-    debug = inspect.Parameter(
-        "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug
-    )
-
-    @functools.wraps(command)
-    def run(debug: bool, **given: Any) -> None:
-        command(**given)
-
-    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*signature.parameters.values(), debug]
-    )
-    run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(cls=Command)(run)
-    start(app)
 
 
 def start(app: typer.Typer) -> NoReturn:
@@ -130,11 +145,9 @@ def start(app: typer.Typer) -> NoReturn:
     raise AssertionError("a program leaves with an exit code")
 
 
-def pass_on(app: typer.Typer, ctx: typer.Context) -> None:
-    """Run a command that reads its options itself with the arguments that came for it."""
-    command = typer.main.get_command(app)
-    with command.make_context(ctx.info_name, list(ctx.args), parent=ctx.parent) as inner:
-        command.invoke(inner)
+def moved(old: str, new: str) -> Any:
+    """Wrong usage: a command that has another name now."""
+    return _UsageError(f"{old} is now: mlx-redrafter {new}")
 
 
 def survive(error: Exception) -> None:

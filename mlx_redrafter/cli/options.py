@@ -3,48 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.runtime import blas, checks
+from mlx_redrafter.runtime import checks
 from mlx_redrafter.runtime.checks import checked_text
+from mlx_redrafter.runtime.paths import BUILTIN, expanded
 from mlx_redrafter.terminal import console
 
 if TYPE_CHECKING:
     from mlx_redrafter.prefill.config import SparsePrefill
     from mlx_redrafter.tree.shape import TreeShape
 
-SAMPLING, DRAFTING, PROMPT, OTHER = "Sampling", "Drafting", "Long prompts", "Other"
+SAMPLING, DRAFTING, PROMPT = "Sampling", "Drafting", "Long prompts"
 MAX_TOKENS, THINKING_TOKENS = 512, 4096  # longest answers, where no option says so
 
 
-def _use_blas(ctx: typer.Context, value: str | None) -> str | None:
-    """Start again with the BLAS asked for: it was chosen when the package was imported."""
-    chosen = os.environ.get(blas.VARIABLE, "auto")
-    if value and value != chosen and sys.platform == "linux" and not ctx.resilient_parsing:
-        os.environ[blas.VARIABLE] = value
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    return value
-
-
-Blas = Annotated[
-    Literal["auto", "row-exact", "openblas", "reference"] | None,
-    typer.Option(
-        "--blas",
-        callback=_use_blas,
-        is_eager=True,
-        show_default="auto",
-        rich_help_panel=OTHER,
-        hidden=sys.platform != "linux",
-        help=f"Matrix library on Linux; the same as setting {blas.VARIABLE}.",
-    ),
-]
 ModelName = Annotated[
     str,
     typer.Option(
@@ -56,15 +35,32 @@ DrafterName = Annotated[
     typer.Option(
         "--drafter",
         "-d",
-        help="Folder or Hugging Face id of a drafter; 'auto' finds the one made for the model.",
+        help="Folder or Hugging Face id of a drafter; 'auto' finds the model's own.",
     ),
 ]
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="Built-in name, local folder or Hugging Face id (org/name).")
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        callback=expanded,
+        help='Prompts to measure with: jsonl with "prompt" and "category".',
+        show_default="92 built-in",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no statistics on stderr.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print all statistics on stderr.")]
 
 SparseMode = Annotated[
     Literal["off", "trianglemix", "xattention", "minference"],
     typer.Option(
         rich_help_panel=PROMPT,
-        help="Read a long prompt with sparse attention; this may change the answer.",
+        metavar="MODE",
+        help="trianglemix, xattention or minference: read a long prompt with sparse attention, "
+        "which may change the answer.",
     ),
 ]
 SparseConfig = Annotated[
@@ -72,7 +68,7 @@ SparseConfig = Annotated[
     typer.Option(
         rich_help_panel=PROMPT,
         metavar="PATH",
-        help="Patterns of the model's heads for minference (JSON).",
+        help="Patterns of the heads for minference (JSON).",
     ),
 ]
 SparseMinContext = Annotated[
@@ -91,7 +87,7 @@ Context = Annotated[
 class ModelOptions:
     """Which model and drafter to load."""
 
-    model: ModelName = "smollm2-135m"
+    model: ModelName = BUILTIN
     drafter: DrafterName = "auto"
     no_draft: Annotated[
         bool, typer.Option("--no-draft", help="Decode plainly, without any drafting.")
@@ -124,11 +120,11 @@ class DecodeOptions:
         int | None,
         typer.Option(
             help="Longest answer, in tokens; -1: no limit.",
-            show_default="512; up to 4096 for models that think",
+            show_default="512; up to 4096 if it thinks",
         ),
     ] = None
     temp: Annotated[
-        float, typer.Option(help="Temperature: 0 takes the likeliest token, higher varies more.")
+        float, typer.Option(help="0 takes the likeliest token; more varies.")
     ] = 0.0
     system_prompt: Annotated[
         str | None, typer.Option(help="Instructions that come before the question.")
@@ -137,7 +133,7 @@ class DecodeOptions:
         bool | None,
         typer.Option(
             "--thinking/--no-thinking",
-            help="Let the model think before it answers, or not, if its template has a switch.",
+            help="Think first, or not.",
             show_default="as the template has it",
         ),
     ] = None
@@ -145,7 +141,7 @@ class DecodeOptions:
         str | None,
         typer.Option(
             metavar="JSON",
-            help="Variables for the chat template: '{\"enable_thinking\": false}'.",
+            help="Variables for the chat template.",
         ),
     ] = None
     seed: Annotated[
@@ -155,20 +151,20 @@ class DecodeOptions:
     top_p: Annotated[
         float,
         typer.Option(
-            rich_help_panel=SAMPLING, help="Keep the likeliest tokens up to this share; 0 is off."
+            rich_help_panel=SAMPLING, help="Keep the likeliest up to this share; 0: off."
         ),
     ] = 0.0
     top_k: Annotated[
         int,
         typer.Option(
-            rich_help_panel=SAMPLING, help="Keep this many of the likeliest tokens; 0 is off."
+            rich_help_panel=SAMPLING, help="Keep this many of the likeliest; 0: off."
         ),
     ] = 0
     min_p: Annotated[
         float,
         typer.Option(
             rich_help_panel=SAMPLING,
-            help="Drop tokens less likely than this share of the likeliest; 0 is off.",
+            help="Drop tokens less likely than this share of the likeliest; 0: off.",
         ),
     ] = 0.0
     stop: Annotated[
@@ -180,7 +176,7 @@ class DecodeOptions:
         typer.Option(
             rich_help_panel=SAMPLING,
             show_default="off",
-            help="Make tokens that were used less likely; 1 changes nothing.",
+            help="Make used tokens less likely; 1: no change.",
         ),
     ] = None
     repetition_context_size: Context = 20
@@ -189,7 +185,7 @@ class DecodeOptions:
         typer.Option(
             rich_help_panel=SAMPLING,
             show_default="off",
-            help="Taken off the logit of every token that was used.",
+            help="Taken off the logits of used tokens.",
         ),
     ] = None
     presence_context_size: Context = 20
@@ -198,7 +194,7 @@ class DecodeOptions:
         typer.Option(
             rich_help_panel=SAMPLING,
             show_default="off",
-            help="Taken off the logit of a token for every time it was used.",
+            help="Taken off a logit for every use.",
         ),
     ] = None
     frequency_context_size: Context = 20
@@ -213,7 +209,7 @@ class DecodeOptions:
     beam_width: Annotated[
         int | None,
         typer.Option(
-            rich_help_panel=DRAFTING, help="Branches of the drafted tree; 1 drafts a chain."
+            rich_help_panel=DRAFTING, help="Branches of the drafted tree; 1: a chain."
         ),
     ] = None
     beam_length: Annotated[
@@ -230,26 +226,18 @@ class DecodeOptions:
             help="Tokens checked in one pass, including the one already decided.",
         ),
     ] = None
-    candidates: Annotated[
-        Literal["trellis", "beams"] | None,
-        typer.Option(
-            rich_help_panel=DRAFTING,
-            help="Drafted tokens from the whole beam search, or from its surviving beams only.",
-        ),
-    ] = None
     lookup: Annotated[
         int | None,
         typer.Option(
             rich_help_panel=DRAFTING,
-            help="Tokens to draft from the text itself, where it repeats; 0 is off.",
+            help="Tokens to draft where the text repeats; 0: off.",
         ),
     ] = None
     prefill_step_size: Annotated[
         int | None,
         typer.Option(
             rich_help_panel=PROMPT,
-            help="Prompt tokens to read in one pass.",
-            show_default="measured once; 512 for short prompts",
+            help="Prompt tokens to read in one pass.", show_default="measured",
         ),
     ] = None
     sparse_prefill: SparseMode = "off"
@@ -265,7 +253,6 @@ class DecodeOptions:
             "width": self.beam_width,
             "depth": self.beam_length,
             "nodes": self.nodes,
-            "mode": self.candidates,
             "lookup": self.lookup,
         }
         given = {name: value for name, value in asked.items() if value is not None}
@@ -280,7 +267,7 @@ class DecodeOptions:
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `stream_generate`; raises OptionError."""
         own = ["system_prompt", "thinking", "chat_template_config"]
-        own += ["beam_width", "beam_length", "nodes", "candidates", "lookup"]
+        own += ["beam_width", "beam_length", "nodes", "lookup"]
         own += [f"sparse_prefill_{name}" for name in ("config", "min_context", "tau")]
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in own:

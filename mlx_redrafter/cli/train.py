@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from mlx_redrafter.cli.net import Debug
-from mlx_redrafter.cli.options import Blas
+from mlx_redrafter.cli import net
 from mlx_redrafter.errors import OptionError, RedrafterError
 from mlx_redrafter.runtime.paths import expanded
 from mlx_redrafter.terminal import console
@@ -66,7 +65,7 @@ OPTIONS: dict[str, dict[str, str]] = {
 _SHORT = {"model": "-m", "out": "-o"}
 _RESULT = "Result"
 
-app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+command = typer.Typer(cls=net.Commands, add_completion=False)
 File = Annotated[
     Path | None,
     typer.Option(
@@ -139,7 +138,7 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     return flat
 
 
-@app.callback(invoke_without_command=True)
+@command.callback(invoke_without_command=True)
 @_with_options
 def train(
     given: dict[str, Any],
@@ -148,8 +147,6 @@ def train(
     estimate: Estimate = False,
     eval_prompts: EvalPrompts = None,
     eval_tokens: EvalTokens = None,
-    blas: Blas = None,
-    debug: Debug = False,
 ) -> None:
     """Train a drafter for any model, on this machine, from nothing but the model.
 
@@ -158,37 +155,33 @@ def train(
     Ctrl-C stops; the same command goes on.
     """
     evaluating = {"prompts": eval_prompts, "max_tokens": eval_tokens}
-    program = {"blas": blas, "debug": debug or None}
     if ctx.invoked_subcommand is not None:
         if estimate:
             raise OptionError("--estimate is for all stages: leave out the stage")
-        ctx.obj = (given, config, evaluating, program)
+        ctx.obj = (given, config, evaluating)
     elif estimate:
         _estimate(given, config, evaluating)
     else:
-        _stages(given, config, evaluating, program=program)
+        _stages(given, config, evaluating)
 
 
 def _stage(name: str, text: str) -> None:
     """Add the subcommand of one stage."""
 
-    def command(
+    def stage(
         given: dict[str, Any],
         ctx: typer.Context,
         config: File = None,
         eval_prompts: EvalPrompts = None,
         eval_tokens: EvalTokens = None,
-        blas: Blas = None,
-        debug: Debug = False,
     ) -> None:
-        before, file, asked, program = ctx.obj
+        before, file, asked = ctx.obj
         for key, value in (("prompts", eval_prompts), ("max_tokens", eval_tokens)):
             asked[key] = asked[key] if value is None else value
-        program = {"blas": blas or program["blas"], "debug": debug or program["debug"]}
-        _stages({**before, **given}, config or file, asked, name, program)
+        _stages({**before, **given}, config or file, asked, name)
 
-    command.__doc__ = text
-    app.command(name)(_with_options(command))
+    stage.__doc__ = text
+    command.command(name, cls=net.Command)(_with_options(stage))
 
 
 _stage("prompts", "Write the prompts, or take them from a file.")
@@ -202,7 +195,6 @@ def _stages(
     file: Path | None,
     evaluating: dict[str, int | None],
     only: str | None = None,
-    program: dict[str, Any] | None = None,
 ) -> None:
     asked = Evaluating.of(evaluating)
     config, before = folder.settle(given, file)
@@ -227,7 +219,7 @@ def _stages(
         except KeyboardInterrupt:
             console.note(
                 "stopped; what is done is kept. To go on: "
-                + _again(config.out, given, file, evaluating, only, program or {})
+                + _again(config.out, given, file, evaluating, only)
             )
             raise
     if only in (None, "fit", "evaluate"):
@@ -240,11 +232,10 @@ def _again(
     file: Path | None,
     evaluating: dict[str, int | None],
     only: str | None,
-    program: dict[str, Any],
 ) -> str:
     """The same command, with every flag: a folder in which nothing was begun remembers none."""
     asked = {f"eval_{name.removeprefix('max_')}": value for name, value in evaluating.items()}
-    options = {**given, "out": out, "config": file, **asked, **program}
+    options = {**given, "out": out, "config": file, **asked, "debug": net.debugging() or None}
     return lines.line("train", *([only] if only else []), **options)
 
 

@@ -5,9 +5,9 @@ loaded with RTLD_GLOBAL before `mlx.core` is imported takes its place. `native/r
 is such a library: it is fast and its bits equal those of the reference, whatever the number of
 rows. It is compiled at the first use, with the g++ that `mx.compile` on the CPU needs anyway.
 
-`MLX_REDRAFTER_BLAS` chooses: `auto` and `row-exact` are that library, `openblas` forwards every
-product to the `scipy-openblas32` wheel, `reference` leaves MLX as it is. What cannot be had falls
-back to `reference`, and `status()` says why.
+`MLX_REDRAFTER_BLAS` chooses: `row-exact`, which is also taken without it, is that library,
+`reference` leaves MLX as it is. What cannot be had falls back to `reference`, and `status()` says
+why.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib.util
 import os
 import platform
 import shutil
@@ -29,7 +28,7 @@ from mlx_redrafter.runtime import compiler as kernels
 from mlx_redrafter.runtime.paths import user_path
 
 VARIABLE = "MLX_REDRAFTER_BLAS"
-CHOICES = ("auto", "row-exact", "openblas", "reference")
+CHOICES = ("row-exact", "reference")
 
 _NATIVE = Path(__file__).parent / "native"
 _SOURCES = ("row_exact_gemm.cpp", "helper_threads.hpp")
@@ -43,8 +42,8 @@ _CPU_FIELDS = {
 class BlasStatus:
     """What multiplies matrices on the CPU.
 
-    `name` is "row-exact", "openblas", "reference" or "accelerate"; `detail` says from where, or
-    why nothing better could be had.
+    `name` is "row-exact", "reference" or "accelerate"; `detail` says from where, or why nothing
+    better could be had.
     """
 
     name: str
@@ -73,10 +72,10 @@ def status() -> BlasStatus:
     Raises OptionError for an unknown value of MLX_REDRAFTER_BLAS.
     """
     choice = os.environ.get(VARIABLE) or "auto"
-    if choice not in CHOICES:
+    if choice not in ("auto", *CHOICES):
         raise OptionError(
             f"{VARIABLE}={choice} is not a BLAS that this program knows: "
-            f"set it to one of {', '.join(CHOICES)}, or unset it"
+            f"set it to {' or '.join(CHOICES)}, or unset it"
         )
     if sys.platform == "darwin":
         return BlasStatus("accelerate", "macOS: MLX brings its own fast products")
@@ -90,7 +89,7 @@ def status() -> BlasStatus:
             "MLX was imported first; import mlx_redrafter before it, at the top of the program",
         )
     try:
-        return _use("openblas" if choice == "openblas" else "row-exact")
+        return _use()
     # The last two: no such home directory.
     except (_Unavailable, OSError, RuntimeError, OptionError) as reason:
         return BlasStatus("reference", str(reason))
@@ -130,37 +129,13 @@ def full_float32() -> None:
     os.environ["MLX_ENABLE_TF32"] = "0"
 
 
-def _use(name: str) -> BlasStatus:
-    openblas = _openblas_path()
-    if name == "openblas" and openblas is None:
-        raise _Unavailable("scipy-openblas32 is missing; run: pip install scipy-openblas32")
-    # An RTLD_GLOBAL library cannot be taken back: it is made global once it is known to work.
+def _use() -> BlasStatus:
     path = _library()
-    library = _open(path, ctypes.RTLD_LOCAL)
-    setup = library.mlx_redrafter_blas_setup
-    setup.argtypes, setup.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_int
-    if not setup(os.fsencode(openblas or ""), int(name == "openblas")):
-        raise _Unavailable(f"{openblas} has no usable scipy_cblas_sgemm")
-    _open(path, ctypes.RTLD_GLOBAL)
-    if name == "openblas":
-        return BlasStatus(name, str(openblas))
-    return BlasStatus(name, str(path))
-
-
-def _open(path: Path, mode: int) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(str(path), mode=mode)
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise _Unavailable(f"the compiled BLAS does not load: {error}") from error
-
-
-def _openblas_path() -> Path | None:
-    """The library inside the scipy-openblas32 wheel, found without importing (loading) it."""
-    spec = importlib.util.find_spec("scipy_openblas32")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for path in sorted(Path(folder, "lib").glob("libscipy_openblas.*")):
-            return path
-    return None
+    return BlasStatus("row-exact", str(path))
 
 
 def _library() -> Path:
@@ -215,7 +190,7 @@ def _build(compiler: str, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             output = Path(folder, path.name)
-            command = [compiler, *_flags(), str(_NATIVE / _SOURCES[0]), "-o", str(output), "-ldl"]
+            command = [compiler, *_flags(), str(_NATIVE / _SOURCES[0]), "-o", str(output)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             os.replace(output, path)
     except subprocess.CalledProcessError as error:

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -45,6 +45,21 @@ def machine() -> dict[str, Any]:
         "mlx_redrafter": mlx_redrafter.__version__,
         "mlx": importlib.metadata.version("mlx"),
         "mlx_lm": importlib.metadata.version("mlx-lm"),
+    }
+
+
+def conditions(model: Any, prompts: Sequence[Any] | None = None) -> dict[str, Any]:
+    """Model and machine; with prompts also their number, and the drafter."""
+    facts = machine()
+    drafter = model.drafter_folder.name if model.drafter_folder else None
+    return {
+        "model": model.name,
+        "dtype": str(model.target.dtype).removeprefix("mlx.core."),
+        **({} if prompts is None else {"drafter": drafter, "prompts": len(prompts)}),
+        "chip": facts["chip"],
+        "device": device(),
+        "mlx": facts["mlx"],
+        "blas": facts["blas"],
     }
 
 

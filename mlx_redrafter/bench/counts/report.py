@@ -6,16 +6,14 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
-import typer
 from rich.console import Console
 from rich.table import Table
 
-from mlx_redrafter.bench import reports
 from mlx_redrafter.bench.counts import host, metal, parts, sizes
 from mlx_redrafter.bench.counts.graph import metal_shaped
 from mlx_redrafter.decoding.engine import Engine
@@ -27,7 +25,7 @@ from mlx_redrafter.hub import resolve as hub
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.runtime.checks import at_least
 from mlx_redrafter.runtime.device import machine
-from mlx_redrafter.runtime.paths import BUILTIN
+from mlx_redrafter.terminal import tables
 from mlx_redrafter.tree.shape import TreeShape
 
 USUAL = TreeShape(3, 2, 8, lookup=7)  # what the policy mostly takes for the built-in model
@@ -46,20 +44,10 @@ class Budget:
     host: host.Host | None
 
 
-def main(
-    model: Annotated[str, typer.Option("--model", "-m")] = BUILTIN,
-    drafter: Annotated[str, typer.Option("--drafter", "-d")] = "auto",
-    shape: Annotated[
-        str | None, typer.Option(help="One more tree: width,length,nodes[,lookup].")
-    ] = None,
-    context: Annotated[int, typer.Option(help="Tokens in the cache.")] = 1024,
-    bits: Annotated[
-        int | None,
-        typer.Option(help="Count an unquantised model as one of so many bits; 16: as stored."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+def run(
+    model: str, drafter: str, shape: str | None, context: int, bits: int | None, as_json: bool
 ) -> None:
-    """Count what a decode step does. No Mac is needed; only host times are measured."""
+    """Count what a decode step does, and show it; no Mac is needed, only host times are measured."""
     at_least(1, context=context, bits=bits)
     shapes = (*SHAPES, *([_shape(shape)] if shape else []))
     folder = hub.resolve(model)
@@ -194,7 +182,7 @@ def _nonzero(kinds: Counter[str]) -> dict[str, int]:
 def _show(budgets: list[Budget], large: dict[str, Any], conditions: dict[str, Any]) -> None:
     out = Console(highlight=False)
     plain = budgets[0]
-    table = reports.table("a step", *(str(b.counts.shape) for b in budgets))
+    table = tables.table("a step", *(str(b.counts.shape) for b in budgets))
 
     def row(name: str, values: list[str], style: str | None = None) -> None:
         table.add_row(name, *values, style=style)
@@ -228,7 +216,7 @@ def _show(budgets: list[Budget], large: dict[str, Any], conditions: dict[str, An
 
 def _kinds(budgets: list[Budget]) -> Table:
     """Dispatches by kind; fused kernels are one kind."""
-    table = reports.table("dispatches by kind", *(str(b.counts.shape) for b in budgets))
+    table = tables.table("dispatches by kind", *(str(b.counts.shape) for b in budgets))
     grouped = []
     for budget in budgets:
         kinds = Counter[str]()
@@ -245,7 +233,7 @@ def _kinds(budgets: list[Budget]) -> Table:
 
 def _large(large: dict[str, Any]) -> Table:
     base = f"{large['target_bytes'] / _MB:.0f} MB of weights, {large['kv_bytes'] / _MB:.0f} of KV"
-    table = reports.table(
+    table = tables.table(
         "8B, 4 bits, vocabulary 128k", "MB of a 6-bit drafter", "of the plain step"
     )
     table.title, table.title_justify, table.title_style = base, "left", "dim"

@@ -1,7 +1,5 @@
 """What sparse prefill forgets: questions about long prompts, answered densely and sparsely.
 
-    python -m mlx_redrafter.bench.prefill.needles [--lengths "1024 2048"] [--patterns FILE] [--json FILE]
-
 Every case (`haystack.py`) is read densely and with each pattern, and answered greedily. Patterns
 are made to work on prompts this short: sparse from --min-context on, and a layer is dense only
 where nothing would be skipped. A case counts for a pattern where the dense answer is right.
@@ -14,22 +12,19 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.text import Text
 
 from mlx_redrafter.api import Model, load, stream_generate
-from mlx_redrafter.bench import reports
 from mlx_redrafter.bench.prefill.haystack import TASKS, Case, make
 from mlx_redrafter.cache.session import Session
-from mlx_redrafter.cli import net
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill, read_patterns
+from mlx_redrafter.runtime import device
 from mlx_redrafter.runtime.checks import at_least
-from mlx_redrafter.runtime.paths import expanded
-from mlx_redrafter.terminal import console
+from mlx_redrafter.terminal import console, tables
 from mlx_redrafter.text.template import render
 
 ANSWER = 20  # tokens
@@ -166,7 +161,7 @@ def show(outcomes: Sequence[Outcome]) -> None:
             same = "as densely" if given.tokens == o.dense.tokens else f"{given.same} tokens alike"
             facts = "" if way == "dense" else f", {same}, density {given.density:.2f}"
             console.show(f"  {way:<12}{mark}{facts}: {given.text.strip()!r}")
-    table = reports.table("task", "length", "cases", "right densely", *names, "identical answers")
+    table = tables.table("task", "length", "cases", "right densely", *names, "identical answers")
     for row in summary(outcomes):
         found = row["ways"]
         judged = [
@@ -175,7 +170,7 @@ def show(outcomes: Sequence[Outcome]) -> None:
         alike = ", ".join(str(found[w]["identical"]) if w in found else "-" for w in names)
         first = (row["task"], str(row["length"] or ""), str(row["cases"]), str(row["dense_right"]))
         table.add_row(*first, *judged, alike)
-    reports.show("\nRight, of what is right densely", table)
+    tables.show("\nRight, of what is right densely", table)
 
 
 def cases(
@@ -201,27 +196,20 @@ def numbers(text: str, what: str) -> list[float]:
         raise OptionError(f"--{what} {text!r} is not possible: give numbers") from None
 
 
-def main(
-    model: str = "smollm2-135m",
-    lengths: str = "1024 2048",
-    depths: str = "0.1 0.5 0.9",
-    tasks: Annotated[str, typer.Option(help="Names with commas between.")] = ",".join(TASKS),
-    seeds: Annotated[int, typer.Option(help="Cases of every task, length and depth.")] = 1,
-    min_context: Annotated[int, typer.Option(help="What is before that is read densely.")] = 512,
-    patterns: Annotated[
-        Path | None,
-        typer.Option(
-            callback=expanded, help="A file for mode minference, as prefill-search writes it."
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--json", callback=expanded, help="Write all of it there.")
-    ] = None,
+def run(
+    model: str,
+    lengths: str,
+    depths: str,
+    tasks: str | None,
+    seeds: int,
+    min_context: int,
+    patterns: Path | None,
+    output: Path | None,
 ) -> None:
-    """Answer questions about long prompts densely and with every sparse prefill."""
+    """Answer questions about long prompts densely and with every sparse prefill, and show it."""
     at_least(1, seeds=seeds, min_context=min_context)
     compared = ways(min_context, patterns)
-    chosen = [task.strip() for task in tasks.split(",")]
+    chosen = [task.strip() for task in tasks.split(",")] if tasks else list(TASKS)
     loaded, tokenizer = load(model, None)
 
     def count(text: str) -> int:
@@ -230,8 +218,8 @@ def main(
     sizes = [int(n) for n in numbers(lengths, "lengths")]
     asked = list(cases(chosen, sizes, numbers(depths, "depths"), seeds, count))
     outcomes: list[Outcome] = []
-    facts = {**reports.conditions(loaded), "min_context": min_context}
-    with reports.progress(len(asked)) as step:
+    facts = {**device.conditions(loaded), "min_context": min_context}
+    with tables.progress(len(asked)) as step:
         for case in asked:
             outcomes.append(answer_all(loaded, tokenizer, case, compared))
             step()
@@ -248,7 +236,3 @@ def write(file: Path, outcomes: Sequence[Outcome], facts: dict[str, Any]) -> Non
         file.write_text(json.dumps(found, indent=1) + "\n")
     except OSError as error:
         raise OptionError(f"{file} cannot be written ({error.strerror})") from None
-
-
-if __name__ == "__main__":
-    net.run_module(main)

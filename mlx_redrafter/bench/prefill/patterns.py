@@ -1,4 +1,4 @@
-"""`mlx-redrafter prefill-search`: which sparse pattern fits which head of a model, as a file."""
+"""`mlx-redrafter bench patterns`: which sparse pattern fits which head of a model, as a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 from rich.table import Table
 
 from mlx_redrafter.api import Model, load
-from mlx_redrafter.bench import reports
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.errors import OptionError
@@ -23,7 +22,8 @@ from mlx_redrafter.prefill.reading import USUAL, parts, read
 from mlx_redrafter.prefill.search import CANDIDATES, Found, Search, split
 from mlx_redrafter.prefill.selectors import Chunk, Selection
 from mlx_redrafter.prefill.sparse import SparseAttention
-from mlx_redrafter.terminal import console
+from mlx_redrafter.runtime import device
+from mlx_redrafter.terminal import console, tables
 
 Results = Sequence[dict[int, Found]]
 LATE = 0.75  # of the length: keys before a query of the second half, on average
@@ -48,7 +48,7 @@ def run(
     tokens = list(tokenizer.encode(source))
     check_length(length, density, len(tokens), config)
     passes = len(list(_sparse_parts(length))) * sum(not w for w in config.layer_windows)
-    with reports.progress(passes) as step:
+    with tables.progress(passes) as step:
         results, alone = search(loaded, tokens[:length], density, step)
     patterns, scores = split(results)
     try:
@@ -59,10 +59,10 @@ def run(
         draw(results, plot)
     facts = summary(results, alone)
     if as_json:
-        conditions = reports.conditions(loaded)
+        conditions = device.conditions(loaded)
         print(json.dumps({**facts, "length": length, "density": density, **conditions}))
         return
-    reports.show("What fits the heads", shown(facts))
+    tables.show("What fits the heads", shown(facts))
     windows = sum(w > 0 for w in config.layer_windows)
     if windows:
         console.note(
@@ -179,7 +179,7 @@ def means(found: Sequence[Found]) -> dict[str, float | int]:
 
 def shown(facts: dict[str, Any]) -> Table:
     """A row per candidate, were it every head's; the last row is what was written."""
-    table = reports.table(
+    table = tables.table(
         "candidate", "best of", "fits", "recall", "worst 5 %", "output error", "density"
     )
     for row in facts["candidates"]:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_redrafter.bench.prefill import controls
-from mlx_redrafter.bench.reports import show as show_table
-from mlx_redrafter.bench.reports import table
 from mlx_redrafter.prefill.sparse import SELECTORS
 from mlx_redrafter.terminal import console
+from mlx_redrafter.terminal.tables import show as show_table
+from mlx_redrafter.terminal.tables import table
 
 Row = Mapping[str, Any]
 # Of the conditions, what stands below the tables; the rest is in the file.

@@ -14,7 +14,6 @@ from typing import Any, cast, get_args
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.api import Model, load
-from mlx_redrafter.bench import reports
 from mlx_redrafter.bench.prefill import layer, material, quality, report, whole
 from mlx_redrafter.bench.prefill.plots import draw
 from mlx_redrafter.errors import OptionError
@@ -23,7 +22,7 @@ from mlx_redrafter.evaluation.prompts import MANUAL
 from mlx_redrafter.prefill.config import Mode, SparsePrefill
 from mlx_redrafter.runtime.checks import at_least
 from mlx_redrafter.runtime.device import machine
-from mlx_redrafter.terminal import console
+from mlx_redrafter.terminal import console, tables
 
 BLOCK = SparsePrefill().block
 SHORTEST = 4 * BLOCK
@@ -143,7 +142,7 @@ def _lengths(
         options = SparsePrefill(mode, min_context=BLOCK, max_density=1) if mode else None
         whole.timed(model.target, prompt[: SHORTEST + 1], mode or whole.DENSE, options)
     turns = len(lengths) * (1 + rounds * (1 + len(settings.modes)))
-    with reports.progress(turns) as step:
+    with tables.progress(turns) as step:
         for length in lengths:
             for row in _length(model, prompt[: length + 1], rounds, settings, step):
                 document["lengths"] = [*document["lengths"][: lengths.index(length)], row]
@@ -197,7 +196,7 @@ def _layer(
     chunk = layer.real_chunk(model.target, prompt, number, settings.prefix)
     rounds = settings.rounds or 7
     ways = layer.ways(settings.modes)
-    with reports.progress(rounds + 1) as step:
+    with tables.progress(rounds + 1) as step:
         found = layer.measure(chunk, ways, number, rounds, step)
     document["layer"] = {
         "layer": number,

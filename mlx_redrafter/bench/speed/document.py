@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_redrafter.api import Model
-from mlx_redrafter.bench import reports
 from mlx_redrafter.bench.speed import divergence, summary
 from mlx_redrafter.bench.speed.compare import Turn
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.evaluation.prompts import Prompt
 from mlx_redrafter.models.weights import read_json
-from mlx_redrafter.runtime.device import machine
+from mlx_redrafter.runtime import device
 
 FILE = "bench.json"
 SPEED, SWEEP, DIVERGENCE = "speed", "sweep", "divergence"
@@ -91,10 +90,10 @@ def conditions(
     model: Model, file: Path, prompts: Sequence[Prompt], options: dict[str, Any]
 ) -> dict[str, Any]:
     """What has to be known to read the figures, or to measure them again."""
-    here = machine()
+    here = device.machine()
     block = read_json(model.folder / "config.json").get("quantization")
     return {
-        **reports.conditions(model, list(prompts)),
+        **device.conditions(model, list(prompts)),
         "bits": block["bits"] if block else 8 * model.target.dtype.size,
         "mlx_lm": here["mlx_lm"],
         "mlx_redrafter": here["mlx_redrafter"],

@@ -7,12 +7,12 @@ from typing import Any
 
 from rich.console import Console
 
-from mlx_redrafter.bench.reports import show, table
 from mlx_redrafter.bench.speed.document import DIVERGENCE, SWEEP, Document
 from mlx_redrafter.bench.speed.summary import ALL
 from mlx_redrafter.bench.speed.sweep import best, cells
 from mlx_redrafter.bench.speed.ways import AUTOMATIC, PERFECT_NAME, PLAIN
 from mlx_redrafter.terminal import console
+from mlx_redrafter.terminal.tables import show, table
 
 Row = Mapping[str, Any]
 # Of the conditions, what stands below a table; the rest is in the file.

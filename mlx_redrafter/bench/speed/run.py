@@ -13,7 +13,6 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.api import Model, load
-from mlx_redrafter.bench import reports
 from mlx_redrafter.bench.speed import divergence, document, plots, report, sweep, ways
 from mlx_redrafter.bench.speed.compare import Comparison, Encoded
 from mlx_redrafter.bench.speed.document import DIVERGENCE, SPEED, SWEEP, Document
@@ -21,7 +20,7 @@ from mlx_redrafter.errors import OptionError
 from mlx_redrafter.evaluation.prompts import Prompt, prompt_file, read_prompts
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.runtime.checks import at_least
-from mlx_redrafter.terminal import console
+from mlx_redrafter.terminal import console, tables
 from mlx_redrafter.tree.shape import TreeShape
 
 # Prompts, tokens per answer and rounds where none are given: a few minutes on two cores.
@@ -184,7 +183,7 @@ def _compare(
             )
         comparison.perfect = options.perfect
         source = comparison.turns(prompts)
-    with reports.progress(turns) as step:
+    with tables.progress(turns) as step:
         for turn in source:
             result.add(turn)
             if options.output is not None:
@@ -204,7 +203,7 @@ def _divergence(
     drafted = [ways.automatic(model, tokens, 0)]
     drafted += [ways.ours(model, shape, tokens, 0) for shape in shapes]
     compared = []
-    with reports.progress(len(prompts) * len(drafted)) as step:
+    with tables.progress(len(prompts) * len(drafted)) as step:
         for one in divergence.compare(model, prompts, drafted, tokens):
             compared.append(one)
             result.divergences(compared)

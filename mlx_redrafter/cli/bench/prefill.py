@@ -1,4 +1,4 @@
-"""`mlx-redrafter prefill-bench`: its options. Nothing heavy is imported before they are read."""
+"""`mlx-redrafter bench prefill`: its options."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ from typing import Annotated
 
 import typer
 
-from mlx_redrafter.cli.net import Debug
-from mlx_redrafter.cli.options import Blas, ModelName
-from mlx_redrafter.runtime.paths import expanded
-
-app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+from mlx_redrafter.cli.options import ModelName
+from mlx_redrafter.runtime.paths import BUILTIN, expanded
 
 
-@app.command()
-def prefill_bench(
-    model: ModelName = "smollm2-135m",
+def command(
+    model: ModelName = BUILTIN,
     lengths: Annotated[
         str, typer.Option(help="Prompt lengths in tokens, multiples of 128.")
     ] = "2048,4096,8192",
@@ -62,8 +58,6 @@ def prefill_bench(
         Path | None,
         typer.Option(callback=expanded, help="Draw time by length into this PNG or SVG file."),
     ] = None,
-    blas: Blas = None,
-    debug: Debug = False,
 ) -> None:
     """Compare dense and sparse reading of a long prompt on this machine.
 

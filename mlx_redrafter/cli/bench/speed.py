@@ -1,4 +1,4 @@
-"""`mlx-redrafter bench`: its options. Nothing heavy is imported before they are read."""
+"""`mlx-redrafter bench speed`: its options."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from mlx_redrafter.cli.net import Debug
 from mlx_redrafter.cli.options import (
-    Blas,
     DrafterName,
+    Json,
     ModelName,
     SparseConfig,
     SparseMinContext,
@@ -21,16 +20,13 @@ from mlx_redrafter.cli.options import (
     sparse_prefill as sparse_options,
 )
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.runtime.paths import expanded
+from mlx_redrafter.runtime.paths import BUILTIN, expanded
 
 COMPARED, INSTEAD = "What is compared", "Instead of timing"
 
-app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 
-
-@app.command()
-def bench(
-    model: ModelName = "smollm2-135m",
+def command(
+    model: ModelName = BUILTIN,
     drafter: DrafterName = "auto",
     against: Annotated[
         str | None,
@@ -131,9 +127,7 @@ def bench(
             help="Measure nothing: show the results in such a folder again.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
-    blas: Blas = None,
-    debug: Debug = False,
+    as_json: Json = False,
 ) -> None:
     """Time mlx_lm, plain and drafted decoding, in turns in one process.
 

@@ -11,11 +11,8 @@
 //   A W^T  (x @ W.T, Q @ K^T):  sum = 0; sum += A[m][l] * W[n][l]; C = alpha * sum + beta * C
 //   A B    (P @ V):             C = beta * C; C += (alpha * A[m][l]) * B[l][n]
 // A transposed A occurs in training only and is copied first.
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <cstdlib>
-#include <string>
 #include <vector>
 
 #include "helper_threads.hpp"
@@ -195,34 +192,14 @@ void run(Gemm& g) {
   for (long t = 0; t < g.tickets; ++t) run_ticket(g, t);
 }
 
-using Sgemm = void(int, int, int, int, int, int, float, const float*, int, const float*, int, float,
-                   float*, int);
 constexpr int ROW_MAJOR = 101, NO_TRANS = 111;
-std::string openblas_path;
-bool forward_all = false;
-
-Sgemm* openblas() {  // loaded at the first use: inference never needs it
-  static Sgemm* const found = [] {
-    void* lib = openblas_path.empty() ? nullptr : dlopen(openblas_path.c_str(), RTLD_NOW);
-    return lib ? reinterpret_cast<Sgemm*>(dlsym(lib, "scipy_cblas_sgemm")) : nullptr;
-  }();
-  return found;
-}
 
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Where OpenBLAS is ("" = nowhere), and whether it takes all products. Returns 0 if it cannot.
-EXPORT int mlx_redrafter_blas_setup(const char* path, int all) {
-  openblas_path = path;
-  forward_all = all && openblas();
-  return !all || forward_all;
-}
-
 EXPORT void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float* a,
                         int lda, const float* b, int ldb, float beta, float* c, int ldc) {
-  if (forward_all) return openblas()(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
   if (order != ROW_MAJOR)  // the transposed product is row-major
     return cblas_sgemm(ROW_MAJOR, tb, ta, n, m, k, alpha, b, ldb, a, lda, beta, c, ldc);
   if (m <= 0 || n <= 0) return;

@@ -1,32 +1,37 @@
-"""One prompt answered: the text on stdout, what a person reads beside it on stderr."""
+"""`mlx-redrafter generate`: the text on stdout, what a person reads beside it on stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlx_redrafter.cli import remarks
+from mlx_redrafter.cli import question, remarks
 from mlx_redrafter.cli.answer_writer import AnswerWriter
-from mlx_redrafter.cli.options import DecodeOptions
+from mlx_redrafter.cli.options import DecodeOptions, Json, ModelOptions, Quiet, Verbose
+from mlx_redrafter.cli.question import Question, Raw
 from mlx_redrafter.terminal import console
 from mlx_redrafter.terminal.progress import Waiting
-from mlx_redrafter.text.template import has_template, prompt_ids
+
+if TYPE_CHECKING:
+    from mlx_redrafter.text.answer import GenerationResponse
 
 
-def read(model: Any, tokenizer: Any, text: str, options: DecodeOptions, raw: bool) -> Any:
-    """The question as the model reads it: token ids, or with ``raw`` the text itself.
-
-    A base model continues the text too, and that is said.
-    """
-    if raw:
-        return text
-    if not has_template(tokenizer):
-        console.note(remarks.no_template(model.name, options.system_prompt))
-    system = options.system_prompt
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": text})
-    return prompt_ids(tokenizer, messages, options.template_config(tokenizer))
+def command(
+    *,
+    prompt: Question = None,
+    source: ModelOptions,
+    options: DecodeOptions,
+    raw: Raw = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Answer one question: the text on stdout, statistics on stderr."""
+    text = question.asked(prompt)
+    options.check(raw)
+    model, tokenizer = source.load(options.tree())
+    run(model, tokenizer, text, options, raw=raw, as_json=as_json, quiet=quiet, verbose=verbose)
 
 
 def run(
@@ -47,7 +52,7 @@ def run(
         console.note(remarks.no_drafter(model.name))
     if not raw:
         options = options.for_model(tokenizer, model.target.config.max_positions)
-    prompt = read(model, tokenizer, text, options, raw)
+    prompt = question.read(model, tokenizer, text, options, raw)
     writer = AnswerWriter.after(tokenizer, prompt, terminal=sys.stdout.isatty())
     pieces, tokens, last = [], [], None
     waiting = Waiting()
@@ -69,9 +74,7 @@ def run(
     assert last is not None, "a generation yields at least one response"
     answer = "".join(pieces)
     if as_json:
-        from mlx_redrafter.bench import reports
-
-        print(json.dumps(reports.answer(model, options.seed, answer, tokens, last)))
+        print(json.dumps(_as_dict(model, options.seed, answer, tokens, last)))
     else:
         writer.close()
         console.write("\n")
@@ -82,3 +85,24 @@ def run(
         console.note(remarks.summary(last))
         if verbose:
             console.note(remarks.details(last.stats))
+
+
+def _as_dict(
+    model: Any, seed: int, text: str, tokens: list[int], last: GenerationResponse
+) -> dict[str, Any]:
+    from mlx_redrafter.runtime.device import device
+
+    return {
+        "text": text,
+        "tokens": tokens,
+        "finish_reason": last.finish_reason,
+        "prompt_tokens": last.prompt_tokens,
+        "prompt_tps": round(last.prompt_tps, 2),
+        "generation_tps": round(last.generation_tps, 2),
+        "peak_memory_gb": round(last.peak_memory, 3),
+        "stats": last.stats.as_dict(),
+        "model": model.name,
+        "drafter": str(model.drafter_folder) if model.drafter_folder else None,
+        "device": device(),
+        "seed": seed,
+    }

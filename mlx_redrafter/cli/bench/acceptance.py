@@ -1,0 +1,29 @@
+"""`mlx-redrafter bench acceptance`: its options."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mlx_redrafter.cli.options import DrafterName, Json, ModelName, PromptFile
+from mlx_redrafter.runtime.paths import BUILTIN
+
+
+def command(
+    model: ModelName = BUILTIN,
+    drafter: DrafterName = "auto",
+    prompts: PromptFile = None,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of prompts in total, spread over the groups.", show_default="all"
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    as_json: Json = False,
+) -> None:
+    """Measure a drafter's tokens per step, by prompt group, tree and temperature."""
+    from mlx_redrafter.evaluation import acceptance
+
+    acceptance.run(model, drafter, prompts, count, max_tokens, as_json)
