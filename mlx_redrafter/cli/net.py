@@ -95,6 +95,13 @@ class _Net:
         *own, shown_help = super().get_params(ctx)  # type: ignore[misc]
         return [*own, _DEBUG, shown_help]
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)  # type: ignore[misc, no-any-return]
+        except _UsageError as error:
+            error.ctx = error.ctx or ctx  # whose --help is the one to see
+            raise
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print it; nothing is left to the formatter."""
         help_page.show(self, ctx, self.rows(ctx))

@@ -123,9 +123,7 @@ class DecodeOptions:
             show_default="512; up to 4096 if it thinks",
         ),
     ] = None
-    temp: Annotated[
-        float, typer.Option(help="0 takes the likeliest token; more varies.")
-    ] = 0.0
+    temp: Annotated[float, typer.Option(help="0 takes the likeliest token; more varies.")] = 0.0
     system_prompt: Annotated[
         str | None, typer.Option(help="Instructions that come before the question.")
     ] = None
@@ -150,15 +148,11 @@ class DecodeOptions:
     ] = 0
     top_p: Annotated[
         float,
-        typer.Option(
-            rich_help_panel=SAMPLING, help="Keep the likeliest up to this share; 0: off."
-        ),
+        typer.Option(rich_help_panel=SAMPLING, help="Keep the likeliest up to this share; 0: off."),
     ] = 0.0
     top_k: Annotated[
         int,
-        typer.Option(
-            rich_help_panel=SAMPLING, help="Keep this many of the likeliest; 0: off."
-        ),
+        typer.Option(rich_help_panel=SAMPLING, help="Keep this many of the likeliest; 0: off."),
     ] = 0
     min_p: Annotated[
         float,
@@ -208,9 +202,7 @@ class DecodeOptions:
     ] = None
     beam_width: Annotated[
         int | None,
-        typer.Option(
-            rich_help_panel=DRAFTING, help="Branches of the drafted tree; 1: a chain."
-        ),
+        typer.Option(rich_help_panel=DRAFTING, help="Branches of the drafted tree; 1: a chain."),
     ] = None
     beam_length: Annotated[
         int | None,
@@ -237,7 +229,8 @@ class DecodeOptions:
         int | None,
         typer.Option(
             rich_help_panel=PROMPT,
-            help="Prompt tokens to read in one pass.", show_default="measured",
+            help="Prompt tokens to read in one pass.",
+            show_default="measured",
         ),
     ] = None
     sparse_prefill: SparseMode = "off"

@@ -193,7 +193,17 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[st
     file = tmp_path / "prompts.jsonl"
     rows = [{"prompt": p, "category": c} for p, c in (("One", "chat"), ("Two", "code"))]
     file.write_text("\n".join(map(json.dumps, rows)))
-    yield ["bench", "--prompts", str(file), "--max-tokens", "12", "--rounds", "1", "--no-perfect"]
+    yield [
+        "bench",
+        "speed",
+        "--prompts",
+        str(file),
+        "--max-tokens",
+        "12",
+        "--rounds",
+        "1",
+        "--no-perfect",
+    ]
 
 
 def test_a_run_writes_figures_and_plots(command: list[str], tmp_path: Path) -> None:
@@ -209,7 +219,7 @@ def test_a_run_writes_figures_and_plots(command: list[str], tmp_path: Path) -> N
     known = found.conditions
     assert (known["dtype"], known["bits"], known["prompts"]) == ("float32", 32, 2)
     assert len(known["prompt_sha256"]) == 64 and known["temps"] == [0.0, 0.8]
-    again = CliRunner().invoke(cli.app, ["bench", "--plot-only", str(out)])
+    again = CliRunner().invoke(cli.app, ["bench", "speed", "--plot-only", str(out)])
     assert again.stdout == result.stdout
 
 
@@ -269,7 +279,7 @@ def test_another_drafter_is_measured_in_the_same_turns(command: list[str], tmp_p
     ],
 )
 def test_wrong_options_are_one_line(arguments: list[str], message: str) -> None:
-    result = CliRunner().invoke(cli.app, ["bench", *arguments])
+    result = CliRunner().invoke(cli.app, ["bench", "speed", *arguments])
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ") and message in result.stderr
 
@@ -307,7 +317,7 @@ def test_sparse_options_that_make_no_sense_are_refused_in_one_line(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch, given: list[str], said: str
 ) -> None:
     monkeypatch.setattr(measuring, "load", lambda *_, **__: (tiny_model, Tokenizer()))
-    result = CliRunner().invoke(cli.app, ["bench", "--count", "1", *given])
+    result = CliRunner().invoke(cli.app, ["bench", "speed", "--count", "1", *given])
     assert result.exit_code == 1 and said in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 

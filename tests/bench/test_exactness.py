@@ -1,4 +1,4 @@
-"""`python -m mlx_redrafter.bench.exactness`: what it compares, and in which precision."""
+"""`bench exactness`: what it compares, and in which precision."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-import typer
 from mlx_lm.utils import load_model as load_mlx_lm
 from tiny_chat import write_chat_model
+from typer.testing import CliRunner
 
 from mlx_redrafter.bench import exactness
+from mlx_redrafter.cli import main as cli
 from mlx_redrafter.evaluation.prompts import Prompt
 
 
@@ -27,10 +28,11 @@ def sixteen_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def run(model: Path, report: Path) -> None:
-    exactness.main(
-        str(model), count=2, max_tokens=24, sampled=2, sampled_tokens=8, shard="0/1", output=report
-    )
+def run(model: Path, report: Path) -> int:
+    """The exit code."""
+    given = ["--count", "2", "--max-tokens", "24", "--sampled", "2", "--sampled-tokens", "8"]
+    line = ["bench", "exactness", "--model", str(model), *given, "--json", str(report)]
+    return CliRunner().invoke(cli.app, line).exit_code
 
 
 def test_both_models_are_compared_in_float32(
@@ -41,7 +43,7 @@ def test_both_models_are_compared_in_float32(
     assert {v.dtype for v in reference.model.layers[0].self_attn.q_proj.parameters().values()} == {
         mx.float32
     }
-    run(sixteen_bits, tmp_path / "report.json")
+    assert run(sixteen_bits, tmp_path / "report.json") == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["differences"] == []
     assert report["compared"]["greedy: plain against mlx_lm"] == 2
@@ -53,9 +55,8 @@ def test_a_reference_as_stored_would_differ(
     sixteen_bits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exactness, "load_reference", lambda folder: load_mlx_lm(folder)[0])
-    with pytest.raises(typer.Exit) as ended:
-        run(sixteen_bits, tmp_path / "report.json")
-    assert ended.value.exit_code == 1
+    assert run(sixteen_bits, tmp_path / "report.json") == 1
+    assert json.loads((tmp_path / "report.json").read_text())["differences"]
 
 
 def test_a_report_says_where_the_first_difference_is() -> None:

@@ -123,7 +123,7 @@ def test_the_command_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixtu
     """Random weights answer nothing right; the cases are run, listed and counted all the same."""
     folder = write_chat_model(tmp_path / "model")
     output = tmp_path / "needles.json"
-    needles.main(
+    needles.run(
         str(folder), lengths="1500", depths="0.5", tasks="single, tracking", seeds=1,
         min_context=256, patterns=None, output=output,
     )  # fmt: skip

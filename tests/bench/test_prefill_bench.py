@@ -1,4 +1,4 @@
-"""prefill-bench on tiny models: what is kept, the controls, what is written. No time is judged."""
+"""`bench prefill` on tiny models: what is kept, the controls, what is written. No time is judged."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def tiny(byte_target: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def bench(*arguments: Any) -> Any:
-    return CliRunner().invoke(cli.app, ["prefill-bench", *map(str, arguments)])
+    return CliRunner().invoke(cli.app, ["bench", "prefill", *map(str, arguments)])
 
 
 def test_the_command_compares_writes_and_draws(tiny: None, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def invoke(*arguments: object) -> Any:
-    return CliRunner().invoke(cli.app, ["prefill-search", *map(str, arguments)])
+    return CliRunner().invoke(cli.app, ["bench", "patterns", *map(str, arguments)])
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -80,9 +80,9 @@ def test_commands_change_the_next_answer() -> None:
     assert talk.command("/set stop END") == Reply("stop = ['END']")
     assert talk.command("/set repetition_penalty 1.2") == Reply("repetition_penalty = 1.2")
     assert talk.command("/set repetition_penalty off") == Reply("repetition_penalty = off")
+    assert talk.command("/set lookup 3") == Reply("lookup = 3")
+    assert talk.command("/set lookup off") == Reply("lookup = default")
     assert talk.command("/set beam_width 2").text == "beam_width = 2"
-    assert talk.command("/set candidates beams") == Reply("candidates = beams")
-    assert talk.command("/set candidates off") == Reply("candidates = default")
     assert talk.command("/set logit_bias 42=-5") == Reply("logit_bias = ['42=-5']")
     assert talk.command("/set sparse_prefill xattention").text == "sparse_prefill = xattention"
     assert talk.arguments()["sparse_prefill"].mode == "xattention"
@@ -109,7 +109,6 @@ def test_commands_change_the_next_answer() -> None:
         ("/set temp -1", "temp -1.0 is not possible: use 0 to 100"),
         ("/set max_tokens 0", "max_tokens 0 is not possible: use 1 or more"),
         ("/set nodes 99", "99 nodes are not possible with beam width 3, beam length 4"),
-        ("/set candidates x", "candidate mode 'x' is unknown: use trellis or beams"),
         (
             "/set sparse_prefill x",
             "sparse prefill: mode 'x' is not possible: use off, a_shape, tri_shape, trianglemix, "

@@ -141,7 +141,7 @@ def test_every_option_reaches_the_generation(runner: CliRunner, model: FakeModel
         " --presence-penalty 0.2 --presence-context-size 31 --frequency-penalty 0.3"
         " --frequency-context-size 32 --logit-bias 42=-5 --logit-bias 7=1.5 --seed 3 --stop END"
         " --stop FIN --system-prompt Hi --beam-width 4 --beam-length 5 --nodes 16"
-        " --candidates beams --lookup 3 --prefill-step-size 64 --sparse-prefill xattention"
+        " --lookup 3 --prefill-step-size 64 --sparse-prefill xattention"
         " --sparse-prefill-min-context 4096 --sparse-prefill-tau 0.8 Capital?"
     )
     result = runner.invoke(cli.app, line.split())
@@ -164,7 +164,7 @@ def test_every_option_reaches_the_generation(runner: CliRunner, model: FakeModel
         "seed": 3,
         "stop": ("END", "FIN"),
         "prefill_step_size": 64,
-        "tree": TreeShape(width=4, depth=5, nodes=16, mode="beams", lookup=3),
+        "tree": TreeShape(width=4, depth=5, nodes=16, lookup=3),
         "sparse_prefill": SparsePrefill("xattention", tau=0.8, min_context=4096),
     }
 
@@ -236,7 +236,7 @@ def test_an_empty_prompt_is_an_error(runner: CliRunner, model: FakeModel, text: 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["generate", "--temp", "warm", "x"], ["generate", "--candidates", "x", "x"], ["nonsense"]],
+    [["generate", "--temp", "warm", "x"], ["generate", "--sparse-prefill", "x", "x"], ["nonsense"]],
 )
 def test_wrong_usage_exits_with_2(
     runner: CliRunner, model: FakeModel, arguments: list[str]
@@ -285,29 +285,6 @@ def test_a_closed_pipe_is_quiet() -> None:
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(30) == 128 + signal.SIGPIPE
-
-
-def test_blas_starts_the_program_again_once(
-    runner: CliRunner, model: FakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[list[str]] = []
-
-    def execv(path: str, arguments: list[str]) -> None:
-        started.append(arguments)
-        raise SystemExit(0)  # a process that was replaced does not come back
-
-    monkeypatch.setattr(os, "execv", execv)
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(sys, "orig_argv", ["python", "mlx-redrafter", "generate", "x"])
-    monkeypatch.setenv("MLX_REDRAFTER_BLAS", "auto")
-    line = ["generate", "--blas", "reference", "x"]
-    runner.invoke(cli.app, line)
-    assert started == [[sys.executable, "mlx-redrafter", "generate", "x"]]
-    assert os.environ["MLX_REDRAFTER_BLAS"] == "reference"
-    assert model.loaded == []
-    assert runner.invoke(cli.app, line).exit_code == 0
-    assert len(started) == 1
-    assert runner.invoke(cli.app, ["generate", "--blas", "fast", "x"]).exit_code == 2
 
 
 def test_a_warning_of_the_library_is_one_line(runner: CliRunner, model: FakeModel) -> None:

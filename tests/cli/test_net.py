@@ -15,10 +15,9 @@ from mlx_redrafter.cli import chat, net
 from mlx_redrafter.cli import main as cli
 from mlx_redrafter.cli.options import DecodeOptions
 from mlx_redrafter.errors import HubError, OptionError
-from mlx_redrafter.hub import resolve as hub
 from mlx_redrafter.runtime import blas
 from mlx_redrafter.runtime.checks import at_least
-from mlx_redrafter.runtime.paths import user_path, write_whole
+from mlx_redrafter.runtime.paths import cache_dir, user_path, write_whole
 from mlx_redrafter.terminal import console
 
 NOBODY = "~nobody_by_this_name/file"
@@ -79,7 +78,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2() -> None:
         (["train", "nonsense"], "no such command 'nonsense' (see root train --help)"),
     ):
         assert said(*arguments, prog_name="root") == (2, f"error: {line}\n")
-    for arguments in (["generate", "--temp", "warm", "x"], ["bench", "--nonsense"]):
+    for arguments in (["generate", "--temp", "warm", "x"], ["bench", "speed", "--nonsense"]):
         code, err = said(*arguments)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
     assert "Usage" in CliRunner().invoke(cli.app, []).output
@@ -92,14 +91,14 @@ def test_wrong_usage_is_one_line_and_exit_code_2() -> None:
         ["generate", "-d", NOBODY, "x"],
         ["generate", "--sparse-prefill", "minference", "--sparse-prefill-config", NOBODY, "x"],
         ["info", NOBODY],
-        ["acceptance", "--prompts", NOBODY],
+        ["bench", "acceptance", "--prompts", NOBODY],
         ["race", "--save-svg", NOBODY, "x"],
-        ["tune", "--plot", NOBODY],
-        ["prefill-search", "--out", NOBODY],
-        ["prefill-search", "--out", "x", "--text", NOBODY],
-        ["bench", "--output", NOBODY],
-        ["bench", "--prompts", NOBODY],
-        ["prefill-bench", "--json", NOBODY],
+        ["bench", "budget", "--plot", NOBODY],
+        ["bench", "patterns", "--out", NOBODY],
+        ["bench", "patterns", "--out", "x", "--text", NOBODY],
+        ["bench", "speed", "--output", NOBODY],
+        ["bench", "speed", "--prompts", NOBODY],
+        ["bench", "prefill", "--json", NOBODY],
         ["convert", NOBODY, "-o", "x"],
         ["convert", "x", "-o", NOBODY],
         ["train", "--out", NOBODY],
@@ -140,20 +139,20 @@ def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("MLX_REDRAFTER_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", nobody)
-    assert hub.cache_dir().name == f"mlx-redrafter-{os.getuid()}"
+    assert cache_dir().name == f"mlx-redrafter-{os.getuid()}"
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["acceptance", "--count", "0"], "count 0 is not possible: use 1 or more"),
-        (["acceptance", "--max-tokens", "-3"], "max_tokens -3 is not possible: use 1 or more"),
+        (["bench", "acceptance", "--count", "0"], "count 0 is not possible: use 1 or more"),
+        (["bench", "acceptance", "--max-tokens", "-3"], "max_tokens -3 is not possible: use 1 or more"),
         (["demo", "--max-tokens", "0"], "max_tokens 0 is not possible: use 1 or more"),
         (["info", "--context", "0"], "context 0 is not possible: use 1 or more"),
-        (["bench", "--count", "0"], "--count 0 is not possible: use 1 or more"),
-        (["bench", "--rounds", "-1"], "--rounds -1 is not possible: use 1 or more"),
+        (["bench", "speed", "--count", "0"], "--count 0 is not possible: use 1 or more"),
+        (["bench", "speed", "--rounds", "-1"], "--rounds -1 is not possible: use 1 or more"),
         (["train", "--eval-prompts", "0"], "eval_prompts 0 is not possible: use 1 or more"),
-        (["prefill-bench", "--min-context", "0"], "--min-context 0 is not possible: use 1 or more"),
+        (["bench", "prefill", "--min-context", "0"], "--min-context 0 is not possible: use 1 or more"),
         (["generate", "--system-prompt", "\udce9", "x"],
          "the system prompt is not UTF-8 text: convert it first (iconv)"),
         (["generate", "--stop", "\udce9", "x"],

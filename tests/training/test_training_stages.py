@@ -189,11 +189,11 @@ def test_stopped_before_anything_is_written_down_the_way_on_names_the_model(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_at(monkeypatch, stages, "load_model", 1)
-    arguments = ["train", "-m", str(model), "-o", str(tmp_path / "run"), "--blas", "auto"]
+    arguments = ["train", "-m", str(model), "-o", str(tmp_path / "run")]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 130 and not (tmp_path / "run" / folder.FILE).exists()
     assert result.stderr.splitlines()[-1].endswith(
-        f"mlx-redrafter train --model {model} --out {tmp_path / 'run'} --blas auto"
+        f"mlx-redrafter train --model {model} --out {tmp_path / 'run'}"
     )
 
 

@@ -47,7 +47,7 @@ class Budget:
 def run(
     model: str, drafter: str, shape: str | None, context: int, bits: int | None, as_json: bool
 ) -> None:
-    """Count what a decode step does, and show it; no Mac is needed, only host times are measured."""
+    """Count what a decode step does, and show it. Only host times are measured."""
     at_least(1, context=context, bits=bits)
     shapes = (*SHAPES, *([_shape(shape)] if shape else []))
     folder = hub.resolve(model)
