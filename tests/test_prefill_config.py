@@ -54,8 +54,8 @@ def test_a_missing_head_has_the_default(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ({"0": []}, "is not a pattern file: needed: a list over layers"),
-        ([[]], "is not a pattern file: needed: a list over layers"),
+        ({"0": []}, "is not a pattern file; needed: a list over layers"),
+        ([[]], "is not a pattern file; needed: a list over layers"),
         ([{"x": ["stream_llm", 1, 1, 1]}, {}], "has a head named 'x'; needed: a number"),
         (
             [{"0": ["dilated1", 1, 1, 1]}, {}],

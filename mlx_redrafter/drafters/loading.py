@@ -110,7 +110,7 @@ def _empty(
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DrafterError(
-                f"the quantization of the drafter in {folder} cannot be read ({error}): "
+                f"the quantization of the drafter in {folder} cannot be read ({error}); "
                 "needed: a group_size and bits that its layers can have"
             ) from None
     return drafter

@@ -164,7 +164,7 @@ def read_patterns(
         raise OptionError(f"{path} is not JSON ({error}); give a pattern file") from None
     if not isinstance(data, list) or not all(isinstance(layer, dict) for layer in data):
         raise OptionError(
-            f"{path} is not a pattern file: needed: a list over layers of "
+            f"{path} is not a pattern file; needed: a list over layers of "
             '{"head": [type, vertical, slash, score]}'
         )
     patterns = tuple(

@@ -130,7 +130,7 @@ def from_mapping(values: dict[str, Any], source: str) -> TrainConfig:
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         elif value is not None and type(value) is not _type(name, default):
-            raise OptionError(f"{name} in {source} is {value!r}: needed: a {kind}")
+            raise OptionError(f"{name} in {source} is {value!r}; needed: a {kind}")
         config = replace(config, **{name: value})
     return config
 
