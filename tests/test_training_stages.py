@@ -230,7 +230,7 @@ def test_the_fit_alone_takes_answers_into_a_new_folder(
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("my model.gguf", "convert 'TMP/my model.gguf' --out 'TMP/my model'"),
+        ("my model.gguf", "convert 'TMP/my model.gguf' --out FOLDER"),
         ("mamba", "model_type 'mamba' is not supported"),
         ("fails", "chat template fails ('list object' has no attribute"),
         ("none", "there is no folder"),
