@@ -19,7 +19,7 @@ class TrainConfig:
         prompts: jsonl of prompts; None: the model writes its own.
         answers: jsonl(.gz) of token ids, made by this program, to train on besides.
         answer_tokens: answer tokens to have in all; those of ``answers`` count.
-        max_tokens: at most so many tokens per answer.
+        max_tokens: at most this many tokens per answer.
         batch: answers written at once.
     Drafter:
         cell, initial_state, context_layers, head, exit_dim, num_draft_layers, draft_vocab_size: see
