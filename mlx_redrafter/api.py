@@ -137,7 +137,7 @@ def stream_generate(
 
     Args:
         prompt: text (no template is applied) or token ids, in a list or a 1-D array.
-        max_tokens: at most so many tokens, fewer where the context ends; None: 256; -1: no limit.
+        max_tokens: at most this many tokens, fewer where the context ends; None: 256; -1: no limit.
         draft: False decodes plainly, through the same code; the tokens are the same. True drafts
             from what there is: the drafter and the text itself. None: as the model was loaded.
         tree: how much to draft; None: chosen for every step by what pays on this machine and on

@@ -171,9 +171,9 @@ def main(
     max_tokens: int = 128,
     sampled: int = 200,
     sampled_tokens: int = 48,
-    shard: Annotated[str, typer.Option(help="i/n: every n-th prompt and run only.")] = "0/1",
+    shard: Annotated[str, typer.Option(help="Only part i of n of all runs: i/n.")] = "0/1",
     output: Annotated[
-        Path | None, typer.Option("--json", callback=expanded, help="Write the report there.")
+        Path | None, typer.Option("--json", callback=expanded, help="JSON file for the report.")
     ] = None,
 ) -> None:
     """Compare drafted, plain and mlx_lm decoding token by token."""

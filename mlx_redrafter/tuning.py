@@ -73,7 +73,7 @@ def costs(model: Model, say: Say | None = None, again: bool = False) -> Costs:
     found = None if again else _read(file, Costs.from_dict)
     if found is None:
         (say or engine.say)(
-            "measuring what drafting costs on this machine (once, a few seconds) ..."
+            "Measuring what drafting costs on this machine (once, a few seconds) ..."
         )
         found = measure(model.target, model.drafter, engine.step_function, engine.compiled)
         _write(file, {**conditions(model), **found.as_dict()})
@@ -103,7 +103,7 @@ def prompt_chunks(model: Model, say: Say | None = None, again: bool = False) -> 
     found = None if again else _read(file, chunks.Chunks.from_dict)
     if found is None:
         (say or engine.say)(
-            "measuring what size of a prompt's chunks is best (once, a few seconds) ..."
+            "Measuring in what chunks long prompts are read fastest (once, a few seconds) ..."
         )
         found = chunks.measure(model.target)
         _write(file, {**facts, **found.as_dict()})

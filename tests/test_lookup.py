@@ -17,10 +17,10 @@ from mlx_redrafter.decoding.tree import (
     NEVER,
     Candidates,
     TreeShape,
-    beginnings,
     best_nodes,
     distinct,
     joined,
+    prefixes,
 )
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.stats import DraftStats
@@ -93,7 +93,7 @@ def test_joined_candidates_are_the_union_of_paths(width: int, depth: int, length
         row = [9, *random.integers(0, 4, columns - 2).tolist(), END]
         costs = [0.3 * i if i <= length else np.inf for i in range(columns - 1)]
         path = mx.array(row, mx.int32)
-        chain = Candidates(beginnings(path), mx.array(costs), tuple(range(columns - 1)))
+        chain = Candidates(prefixes(path), mx.array(costs), tuple(range(columns - 1)))
         mine, its = paths(beams), paths(chain)
         shared += len(mine.keys() & its.keys()) - 1  # the root
         candidates = distinct(joined([chain, beams]))

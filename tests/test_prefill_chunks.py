@@ -99,7 +99,7 @@ def test_measured_at_the_first_long_prompt_and_kept(
     assert tuning.step_size(loaded, 6000, cached=5000) == USUAL
     assert not calls, "a short prompt measures nothing"
     assert tuning.step_size(loaded, 2049) == 256
-    assert len(said) == 1 and said[0].startswith("measuring what size of a prompt's chunks")
+    assert len(said) == 1 and said[0].startswith("Measuring in what chunks long prompts")
     loaded.engine.chunks = None  # as in another process
     assert tuning.step_size(loaded, 6000, cached=100) == 256
     assert len(calls) == 1

@@ -236,7 +236,10 @@ def test_layers_with_a_window_get_a_pattern_that_is_never_used(text: Path, tmp_p
         (["--length", 2048, "--text", "short"], "the text has 3 tokens and --length is 2048: give"),
         (["--text", "none.txt"], "none.txt cannot be read (No such file or directory)"),
         (["--text", "latin"], "latin is not UTF-8 text: convert it first (iconv)"),
-        (["--out", "nowhere/out.json"], "cannot be written: give a file in an existing folder of"),
+        (
+            ["--out", "nowhere/out.json"],
+            "cannot be written: give a file in a folder that you can write",
+        ),
         (["--plot", "plot.txt"], "the plot cannot be written to plot.txt"),
         (["--density", 1.5], "--density 1.5 is not possible: use a number between 0 and 1"),
     ],

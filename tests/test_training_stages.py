@@ -230,7 +230,7 @@ def test_the_fit_alone_takes_answers_into_a_new_folder(
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("my model.gguf", "convert 'TMP/my model.gguf' --out 'TMP/my model'"),
+        ("my model.gguf", "convert 'TMP/my model.gguf' --out FOLDER"),
         ("mamba", "model_type 'mamba' is not supported"),
         ("fails", "chat template fails ('list object' has no attribute"),
         ("none", "there is no folder"),
@@ -266,7 +266,7 @@ def test_a_base_model_gets_a_drafter_too(tmp_path: Path) -> None:
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path, model: Path) -> None:
     with folder.alone(tmp_path):
         result = CliRunner().invoke(cli.app, ["train", "-m", str(model), "-o", str(tmp_path)])
-    assert result.exit_code == 1 and "another run works in" in result.stderr
+    assert result.exit_code == 1 and "another run is at work in" in result.stderr
 
 
 def test_a_run_that_could_not_begin_leaves_no_options_behind(tmp_path: Path, model: Path) -> None:

@@ -1,6 +1,6 @@
 """Beam search over the drafter: a trellis of candidate nodes (ReDrafter, arXiv 2403.09919, 3).
 
-Every level keeps W (parent, token) pairs. Their paths are the candidates, so every beginning is
+Every level keeps W (parent, token) pairs. Their paths are the candidates, so every prefix is
 one too, and nothing has to be de-duplicated afterwards.
 """
 
@@ -117,7 +117,7 @@ def search(
         if noise is not None and temperature is not None:
             logits = logits / temperature + noise(level)
         if width == 1:
-            # Rounding must not make a longer path cheaper than its beginning.
+            # Rounding must not make a longer path cheaper than its prefix.
             costs = costs + mx.maximum(mass(logits) - mx.max(logits, axis=-1), 0.0).reshape(-1)
             picks = mx.argmax(logits, axis=-1).view(mx.int32)
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_redrafter.decoding.tree import END, NEVER, Candidates, beginnings, integers
+from mlx_redrafter.decoding.tree import END, NEVER, Candidates, integers, prefixes
 
 # How often the first token, and each one after a right one, is right, by the tokens that match:
 # answers of the built-in model, greedy and sampled (docs/decisions.md).
@@ -36,7 +36,7 @@ def search(history: mx.array, position: mx.array, length: int, columns: int) -> 
     """
     path, size = follow(history, position, columns)
     costs = mx.take(_costs(length, columns - 1), size, axis=0).reshape(-1)
-    return Candidates(beginnings(path), costs, tuple(range(columns - 1)))
+    return Candidates(prefixes(path), costs, tuple(range(columns - 1)))
 
 
 def follow(history: mx.array, position: mx.array, columns: int) -> tuple[mx.array, mx.array]:

@@ -11,8 +11,8 @@ negative joint log-probabilities):
     depths      0        1        2        1
     ancestors   x...     xx..     xxx.     x..x      (row i: what node i may attend to)
 
-A node sees those whose path is a beginning of its own. The chosen set is closed: a path never costs
-less than its beginnings, and of equal costs the shorter path goes first.
+A node sees those whose path is a prefix of its own. The chosen set is closed: a path never costs
+less than its prefixes, and of equal costs the shorter path goes first.
 """
 
 from __future__ import annotations
@@ -118,10 +118,10 @@ DEFAULT = TreeShape(lookup=7)
 
 
 class Candidates(NamedTuple):
-    """Proposed paths, from any source, every one with all its beginnings.
+    """Proposed paths, from any source, every one with all its prefixes.
 
     paths (K, L+2) int32: the root's token, then drafted tokens, then END; the last column is always
-    END. costs (K,) float32, the negative joint log-probability, never below that of a beginning;
+    END. costs (K,) float32, the negative joint log-probability, never below that of a prefix;
     infinite: not valid. depths: drafted tokens on each path, known before anything is drafted.
     """
 
@@ -154,8 +154,8 @@ def root_only(root: mx.array) -> DraftTree:
     return DraftTree(root, integers([0]), mx.array([[True]]), root.reshape(1, 1))
 
 
-def beginnings(path: mx.array) -> mx.array:
-    """One path (L+2,) and all its beginnings, from the root on: (L+1, L+2)."""
+def prefixes(path: mx.array) -> mx.array:
+    """One path (L+2,) and all its prefixes, from the root on: (L+1, L+2)."""
     columns = path.shape[0]
     return mx.where(mx.array(np.tri(columns - 1, columns, dtype=bool)), path, integers([END]))
 
@@ -164,7 +164,7 @@ def chain(path: mx.array) -> DraftTree:
     """The tree of one path (L+2,); everything but the tokens is known beforehand."""
     n = path.shape[0] - 1
     depths, ancestors = integers(range(n)), mx.array(np.tri(n, dtype=bool))
-    return DraftTree(path[:n], depths, ancestors, beginnings(path))
+    return DraftTree(path[:n], depths, ancestors, prefixes(path))
 
 
 def joined(parts: Sequence[Candidates]) -> Candidates:
@@ -206,7 +206,7 @@ def best_nodes(candidates: Candidates, nodes: int) -> DraftTree:
     if len(lengths) > nodes:
         chosen = mx.argsort(rising(costs, mx.array(lengths, mx.float32)))[:nodes]
         paths, depths = mx.take(paths, chosen, axis=0), mx.take(depths, chosen)
-    # Over (N, N, L+2): is the second path a beginning of the first?
+    # Over (N, N, L+2): is the second path a prefix of the first?
     ancestors = mx.all((paths[None] == END) | (paths[None] == paths[:, None]), axis=-1)
     tokens = mx.take_along_axis(paths, depths.reshape(-1, 1), axis=1).reshape(-1)
     return DraftTree(tokens, depths, ancestors, paths)

@@ -49,7 +49,9 @@ def decoder_config(raw: Raw, weight_names: Collection[str] = ()) -> DecoderConfi
 def _check(config: DecoderConfig) -> None:
     for name in ("hidden_size", "vocab_size", "num_layers", "num_heads", "num_kv_heads"):
         if getattr(config, name) < 1:
-            raise ModelError(f"config.json gives {name} = {getattr(config, name)}; needed: >= 1")
+            raise ModelError(
+                f"config.json gives {name} = {getattr(config, name)}; needed: at least 1"
+            )
     if config.num_heads % config.num_kv_heads:
         raise ModelError(
             f"config.json gives {config.num_heads} attention heads and {config.num_kv_heads} "

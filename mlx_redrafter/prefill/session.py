@@ -16,7 +16,7 @@ from mlx_redrafter.errors import OptionError
 class Session:
     """The KV cache of a conversation and the tokens that are in it.
 
-    Give the same session to the next request: the beginning that both prompts share is not read
+    Give the same session to the next request: the prefix that both prompts share is not read
     again. It serves one model, and one request at a time.
 
     ``tag`` names the sparse prefill that read it from position ``sparse_from`` on; it is empty

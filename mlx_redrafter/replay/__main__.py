@@ -51,7 +51,7 @@ def main(
         float, typer.Option(help="Seconds of a step that is not launched ahead.")
     ] = 1e-3,
     write: Annotated[
-        Path | None, typer.Option("--prospects", callback=expanded, help="Write the table here.")
+        Path | None, typer.Option("--prospects", callback=expanded, help="JSON file for the table.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:

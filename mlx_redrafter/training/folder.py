@@ -159,7 +159,7 @@ def alone(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise OptionError(
-            f"another run works in {folder}: wait for it, or choose another --out"
+            f"another run is at work in {folder}: wait for it, or choose another --out"
         ) from None
     except OSError as error:
         raise OptionError(f"{folder} cannot be written ({error}): choose another --out") from None
