@@ -1,0 +1,122 @@
+"""Every command on broken files, options, pipes and templates: one line, exit code 1 or 2.
+
+No traceback, no lost file, nothing left behind; a chat answers the lines that follow. The inputs
+are drawn by MLX_REDRAFTER_TEST_SEED, MLX_REDRAFTER_TEST_TIMES as many of them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import broken_commands as commands
+import broken_options as options
+import broken_pipes as pipes
+import broken_templates as templates
+import pytest
+from broken_world import SEED, TIMES, Broken, content, copy_of, fault, lost, where, write_runs, write_world
+
+import mlx.core as mx  # isort: skip
+
+FILES = 160 * TIMES
+BYTES = 50 * TIMES
+REPORTS = ("doctor", "race", "-m")  # their exit code 1 says what they found
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No network, no cache of this user, and no time spent on compiling."""
+    home = tmp_path_factory.mktemp("home")
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "MLX_REDRAFTER_CACHE"):
+        monkeypatch.setenv(name, str(home))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture(scope="session")
+def runs(world: Path) -> Path:
+    mx.disable_compile()
+    write_runs(world)
+    mx.enable_compile()
+    return world
+
+
+def drawn(kind: str, number: int | str) -> random.Random:
+    return random.Random(f"{SEED} {kind} {number}")
+
+
+def judge(broken: Broken, before: dict[str, bytes], outcome: Any = None) -> None:
+    outcome = outcome or broken.outcome()
+    wrong = fault(outcome, broken.arguments[:1] and broken.arguments[0] in REPORTS)
+    wrong = wrong or lost(broken, before, outcome.code)
+    if wrong is None and outcome.code == 0 and "--json" in broken.arguments:
+        json.loads(outcome.out or "{}", parse_constant=lambda text: pytest.fail(f"{text} in JSON"))
+    assert wrong is None, f"{wrong}: {broken}\n{outcome.out[-300:]}\n{outcome.err[-1500:]}\n{outcome.trace}"
+
+
+@pytest.mark.parametrize("number", range(FILES))
+def test_files(number: int, runs: Path, tmp_path: Path) -> None:
+    rng = drawn("files", number)
+    kind, line = commands.LINES[number % len(commands.LINES)]
+    broken = commands.broken_file(rng, runs, tmp_path, kind, line)
+    judge(broken, content(tmp_path))
+
+
+@pytest.mark.parametrize("number", range(len(options.every_option()) * TIMES))
+def test_options(number: int, world: Path, tmp_path: Path) -> None:
+    every = options.every_option()
+    broken = options.broken_option(
+        drawn("options", number), world, tmp_path, *every[number % len(every)]
+    )
+    judge(broken, content(tmp_path))
+
+
+@pytest.mark.parametrize("line", options.CONTRADICTIONS)
+def test_contradictions(line: str, runs: Path, tmp_path: Path) -> None:
+    broken = options.contradiction(drawn("contradictions", line), runs, tmp_path, line)
+    judge(broken, content(tmp_path))
+
+
+@pytest.mark.parametrize("number", range(len(templates.TEMPLATES) * TIMES))
+def test_templates(number: int, world: Path, tmp_path: Path) -> None:
+    rng = drawn("templates", number)
+    template = templates.TEMPLATES[number % len(templates.TEMPLATES)]
+    judge_lines(templates.broken_template(rng, world, tmp_path, template), content(tmp_path))
+
+
+@pytest.mark.parametrize("number", range(BYTES))
+def test_bytes(number: int, world: Path, tmp_path: Path) -> None:
+    rng = drawn("bytes", number)
+    what = list(pipes.BYTES)[number % len(pipes.BYTES)]
+    line = pipes.READERS[number % len(pipes.READERS)]
+    judge_lines(pipes.broken_bytes(rng, world, tmp_path, what, line), content(tmp_path))
+
+
+def judge_lines(broken: Broken, before: dict[str, bytes]) -> None:
+    """A chat may fail at several lines, with a message each; of every other program as ever."""
+    if broken.arguments[0] != "chat":
+        return judge(broken, before)
+    outcome = broken.outcome()
+    wrong = outcome.code not in (0, 1) and f"exit code {outcome.code}"
+    if outcome.trace or "Traceback (most" in outcome.err:
+        wrong = f"a traceback: {where(outcome.trace or outcome.err)}"
+    assert not wrong, f"{wrong}: {broken}\n{outcome}"
+
+
+def test_every_command_has_an_input() -> None:
+    found = {command[0] if command[0] != "-m" else command[1] for command in commands.commands()}
+    read = {line.split()[0] for _, line in commands.LINES}
+    assert {name for name in found if re.fullmatch("[a-z-]+", name)} - {"doctor"} <= read
+    assert len(options.every_option()) > 200
