@@ -15,9 +15,23 @@ import mlx.core as mx
 import numpy as np
 from tiny_gguf import ARRAY, BOOL, F32, I32, STRING, U32, metadata, write_gguf
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 269060552\n" % (b"a" * 64)
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 269060552\n" % (
+    b"a" * 64
+)
 PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head><body>no</body></html>\n"
-OTHER_JSON = ["null", "[]", "{}", '"text"', "3", "true", "[1, 2]", "[{}]", "NaN", '{"a": }', "{'a': 1}"]
+OTHER_JSON = [
+    "null",
+    "[]",
+    "{}",
+    '"text"',
+    "3",
+    "true",
+    "[1, 2]",
+    "[{}]",
+    "NaN",
+    '{"a": }',
+    "{'a': 1}",
+]
 VALUES: list[Any] = [
     None, "text", "", -1, 0, 1, 2, 1.5, 1e308, float("nan"), float("inf"), 10**12, 10**30, True,
     [], {}, [1], ["a"], {"a": 1}, [None], [[]], "\0", "\ud800", "../..", "e" * 3000,
@@ -63,7 +77,9 @@ def flipped(random: random.Random, data: bytes, within: int = 0) -> bytes:
     changed = bytearray(data)
     for _ in range(random.randrange(1, 6)):
         if changed:
-            changed[random.randrange(min(within, len(changed)) or len(changed))] = random.randrange(256)
+            changed[random.randrange(min(within, len(changed)) or len(changed))] = random.randrange(
+                256
+            )
     return bytes(changed)
 
 
@@ -205,7 +221,9 @@ def line_of(random: random.Random, path: Path) -> str:
     row = json.loads(lines[at])
     key = random.choice(list(row))
     row[key] = random.choice(VALUES)
-    new = random.choice([json.dumps(row), json.dumps(row), random.choice(OTHER_JSON), lines[at][:-4], "\0"])
+    new = random.choice(
+        [json.dumps(row), json.dumps(row), random.choice(OTHER_JSON), lines[at][:-4], "\0"]
+    )
     path.write_text("\n".join([*lines[:at], new, *lines[at + 1 :]]) + "\n")
     return f"{path.name} line {at + 1}: {new[:80]!r}"
 
@@ -217,7 +235,9 @@ def gguf(random: random.Random, path: Path) -> str:
     if way == "whole":
         return whole(random, path)
     if way == "cut":
-        path.write_bytes(data[: random.choice([random.randrange(len(data)), random.randrange(5000)])])
+        path.write_bytes(
+            data[: random.choice([random.randrange(len(data)), random.randrange(5000)])]
+        )
         return f"{path.name}: {path.stat().st_size} bytes of {len(data)}"
     if way == "head":
         path.write_bytes(flipped(random, data, random.choice([24, 200, 4000, 7000])))
@@ -277,7 +297,9 @@ def of_any(random: random.Random, path: Path) -> str:
 
 def inside(random: random.Random, folder: Path) -> str:
     """Any file of a folder with folders."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.endswith((".png", ".lock")))
+    files = sorted(
+        f for f in folder.rglob("*") if f.is_file() and not f.name.endswith((".png", ".lock"))
+    )
     path = random.choice(files)
     return os.path.join(path.parent.name, of_any(random, path))
 

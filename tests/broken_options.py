@@ -107,7 +107,9 @@ def broken_option(
         if option != "--debug":
             given += new
             said.append(" ".join(map(repr, new)))
-    broken = Broken(random, folder, given, keeps=KEPT.get(given[0], ()), what=", ".join(said))
+    # An output may replace a file that the user names for it.
+    keeps = (*KEPT.get(given[0], ()), *(["text.txt"] if given[-1] == "text.txt" else []))
+    broken = Broken(random, folder, given, keeps=keeps, what=", ".join(said))
     broken.stdin = random.choice([b"", b"hi\n"])
     return broken
 

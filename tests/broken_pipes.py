@@ -84,6 +84,7 @@ ENVIRONMENTS = {
     "no BLAS": {"MLX_REDRAFTER_BLAS": "unheard-of"},
     "a cache that is no folder": {"MLX_REDRAFTER_CACHE": "/dev/null"},
 }
+DRAFTED = f"chat -m model -d drafter {FEW}"
 SHORT = ["--help", "info model", f"generate hi -m model --no-draft {FEW}", "generate hi -m nowhere",
          "convert model --out new --dry-run", "train --help",
          f"chat -m model --no-draft {FEW}"]  # fmt: skip

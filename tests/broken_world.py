@@ -31,7 +31,7 @@ from mlx_redrafter.models import load_model
 SEED = int(os.environ.get("MLX_REDRAFTER_TEST_SEED", "0"))
 # How many times the usual number of inputs: a longer search, by hand.
 TIMES = int(os.environ.get("MLX_REDRAFTER_TEST_TIMES", "1"))
-SECONDS = 60  # no input may take longer
+SECONDS = 30  # no input may take longer
 LETTERS = 4000  # nor fill the screen with one message
 
 # Enough for a run of every stage of training, each within a second.
@@ -50,7 +50,9 @@ def write_world(folder: Path) -> Path:
     (folder / "drafter").mkdir()
     save_drafter(folder / "drafter", random_drafter(load_model(folder / "model")))
     questions = [{"prompt": f"question {i} of all", "category": "chat"} for i in range(6)]
-    answers = [{"prompt": [1, 40 + i, 2], "answer": [50, 60, 70, 2], "temp": 0.0} for i in range(20)]
+    answers = [
+        {"prompt": [1, 40 + i, 2], "answer": [50, 60, 70, 2], "temp": 0.0} for i in range(20)
+    ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     (folder / "answers.jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers))
     (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 400)
@@ -159,20 +161,18 @@ def run(
         stack.enter_context(mock.patch.object(sys, "argv", ["mlx-redrafter", *rest]))
         stack.enter_context(mock.patch.dict(os.environ))
         stack.enter_context(mock.patch.object(os, "execv", side_effect=SystemExit(0)))
-        stack.enter_context(_signals())
+        stack.enter_context(in_time())
         here = Path.cwd()
         try:
             os.chdir(folder or here)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*found in sys.modules.*")
-                signal.alarm(SECONDS)
                 start(words)()
         except SystemExit as end:
             code = end.code
         except BaseException:
             code, trace = "exception", traceback.format_exc()
         finally:
-            signal.alarm(0)
             os.chdir(here)
             for stream in (source, out, err):
                 with contextlib.suppress(Exception):
@@ -185,19 +185,23 @@ def run(
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """Handlers as they were before, whatever the program sets."""
+def in_time() -> Iterator[None]:
+    """No longer than SECONDS; signal handlers as they were before, whatever the program sets."""
     kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGTSTP)
     kept = {kind: signal.getsignal(kind) for kind in kinds}
     signal.signal(signal.SIGALRM, _too_slow)
+    signal.alarm(SECONDS)
     try:
         yield
     finally:
+        signal.alarm(0)
         for kind, handler in kept.items():
             signal.signal(kind, handler)
 
 
-PROGRESS = re.compile(r"\.\.\.$|^note: |^warning: |^(Ready|prompts|answers|fit|evaluate|incomplete|model|written)\b|^\s|^$")
+PROGRESS = re.compile(
+    r"\.\.\.$|^note: |^warning: |^(Ready|prompts|answers|fit|evaluate|incomplete|model|written)\b|^\s|^$"
+)
 
 
 def fault(outcome: Outcome, reports: bool = False) -> str | None:

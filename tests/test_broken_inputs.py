@@ -13,12 +13,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import broken_calls as calls
 import broken_commands as commands
 import broken_options as options
 import broken_pipes as pipes
 import broken_templates as templates
 import pytest
-from broken_world import SEED, TIMES, Broken, content, copy_of, fault, lost, where, write_runs, write_world
+from broken_world import (
+    SEED,
+    TIMES,
+    Broken,
+    content,
+    copy_of,
+    fault,
+    in_time,
+    lost,
+    where,
+    write_runs,
+    write_world,
+)
+
+from mlx_redrafter.errors import RedrafterError
 
 import mlx.core as mx  # isort: skip
 
@@ -33,10 +48,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def alone(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def alone(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """No network, no cache of this user, and no time spent on compiling."""
     home = tmp_path_factory.mktemp("home")
-    for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "MLX_REDRAFTER_CACHE"):
+    for name in (
+        "HOME",
+        "XDG_CACHE_HOME",
+        "XDG_DATA_HOME",
+        "XDG_CONFIG_HOME",
+        "MLX_REDRAFTER_CACHE",
+    ):
         monkeypatch.setenv(name, str(home))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -63,7 +86,9 @@ def judge(broken: Broken, before: dict[str, bytes], outcome: Any = None) -> None
     wrong = wrong or lost(broken, before, outcome.code)
     if wrong is None and outcome.code == 0 and "--json" in broken.arguments:
         json.loads(outcome.out or "{}", parse_constant=lambda text: pytest.fail(f"{text} in JSON"))
-    assert wrong is None, f"{wrong}: {broken}\n{outcome.out[-300:]}\n{outcome.err[-1500:]}\n{outcome.trace}"
+    assert wrong is None, (
+        f"{wrong}: {broken}\n{outcome.out[-300:]}\n{outcome.err[-1500:]}\n{outcome.trace}"
+    )
 
 
 @pytest.mark.parametrize("number", range(FILES))
@@ -113,6 +138,52 @@ def judge_lines(broken: Broken, before: dict[str, bytes]) -> None:
     if outcome.trace or "Traceback (most" in outcome.err:
         wrong = f"a traceback: {where(outcome.trace or outcome.err)}"
     assert not wrong, f"{wrong}: {broken}\n{outcome}"
+
+
+@pytest.mark.parametrize("number", range(2 * len(pipes.STREAMS) * TIMES))
+def test_streams(number: int, world: Path, tmp_path: Path) -> None:
+    copy_of(world, tmp_path, ["model"])
+    streams = list(pipes.STREAMS)[number % len(pipes.STREAMS)]
+    line = pipes.SHORT[number % len(pipes.SHORT)]
+    broken = Broken(drawn("streams", number), tmp_path, line.split(), b"hi\n", streams)
+    outcome = pipes.process(broken, pipes.STREAMS[streams], {})
+    if (
+        "error closed" in streams
+        or "error full" in streams
+        or "all" in streams
+        or "both" in streams
+    ):
+        assert outcome.code in (0, 1, 2) and not outcome.err, f"{broken}\n{outcome}"
+    elif "leaves" in streams:
+        assert outcome.code in (0, 1, 141), f"{broken}\n{outcome}"
+        assert "Traceback" not in outcome.err and "Exception" not in outcome.err, outcome.err
+    else:
+        judge(broken, content(tmp_path), outcome)
+    if streams == "standard output full":
+        assert outcome.code == 1, f"{broken}\n{outcome}"
+
+
+@pytest.mark.parametrize("number", range(len(pipes.ENVIRONMENTS) * TIMES))
+def test_environments(number: int, world: Path, tmp_path: Path) -> None:
+    rng = drawn("environments", number)
+    copy_of(world, tmp_path, ["model", "drafter"])
+    name = list(pipes.ENVIRONMENTS)[number % len(pipes.ENVIRONMENTS)]
+    line = rng.choice([*pipes.SHORT, pipes.DRAFTED])
+    broken = Broken(rng, tmp_path, line.split(), b"hi\n", name)
+    judge(broken, content(tmp_path), pipes.process(broken, "{}", pipes.ENVIRONMENTS[name]))
+
+
+@pytest.mark.parametrize("number", range(60 * TIMES))
+def test_calls(number: int, world: Path, tmp_path: Path) -> None:
+    """From the Python API nothing but an error of our own may come."""
+    rng = drawn("calls", number)
+    what, call = calls.broken_call(rng, world, number)
+    try:
+        with in_time():
+            call()
+    except RedrafterError as error:
+        assert str(error).strip() and not str(error).endswith("."), f"{what}: {error}"
+        assert "\n" not in str(error), f"{what}: {error}"
 
 
 def test_every_command_has_an_input() -> None:
