@@ -15,12 +15,13 @@ import numpy as np
 from mlx_redrafter import generate, load, stream_generate
 
 THINGS: list[Any] = [
-    None, True, -1, 0, 1, 3.5, 2**63, 10**40, float("nan"), float("inf"), "", "text", "\0", "\ud800",
-    b"bytes", [], [1, 2], ["a"], [None], [-1], [10**9], [1.5], [[1, 2], [3]], (), (1,), {}, {"a": 1},
-    {1: 2.0}, {1: "x"}, {"1": float("nan")}, {-1: 1.0}, {10**9: 1.0}, {None: 1}, set(), object(),
-    Path("nowhere"), Path("."), np.int64(3), np.float32(0.5), np.array([1, 2]), np.array([[1.5]]),
-    mx.array([1, 2, 3]), mx.array([[1, 2]]), mx.array([0.5]), mx.array(3), range(3), iter([1]),
-    [{"role": "user", "content": "hi"}], [{"role": 3}], {"role": "user", "content": "hi"}, len, 1j,
+    None, True, -1, 0, 1, 3.5, 2**63, 10**40, float("nan"), float("inf"), "", "text", "\0",
+    "\ud800", b"bytes", [], [1, 2], ["a"], [None], [-1], [10**9], [1.5], [[1, 2], [3]], (), (1,),
+    {}, {"a": 1}, {1: 2.0}, {1: "x"}, {"1": float("nan")}, {-1: 1.0}, {10**9: 1.0}, {None: 1},
+    set(), object(), Path("nowhere"), Path("."), np.int64(3), np.float32(0.5), np.array([1, 2]),
+    np.array([[1.5]]), mx.array([1, 2, 3]), mx.array([[1, 2]]), mx.array([0.5]), mx.array(3),
+    range(3), iter([1]), [{"role": "user", "content": "hi"}], [{"role": 3}], len, 1j,
+    {"role": "user", "content": "hi"},
 ]  # fmt: skip
 OPTIONS = [
     "max_tokens", "temp", "top_p", "top_k", "min_p", "repetition_penalty",

@@ -11,7 +11,7 @@ import broken_files as files
 from broken_world import SMALL_EVALUATION, SMALL_RUN, Broken, copy_of, help_of
 
 PROGRAMS = ["needles", "exactness", "counts", "replay", "convert"]
-TRAIN = f"-o run2 {' '.join(SMALL_RUN)}"
+TRAIN = f"-o run2 {SMALL_RUN}"
 FEW = "--max-tokens 2"
 BENCH = "bench -m model -d drafter --count 1 --rounds 1 --no-perfect --max-tokens 12"
 PATTERNS = "--sparse-prefill minference --sparse-prefill-config patterns.json"
@@ -38,7 +38,7 @@ READS: dict[str, tuple[Breaks, list[str]]] = {
             "prefill-search model --out new.json --text text.txt --length 3072 --density 0.9",
             f"{BENCH} -o new",
             "prefill-bench -m model --lengths 512 --modes trianglemix --text text.txt",
-            f"train -m model --prompts prompts.jsonl {TRAIN} {' '.join(SMALL_EVALUATION)}",
+            f"train -m model --prompts prompts.jsonl {TRAIN} {SMALL_EVALUATION}",
             f"train prompts -m model --prompts prompts.jsonl {TRAIN}",
             f"train answers -m model --prompts prompts.jsonl {TRAIN}",
             f"train fit -m model --answers answers.jsonl {TRAIN}",
@@ -128,10 +128,10 @@ READS: dict[str, tuple[Breaks, list[str]]] = {
     "run": (
         files.inside,
         [
-            "train -o run",
+            f"train -o run {SMALL_EVALUATION}",
             "train answers -o run --answer-tokens 90",
             "train fit -o run",
-            f"train evaluate -o run {' '.join(SMALL_EVALUATION)}",
+            f"train evaluate -o run {SMALL_EVALUATION}",
             f"generate hi -m model -d run/drafter {FEW}",
             "info model -d run/drafter",
         ],

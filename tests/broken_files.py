@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from tiny_gguf import ARRAY, BOOL, F32, I32, STRING, U32, metadata, write_gguf
+from tiny_gguf import BOOL, F32, I32, STRING, U32, metadata, write_gguf
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 269060552\n" % (
     b"a" * 64
@@ -50,7 +49,7 @@ def whole(random: random.Random, path: Path) -> str:
         "a web page": lambda: path.write_bytes(PAGE),
         "random bytes": lambda: path.write_bytes(random.randbytes(300)),
         "zeros": lambda: path.write_bytes(bytes(len(data))),
-        "UTF-16": lambda: path.write_bytes(b"\xff\xfe" + data[:4000].decode("latin-1").encode("utf-16-le")),
+        "UTF-16": lambda: path.write_bytes(data[:4000].decode("latin-1").encode("utf-16")),
         "not UTF-8": lambda: path.write_bytes(b'{"caf\xe9": "\xff"}'),
         "other JSON": lambda: path.write_text(random.choice(OTHER_JSON)),
         "deep JSON": lambda: path.write_text(random.choice(["[", '{"a":']) * 100_000),
@@ -183,11 +182,15 @@ def header(random: random.Random, path: Path) -> str:
     length = int.from_bytes(data[:8], "little")
     infos, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     name = random.choice([n for n in infos if n != "__metadata__"])
+    size = random.choice([0, 2**63, 2**64 - 1, len(data), 10**9])
+    dtype = random.choice(["F99", "F64", "I64", "F8_E4M3", 3, None])
+    shape = random.choice([[2**62], [-1, 3], "x", None, [], [10**6] * 2])
+    offsets = random.choice([[0, 2**62], [-5, 9], [9, 0], [1], None, "x"])
     ways: dict[str, Callable[[], Any]] = {
-        "length": lambda: struct.pack("<Q", random.choice([0, 2**63, 2**64 - 1, len(data), 10**9])) + data[8:],
-        "dtype": lambda: infos[name].update(dtype=random.choice(["F99", "F64", "I64", "F8_E4M3", 3, None])),
-        "shape": lambda: infos[name].update(shape=random.choice([[2**62], [-1, 3], "x", None, [], [10**6] * 2])),
-        "offsets": lambda: infos[name].update(data_offsets=random.choice([[0, 2**62], [-5, 9], [9, 0], [1], None, "x"])),
+        "length": lambda: struct.pack("<Q", size) + data[8:],
+        "dtype": lambda: infos[name].update(dtype=dtype),
+        "shape": lambda: infos[name].update(shape=shape),
+        "offsets": lambda: infos[name].update(data_offsets=offsets),
         "an entry": lambda: infos.update({name: random.choice(VALUES[:-3])}),
         "metadata": lambda: infos.update({"__metadata__": random.choice([3, [], {"a": 1}, None])}),
     }  # fmt: skip
@@ -205,8 +208,8 @@ def index(random: random.Random, path: Path) -> str:
     file = path.with_name("model.safetensors.index.json")
     arrays = sorted(mx.load(str(path)))
     maps: list[Any] = [
-        {name: "model-00001-of-00002.safetensors" for name in arrays},
-        {name: path.name for name in arrays[: len(arrays) // 2]}, {}, [], None, "text",
+        dict.fromkeys(arrays, "model-00001-of-00002.safetensors"),
+        dict.fromkeys(arrays[::2], path.name), {}, [], None, "text",
         {name: random.choice([3, None, "../x", "", "/etc/passwd", "a\0b", []]) for name in arrays},
     ]  # fmt: skip
     document = random.choice([{"weight_map": random.choice(maps)}, {"metadata": 3}, [], "x", None])
@@ -248,8 +251,9 @@ def gguf(random: random.Random, path: Path) -> str:
         del meta[key]
     else:
         meta[key] = random.choice([
-            (STRING, "text"), (STRING, ""), (U32, 0), (U32, 2**32 - 1), (I32, -1), (F32, float("nan")),
-            (BOOL, True), (STRING, []), (STRING, ["a"]), (I32, [1, 2]), (F32, [0.5] * 300), (U32, 7),
+            (STRING, "text"), (STRING, ""), (STRING, []), (STRING, ["a"]), (U32, 0), (U32, 7),
+            (U32, 2**32 - 1), (I32, -1), (I32, [1, 2]), (F32, float("nan")), (F32, [0.5] * 300),
+            (BOOL, True),
         ])  # fmt: skip
     write_gguf(path, meta)
     return f"{path.name}: {key} {'missing' if way == 'missing' else repr(meta[key])[:60]}"
@@ -302,6 +306,3 @@ def inside(random: random.Random, folder: Path) -> str:
     )
     path = random.choice(files)
     return os.path.join(path.parent.name, of_any(random, path))
-
-
-assert ARRAY == 9  # packed by a list of values

@@ -33,7 +33,8 @@ BYTES = {
     b"/set stop\n/set logit_bias x\n/set nodes 0\n/set beam-width 99999999\none\n",
     "files that are not there": b"/load\n/load nowhere\n/load .\n/load ~nobody/x\n/save\n/save .\n"
     b"/save /dev/null/x\n/save no/such/x\n/save /dev/full\n/load /dev/null\n/load \0\none\n",
-    "drafter": b"/drafter\n/drafter off\none\n/drafter on\ntwo\n/drafter perhaps\n/drafter on off\n",
+    "drafter": b"/drafter\n/drafter off\none\n/drafter on\ntwo\n/drafter perhaps\n"
+    b"/drafter on off\n",
     "retry of nothing": b"/retry\n/stats\n/clear\n/retry\n/system\n/system \n/stats\none\n/retry\n",
 }
 READERS = [

@@ -32,14 +32,14 @@ SEED = int(os.environ.get("MLX_REDRAFTER_TEST_SEED", "0"))
 # How many times the usual number of inputs: a longer search, by hand.
 TIMES = int(os.environ.get("MLX_REDRAFTER_TEST_TIMES", "1"))
 SECONDS = 30  # no input may take longer
-LETTERS = 4000  # nor fill the screen with one message
+LETTERS = 8000  # nor say more than a long name that was given
 
 # Enough for a run of every stage of training, each within a second.
 SMALL_RUN = (
     "--answer-tokens 60 --max-tokens 4 --prompt-tokens 8 --batch 4 --positions 64 --segment 8"
     " --batch-positions 32 --candidates 16 --draft-vocab-size 0"
-).split()
-SMALL_EVALUATION = ["--eval-prompts", "1", "--eval-tokens", "3"]
+)
+SMALL_EVALUATION = "--eval-prompts 1 --eval-tokens 3"
 PATTERNS = [{str(head): ["vertical_and_slash", 30, 100, 0.5] for head in range(2)}] * 2
 
 
@@ -66,14 +66,14 @@ def write_world(folder: Path) -> Path:
 def write_runs(folder: Path) -> None:
     """Folders that commands leave behind and read again: of a training and of a measurement."""
     model, drafter = folder / "model", folder / "drafter"
-    done = run(
-        ["train", "-m", model, "-o", folder / "run", "--prompts", folder / "prompts.jsonl"]
-        + [*SMALL_RUN, *SMALL_EVALUATION]
-    )
-    assert done.code == 0, done.err
-    measure = f"bench -m {model} -d {drafter} --count 1 --max-tokens 2 --rounds 1 --no-perfect"
-    done = run([*measure.split(), "-o", folder / "bench"])
-    assert done.code == 0, done.err
+    train = f"train -m {model} -o {folder / 'run'} --prompts {folder / 'prompts.jsonl'}"
+    bench = f"bench -m {model} -d {drafter} -o {folder / 'bench'} --no-perfect"
+    for line in (
+        f"{train} {SMALL_RUN} {SMALL_EVALUATION}",
+        f"{bench} --count 1 --rounds 1 --max-tokens 12 --temp 0",
+    ):
+        done = run(line.split())
+        assert done.code == 0, done.err
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -148,14 +148,13 @@ def run(
 
     code: int | str | None = 0
     trace, words = "", [str(a) for a in arguments]
-    texts = {"encoding": encoding[0], "newline": ""}
     with contextlib.ExitStack() as stack:
         raw = [stack.enter_context(tempfile.TemporaryFile("w+b", buffering=0)) for _ in range(3)]
         raw[0].write(stdin)
         raw[0].seek(0)
-        source = open(os.dup(raw[0].fileno()), errors=encoding[1], **texts)  # noqa: SIM115
-        out = open(os.dup(raw[1].fileno()), "w", errors=encoding[1], **texts)  # noqa: SIM115
-        err = open(os.dup(raw[2].fileno()), "w", errors="backslashreplace", **texts)  # noqa: SIM115
+        source = open(os.dup(raw[0].fileno()), encoding=encoding[0], errors=encoding[1])  # noqa: SIM115
+        out = open(os.dup(raw[1].fileno()), "w", encoding=encoding[0], errors=encoding[1])  # noqa: SIM115
+        err = open(os.dup(raw[2].fileno()), "w", encoding=encoding[0], errors="backslashreplace")  # noqa: SIM115
         rest = words[2:] if words[:1] == ["-m"] else words
         stack.enter_context(mock.patch.multiple(sys, stdin=source, stdout=out, stderr=err))
         stack.enter_context(mock.patch.object(sys, "argv", ["mlx-redrafter", *rest]))
@@ -200,7 +199,8 @@ def in_time() -> Iterator[None]:
 
 
 PROGRESS = re.compile(
-    r"\.\.\.$|^note: |^warning: |^(Ready|prompts|answers|fit|evaluate|incomplete|model|written)\b|^\s|^$"
+    r"\.\.\.$|^note: |^warning: |^\s"
+    r"|^(Ready|prompts?|answers|fit|evaluate|incomplete|model|written)\b"
 )
 
 
@@ -219,7 +219,7 @@ def fault(outcome: Outcome, reports: bool = False) -> str | None:
     if outcome.code == 0:
         return "exit code 0 and an error" if errors else None
     if outcome.code == 2:
-        usage = "Usage: " in outcome.err or "─ Error ─" in outcome.err
+        usage = "Usage: " in everything or "─ Error ─" in outcome.err
         return None if usage or len(errors) == 1 else "exit code 2 without a word about usage"
     if outcome.code != 1:
         return f"exit code {outcome.code}"
@@ -251,6 +251,21 @@ def _unlike_ours(line: str) -> str | None:
     if any(ord(c) < 32 or 127 <= ord(c) < 160 for c in line):
         return "control characters in an error"
     return None
+
+
+def unanswered(broken: Broken, outcome: Outcome) -> str | None:
+    """What is wrong with a chat: every message of its input gets an answer or an error."""
+    lines = [line.decode("utf-8", "replace").strip() for line in broken.stdin.splitlines()]
+    messages = [line for line in lines if line and not line.startswith("/")]
+    errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    answers = sum(" tokens/s " in line for line in outcome.err.splitlines())
+    if outcome.trace or "Traceback (most" in outcome.err:
+        return f"a traceback: {where(outcome.trace or outcome.err)}"
+    if outcome.code not in (0, 1):
+        return f"exit code {outcome.code}"
+    if not broken.stdin.startswith(b'"""') and answers + len(errors) < len(messages):
+        return f"{answers} answers and {len(errors)} errors to {len(messages)} messages"
+    return next((wrong for wrong in map(_unlike_ours, errors) if wrong), None)
 
 
 def lost(broken: Broken, before: dict[str, bytes], code: Any) -> str | None:
