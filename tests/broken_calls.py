@@ -20,7 +20,7 @@ THINGS: list[Any] = [
     {}, {"a": 1}, {1: 2.0}, {1: "x"}, {"1": float("nan")}, {-1: 1.0}, {10**9: 1.0}, {None: 1},
     set(), object(), Path("nowhere"), Path("."), np.int64(3), np.float32(0.5), np.array([1, 2]),
     np.array([[1.5]]), mx.array([1, 2, 3]), mx.array([[1, 2]]), mx.array([0.5]), mx.array(3),
-    range(3), iter([1]), [{"role": "user", "content": "hi"}], [{"role": 3}], len, 1j,
+    range(3), iter([1]), [{"role": "user", "content": "hi"}], [{"role": 3}], 1j,
     {"role": "user", "content": "hi"},
 ]  # fmt: skip
 OPTIONS = [

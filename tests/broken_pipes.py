@@ -69,7 +69,6 @@ STREAMS = {
     "both outputs full": "{} >/dev/full 2>/dev/full",
     "standard error full": "{} 2>/dev/full",
     "a reader that leaves": "{{ {}; echo $? >code; }} | true; exit $(cat code)",
-    "a folder as standard input": "{} <.",
     "nobody writes": "{} </dev/null",
 }
 ENVIRONMENTS = {

@@ -227,7 +227,7 @@ def fault(outcome: Outcome, reports: bool = False) -> str | None:
         return None
     if len(errors) != 1 or lines[-1] != errors[0]:
         return f"{len(errors)} error lines instead of one at the end"
-    return _unlike_ours(errors[0]) or next(
+    return unlike_ours(errors[0]) or next(
         (f"a line besides: {line!r}" for line in lines[:-1] if not PROGRESS.search(line)), None
     )
 
@@ -238,7 +238,8 @@ def where(trace: str) -> str:
     return f"{trace.strip().splitlines()[-1][:150]} at {':'.join(ours[-1]) if ours else '?'}"
 
 
-def _unlike_ours(line: str) -> str | None:
+def unlike_ours(line: str) -> str | None:
+    """What is wrong with the line of an error."""
     says = line.removeprefix("error: ")
     if says.endswith(".") and not says.endswith("..."):
         return "a full stop"
@@ -265,7 +266,7 @@ def unanswered(broken: Broken, outcome: Outcome) -> str | None:
         return f"exit code {outcome.code}"
     if not broken.stdin.startswith(b'"""') and answers + len(errors) < len(messages):
         return f"{answers} answers and {len(errors)} errors to {len(messages)} messages"
-    return next((wrong for wrong in map(_unlike_ours, errors) if wrong), None)
+    return next((wrong for wrong in map(unlike_ours, errors) if wrong), None)
 
 
 def lost(broken: Broken, before: dict[str, bytes], code: Any) -> str | None:

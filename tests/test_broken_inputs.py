@@ -28,6 +28,7 @@ from broken_world import (
     fault,
     in_time,
     lost,
+    unlike_ours,
     unanswered,
     write_runs,
     write_world,
@@ -175,8 +176,8 @@ def test_calls(number: int, world: Path, tmp_path: Path) -> None:
         with in_time():
             call()
     except RedrafterError as error:
-        assert str(error).strip() and not str(error).endswith("."), f"{what}: {error}"
-        assert "\n" not in str(error), f"{what}: {error}"
+        wrong = unlike_ours(f"error: {error}")
+        assert wrong is None, f"{wrong}: {what}: {error}"
 
 
 def test_every_command_has_an_input() -> None:
