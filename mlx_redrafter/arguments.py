@@ -67,7 +67,7 @@ def refuse(given: Mapping[str, Any], function: Callable[..., Any]) -> None:
     for name, value in given.items():
         here = _HERE.get(name)
         if here is not None and (
-            value is None or value is False or isinstance(value, dict) and not value
+            value is None or value is False or (isinstance(value, dict) and not value)
         ):
             continue
         if here is None:
@@ -130,6 +130,12 @@ def instance(option: str, value: Any, kind: type, use: str) -> Any:
     if value is None or isinstance(value, kind):
         return value
     raise OptionError(f"{option} {checks.shown(value)} is not possible: give {use}")
+
+
+def options(option: str, value: Any) -> None:
+    """None, or a dictionary by names."""
+    if instance(option, value, dict, "a dictionary") and not all(isinstance(k, str) for k in value):
+        raise OptionError(f"{option} {checks.shown(value)} is not possible: its keys are names")
 
 
 def function(option: str, value: Any) -> Any:

@@ -28,8 +28,8 @@ from broken_world import (
     fault,
     in_time,
     lost,
-    unlike_ours,
     unanswered,
+    unlike_ours,
     write_runs,
     write_world,
 )
