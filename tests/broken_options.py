@@ -42,7 +42,10 @@ PATHS = [
     "x" * 300, "\udcff/x", ".", "text.txt", "/dev/null", "é 😀", "link", "drafter", "*.json",
 ]  # fmt: skip
 # Real runs need them to be small, and a value of millions is a request, not a mistake.
-HARMLESS_HUGE = {"--seed", "--max-tokens", "--answer-tokens", "--positions", "--seeds"}
+HARMLESS_HUGE = {
+    "--seed", "--max-tokens", "--answer-tokens", "--positions", "--seeds", "--count", "--sampled",
+    "--rounds",
+}  # fmt: skip
 FILE_OPTIONS = {"--model", "--drafter", "--target", "--against", "--mlx-lm-draft", "--prompts"}
 TEXT_LISTS = {
     "--logit-bias": ["x", "=", "1=", "=1", "1=x", "-1=2", "999999=1", "1=nan", "1=inf", "1:2", ""],
@@ -140,7 +143,7 @@ CONTRADICTIONS = [
     "race hi -m model",
     "race hi -m model -d drafter --save-svg model",
     "demo hi -m model --no-draft",
-    "acceptance -m model",
+    "acceptance -m model --count 1 --max-tokens 2",
     "acceptance -m model -d drafter --count 0",
     "acceptance -m model -d drafter --count -3",
     "acceptance -m model -d drafter --prompts text.txt",

@@ -46,7 +46,7 @@ PATTERNS = [{str(head): ["vertical_and_slash", 30, 100, 0.5] for head in range(2
 def write_world(folder: Path) -> Path:
     """A folder with everything that a command reads; names are those of `Broken.path`."""
     write_gguf(folder / "model.gguf")
-    gguf_files.run(folder / "model.gguf", folder / "model")
+    gguf_files.run(folder / "model.gguf", folder / "model", dtype="float32")
     (folder / "drafter").mkdir()
     save_drafter(folder / "drafter", random_drafter(load_model(folder / "model")))
     questions = [{"prompt": f"question {i} of all", "category": "chat"} for i in range(6)]
@@ -256,7 +256,7 @@ def unlike_ours(line: str) -> str | None:
 
 def unanswered(broken: Broken, outcome: Outcome) -> str | None:
     """What is wrong with a chat: every message of its input gets an answer or an error."""
-    lines = [line.decode("utf-8", "replace").strip() for line in broken.stdin.splitlines()]
+    lines = [line.decode("utf-8", "replace").strip() for line in broken.stdin.split(b"\n")]
     messages = [line for line in lines if line and not line.startswith("/")]
     errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
     answers = sum(" tokens/s " in line for line in outcome.err.splitlines())
@@ -275,6 +275,8 @@ def lost(broken: Broken, before: dict[str, bytes], code: Any) -> str | None:
     for name, data in before.items():
         if after.get(name) != data and not name.startswith(broken.keeps or "\0"):
             return f"{name} is gone or another"
+    if "run2" in after and "run2/train.yaml" not in after:
+        return "left behind: a folder of a training that did not begin"
     new = [n for n in after if n not in before and not n.startswith(broken.keeps or "\0")]
     return f"left behind: {new[:5]}" if code != 0 and new else None
 

@@ -127,7 +127,7 @@ def test_bytes(number: int, world: Path, tmp_path: Path) -> None:
 def judge_lines(broken: Broken, before: dict[str, bytes], starts: bool = True) -> None:
     """A chat that `starts` goes on after an error; every other program is judged as ever."""
     outcome = broken.outcome()
-    started = starts or outcome.code == 0 or outcome.out
+    started = starts or outcome.code == 0 or outcome.out or outcome.err.count("error: ") > 1
     if broken.arguments[0] != "chat" or not started:
         return judge(broken, before, outcome)
     wrong = unanswered(broken, outcome)

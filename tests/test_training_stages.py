@@ -281,7 +281,14 @@ def test_a_run_that_could_not_begin_leaves_no_options_behind(tmp_path: Path, mod
     arguments = ["train", "-m", str(model), "-o", str(tmp_path), "--answers", "none.jsonl"]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 1 and "there is no file none.jsonl" in result.stderr
-    assert folder.stored(tmp_path) is None
+    assert folder.stored(tmp_path) is None and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_made_for_nothing_is_gone_again(tmp_path: Path, model: Path) -> None:
+    arguments = ["train", "evaluate", "-m", str(model), "-o", str(tmp_path / "run")]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 1 and "has no drafter yet" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
