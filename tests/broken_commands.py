@@ -175,3 +175,8 @@ def options_of(program: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     for name, kind in OPTION.findall(help_of(program)):
         if name not in ("--help", "--install-completion", "--show-completion"):
             yield name, kind.strip("<>")
+
+
+def prints_json(program: tuple[str, ...]) -> bool:
+    """Is --json a switch of this command, and not the name of a file?"""
+    return ("--json", "bool") in options_of(program)

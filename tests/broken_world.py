@@ -21,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import gguf_files
+import mlx.core as mx
 from conftest import random_drafter
 from tiny_gguf import write_gguf
 
@@ -46,7 +47,7 @@ PATTERNS = [{str(head): ["vertical_and_slash", 30, 100, 0.5] for head in range(2
 def write_world(folder: Path) -> Path:
     """A folder with everything that a command reads; names are those of `Broken.path`."""
     write_gguf(folder / "model.gguf")
-    gguf_files.run(folder / "model.gguf", folder / "model", dtype="float32")
+    gguf_files.run(folder / "model.gguf", folder / "model", dtype=mx.float32)
     (folder / "drafter").mkdir()
     save_drafter(folder / "drafter", random_drafter(load_model(folder / "model")))
     questions = [{"prompt": f"question {i} of all", "category": "chat"} for i in range(6)]

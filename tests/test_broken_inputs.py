@@ -77,7 +77,8 @@ def judge(broken: Broken, before: dict[str, bytes], outcome: Any = None) -> None
     outcome = outcome or broken.outcome()
     wrong = fault(outcome, broken.arguments[:1] and broken.arguments[0] in REPORTS)
     wrong = wrong or lost(broken, before, outcome.code)
-    if wrong is None and outcome.code == 0 and "--json" in broken.arguments:
+    program = tuple(broken.arguments[: 2 if broken.arguments[:1] == ["-m"] else 1])
+    if outcome.code == 0 and "--json" in broken.arguments and commands.prints_json(program):
         json.loads(outcome.out or "{}", parse_constant=lambda text: pytest.fail(f"{text} in JSON"))
     assert wrong is None, (
         f"{wrong}: {broken}\n{outcome.out[-300:]}\n{outcome.err[-1500:]}\n{outcome.trace}"
