@@ -100,7 +100,7 @@ def load(
     arguments.refuse(other, load)
     name, dtype = arguments.name_or_folder("model", path_or_hf_repo), arguments.dtype(dtype)
     arguments.instance("revision", revision, str, "a branch, tag or commit as text")
-    arguments.instance("tokenizer_config", tokenizer_config, dict, "a dictionary")
+    arguments.options("tokenizer_config", tokenizer_config)
     given = None if drafter is None else arguments.name_or_folder("drafter", drafter)
     blas.warn_if_slow()
     threads.clear_at_end()
@@ -248,6 +248,7 @@ def generate(
 
     Other arguments and errors: see :func:`stream_generate`.
     """
+    arguments.instance("verbose", verbose, int, "True or False")
     pieces = []
     for response in stream_generate(model, tokenizer, prompt, **kwargs):
         pieces.append(response.text)

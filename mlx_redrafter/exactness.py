@@ -26,12 +26,12 @@ from mlx_lm.generate import generate_step
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model as load_mlx_lm
 
-from mlx_redrafter import blas, console, net
+from mlx_redrafter import blas, console, hub, net
 from mlx_redrafter.acceptance import SHAPES
 from mlx_redrafter.api import Model, load, stream_generate
 from mlx_redrafter.checks import at_least
 from mlx_redrafter.decoding.engine import Session
-from mlx_redrafter.errors import OptionError
+from mlx_redrafter.errors import ModelError, OptionError
 from mlx_redrafter.paths import expanded
 from mlx_redrafter.prompts import DEV, Prompt, read_prompts
 
@@ -81,11 +81,21 @@ def sampling_options() -> Iterator[dict[str, Any]]:
         }
 
 
-def load_reference(folder: Path) -> nn.Module:
-    """mlx_lm's model in the type of ours, float32, in whichever it is stored."""
-    model, _ = load_mlx_lm(folder)
-    model.set_dtype(mx.float32)
-    return model
+def load_reference(folder: Path, dtype: mx.Dtype = mx.float32) -> nn.Module:
+    """mlx_lm's model in the type of ours, in whichever it is stored. Raises ModelError."""
+    return in_mlx_lm(folder, dtype)[0]
+
+
+def in_mlx_lm(folder: Path, dtype: mx.Dtype) -> tuple[nn.Module, dict[str, Any]]:
+    """A model as mlx_lm loads it, and its configuration. Raises ModelError."""
+    try:
+        model, config = load_mlx_lm(folder)
+    except Exception as error:  # mlx_lm reads files that ours does without, and checks none
+        raise ModelError(
+            f"{folder} cannot be loaded by mlx_lm ({hub.one_line(error)}): download it again"
+        ) from error
+    model.set_dtype(dtype)
+    return model, config
 
 
 def reference_tokens(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 from mlx_redrafter import cli
 from mlx_redrafter.decoding.engine import Engine
+from mlx_redrafter.errors import ModelError
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.prefill import search as searching
 from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill, read_patterns, write_patterns
@@ -142,6 +144,14 @@ def test_a_number_of_blocks_is_obeyed(asked: int, given: int) -> None:
 
 def test_a_layer_that_is_not_measured_has_its_window(searched: Search) -> None:
     assert searched.results()[1] == {h: Found(HeadPattern("stream_llm", 0, 0)) for h in range(4)}
+
+
+def test_attention_that_is_not_finite_is_said(target: Decoder) -> None:
+    found = Search(target.config, OPTIONS, 0.25, 0.75 * LENGTH)
+    chunk = chunks()[0]
+    found(0, replace(chunk, q=chunk.q * mx.nan))
+    with pytest.raises(ModelError, match="layer 0 has no finite attention"):
+        found.results()
 
 
 def test_the_file_round_trips_and_the_engine_takes_it(

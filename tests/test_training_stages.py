@@ -30,7 +30,7 @@ from mlx_redrafter.decoding import prospects
 from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.prompts import Prompt, read_prompts
 from mlx_redrafter.training import folder, imports, prompts, stages, supply
-from mlx_redrafter.training.shards import read_conversations
+from mlx_redrafter.training.shards import read_conversations, record_layers, recorded_layers
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,14 @@ def test_an_interrupted_run_makes_the_same_files(
     stages.answers(begin(tmp_path / "run", model))
     parts = ("prompts", "answers", "features")
     assert contents(tmp_path / "run", *parts) == contents(finished, *parts)
+
+
+@pytest.mark.parametrize("text", ["[0, 1", "7", '["a"]', ""])
+def test_features_of_unknown_layers_are_none(tmp_path: Path, text: str) -> None:
+    record_layers(tmp_path, (0, 2))
+    assert recorded_layers(tmp_path) == (0, 2)
+    (tmp_path / "features" / "layers.json").write_text(text)
+    assert recorded_layers(tmp_path) is None
 
 
 def test_more_answers_later_are_those_of_asking_for_all_at_once(
@@ -273,7 +281,14 @@ def test_a_run_that_could_not_begin_leaves_no_options_behind(tmp_path: Path, mod
     arguments = ["train", "-m", str(model), "-o", str(tmp_path), "--answers", "none.jsonl"]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 1 and "there is no file none.jsonl" in result.stderr
-    assert folder.stored(tmp_path) is None
+    assert folder.stored(tmp_path) is None and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_made_for_nothing_is_gone_again(tmp_path: Path, model: Path) -> None:
+    arguments = ["train", "evaluate", "-m", str(model), "-o", str(tmp_path / "run")]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 1 and "has no drafter yet" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ class TrainConfig:
         least = {
             "answer_tokens": 1, "max_tokens": 2, "prompt_tokens": 4, "batch": 1, "positions": 1,
             "batch_positions": 1, "segment": 2, "rollout": 1, "candidates": 4,
-            "num_draft_layers": 0, "draft_vocab_size": 0,
+            "num_draft_layers": 0, "draft_vocab_size": 0, "seed": 0,
         }  # fmt: skip
         for name, minimum in least.items():
             if getattr(self, name) < minimum:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -153,6 +153,7 @@ def alone(folder: Path) -> Iterator[None]:
     """Keep a second run out of the folder. Raises OptionError if there is one, or no folder."""
     from filelock import FileLock, Timeout
 
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
@@ -167,6 +168,11 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if not (folder / FILE).exists():  # nothing was begun
+            (folder / ".lock").unlink(missing_ok=True)
+            if new:
+                with suppress(OSError):
+                    folder.rmdir()
 
 
 def _all(config: TrainConfig) -> dict[str, Any]:
