@@ -24,7 +24,7 @@ from mlx_lm.utils import load_model as load_mlx_lm
 
 from mlx_redrafter.api import Model, load, stream_generate
 from mlx_redrafter.cache.session import Session
-from mlx_redrafter.errors import OptionError
+from mlx_redrafter.errors import ModelError, OptionError, one_line
 from mlx_redrafter.evaluation.acceptance import SHAPES
 from mlx_redrafter.evaluation.prompts import Prompt, read_prompts
 from mlx_redrafter.runtime import blas
@@ -77,11 +77,21 @@ def sampling_options() -> Iterator[dict[str, Any]]:
         }
 
 
-def load_reference(folder: Path) -> nn.Module:
-    """mlx_lm's model in the type of ours, float32, in whichever it is stored."""
-    model, _ = load_mlx_lm(folder)
-    model.set_dtype(mx.float32)
-    return model
+def load_reference(folder: Path, dtype: mx.Dtype = mx.float32) -> nn.Module:
+    """mlx_lm's model in the type of ours, in whichever it is stored. Raises ModelError."""
+    return in_mlx_lm(folder, dtype)[0]
+
+
+def in_mlx_lm(folder: Path, dtype: mx.Dtype) -> tuple[nn.Module, dict[str, Any]]:
+    """A model as mlx_lm loads it, and its configuration. Raises ModelError."""
+    try:
+        model, config = load_mlx_lm(folder)
+    except Exception as error:  # mlx_lm reads files that ours does without, and checks none
+        raise ModelError(
+            f"{folder} cannot be loaded by mlx_lm ({one_line(error)}): download it again"
+        ) from error
+    model.set_dtype(dtype)
+    return model, config
 
 
 def reference_tokens(

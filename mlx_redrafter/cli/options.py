@@ -72,14 +72,14 @@ SparseConfig = Annotated[
     ),
 ]
 SparseMinContext = Annotated[
-    int, typer.Option(rich_help_panel=PROMPT, help="Tokens to read densely before that.")
+    int, typer.Option(rich_help_panel=PROMPT, help="Read this many tokens densely first.")
 ]
 SparseTau = Annotated[
     float,
     typer.Option(rich_help_panel=PROMPT, help="Share of the attention that xattention keeps."),
 ]
 Context = Annotated[
-    int, typer.Option(rich_help_panel=SAMPLING, help="How many of the last tokens it looks at.")
+    int, typer.Option(rich_help_panel=SAMPLING, help="How many of the last tokens to consider.")
 ]
 
 
@@ -170,7 +170,7 @@ class DecodeOptions:
         typer.Option(
             rich_help_panel=SAMPLING,
             show_default="off",
-            help="Make used tokens less likely; 1: no change.",
+            help="Make used tokens less likely; 1 is off.",
         ),
     ] = None
     repetition_context_size: Context = 20
@@ -179,7 +179,7 @@ class DecodeOptions:
         typer.Option(
             rich_help_panel=SAMPLING,
             show_default="off",
-            help="Taken off the logits of used tokens.",
+            help="Subtracted from logits of used tokens.",
         ),
     ] = None
     presence_context_size: Context = 20
@@ -188,7 +188,7 @@ class DecodeOptions:
         typer.Option(
             rich_help_panel=SAMPLING,
             show_default="off",
-            help="Taken off a logit for every use.",
+            help="Subtracted from a logit for every use.",
         ),
     ] = None
     frequency_context_size: Context = 20

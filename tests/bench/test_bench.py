@@ -193,17 +193,8 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[st
     file = tmp_path / "prompts.jsonl"
     rows = [{"prompt": p, "category": c} for p, c in (("One", "chat"), ("Two", "code"))]
     file.write_text("\n".join(map(json.dumps, rows)))
-    yield [
-        "bench",
-        "speed",
-        "--prompts",
-        str(file),
-        "--max-tokens",
-        "12",
-        "--rounds",
-        "1",
-        "--no-perfect",
-    ]
+    line = ["bench", "speed", "--prompts", str(file), "--max-tokens", "12", "--rounds", "1"]
+    yield [*line, "--no-perfect"]
 
 
 def test_a_run_writes_figures_and_plots(command: list[str], tmp_path: Path) -> None:

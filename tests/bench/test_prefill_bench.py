@@ -1,4 +1,4 @@
-"""`bench prefill` on tiny models: what is kept, the controls, what is written. No time is judged."""
+"""`bench prefill` on tiny models: what is kept, the controls, the files. No time is judged."""
 
 from __future__ import annotations
 

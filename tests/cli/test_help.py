@@ -92,7 +92,7 @@ def test_defaults_and_types_are_shown_in_one_way() -> None:
         "  --seed N                        Same seed, same text, drafted or not. [0]\n",
         "  --temp X                        0 takes the likeliest token; more varies. [0]\n",
         "  --thinking, --no-thinking       Think first, or not. [as the template has it]\n",
-        "  --sparse-prefill-min-context N  Tokens to read densely before that. [32768]\n",
+        "  --sparse-prefill-min-context N  Read this many tokens densely first. [32768]\n",
         "(org/name). [smollm2-135m]\n",
     ):
         assert line in text

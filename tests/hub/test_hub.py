@@ -59,7 +59,7 @@ def model_folder(path, **config):
 
 def test_import_loads_no_heavy_library():
     code = (
-        "import sys, mlx_redrafter.hub.resolve, mlx_redrafter.builtin\n"
+        "import sys, mlx_redrafter.hub.resolve, mlx_redrafter.hub.builtin\n"
         "heavy = {'mlx.core', 'mlx_lm', 'transformers', 'huggingface_hub', 'filelock', 'rich'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

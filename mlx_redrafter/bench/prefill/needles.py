@@ -170,7 +170,7 @@ def show(outcomes: Sequence[Outcome]) -> None:
         alike = ", ".join(str(found[w]["identical"]) if w in found else "-" for w in names)
         first = (row["task"], str(row["length"] or ""), str(row["cases"]), str(row["dense_right"]))
         table.add_row(*first, *judged, alike)
-    tables.show("\nRight, of what is right densely", table)
+    tables.show("\nRight answers, of those that are right densely", table)
 
 
 def cases(

@@ -19,7 +19,7 @@ def command(
     context: Annotated[int, typer.Option(help="Tokens in the cache.")] = 1024,
     bits: Annotated[
         int | None,
-        typer.Option(help="Count an unquantised model as one of so many bits; 16: as stored."),
+        typer.Option(help="Count an unquantised model as if it had this many bits; 16: as stored."),
     ] = None,
     as_json: Json = False,
 ) -> None:

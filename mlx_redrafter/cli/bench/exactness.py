@@ -19,10 +19,10 @@ def command(
     max_tokens: Annotated[int, typer.Option(help="Longest greedy answer, in tokens.")] = 128,
     sampled: Annotated[int, typer.Option(help="Number of sampled answers in total.")] = 200,
     sampled_tokens: Annotated[int, typer.Option(help="Longest sampled answer.")] = 48,
-    shard: Annotated[str, typer.Option(help="i/n: every n-th prompt and run only.")] = "0/1",
+    shard: Annotated[str, typer.Option(help="Only part i of n of all runs: i/n.")] = "0/1",
     output: Annotated[
         Path | None,
-        typer.Option("--json", callback=expanded, help="Write the report into this JSON file."),
+        typer.Option("--json", callback=expanded, help="JSON file for the report."),
     ] = None,
 ) -> None:
     """Compare drafted, plain and mlx_lm decoding token by token.

@@ -18,10 +18,10 @@ def command(
         str, typer.Option(help="Where the answer is: 0 at the beginning, 1 at the end.")
     ] = "0.1 0.5 0.9",
     tasks: Annotated[
-        str | None, typer.Option(help="Names with commas between.", show_default="all")
+        str | None, typer.Option(help="Tasks, separated by commas.", show_default="all")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Cases of every task, length and depth.")] = 1,
-    min_context: Annotated[int, typer.Option(help="What is before that is read densely.")] = 512,
+    min_context: Annotated[int, typer.Option(help="Read this many tokens densely first.")] = 512,
     patterns: Annotated[
         Path | None,
         typer.Option(
@@ -30,7 +30,7 @@ def command(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--json", callback=expanded, help="Write all of it into this JSON file."),
+        typer.Option("--json", callback=expanded, help="JSON file for all results."),
     ] = None,
 ) -> None:
     """Answer questions about long prompts densely and with every sparse prefill."""

@@ -27,7 +27,7 @@ class Gguf:
         if found != ("llama", "smollm"):
             raise HubError(
                 f"{path.name} holds architecture and splitter {found}; "
-                "only a SmolLM2 GGUF ('llama', 'smollm') is converted here."
+                "only a SmolLM2 GGUF ('llama', 'smollm') is converted here"
             )
 
     def config(self) -> dict[str, Any]:
