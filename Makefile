@@ -29,10 +29,10 @@ lint: $(STAMP)
 	@$(BIN)/mypy convert
 
 exactness: $(STAMP)
-	@$(BIN)/python -m mlx_redrafter.exactness
+	@$(BIN)/mlx-redrafter bench exactness
 
 counts: $(STAMP)
-	@$(BIN)/python -m mlx_redrafter.counts
+	@$(BIN)/mlx-redrafter bench counts
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -132,7 +132,7 @@ def draw(panels: Sequence[Panel], length: int, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--patterns", type=Path, required=True, help="as prefill-search writes it")
+    parser.add_argument("--patterns", type=Path, required=True, help="as bench patterns writes it")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--heads", nargs=6, default=HEADS, help="layer.head of each panel")
     parser.add_argument("--out", type=Path, default=Path("sparse_heads.png"))

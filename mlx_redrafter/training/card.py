@@ -275,7 +275,7 @@ def _limits(model: str, config: TrainConfig, facts: Mapping[str, Any], chats: bo
         f"most {config.max_tokens}: longer ones, and other languages and subjects than those of "
         "the prompts, are not measured.",
         "Tokens per step is not speed: a step that drafts takes longer than a plain one, by how "
-        "much depends on the machine (`mlx-redrafter bench`).",
+        "much depends on the machine (`mlx-redrafter bench speed`).",
         "Agreement along given answers is not acceptance, and its probabilities are without the "
         "noise of sampled drafting: the live table is what decoding gets.",
     ]

@@ -158,7 +158,8 @@ def broken_file(random: random.Random, world: Path, folder: Path, kind: str, lin
 
 def program_of(given: Sequence[Any]) -> tuple[str, ...]:
     """The command of a line, in as many words as its name has."""
-    return tuple(map(str, given[: 2 if given[:1] in (["-m"], ["bench"]) else 1]))
+    words = 2 if given and given[0] in ("-m", "bench") else 1
+    return tuple(map(str, given[:words]))
 
 
 def kept(given: Sequence[Any]) -> tuple[str, ...]:
@@ -170,9 +171,8 @@ def commands() -> list[tuple[str, ...]]:
     """Every command as its words; the stages of training count, and what can be measured."""
     named = re.compile(r"^  ([a-z][a-z-]*)  ", re.MULTILINE)
     alone = [name for name in named.findall(help_of(())) if name != "bench"]
-    inner = [
-        (group, name) for group in ("train", "bench") for name in named.findall(help_of((group,)))
-    ]
+    groups = {group: named.findall(help_of((group,))) for group in ("train", "bench")}
+    inner = [(group, name) for group, names in groups.items() for name in names]
     return [*((name,) for name in alone), *inner, ("-m", "mlx_redrafter.convert")]
 
 
