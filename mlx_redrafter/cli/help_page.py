@@ -17,7 +17,7 @@ _TYPES = {
     "<str>": "TEXT", "<int>": "N", "<float>": "X", "<path>": "PATH", "<list[str]>": "TEXT",
     "<list[float]>": "X", "INTEGER": "N", "FLOAT": "X",
 }  # fmt: skip
-_DEFAULT = re.compile(r"\s+\[(?:default: )?\(?(.*?)(?:\.0)?\)?\]$")
+_DEFAULT = re.compile(r"\s+\\?\[(?:default: )?\(?(.*?)(?:\.0)?\)?\]$")
 
 
 def show(command: Any, ctx: Any, commands: dict[str, list[Row]]) -> None:
