@@ -227,9 +227,9 @@ def _locate(source: str) -> Path:
     path = user_path(source)
     if path.exists():
         return path
-    from mlx_redrafter.hub import resolve as hub
+    from mlx_redrafter.hub.resolve import resolve
 
-    return hub.resolve(source, also=("*.bin", "*.pt"))
+    return resolve(source, also=("*.bin", "*.pt"))
 
 
 def _check_fit(config: object, target: str, path: Path) -> None:
@@ -237,10 +237,10 @@ def _check_fit(config: object, target: str, path: Path) -> None:
     from typing import Any, cast
 
     from mlx_redrafter.drafters.loading import check_compatible
-    from mlx_redrafter.hub import resolve as hub
+    from mlx_redrafter.hub.resolve import resolve
     from mlx_redrafter.models.families import decoder_config
     from mlx_redrafter.models.weights import read_json
 
-    raw = read_json(hub.resolve(target) / "config.json")
+    raw = read_json(resolve(target) / "config.json")
     given: Any = SimpleNamespace(config=decoder_config(raw))
     check_compatible(cast(Any, config), given, path)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from mlx_redrafter.api import Model, load
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.evaluation import acceptance as counting
+from mlx_redrafter.evaluation.acceptance import SHAPES, TEMPERATURES, measure
 from mlx_redrafter.evaluation.prompts import DEV, Prompt, read_prompts
 from mlx_redrafter.runtime.device import device, machine
 from mlx_redrafter.terminal import console
@@ -34,9 +34,9 @@ def acceptance(
     if loaded.drafter is None:
         raise OptionError(f"there is no drafter for {model}: give one with --drafter")
     chosen = read_prompts(prompts or DEV, count)
-    total = len(chosen) * len(counting.SHAPES) * len(counting.TEMPERATURES)
+    total = len(chosen) * len(SHAPES) * len(TEMPERATURES)
     with progress(total) as step:
-        rows = counting.measure(loaded, tokenizer, chosen, max_tokens=max_tokens, on_answer=step)
+        rows = measure(loaded, tokenizer, chosen, max_tokens=max_tokens, on_answer=step)
     facts = {**conditions(loaded, chosen), "max_tokens": max_tokens}
     if as_json:
         print(json.dumps({"rows": [row.as_dict() for row in rows], **facts}))

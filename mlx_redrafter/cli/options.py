@@ -14,6 +14,7 @@ import typer
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime import blas, checks
 from mlx_redrafter.runtime.checks import checked_text
+from mlx_redrafter.runtime.paths import BUILTIN
 from mlx_redrafter.terminal import console
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ Context = Annotated[
 class ModelOptions:
     """Which model and drafter to load."""
 
-    model: ModelName = "smollm2-135m"
+    model: ModelName = BUILTIN
     drafter: DrafterName = "auto"
     no_draft: Annotated[
         bool, typer.Option("--no-draft", help="Decode plainly, without any drafting.")

@@ -26,7 +26,7 @@ def logsumexp(logits: mx.array) -> mx.array:
     """The logarithm of the sum of exponentials of every row: (R, Vd) -> (R, 1).
 
     MLX's own is one kernel on Metal; on a CPU it takes three times as long as steps that
-    mx.compile makes kernels for this machine of (see kernels.py).
+    mx.compile makes kernels for this machine of (see compiler.py).
     """
     if fused_kernels():
         return mx.logsumexp(logits, axis=-1, keepdims=True)

