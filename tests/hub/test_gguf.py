@@ -26,7 +26,7 @@ from tiny_gguf import (
 
 from mlx_redrafter.errors import HubError
 from mlx_redrafter.hub import builtin
-from mlx_redrafter.hub.gguf import fallback as gguf
+from mlx_redrafter.hub.gguf.model import mlx_name
 from mlx_redrafter.runtime.paths import BUILTIN
 from mlx_redrafter.text.tokenizer import load_tokenizer
 
@@ -41,7 +41,7 @@ def test_weights_are_those_of_the_gguf(tmp_path, cache):
     for name, expected in real.items():
         if name.endswith((".attn_q", ".attn_k")):
             continue
-        got = np.array(weights[f"{gguf.mlx_name(name)}.weight"])
+        got = np.array(weights[f"{mlx_name(name)}.weight"])
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
 
 
@@ -124,10 +124,10 @@ def test_tokenizer(tiny, cache):
         {"tokenizer.ggml.pre": (STRING, "qwen2")},
     ],
 )
-def test_another_gguf_is_refused(tmp_path, changed):
+def test_another_gguf_is_refused(tmp_path, cache, changed):
     write_gguf(tmp_path / "other.gguf", metadata(**changed))
     with pytest.raises(HubError, match="only a SmolLM2 GGUF"):
-        gguf.Gguf(tmp_path / "other.gguf")
+        builtin.ensure("cpu", [partial(source, tmp_path / "other.gguf", [])])
 
 
 def test_an_unknown_tensor_is_refused(tmp_path, cache):
