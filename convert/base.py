@@ -272,8 +272,8 @@ class Quantisation:
         }
         if not self._chosen:
             raise ConvertError(
-                f"no matrix of this model has rows of a multiple of {group_size}, so none can be "
-                "quantised; choose another --q-group-size"
+                f"no matrix of this model has rows whose length is a multiple of {group_size}, "
+                "so none can be quantised; choose another --q-group-size"
             )
 
     def bits(self, target: str) -> int | None:

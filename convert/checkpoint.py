@@ -86,7 +86,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     files = weight_files(path)
     folder = path if path.is_dir() else path.parent
     if any(kind_of(file) == GGUF for file in files):
-        raise ConvertError(f"{path} is a GGUF file, which no other file can be mixed with")
+        raise ConvertError(f"{path} is a GGUF file, which cannot be mixed with other files")
     config: dict[str, Any] = {}
     if (folder / "config.json").is_file():
         try:

@@ -144,7 +144,7 @@ def _check(
     if missing := expected.keys() - shapes.keys():
         raise ConvertError(
             f"{checkpoint.path} lacks {preview(missing)}, which a drafter of its configuration "
-            f"has ({_describe(config)}); get it again"
+            f"has ({_describe(config)}); download it again"
         )
     if extra := shapes.keys() - expected.keys():
         raise ConvertError(

@@ -91,8 +91,8 @@ class GgufPlan:
             )
         if plain:
             notes.append(
-                f"{len(plain)} matrices stay {_name(self.dtype)}: their rows are no multiple of "
-                "--q-group-size"
+                f"{len(plain)} matrices stay {_name(self.dtype)}: the length of their rows is no "
+                "multiple of --q-group-size"
             )
         return notes
 

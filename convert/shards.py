@@ -195,8 +195,8 @@ def _load_torch(path: Path, mapped: bool) -> Any:
         )
         would = f"would call {found[1]}" if found else "needs more than tensors"
         raise ConvertError(
-            f"{path} is refused: unpickling it {would}, which could run code; nothing was run. "
-            "Take the safetensors version of the model"
+            f"{path} is refused: unpickling it {would}, which could run code; nothing was run: "
+            "take the safetensors version of the model"
         ) from None
     except Exception as error:
         raise ConvertError(

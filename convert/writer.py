@@ -88,7 +88,7 @@ def check_output(out: Path, source: Path, force: bool) -> None:
         raise ConvertError(f"{out} exists; give another folder, or --force to replace it")
     # What --force deletes must be the kind of thing that is written here.
     if not (out / "config.json").is_file() or out.is_symlink():
-        raise ConvertError(f"{out} is not a model folder; remove it yourself if it may go")
+        raise ConvertError(f"{out} is not a model folder; remove it yourself if it is not needed")
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def output_folder(out: Path, source: Path, force: bool = False) -> Iterator[Outp
         if is_full(error):
             raise ConvertError(
                 f"no space left in {out.parent} for {out.name}: nothing was kept; free some, or "
-                "give an --out on another disk"
+                "choose an --out on another disk"
             ) from error
         raise ConvertError(f"making {out} failed ({one_line(error)}); nothing was kept") from error
     finally:

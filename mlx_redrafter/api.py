@@ -105,7 +105,7 @@ def load(
     arguments.refuse(other, load)
     name, dtype = arguments.name_or_folder("model", path_or_hf_repo), arguments.dtype(dtype)
     arguments.instance("revision", revision, str, "a branch, tag or commit as text")
-    arguments.instance("tokenizer_config", tokenizer_config, dict, "a dictionary")
+    arguments.options("tokenizer_config", tokenizer_config)
     given = None if drafter is None else arguments.name_or_folder("drafter", drafter)
     blas.warn_if_slow()
     threads.clear_at_end()
@@ -143,7 +143,7 @@ def stream_generate(
 
     Args:
         prompt: text (no template is applied) or token ids, in a list or a 1-D array.
-        max_tokens: at most so many tokens, fewer where the context ends; None: 256; -1: no limit.
+        max_tokens: at most this many tokens, fewer where the context ends; None: 256; -1: no limit.
         draft: False decodes plainly, through the same code; the tokens are the same. True drafts
             from what there is: the drafter and the text itself. None: as the model was loaded.
         tree: how much to draft; None: chosen for every step by what pays on this machine and on
@@ -242,6 +242,7 @@ def generate(
 
     Other arguments and errors: see :func:`stream_generate`.
     """
+    arguments.instance("verbose", verbose, int, "True or False")
     pieces = []
     for response in stream_generate(model, tokenizer, prompt, **kwargs):
         pieces.append(response.text)

@@ -66,7 +66,9 @@ def refuse(given: Mapping[str, Any], function: Callable[..., Any]) -> None:
     through."""
     for name, value in given.items():
         here = _HERE.get(name)
-        if here is not None and (value is None or value is False or value == {}):
+        if here is not None and (
+            value is None or value is False or (isinstance(value, dict) and not value)
+        ):
             continue
         if here is None:
             near = difflib.get_close_matches(name, _options(function), 1)
@@ -130,6 +132,12 @@ def instance(option: str, value: Any, kind: type, use: str) -> Any:
     raise OptionError(f"{option} {checks.shown(value)} is not possible: give {use}")
 
 
+def options(option: str, value: Any) -> None:
+    """None, or a dictionary by names."""
+    if instance(option, value, dict, "a dictionary") and not all(isinstance(k, str) for k in value):
+        raise OptionError(f"{option} {checks.shown(value)} is not possible: its keys are names")
+
+
 def function(option: str, value: Any) -> Any:
     """None, or something to be called."""
     if value is None or callable(value):
@@ -141,8 +149,8 @@ def stops(value: Any) -> tuple[str, ...]:
     """Strings that end an answer, from one, several or None."""
     if value is None:
         return ()
-    given = (value,) if isinstance(value, str) else value
-    texts = tuple(given) if isinstance(given, Iterable) else (given,)
+    given = value.tolist() if hasattr(value, "tolist") else value
+    texts = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
     if isinstance(given, bytes) or not all(isinstance(text, str) for text in texts):
         raise OptionError(
             f"stop {checks.shown(value)} is not possible: give text, or a list of texts; "

@@ -96,7 +96,7 @@ def offers(choices: dict[str, list[dict[str, Any]]]) -> Table:
 
 def chunk_sizes(known: Chunks, layers: int) -> Table:
     """What a prompt token takes in a model of so many layers, by how many are read at a time."""
-    titles = ("ms a token at the beginning", f"behind {BEHIND} tokens")
+    titles = ("ms a token at the start", f"behind {BEHIND} tokens")
     shown = reports.table("tokens read at a time", *titles)
     whole = layers / known.layers
     for n in known.near:

@@ -29,7 +29,7 @@ from mlx_lm.utils import load_model as load_mlx_lm
 from mlx_redrafter.api import Model, load, stream_generate
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cli import net
-from mlx_redrafter.errors import OptionError
+from mlx_redrafter.errors import ModelError, OptionError, one_line
 from mlx_redrafter.evaluation.acceptance import SHAPES
 from mlx_redrafter.evaluation.prompts import DEV, Prompt, read_prompts
 from mlx_redrafter.runtime import blas
@@ -83,11 +83,21 @@ def sampling_options() -> Iterator[dict[str, Any]]:
         }
 
 
-def load_reference(folder: Path) -> nn.Module:
-    """mlx_lm's model in the type of ours, float32, in whichever it is stored."""
-    model, _ = load_mlx_lm(folder)
-    model.set_dtype(mx.float32)
-    return model
+def load_reference(folder: Path, dtype: mx.Dtype = mx.float32) -> nn.Module:
+    """mlx_lm's model in the type of ours, in whichever it is stored. Raises ModelError."""
+    return in_mlx_lm(folder, dtype)[0]
+
+
+def in_mlx_lm(folder: Path, dtype: mx.Dtype) -> tuple[nn.Module, dict[str, Any]]:
+    """A model as mlx_lm loads it, and its configuration. Raises ModelError."""
+    try:
+        model, config = load_mlx_lm(folder)
+    except Exception as error:  # mlx_lm reads files that ours does without, and checks none
+        raise ModelError(
+            f"{folder} cannot be loaded by mlx_lm ({one_line(error)}): download it again"
+        ) from error
+    model.set_dtype(dtype)
+    return model, config
 
 
 def reference_tokens(
@@ -173,9 +183,9 @@ def main(
     max_tokens: int = 128,
     sampled: int = 200,
     sampled_tokens: int = 48,
-    shard: Annotated[str, typer.Option(help="i/n: every n-th prompt and run only.")] = "0/1",
+    shard: Annotated[str, typer.Option(help="Only part i of n of all runs: i/n.")] = "0/1",
     output: Annotated[
-        Path | None, typer.Option("--json", callback=expanded, help="Write the report there.")
+        Path | None, typer.Option("--json", callback=expanded, help="JSON file for the report.")
     ] = None,
 ) -> None:
     """Compare drafted, plain and mlx_lm decoding token by token."""

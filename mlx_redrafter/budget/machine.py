@@ -95,7 +95,7 @@ class Budget:
         found = None if again else _read(_file(facts), Costs.from_dict)
         if found is None:
             (say or engine.say)(
-                "measuring what drafting costs on this machine (once, a few seconds) ..."
+                "Measuring what drafting costs on this machine (once, a few seconds) ..."
             )
             found = measure(self.target, engine.drafters, engine.step_function, engine.compiled)
             _write(_file(facts), {**facts, **found.as_dict()})
@@ -122,7 +122,7 @@ class Budget:
         found = None if again else _read(file, Chunks.from_dict)
         if found is None:
             (say or self.engine.say)(
-                "measuring what size of a prompt's chunks is best (once, a few seconds) ..."
+                "Measuring in what chunks long prompts are read fastest (once, a few seconds) ..."
             )
             found = chunks.measure(self.target)
             _write(file, {**facts, **found.as_dict()})

@@ -1,6 +1,6 @@
 """What a step of a shape yields on average text: tokens per step, recorded with a drafter.
 
-The table is made by replaying drafts along the model's own answers (``mlx_redrafter.replay``);
+The table is made by replaying drafts along the model's own answers (``evaluation.yields_record``);
 training writes one beside every drafter. A drafter without one is reckoned with the built-in
 model's: the policy learns the difference.
 """
@@ -85,8 +85,8 @@ def load(folder: Path | None) -> Yields:
         }
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise DrafterError(
-            f"{file} cannot be read ({type(error).__name__}): delete it, or make it again "
-            "(python -m mlx_redrafter.replay)"
+            f"{file} cannot be read ({type(error).__name__}): delete it, or evaluate the drafter again "
+            "(mlx-redrafter train evaluate)"
         ) from None
     return Yields(table)
 

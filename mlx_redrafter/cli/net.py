@@ -280,6 +280,6 @@ def _check_temporary_folder() -> None:
     except OSError:
         return  # whoever needs one will say so
     if given and found != os.path.abspath(given):
-        console.warn(f"TMPDIR={given} is not a folder that can be written: using {found}")
+        console.warn(f"warning: TMPDIR={given} is not a folder that can be written: using {found}")
     if given or found != "/tmp":
         os.environ["TMPDIR"] = found

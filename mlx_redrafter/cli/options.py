@@ -77,14 +77,14 @@ SparseConfig = Annotated[
     ),
 ]
 SparseMinContext = Annotated[
-    int, typer.Option(rich_help_panel=PROMPT, help="Tokens to read densely before that.")
+    int, typer.Option(rich_help_panel=PROMPT, help="Read this many tokens densely first.")
 ]
 SparseTau = Annotated[
     float,
     typer.Option(rich_help_panel=PROMPT, help="Share of the attention that xattention keeps."),
 ]
 Context = Annotated[
-    int, typer.Option(rich_help_panel=SAMPLING, help="How many of the last tokens it looks at.")
+    int, typer.Option(rich_help_panel=SAMPLING, help="How many of the last tokens to consider.")
 ]
 
 
@@ -181,7 +181,7 @@ class DecodeOptions:
         typer.Option(
             rich_help_panel=SAMPLING,
             show_default="off",
-            help="Make tokens that were used less likely; 1 changes nothing.",
+            help="Make tokens that were used before less likely; 1 is off.",
         ),
     ] = None
     repetition_context_size: Context = 20
@@ -190,7 +190,7 @@ class DecodeOptions:
         typer.Option(
             rich_help_panel=SAMPLING,
             show_default="off",
-            help="Taken off the logit of every token that was used.",
+            help="Subtracted from the logit of every token that was used.",
         ),
     ] = None
     presence_context_size: Context = 20
@@ -199,7 +199,7 @@ class DecodeOptions:
         typer.Option(
             rich_help_panel=SAMPLING,
             show_default="off",
-            help="Taken off the logit of a token for every time it was used.",
+            help="Subtracted from the logit of a token for every time it was used.",
         ),
     ] = None
     frequency_context_size: Context = 20

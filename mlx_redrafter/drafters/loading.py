@@ -142,8 +142,8 @@ def _empty(
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DrafterError(
-                f"the quantization of the drafter in {folder} cannot be read ({error}): "
-                "needed are group_size and bits that its layers can have"
+                f"the quantization of the drafter in {folder} cannot be read ({error}); "
+                "needed: a group_size and bits that its layers can have"
             ) from None
     return drafter
 
@@ -202,7 +202,7 @@ def _check_tensors(
     expected: Mapping[str, mx.array], weights: Mapping[str, mx.array], folder: Path
 ) -> None:
     if missing := expected.keys() - weights.keys():
-        raise DrafterError(f"the drafter in {folder} lacks {preview(missing)}: get it again")
+        raise DrafterError(f"the drafter in {folder} lacks {preview(missing)}: download it again")
     if unknown := weights.keys() - expected.keys():
         raise DrafterError(
             f"the drafter in {folder} has tensors that no ReDrafter has: {preview(unknown)}"

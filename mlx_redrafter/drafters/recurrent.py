@@ -28,6 +28,7 @@ from mlx_redrafter.tree.nodes import integers
 CELLS = ("sum", "elman", "gru")
 HEADS = ("own", "target")
 STARTS = ("zero", "context")
+_MOST = 2**28  # a larger size is damage, and MLX cannot count so far
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,14 @@ class ReDrafterConfig:
         except TypeError as error:
             raise DrafterError(f"the drafter's config.json is incomplete: {error}") from None
         sizes = {
-            "hidden_size": (result.hidden_size, 1),
-            "vocab_size": (result.vocab_size, 1),
-            "exit_dim": (result.exit_dim, 1),
-            "draft_vocab_size": (result.output_size, 1),
-            "num_draft_layers": (result.num_draft_layers, 0),
+            "hidden_size": (result.hidden_size, 1, _MOST),
+            "vocab_size": (result.vocab_size, 1, _MOST),
+            "exit_dim": (result.exit_dim, 1, _MOST),
+            "draft_vocab_size": (result.output_size, 1, _MOST),
+            "num_draft_layers": (result.num_draft_layers, 0, 1000),
         }
-        for name, (value, least) in sizes.items():
-            if not isinstance(value, int) or value < least:
+        for name, (value, least, most) in sizes.items():
+            if not isinstance(value, int) or not least <= value <= most:
                 raise DrafterError(f"the drafter's {name} {value!r} is an impossible size")
         if result.cell not in CELLS or result.head not in HEADS:
             raise DrafterError(

@@ -139,9 +139,9 @@ def _first_available(sources: Sequence[Source], work: Path) -> Original:
         except Unavailable as error:
             reasons.append(str(error))
     raise HubError(
-        f"The built-in model {BUILTIN} is not on this machine and cannot be downloaded "
-        f"({'; '.join(reasons)}). Connect to the network once, or give a model folder: "
-        "--model PATH."
+        f"the built-in model {BUILTIN} is not on this machine and cannot be downloaded "
+        f"({'; '.join(reasons)}); connect to the network once, or give a model folder: "
+        "--model PATH"
     )
 
 
@@ -149,12 +149,12 @@ def _storage_message(error: OSError, place: Path, size: int) -> str:
     other = "or set MLX_REDRAFTER_CACHE to another folder"
     if is_full(error):
         return (
-            f"No space left in {place} for the built-in model; it needs {size // 1_000_000} MB "
-            f"free while it is prepared: free some, {other}."
+            f"no space left in {place} for the built-in model; it needs {size // 1_000_000} MB "
+            f"free while it is prepared: free some, {other}"
         )
     return (
-        f"The built-in model cannot be stored in {place} ({error.strerror or one_line(error)}); "
-        f"make that folder writable, {other}."
+        f"the built-in model cannot be stored in {place} ({error.strerror or one_line(error)}); "
+        f"make that folder writable, {other}"
     )
 
 
@@ -268,7 +268,7 @@ def _smollm(path: Path) -> GgufModel:
     if found != ("llama", "smollm"):
         raise HubError(
             f"{path.name} holds architecture and splitter {found}; "
-            "only a SmolLM2 GGUF ('llama', 'smollm') is converted here."
+            "only a SmolLM2 GGUF ('llama', 'smollm') is converted here"
         )
     return model
 

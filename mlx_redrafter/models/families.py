@@ -12,6 +12,11 @@ from ..errors import ModelError
 from .config import DecoderConfig, RopeConfig
 
 Raw = Mapping[str, Any]
+_LARGEST = {
+    "num_hidden_layers": 10_000, "hidden_size": 2**28, "intermediate_size": 2**28,
+    "vocab_size": 2**28, "num_attention_heads": 2**20, "num_key_value_heads": 2**20,
+    "head_dim": 2**20,
+}  # fmt: skip
 
 
 def decoder_config(raw: Raw, weight_names: Collection[str] = ()) -> DecoderConfig:
@@ -49,7 +54,9 @@ def decoder_config(raw: Raw, weight_names: Collection[str] = ()) -> DecoderConfi
 def _check(config: DecoderConfig) -> None:
     for name in ("hidden_size", "vocab_size", "num_layers", "num_heads", "num_kv_heads"):
         if getattr(config, name) < 1:
-            raise ModelError(f"config.json gives {name} = {getattr(config, name)}; needed: >= 1")
+            raise ModelError(
+                f"config.json gives {name} = {getattr(config, name)}; needed: at least 1"
+            )
     if config.num_heads % config.num_kv_heads:
         raise ModelError(
             f"config.json gives {config.num_heads} attention heads and {config.num_kv_heads} "
@@ -95,8 +102,16 @@ def _rope(raw: Raw, dims: int, base: float, max_positions: int) -> RopeConfig:
     )
 
 
+def _limit(raw: Raw) -> None:
+    """Refuse damaged sizes before anything is built of them, or counted up to them."""
+    for name, most in _LARGEST.items():
+        if int(raw.get(name) or 0) > most:
+            raise ModelError(f"config.json gives {name} = {raw[name]}; needed: {most} or less")
+
+
 def _base(raw: Raw, *, max_positions: int, theta: float = 10000.0) -> DecoderConfig:
     """What all families share."""
+    _limit(raw)
     layers, head_dim = int(raw["num_hidden_layers"]), _head_dim(raw)
     limit = int(raw.get("max_position_embeddings") or max_positions)
     rope = _rope(raw, head_dim, theta, limit)

@@ -39,7 +39,7 @@ def as_stored(raw: Mapping[str, Any], types: Types) -> dict[str, Any]:
 def packed_layers(types: Types) -> set[str]:
     """Paths of the layers whose weights are quantised as MLX does it."""
     bases = {name.removesuffix(".scales") for name in types if name.endswith(".scales")}
-    return {base for base in bases if types.get(f"{base}.weight") == mx.uint32}
+    return {base for base in bases if types.get(f"{base}.weight", mx.int8) == mx.uint32}
 
 
 def _refuse_foreign(raw: Mapping[str, Any], types: Types, packed: set[str]) -> None:

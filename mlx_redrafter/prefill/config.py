@@ -164,7 +164,7 @@ def read_patterns(
         raise OptionError(f"{path} is not JSON ({error}); give a pattern file") from None
     if not isinstance(data, list) or not all(isinstance(layer, dict) for layer in data):
         raise OptionError(
-            f"{path} is not a pattern file: needed is a list over layers of "
+            f"{path} is not a pattern file; needed: a list over layers of "
             '{"head": [type, vertical, slash, score]}'
         )
     patterns = tuple(
@@ -206,7 +206,7 @@ def as_lists(
 
 def _number(head: str, path: Path | str) -> int:
     if not head.isdecimal():
-        raise OptionError(f"{path} has a head named {head!r}; needed is a number")
+        raise OptionError(f"{path} has a head named {head!r}; needed: a number")
     return int(head)
 
 
@@ -215,7 +215,7 @@ def _pattern(value: Any, where: str) -> HeadPattern:
     whole = [n for n in sizes[:2] if isinstance(n, int) and not isinstance(n, bool) and n >= 0]
     if kind not in get_args(Kind) or len(whole) < 2:
         raise OptionError(
-            f"{where}: {json.dumps(value)} is not possible; needed is [type, vertical, slash, "
+            f"{where}: {json.dumps(value)} is not possible; needed: [type, vertical, slash, "
             f"score] with a type of {', '.join(get_args(Kind))}"
         )
     return HeadPattern(cast(Kind, kind), *whole)
@@ -229,6 +229,6 @@ def _check_sizes(patterns: Patterns, name: str, layers: int | None, heads: int |
     highest = max((head for layer in patterns for head in layer), default=0)
     if heads is not None and highest >= heads:
         raise OptionError(
-            f"{name} has a head {highest} and the model only {heads} query heads a layer: "
+            f"{name} names head {highest}, and the model has only {heads} query heads per layer: "
             "use the file of this model"
         )

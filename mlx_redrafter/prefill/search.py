@@ -7,12 +7,14 @@ attention is taken. The cost is counted in the keys that our consumer gathers, p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_redrafter.errors import ModelError
 from mlx_redrafter.models import DecoderConfig
 from mlx_redrafter.prefill import minference
 from mlx_redrafter.prefill.config import HeadPattern, Patterns, SparsePrefill
@@ -105,6 +107,11 @@ class Search:
             return Found(HeadPattern("stream_llm", 0, self.config.layer_windows[layer]))
         fitting = self.fitting(layer, head)
         least = min(found.error for found in fitting)
+        if not math.isfinite(least):
+            raise ModelError(
+                f"layer {layer} has no finite attention: the model's weights are damaged, or its "
+                "config.json is another model's"
+            )
         return next(found for found in fitting if found.error <= least + _EQUAL)
 
     def fitting(self, layer: int, head: int) -> list[Found]:

@@ -134,7 +134,7 @@ class Waiting:
 
     def _say_compiling(self) -> None:
         ahead = "\n" if self._words and sys.stdout.isatty() and self._out.is_terminal else ""
-        text = "compiling kernels for the first answer with these options, once ..."
+        text = "Compiling kernels for the first answer with these options, once ..."
         if self._live is not None:
             console.show(Text(text, "dim"), self._live.console)
         elif not self._over.is_set():

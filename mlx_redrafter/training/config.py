@@ -19,7 +19,7 @@ class TrainConfig:
         prompts: jsonl of prompts; None: the model writes its own.
         answers: jsonl(.gz) of token ids, made by this program, to train on besides.
         answer_tokens: answer tokens to have in all; those of ``answers`` count.
-        max_tokens: at most so many tokens per answer.
+        max_tokens: at most this many tokens per answer.
         batch: answers written at once.
     Drafter:
         cell, initial_state, context_layers, head, exit_dim, num_draft_layers, draft_vocab_size: see
@@ -83,7 +83,7 @@ class TrainConfig:
         least = {
             "answer_tokens": 1, "max_tokens": 2, "prompt_tokens": 4, "batch": 1, "positions": 1,
             "batch_positions": 1, "segment": 2, "rollout": 1, "candidates": 4,
-            "num_draft_layers": 0, "draft_vocab_size": 0,
+            "num_draft_layers": 0, "draft_vocab_size": 0, "seed": 0,
         }  # fmt: skip
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
@@ -130,7 +130,7 @@ def from_mapping(values: dict[str, Any], source: str) -> TrainConfig:
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         elif value is not None and type(value) is not _type(name, default):
-            raise OptionError(f"{name} in {source} is {value!r}: needed is a {kind}")
+            raise OptionError(f"{name} in {source} is {value!r}; needed: a {kind}")
         config = replace(config, **{name: value})
     return config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -152,13 +152,14 @@ def alone(folder: Path) -> Iterator[None]:
     """Keep a second run out of the folder. Raises OptionError if there is one, or no folder."""
     from filelock import FileLock, Timeout
 
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
         lock.acquire()
     except Timeout:
         raise OptionError(
-            f"another run works in {folder}: wait for it, or choose another --out"
+            f"another run is at work in {folder}: wait for it, or choose another --out"
         ) from None
     except OSError as error:
         raise OptionError(f"{folder} cannot be written ({error}): choose another --out") from None
@@ -166,6 +167,11 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if not (folder / FILE).exists():  # nothing was begun
+            (folder / ".lock").unlink(missing_ok=True)
+            if new:
+                with suppress(OSError):
+                    folder.rmdir()
 
 
 def _all(config: TrainConfig) -> dict[str, Any]:

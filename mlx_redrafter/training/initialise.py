@@ -48,7 +48,7 @@ def drafter_config(config: TrainConfig, target: Decoder) -> ReDrafterConfig:
         if any(not 0 <= i < count for i in layers):
             raise OptionError(
                 f"context_layers {config.context_layers!r} is not possible: use auto, an empty "
-                f"string, or numbers below {count} with commas"
+                f"string, or numbers below {count}, separated by commas"
             )
     vocab = config.draft_vocab_size
     shape = {

@@ -110,9 +110,16 @@ def feature_bytes(tokens: int, layers: int, hidden_size: int) -> int:
 
 
 def recorded_layers(folder: Path) -> tuple[int, ...] | None:
-    """Which layers the features of a training folder are of; None if there are none yet."""
-    file = folder / "features" / "layers.json"
-    return tuple(json.loads(file.read_text())) if file.is_file() else None
+    """Which layers the features of a training folder are of; None if there are none yet.
+
+    They can be computed again: a file that makes no sense is none.
+    """
+    try:
+        layers = json.loads((folder / "features" / "layers.json").read_text())
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)
+    return tuple(layers) if whole else None
 
 
 def record_layers(folder: Path, layers: Sequence[int]) -> None:

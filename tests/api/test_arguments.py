@@ -160,6 +160,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stop": 5}, "stop 5 is not possible: give text, or a list of texts; token ids go "),
     ({"stop": [b"x"]}, "stop [b'x'] is not possible"),
     ({"stop": b"x"}, "stop b'x' is not possible"),
+    ({"stop": mx.array(5)}, "stop array(5, dtype=int32) is not possible"),
+    ({"kv_bits": np.array([4, 8])}, "there is no option kv_bits: leave it out"),
     ({"stop": ["a", None]}, "stop ['a', None] is not possible"),
     ({"stop_tokens": "x"}, "stop_tokens 'x' is not possible: give token ids; text goes into stop="),
     ({"stop_tokens": [259]}, "stop token 259 is not possible: use 0 to 258"),
@@ -277,6 +279,7 @@ def test_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (".", {"dtype": mx.int8}, "dtype mlx.core.int8 is not possible"),
         (".", {"revision": 5}, "revision 5 is not possible: give a branch, tag or commit as text"),
         (".", {"tokenizer_config": 5}, "tokenizer_config 5 is not possible: give a dictionary"),
+        (".", {"tokenizer_config": {1: 2}}, "tokenizer_config {1: 2} is not possible: its keys"),
         (".", {"othr": 5}, "there is no option othr: the docstring lists the options"),
         (".", {"adapter_path": "x"}, "there is no option adapter_path: fuse the adapter first"),
         (".", {"lazy": True}, "there is no option lazy: leave it out"),
@@ -288,6 +291,11 @@ def test_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_load_refuses(given: Any, more: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError, match="^" + re.escape(said)):
         load(given, **more)
+
+
+def test_verbose_is_a_switch(model: Model) -> None:
+    with pytest.raises(OptionError, match="verbose 'no' is not possible: give True or False"):
+        generate(model, ByteTokenizer(), IDS, verbose="no")  # type: ignore[arg-type]
 
 
 def test_a_drafter_by_its_path(folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from mlx_lm.utils import load_model as load_mlx_lm
 from tiny_chat import write_chat_model
 
 from mlx_redrafter.bench import exactness
+from mlx_redrafter.errors import ModelError
 from mlx_redrafter.evaluation.prompts import Prompt
 
 
@@ -47,6 +48,12 @@ def test_both_models_are_compared_in_float32(
     assert report["compared"]["greedy: plain against mlx_lm"] == 2
     assert report["dtype"] == "float32"
     assert os.environ["MLX_ENABLE_TF32"] == "0"
+
+
+def test_a_folder_that_mlx_lm_cannot_load(sixteen_bits: Path) -> None:
+    (sixteen_bits / "generation_config.json").write_bytes(b"\x96\x01")
+    with pytest.raises(ModelError, match=r"model cannot be loaded by mlx_lm .*: download it again"):
+        exactness.load_reference(sixteen_bits)
 
 
 def test_a_reference_as_stored_would_differ(

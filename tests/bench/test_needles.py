@@ -137,4 +137,4 @@ def test_the_command_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert found["summary"][-1]["cases"] == 2
     out = capsys.readouterr().out
     assert "single 1500 at 50%, seed 0" in out
-    assert "Right, of what is right densely" in out
+    assert "Right answers, of those that are right densely" in out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tiny_models import build
 from typer.testing import CliRunner
 
 from mlx_redrafter.cli import main as cli
+from mlx_redrafter.errors import ModelError
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.prefill import search as searching
 from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill, read_patterns, write_patterns
@@ -143,6 +145,14 @@ def test_a_layer_that_is_not_measured_has_its_window(searched: Search) -> None:
     assert searched.results()[1] == {h: Found(HeadPattern("stream_llm", 0, 0)) for h in range(4)}
 
 
+def test_attention_that_is_not_finite_is_said(target: Decoder) -> None:
+    found = Search(target.config, OPTIONS, 0.25, 0.75 * LENGTH)
+    chunk = chunks()[0]
+    found(0, replace(chunk, q=chunk.q * mx.nan))
+    with pytest.raises(ModelError, match="layer 0 has no finite attention"):
+        found.results()
+
+
 def test_the_file_round_trips_and_the_engine_takes_it(
     searched: Search, target: Decoder, tmp_path: Path
 ) -> None:
@@ -235,7 +245,10 @@ def test_layers_with_a_window_get_a_pattern_that_is_never_used(text: Path, tmp_p
         (["--length", 2048, "--text", "short"], "the text has 3 tokens and --length is 2048: give"),
         (["--text", "none.txt"], "none.txt cannot be read (No such file or directory)"),
         (["--text", "latin"], "latin is not UTF-8 text: convert it first (iconv)"),
-        (["--out", "nowhere/out.json"], "cannot be written: give a file in an existing folder of"),
+        (
+            ["--out", "nowhere/out.json"],
+            "cannot be written: give a file in a folder that you can write",
+        ),
         (["--plot", "plot.txt"], "the plot cannot be written to plot.txt"),
         (["--density", 1.5], "--density 1.5 is not possible: use a number between 0 and 1"),
     ],

@@ -98,7 +98,7 @@ def test_measured_at_the_first_long_prompt_and_kept(
     assert loaded.budget.step_size(6000, cached=5000) == USUAL
     assert not calls, "a short prompt measures nothing"
     assert loaded.budget.step_size(2049) == 256
-    assert len(said) == 1 and said[0].startswith("measuring what size of a prompt's chunks")
+    assert len(said) == 1 and said[0].startswith("Measuring in what chunks long prompts")
     loaded.budget._chunks = None  # as in another process
     assert loaded.budget.step_size(6000, cached=100) == 256
     assert len(calls) == 1

@@ -77,7 +77,7 @@ def test_help_on_a_mac_does_not_name_the_blas() -> None:
     code = (
         "import sys, typer, mlx_redrafter\n"
         "before, sys.platform = sys.platform, 'darwin'\n"
-        "import mlx_redrafter.options\n"
+        "import mlx_redrafter.cli.options\n"
         "sys.platform = before\n"
         "from mlx_redrafter.cli.main import app\n"
         "app(['generate', '--help'])\n"

@@ -95,7 +95,9 @@ def test_input_in_ascii_is_read_as_utf_8() -> None:
 def test_a_temporary_folder_that_is_none_is_not_used() -> None:
     code, out, err = shell("{} show x", TMPDIR="/no/such/folder")
     assert (code, out) == (0, b"x\n")
-    assert err.startswith(b"TMPDIR=/no/such/folder is not a folder that can be written: using ")
+    assert err.startswith(
+        b"warning: TMPDIR=/no/such/folder is not a folder that can be written: using "
+    )
 
 
 def test_a_chat_whose_output_is_lost_ends_at_once() -> None:

@@ -73,7 +73,7 @@ def test_variables_and_the_switch_for_thinking_reach_the_template(
     result = runner.invoke(cli.app, ["chat", "-q", *config], input=lines)
     assert [prompt.count("enable_thinking=False") for prompt in model.prompts] == [0, 1, 0]
     assert result.stderr.splitlines() == [
-        "thinking = off", "/set thinking needs a value; it is off", "thinking = default",
+        "thinking = off", "error: /set thinking needs a value; it is off", "thinking = default",
     ]  # fmt: skip
 
 
@@ -87,7 +87,8 @@ def test_a_template_without_the_switch_for_thinking_is_one_line(
         assert result.stderr.startswith(f"error: {said}")
         assert len(result.stderr.splitlines()) == 1
     result = runner.invoke(cli.app, ["chat", "-q"], input="/set thinking off\n/set thinking\n")
-    assert result.stderr.startswith(said) and result.stderr.endswith("it is default\n")
+    assert result.stderr.startswith(f"error: {said}")
+    assert result.stderr.endswith("it is default\n")
 
 
 def test_a_model_that_thinks_has_room_for_its_thought(

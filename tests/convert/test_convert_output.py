@@ -65,7 +65,7 @@ def test_a_full_disk(size: int, source: Path, monkeypatch: pytest.MonkeyPatch) -
     with disk_of(size, monkeypatch):
         assert refused(source) == (
             f"no space left in {source.parent / 'new'} for out: nothing was kept; free some, or "
-            "give an --out on another disk"
+            "choose an --out on another disk"
         )
 
 

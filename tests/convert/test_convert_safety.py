@@ -68,7 +68,7 @@ def test_a_malicious_pickle(pack: Callable[[Path, Any], None], file: str, tmp_pa
     else:
         assert line == (
             f"{home / file} is refused: unpickling it would call {os.system.__module__}.system, "
-            "which could run code; nothing was run. Take the safetensors version of the model"
+            "which could run code; nothing was run: take the safetensors version of the model"
         )
 
 
@@ -141,7 +141,7 @@ def test_a_shard_that_lacks_a_tensor(tmp_path: Path) -> None:
 def test_several_gguf_files_are_two_models(tmp_path: Path) -> None:
     for name in ("model.gguf", "model-q4_0.gguf"):
         (tmp_path / name).write_bytes(b"GGUF" + bytes(60))
-    assert "one GGUF file" in refused(tmp_path)
+    assert "holds 2 files of weights (model-q4_0.gguf, model.gguf); give one" in refused(tmp_path)
 
 
 def test_one_tensor_in_two_shards(tmp_path: Path) -> None:

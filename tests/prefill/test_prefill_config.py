@@ -54,9 +54,9 @@ def test_a_missing_head_has_the_default(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ({"0": []}, "is not a pattern file: needed is a list over layers"),
-        ([[]], "is not a pattern file: needed is a list over layers"),
-        ([{"x": ["stream_llm", 1, 1, 1]}, {}], "has a head named 'x'; needed is a number"),
+        ({"0": []}, "is not a pattern file; needed: a list over layers"),
+        ([[]], "is not a pattern file; needed: a list over layers"),
+        ([{"x": ["stream_llm", 1, 1, 1]}, {}], "has a head named 'x'; needed: a number"),
         (
             [{"0": ["dilated1", 1, 1, 1]}, {}],
             'layer 0, head 0: ["dilated1", 1, 1, 1] is not possib',
@@ -66,7 +66,10 @@ def test_a_missing_head_has_the_default(tmp_path: Path) -> None:
         ([{}, {"0": ["stream_llm", -1, 1, 1]}], "layer 1, head 0:"),
         ([{}, {"0": "stream_llm"}], "layer 1, head 0:"),
         ([{}], "has 1 layers and the model 2: use the file of this model"),
-        ([{}, {"2": ["stream_llm", 1, 1, 1]}], "has a head 2 and the model only 2 query heads"),
+        (
+            [{}, {"2": ["stream_llm", 1, 1, 1]}],
+            "names head 2, and the model has only 2 query heads",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_is_one_clear_line(

@@ -135,7 +135,7 @@ def test_compiling_is_said_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: int
 ) -> None:
     said = compiled(monkeypatch, capsys, words=words, kernels=True)
-    assert said == "compiling kernels for the first answer with these options, once ...\n"
+    assert said == "Compiling kernels for the first answer with these options, once ...\n"
     assert compiled(monkeypatch, capsys, words=words, kernels=False) == "", "only a slow model"
 
 

@@ -59,6 +59,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         ("- batch", "is no configuration"),
         ("batch: [", "cannot be read"),
         ("batch: 0", "batch 0 is not possible"),
+        ("seed: -1", "seed -1 is not possible: use 0 or more"),
     ],
 )
 def test_a_wrong_file_is_one_clear_line(tmp_path: Path, text: str, says: str) -> None:

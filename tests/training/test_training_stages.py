@@ -30,7 +30,7 @@ from mlx_redrafter.cli import info
 from mlx_redrafter.cli import main as cli
 from mlx_redrafter.evaluation.prompts import Prompt, read_prompts
 from mlx_redrafter.training import folder, imports, prompts, stages, supply
-from mlx_redrafter.training.shards import read_conversations
+from mlx_redrafter.training.shards import read_conversations, record_layers, recorded_layers
 from mlx_redrafter.tree.shape import TreeShape
 
 
@@ -128,6 +128,14 @@ def test_an_interrupted_run_makes_the_same_files(
     stages.answers(begin(tmp_path / "run", model))
     parts = ("prompts", "answers", "features")
     assert contents(tmp_path / "run", *parts) == contents(finished, *parts)
+
+
+@pytest.mark.parametrize("text", ["[0, 1", "7", '["a"]', ""])
+def test_features_of_unknown_layers_are_none(tmp_path: Path, text: str) -> None:
+    record_layers(tmp_path, (0, 2))
+    assert recorded_layers(tmp_path) == (0, 2)
+    (tmp_path / "features" / "layers.json").write_text(text)
+    assert recorded_layers(tmp_path) is None
 
 
 def test_more_answers_later_are_those_of_asking_for_all_at_once(
@@ -231,7 +239,7 @@ def test_the_fit_alone_takes_answers_into_a_new_folder(
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("my model.gguf", "convert 'TMP/my model.gguf' --out 'TMP/my model'"),
+        ("my model.gguf", "convert 'TMP/my model.gguf' --out FOLDER"),
         ("mamba", "model_type 'mamba' is not supported"),
         ("fails", "chat template fails ('list object' has no attribute"),
         ("none", "there is no folder"),
@@ -267,14 +275,21 @@ def test_a_base_model_gets_a_drafter_too(tmp_path: Path) -> None:
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path, model: Path) -> None:
     with folder.alone(tmp_path):
         result = CliRunner().invoke(cli.app, ["train", "-m", str(model), "-o", str(tmp_path)])
-    assert result.exit_code == 1 and "another run works in" in result.stderr
+    assert result.exit_code == 1 and "another run is at work in" in result.stderr
 
 
 def test_a_run_that_could_not_begin_leaves_no_options_behind(tmp_path: Path, model: Path) -> None:
     arguments = ["train", "-m", str(model), "-o", str(tmp_path), "--answers", "none.jsonl"]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 1 and "there is no file none.jsonl" in result.stderr
-    assert folder.stored(tmp_path) is None
+    assert folder.stored(tmp_path) is None and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_made_for_nothing_is_gone_again(tmp_path: Path, model: Path) -> None:
+    arguments = ["train", "evaluate", "-m", str(model), "-o", str(tmp_path / "run")]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 1 and "has no drafter yet" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def main(
     context: Annotated[int, typer.Option(help="Tokens in the cache.")] = 1024,
     bits: Annotated[
         int | None,
-        typer.Option(help="Count an unquantised model as one of so many bits; 16: as stored."),
+        typer.Option(help="Count an unquantised model as if it had this many bits; 16: as stored."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:

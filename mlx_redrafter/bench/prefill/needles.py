@@ -175,7 +175,7 @@ def show(outcomes: Sequence[Outcome]) -> None:
         alike = ", ".join(str(found[w]["identical"]) if w in found else "-" for w in names)
         first = (row["task"], str(row["length"] or ""), str(row["cases"]), str(row["dense_right"]))
         table.add_row(*first, *judged, alike)
-    reports.show("\nRight, of what is right densely", table)
+    reports.show("\nRight answers, of those that are right densely", table)
 
 
 def cases(
@@ -205,9 +205,9 @@ def main(
     model: str = BUILTIN,
     lengths: str = "1024 2048",
     depths: str = "0.1 0.5 0.9",
-    tasks: Annotated[str, typer.Option(help="Names with commas between.")] = ",".join(TASKS),
+    tasks: Annotated[str, typer.Option(help="Tasks, separated by commas.")] = ",".join(TASKS),
     seeds: Annotated[int, typer.Option(help="Cases of every task, length and depth.")] = 1,
-    min_context: Annotated[int, typer.Option(help="What is before that is read densely.")] = 512,
+    min_context: Annotated[int, typer.Option(help="Read this many tokens densely first.")] = 512,
     patterns: Annotated[
         Path | None,
         typer.Option(
@@ -215,7 +215,7 @@ def main(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--json", callback=expanded, help="Write all of it there.")
+        Path | None, typer.Option("--json", callback=expanded, help="JSON file for all results.")
     ] = None,
 ) -> None:
     """Answer questions about long prompts densely and with every sparse prefill."""

@@ -62,7 +62,7 @@ def run(
         conditions = reports.conditions(loaded)
         print(json.dumps({**facts, "length": length, "density": density, **conditions}))
         return
-    reports.show("What fits the heads", shown(facts))
+    reports.show("Patterns that fit the heads", shown(facts))
     windows = sum(w > 0 for w in config.layer_windows)
     if windows:
         console.note(
@@ -136,7 +136,7 @@ def check_length(length: int, density: float, tokens: int, config: DecoderConfig
 def _check_files(out: Path, plot: Path | None) -> None:
     writable = os.access(out if out.exists() else out.parent, os.W_OK)
     if not out.parent.is_dir() or out.is_dir() or not writable:
-        raise OptionError(f"{out} cannot be written: give a file in an existing folder of yours")
+        raise OptionError(f"{out} cannot be written: give a file in a folder that you can write to")
     if plot is not None:
         figures.check(plot)
 

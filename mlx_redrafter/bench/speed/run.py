@@ -85,7 +85,7 @@ def measure(options: BenchOptions) -> bool:
         raise OptionError("--against compares speeds: leave out --sweep and --divergence")
     if options.kind == DIVERGENCE and sparse is not None:
         raise OptionError(
-            "--divergence weighs each difference by a dense pass: leave out --sparse-prefill"
+            "--divergence judges each difference with a dense pass: leave out --sparse-prefill"
         )
     file = prompt_file(options.prompts)
     prompts = read_prompts(file, count)

@@ -12,9 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.sample_utils import make_sampler
-from mlx_lm.utils import load_model
 
 from mlx_redrafter.api import Model
+from mlx_redrafter.bench.exactness import in_mlx_lm
 from mlx_redrafter.bench.speed.perfect import Replay
 from mlx_redrafter.cache.layer import capacity_of
 from mlx_redrafter.cache.session import Session
@@ -23,7 +23,7 @@ from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.drafters.loading import load_drafter
-from mlx_redrafter.errors import ModelError, OptionError, one_line
+from mlx_redrafter.errors import ModelError, OptionError
 from mlx_redrafter.hub.resolve import resolve
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.stats import DraftStats
@@ -192,9 +192,7 @@ def mlx_lm_draft(
 
 def load_reference(model: Model) -> nn.Module:
     """The same weights in mlx_lm, computing in the same dtype as ours."""
-    reference, _ = load_model(model.folder)
-    reference.set_dtype(model.target.dtype)
-    return reference
+    return in_mlx_lm(model.folder, model.target.dtype)[0]
 
 
 def load_draft(name: str, model: Model) -> nn.Module:
@@ -203,17 +201,13 @@ def load_draft(name: str, model: Model) -> nn.Module:
     Raises:
         HubError, ModelError: not found, not readable, or with another vocabulary.
     """
-    try:
-        draft, config = load_model(resolve(name))
-    except (OSError, KeyError, TypeError) as error:
-        raise ModelError(f"{name} cannot be loaded by mlx_lm ({one_line(error)})") from None
+    draft, config = in_mlx_lm(resolve(name), model.target.dtype)
     theirs, needed = config.get("vocab_size"), model.target.config.vocab_size
     if theirs != needed:
         raise ModelError(
             f"{name} has a vocabulary of {theirs} tokens and {model.name} one of {needed}: "
             "a draft model must share the target's tokenizer"
         )
-    draft.set_dtype(model.target.dtype)
     return draft
 
 
