@@ -24,14 +24,12 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .formats import Format
     from .mapping import Mapping
-    from .writer import OutputFolder
+    from .writer import OutputFolder, Progress
 
 __all__ = ["ConvertError", "Summary", "convert"]
 
 BITS, GROUP_SIZES, DTYPES = (4, 8), (32, 64, 128), ("float16", "bfloat16", "float32")
 LAYOUTS = ("mlx", "apple", "tensorrt-llm")
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -112,16 +112,11 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 def conditions(model: Model, settings: Settings) -> dict[str, Any]:
     """What has to be known to read the figures, or to measure them again."""
-    here = machine()
     ways = {mode: vars(SparsePrefill(mode)) | {"patterns": None} for mode in settings.modes}
     return {
         "model_name": model.name,
         **model.budget.conditions(),
-        "chip": here["chip"],
-        "system": here["system"],
-        "python": here["python"],
-        "mlx_lm": here["mlx_lm"],
-        "mlx_redrafter": here["mlx_redrafter"],
+        **machine("chip", "system", "python", "mlx_lm", "mlx_redrafter"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "load_average": [round(x, 2) for x in os.getloadavg()],
         "text": settings.text.name if settings.text else MANUAL,
