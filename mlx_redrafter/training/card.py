@@ -75,31 +75,6 @@ def size(folder: Path) -> Size:
     return Size(file_bytes, stored, once, stored - once + rows)
 
 
-def write(
-    folder: Path,
-    config: TrainConfig,
-    recipe: Recipe,
-    *,
-    made_by: str,
-    measured_by: str,
-    chats: bool = True,
-) -> Path:
-    """Write README.md beside the drafter and its ``evaluation.json``.
-
-    Args:
-        folder: of the drafter: config.json, weights, evaluation.json and perhaps plots.
-        made_by, measured_by: the exact command lines.
-        chats: has the model a chat template?
-
-    Raises:
-        OptionError: the drafter was not evaluated.
-    """
-    file = folder / FILE
-    text = render(folder, config, recipe, made_by=made_by, measured_by=measured_by, chats=chats)
-    file.write_text(text, encoding="utf-8")
-    return file
-
-
 def render(
     folder: Path,
     config: TrainConfig,
@@ -109,7 +84,16 @@ def render(
     measured_by: str,
     chats: bool = True,
 ) -> str:
-    """The card; arguments and errors as for ``write``."""
+    """The text of the README.md beside a drafter.
+
+    Args:
+        folder: of the drafter: config.json, weights, evaluation.json and perhaps plots.
+        made_by, measured_by: the exact command lines.
+        chats: has the model a chat template?
+
+    Raises:
+        OptionError: the drafter was not evaluated.
+    """
     found = positions.read(folder)
     model, shown = positions.short_name(config.model), lines.Shown(config)
     place = shown.path(config.out / "drafter")

@@ -341,11 +341,12 @@ def evaluate(run: Run) -> None:
     conversations = [c for s in shards(config.out) for c in s.conversations()]
     seen = fitted_steps(config.out) * config.batch_positions
     shown = lines.Shown(config)
-    card.write(
+    text = card.render(
         place, config, card.Recipe.of(conversations, seen),
         made_by=shown.made_by(), measured_by=shown.measured_by(asked.prompts, asked.max_tokens),
         chats=run.chats,
     )  # fmt: skip
+    (place / card.FILE).write_text(text, encoding="utf-8")
     for row in result.live:
         if row.group == "all":
             console.note(
