@@ -16,6 +16,7 @@ from .shards import (
     Shard,
     batched,
     feature_bytes,
+    reading,
     record_layers,
     recorded_layers,
     save_features,
@@ -56,7 +57,8 @@ class _Rows:
 
     def open(self) -> np.ndarray:
         if self.features is None:
-            self.features = np.load(self.shard.features_file, mmap_mode="r")
+            with reading(self.shard.features_file, "delete it, it can be computed again"):
+                self.features = np.load(self.shard.features_file, mmap_mode="r")
             if len(self.features) != len(self.tokens):
                 raise OptionError(
                     f"{self.shard.features_file} does not belong to {self.shard.file}: delete it"

@@ -21,7 +21,7 @@ from .answers import POOL, plan
 from .batched import BatchedTarget, Request
 from .config import TrainConfig
 from .memory import LONGEST, wave
-from .shards import read_lines, write_lines
+from .shards import read_lines, reading, write_lines
 
 _FIRST_SEED, _SEEDS = 5_000_000, 1000  # seeds of the prompts, apart from those of the answers
 _OWN_TEMP = 1.0
@@ -46,7 +46,11 @@ class Supply:
         self.sizes: list[int] = []  # prompts per file
         self.rows: list[Row] = []
         for file in sorted(self.folder.glob("*.jsonl")):
-            self._take(read_lines(file))
+            with reading(file, f"delete {self.folder.parent} and begin anew"):
+                rows = read_lines(file)
+                for row in rows:
+                    conversation(row, None)
+            self._take(rows)
         self.known = prompts.KnownPrompts()
         if config.prompts is None:
             for row in self.rows:
