@@ -25,6 +25,7 @@ from mlx_redrafter.decoding.tree import TreeShape
 from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.drafters.redrafter import ReDrafter
 from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.paths import user_path
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.stats import DraftStats
 
@@ -102,6 +103,7 @@ def load(
     arguments.instance("revision", revision, str, "a branch, tag or commit as text")
     arguments.options("tokenizer_config", tokenizer_config)
     given = None if drafter is None else arguments.name_or_folder("drafter", drafter)
+    user_path(given or "")  # what cannot be a path is said before the model is downloaded
     blas.warn_if_slow()
     threads.clear_at_end()
     compiled = _compiler_present()
