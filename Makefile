@@ -26,7 +26,6 @@ lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/mypy convert
 
 exactness: $(STAMP)
 	@$(BIN)/python -m mlx_redrafter.exactness

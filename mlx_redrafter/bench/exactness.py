@@ -34,7 +34,7 @@ from mlx_redrafter.evaluation.acceptance import SHAPES
 from mlx_redrafter.evaluation.prompts import DEV, Prompt, read_prompts
 from mlx_redrafter.runtime import blas
 from mlx_redrafter.runtime.checks import at_least
-from mlx_redrafter.runtime.paths import expanded
+from mlx_redrafter.runtime.paths import BUILTIN, expanded
 from mlx_redrafter.terminal import console
 
 
@@ -176,7 +176,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def main(
-    model: str = "smollm2-135m",
+    model: str = BUILTIN,
     drafter: str = "auto",
     prompts: Annotated[Path, typer.Option(callback=expanded)] = DEV,
     count: int = 40,

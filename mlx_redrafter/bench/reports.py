@@ -14,9 +14,9 @@ from rich.table import Table
 
 from mlx_redrafter.api import Model, load
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.evaluation import acceptance as counting
+from mlx_redrafter.evaluation.acceptance import SHAPES, TEMPERATURES, measure
 from mlx_redrafter.evaluation.prompts import DEV, Prompt, read_prompts
-from mlx_redrafter.runtime.device import device, machine
+from mlx_redrafter.runtime import device
 from mlx_redrafter.terminal import console
 from mlx_redrafter.text.answer import GenerationResponse
 
@@ -34,9 +34,9 @@ def acceptance(
     if loaded.drafter is None:
         raise OptionError(f"there is no drafter for {model}: give one with --drafter")
     chosen = read_prompts(prompts or DEV, count)
-    total = len(chosen) * len(counting.SHAPES) * len(counting.TEMPERATURES)
+    total = len(chosen) * len(SHAPES) * len(TEMPERATURES)
     with progress(total) as step:
-        rows = counting.measure(loaded, tokenizer, chosen, max_tokens=max_tokens, on_answer=step)
+        rows = measure(loaded, tokenizer, chosen, max_tokens=max_tokens, on_answer=step)
     facts = {**conditions(loaded, chosen), "max_tokens": max_tokens}
     if as_json:
         print(json.dumps({"rows": [row.as_dict() for row in rows], **facts}))
@@ -61,17 +61,9 @@ def progress(total: int) -> Iterator[Callable[[], None]]:
 
 def conditions(model: Model, prompts: list[Prompt] | None = None) -> dict[str, Any]:
     """Model and machine; with prompts also their number, and the drafter."""
-    facts = machine()
     drafter = model.drafter_folder.name if model.drafter_folder else None
-    return {
-        "model": model.name,
-        "dtype": str(model.target.dtype).removeprefix("mlx.core."),
-        **({} if prompts is None else {"drafter": drafter, "prompts": len(prompts)}),
-        "chip": facts["chip"],
-        "device": device(),
-        "mlx": facts["mlx"],
-        "blas": facts["blas"],
-    }
+    own = {} if prompts is None else {"drafter": drafter, "prompts": len(prompts)}
+    return device.conditions(model.name, model.target.dtype, **own)
 
 
 def answer(
@@ -89,7 +81,7 @@ def answer(
         "stats": last.stats.as_dict(),
         "model": model.name,
         "drafter": str(model.drafter_folder) if model.drafter_folder else None,
-        "device": device(),
+        "device": device.device(),
         "seed": seed,
     }
 

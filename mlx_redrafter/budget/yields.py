@@ -85,8 +85,8 @@ def load(folder: Path | None) -> Yields:
         }
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise DrafterError(
-            f"{file} cannot be read ({type(error).__name__}): delete it, or make it again "
-            "(mlx-redrafter train evaluate)"
+            f"{file} cannot be read ({type(error).__name__}): delete it, or evaluate the drafter "
+            "again (mlx-redrafter train evaluate)"
         ) from None
     return Yields(table)
 

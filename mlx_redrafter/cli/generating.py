@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_redrafter.cli import remarks
 from mlx_redrafter.cli.answer_writer import AnswerWriter
@@ -12,6 +12,9 @@ from mlx_redrafter.cli.options import DecodeOptions
 from mlx_redrafter.terminal import console
 from mlx_redrafter.terminal.progress import Waiting
 from mlx_redrafter.text.template import has_template, prompt_ids
+
+if TYPE_CHECKING:
+    from mlx_redrafter.text.answer import GenerationResponse
 
 
 def read(model: Any, tokenizer: Any, text: str, options: DecodeOptions, raw: bool) -> Any:
@@ -49,8 +52,7 @@ def run(
         options = options.for_model(tokenizer, model.target.config.max_positions)
     prompt = read(model, tokenizer, text, options, raw)
     writer = AnswerWriter.after(tokenizer, prompt, terminal=sys.stdout.isatty())
-    pieces, tokens, last = [], [], None
-    waiting = Waiting()
+    pieces, tokens, last, waiting = [], [], None, Waiting()
     arguments = {"prompt_progress_callback": waiting.on_progress, **options.arguments()}
     try:
         for last in stream_generate(model, tokenizer, prompt, **arguments):
@@ -79,6 +81,10 @@ def run(
         limit = arguments["max_tokens"]
         console.warn(remarks.cut_thought(last.generation_tokens, limit, "--max-tokens"))
     if not (quiet or as_json):
-        console.note(remarks.summary(last))
-        if verbose:
-            console.note(remarks.details(last.stats))
+        _report(last, verbose)
+
+
+def _report(last: GenerationResponse, verbose: bool) -> None:
+    console.note(remarks.summary(last))
+    if verbose:
+        console.note(remarks.details(last.stats))

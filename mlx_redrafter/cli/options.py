@@ -14,6 +14,7 @@ import typer
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime import blas, checks
 from mlx_redrafter.runtime.checks import checked_text
+from mlx_redrafter.runtime.paths import BUILTIN
 from mlx_redrafter.terminal import console
 
 if TYPE_CHECKING:
@@ -87,11 +88,16 @@ Context = Annotated[
 ]
 
 
+def penalty(text: str) -> Any:
+    """A penalty that is off where it is not given."""
+    return typer.Option(rich_help_panel=SAMPLING, show_default="off", help=text)
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model and drafter to load."""
 
-    model: ModelName = "smollm2-135m"
+    model: ModelName = BUILTIN
     drafter: DrafterName = "auto"
     no_draft: Annotated[
         bool, typer.Option("--no-draft", help="Decode plainly, without any drafting.")
@@ -176,30 +182,15 @@ class DecodeOptions:
         typer.Option(rich_help_panel=SAMPLING, help="Text that ends the answer; repeatable."),
     ] = None
     repetition_penalty: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=SAMPLING,
-            show_default="off",
-            help="Make tokens that were used before less likely; 1 is off.",
-        ),
+        float | None, penalty("Make tokens that were used before less likely; 1 is off.")
     ] = None
     repetition_context_size: Context = 20
     presence_penalty: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=SAMPLING,
-            show_default="off",
-            help="Subtracted from the logit of every token that was used.",
-        ),
+        float | None, penalty("Subtracted from the logit of every token that was used.")
     ] = None
     presence_context_size: Context = 20
     frequency_penalty: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=SAMPLING,
-            show_default="off",
-            help="Subtracted from the logit of a token for every time it was used.",
-        ),
+        float | None, penalty("Subtracted from the logit of a token for every time it was used.")
     ] = None
     frequency_context_size: Context = 20
     logit_bias: Annotated[

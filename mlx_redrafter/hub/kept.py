@@ -80,7 +80,7 @@ def keep(drafter: Path, name: str, weights: str, run: Path, began: datetime) -> 
             if place.exists():
                 place.rename(Path(new, "old"))
             Path(new, "new").rename(place)
-    except (OSError, RuntimeError, OptionError) as error:  # the last: no such user's folder
+    except (OSError, OptionError) as error:  # the latter: MLX_REDRAFTER_DATA is no path
         raise HubError(f"the data folder cannot be written ({one_line(error)})") from error
     return place
 
@@ -90,7 +90,7 @@ def all_of(model: Path) -> list[Path]:
     try:
         some = list((data_dir() / "drafters").glob(f"*/*/{FILE}"))
         weights = fingerprint(model) if some else ""  # nothing kept: nothing to look for
-    except (OSError, RuntimeError, OptionError, ModelError):
+    except (OSError, OptionError, ModelError):
         return []  # what is wrong with the model is said when it is loaded
     found = [(facts(file.parent), file.parent) for file in some]
     fitting = [(str(f.get("kept")), place) for f, place in found if f.get("weights") == weights]

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime.checks import at_least, checked_text
-from mlx_redrafter.runtime.paths import user_path
+from mlx_redrafter.runtime.paths import BUILTIN, user_path
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TrainConfig:
         bits: of the written drafter's weights: 4, 5, 6, 8 or 16.
     """
 
-    model: str = "smollm2-135m"
+    model: str = BUILTIN
     out: Path = Path("drafter")
     prompts: Path | None = None
     answers: Path | None = None

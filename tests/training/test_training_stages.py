@@ -12,6 +12,7 @@ from typing import Any
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import pytest  # isort: skip
+import tiny_chat
 from tiny_chat import (
     SMALL,
     all_answers,
@@ -33,18 +34,8 @@ from mlx_redrafter.training import folder, imports, prompts, stages, supply
 from mlx_redrafter.training.shards import read_conversations, record_layers, recorded_layers
 from mlx_redrafter.tree.shape import TreeShape
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("chat"))
-
-
-@pytest.fixture(scope="module")
-def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the answers of one uninterrupted run."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    stages.answers(begin(out, model))
-    return out
+model = tiny_chat.model
+finished = tiny_chat.finished
 
 
 # Prompts

@@ -28,7 +28,7 @@ from mlx_redrafter.cli import net
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill, read_patterns
 from mlx_redrafter.runtime.checks import at_least
-from mlx_redrafter.runtime.paths import expanded
+from mlx_redrafter.runtime.paths import BUILTIN, expanded
 from mlx_redrafter.terminal import console
 from mlx_redrafter.text.template import render
 
@@ -205,7 +205,7 @@ def numbers(text: str, what: str, most: float = 2**31) -> list[float]:
 
 
 def main(
-    model: str = "smollm2-135m",
+    model: str = BUILTIN,
     lengths: str = "1024 2048",
     depths: str = "0.1 0.5 0.9",
     tasks: Annotated[str, typer.Option(help="Tasks, separated by commas.")] = ",".join(TASKS),

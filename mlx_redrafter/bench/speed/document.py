@@ -91,15 +91,11 @@ def conditions(
     model: Model, file: Path, prompts: Sequence[Prompt], options: dict[str, Any]
 ) -> dict[str, Any]:
     """What has to be known to read the figures, or to measure them again."""
-    here = machine()
     block = read_json(model.folder / "config.json").get("quantization")
     return {
         **reports.conditions(model, list(prompts)),
         "bits": block["bits"] if block else 8 * model.target.dtype.size,
-        "mlx_lm": here["mlx_lm"],
-        "mlx_redrafter": here["mlx_redrafter"],
-        "python": here["python"],
-        "system": here["system"],
+        **machine("mlx_lm", "mlx_redrafter", "python", "system"),
         "cores": os.cpu_count(),
         "prompt_file": file.name,
         "prompt_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
