@@ -222,6 +222,11 @@ def write_drafter(
         if mx.issubdtype(value.dtype, mx.floating):
             kinds.add(_name(value.dtype))
         if bits and _is_packed(value.shape, group_size):
+            if not mx.issubdtype(value.dtype, mx.floating):
+                raise ConvertError(
+                    f"{theirs} holds {_name(value.dtype)} and cannot be quantised: its numbers are "
+                    "no weights"
+                )
             # As mlx_lm and nn.quantize do for a Linear layer.
             path = ours.removesuffix(".weight")
             packed = mx.quantize(value, group_size=group_size, bits=bits)

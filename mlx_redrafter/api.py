@@ -29,7 +29,7 @@ from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import Progress
 from mlx_redrafter.runtime import blas, checks, threads
-from mlx_redrafter.runtime.paths import BUILTIN
+from mlx_redrafter.runtime.paths import BUILTIN, user_path
 from mlx_redrafter.text.answer import Answer, GenerationResponse
 from mlx_redrafter.text.tokenizer import load_tokenizer
 from mlx_redrafter.tree.shape import TreeShape
@@ -107,6 +107,7 @@ def load(
     arguments.instance("revision", revision, str, "a branch, tag or commit as text")
     arguments.options("tokenizer_config", tokenizer_config)
     given = None if drafter is None else arguments.name_or_folder("drafter", drafter)
+    user_path(given or "")  # what cannot be a path is said before the model is downloaded
     blas.warn_if_slow()
     threads.clear_at_end()
     compiled = _compiler_present()

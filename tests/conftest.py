@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,6 +47,10 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     own = f"mlx-redrafter-{os.getuid()}-{worker}"
     tempfile.tempdir = os.environ["TMPDIR"] = str(Path(tempfile.gettempdir(), own))
     Path(tempfile.tempdir).mkdir(parents=True, exist_ok=True)
+
+# A shell starts background jobs with these ignored, and their children would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 TINY: dict[str, Any] = {
     "model_type": "llama",

@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
     refuse_stand_in(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not readable as JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a JSON {type(value).__name__}; needed: an object")
@@ -143,7 +143,9 @@ def read_header(file: Path) -> dict[str, Any]:
         needed = 8 + length + max((v["data_offsets"][1] for v in header.values()), default=0)
     except OSError as error:
         raise ModelError(f"{file} cannot be read ({_one_line(error)})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError,
+    ) as error:  # fmt: skip
         raise ModelError(
             f"{file} is not a safetensors file ({_one_line(error)}); download it again"
         ) from error

@@ -36,6 +36,7 @@ from mlx_redrafter.training.shards import (
     Shard,
     answer_tokens,
     feature_bytes,
+    reading,
     record_layers,
     recorded_layers,
     shards,
@@ -280,7 +281,8 @@ def _note_new_answers(out: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(now) + "\n")
         return
-    began = json.loads(file.read_text())["answer_tokens"]
+    with reading(file, f"delete {file.parent} to fit anew"):
+        began = int(json.loads(file.read_text())["answer_tokens"])
     if began != now["answer_tokens"]:
         console.warn(
             f"warning: the fit in {out / 'fit'} began with {began:,} answer tokens and goes on "
@@ -290,11 +292,8 @@ def _note_new_answers(out: Path) -> None:
 
 def fitted_steps(out: Path) -> int:
     """Optimiser steps that the fit in the folder has behind it."""
-    file = out / "fit" / "checkpoint.safetensors"
-    if not file.is_file():
-        return 0
-    loaded: Any = mx.load(str(file), return_metadata=True)
-    return int(loaded[1]["step"])
+    saved = folder.checkpoint(out)
+    return 0 if saved is None else int(saved[1]["step"])
 
 
 def _state(row: dict[str, Any]) -> str:

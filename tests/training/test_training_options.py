@@ -50,6 +50,8 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         ("- batch", "is no configuration"),
         ("batch: [", "cannot be read"),
         ("batch: 0", "batch 0 is not possible"),
+        ("segment: 2048", "segment 2048 is not possible: use 1024 or less, the batch_positions"),
+        ('system_prompt: "\\uDC80"', "the system prompt is not UTF-8 text"),
         ("seed: -1", "seed -1 is not possible: use 0 or more"),
     ],
 )

@@ -193,12 +193,15 @@ def cases(
                     yield make(task, length, depth, seed, count)
 
 
-def numbers(text: str, what: str) -> list[float]:
-    """Numbers with spaces or commas between; raises OptionError."""
+def numbers(text: str, what: str, most: float = 2**31) -> list[float]:
+    """Numbers from 0 to ``most`` with spaces or commas between; raises OptionError."""
     try:
-        return [float(word) for word in text.replace(",", " ").split()]
+        found = [float(word) for word in text.replace(",", " ").split()]
     except ValueError:
         raise OptionError(f"--{what} {text!r} is not possible: give numbers") from None
+    if not found or not all(0 <= number <= most for number in found):
+        raise OptionError(f"--{what} {text!r} is not possible: use numbers from 0 to {most}")
+    return found
 
 
 def main(
@@ -228,7 +231,8 @@ def main(
         return len(tokenizer.encode(text, add_special_tokens=False))
 
     sizes = [int(n) for n in numbers(lengths, "lengths")]
-    asked = list(cases(chosen, sizes, numbers(depths, "depths"), seeds, count))
+    places = numbers(depths, "depths", most=1)
+    asked = list(cases(chosen, sizes, places, seeds, count))
     outcomes: list[Outcome] = []
     facts = {**reports.conditions(loaded), "min_context": min_context}
     with reports.progress(len(asked)) as step:
