@@ -24,14 +24,12 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .formats import Format
     from .mapping import Mapping
-    from .writer import OutputFolder
+    from .writer import OutputFolder, Progress
 
 __all__ = ["ConvertError", "Summary", "convert"]
 
 BITS, GROUP_SIZES, DTYPES = (4, 8), (32, 64, 128), ("float16", "bfloat16", "float32")
 LAYOUTS = ("mlx", "apple", "tensorrt-llm")
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -227,9 +225,9 @@ def _locate(source: str) -> Path:
     path = user_path(source)
     if path.exists():
         return path
-    from mlx_redrafter.hub import resolve as hub
+    from mlx_redrafter.hub.resolve import resolve
 
-    return hub.resolve(source, also=("*.bin", "*.pt"))
+    return resolve(source, also=("*.bin", "*.pt"))
 
 
 def _check_fit(config: object, target: str, path: Path) -> None:
@@ -237,10 +235,10 @@ def _check_fit(config: object, target: str, path: Path) -> None:
     from typing import Any, cast
 
     from mlx_redrafter.drafters.loading import check_compatible
-    from mlx_redrafter.hub import resolve as hub
+    from mlx_redrafter.hub.resolve import resolve
     from mlx_redrafter.models.families import decoder_config
     from mlx_redrafter.models.weights import read_json
 
-    raw = read_json(hub.resolve(target) / "config.json")
+    raw = read_json(resolve(target) / "config.json")
     given: Any = SimpleNamespace(config=decoder_config(raw))
     check_compatible(cast(Any, config), given, path)

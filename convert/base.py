@@ -13,23 +13,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from mlx_redrafter.errors import ConvertError, ModelError, one_line
 from mlx_redrafter.models import Decoder, DecoderConfig
 from mlx_redrafter.models.families import decoder_config
 from mlx_redrafter.models.loading import sanitize
 from mlx_redrafter.models.stored import as_stored, packed_layers
-from mlx_redrafter.models.weights import preview
+from mlx_redrafter.models.weights import Shape, misfit, parameters, preview, shapes
 
 from .base_files import copy_tokenizer, with_end_tokens, write_config
 from .checkpoint import Checkpoint
 from .mapping import Mapping
-from .writer import OutputFolder, ShardWriter, sixteen_bits
+from .writer import OutputFolder, Progress, ShardWriter, sixteen_bits
 
-Progress = Callable[[int, int], None]
 Config = dict[str, Any]
-Shape = tuple[int, ...]
 
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
@@ -105,9 +102,9 @@ def convert_base(
             value = value.astype(stored_as or mx.float32)
         for piece in pieces:
             rows = value[piece.first : piece.first + piece.shape[0]] if len(pieces) > 1 else value
-            for target, array, parameters in chosen.apply(piece.target, rows):
+            for target, array, stored in chosen.apply(piece.target, rows):
                 _evaluate(array, name)
-                writer.add(target, array, parameters)
+                writer.add(target, array, stored)
         del value, rows, array
     writer.close()
     progress(len(plan.pieces), len(plan.pieces))
@@ -122,29 +119,20 @@ def expected_shapes(config: Config, names: Sequence[str]) -> dict[str, Shape]:
         model = Decoder(decoder_config(config, names))
     except ModelError as error:
         raise ConvertError(str(error)) from error
-    parameters = cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
-    return {name: tuple(value.shape) for name, value in parameters}
+    return shapes(parameters(model))
 
 
 def check_fit(expected: dict[str, Shape], found: dict[str, Shape], where: Path) -> None:
     """ConvertError that lists tensors which are missing, left over or of another shape."""
-    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
-    if missing or extra:
-        parts = [f"lacks {preview(missing)}"] if missing else []
-        parts += [f"has {preview(extra)} left over"] if extra else []
+    apart = misfit(expected, found)
+    if names := apart.names("has {} left over"):
         raise ConvertError(
-            f"{where} does not fit its configuration: it {' and '.join(parts)}; "
-            "download the model again"
+            f"{where} does not fit its configuration: it {names}; download the model again"
         )
-    wrong = [
-        f"{name} {found[name]} instead of {shape}"
-        for name, shape in expected.items()
-        if found[name] != shape
-    ]
-    if wrong:
+    if apart.misshapen:
         raise ConvertError(
             f"tensors in {where} have other shapes than its configuration says: "
-            f"{preview(wrong, 3)}; download configuration and weights of the same model"
+            f"{preview(apart.misshapen, 3)}; download configuration and weights of the same model"
         )
 
 

@@ -26,7 +26,7 @@ def check_upload(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise OptionError(
-            f"--upload-repo {repo!r} is no repository id: {one_line(error)}"
+            f"--upload-repo {repo!r} is no repository id: {one_line(error).rstrip('.')}"
         ) from None
     if not get_token():
         raise HubError(f"uploading to {repo} needs a login: run `hf auth login`")

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import ConvertError
-from mlx_redrafter.models.weights import preview
+from mlx_redrafter.models.weights import parameters, preview
 
 from .checkpoint import Checkpoint
 from .formats import Format
@@ -140,7 +139,7 @@ def _check(
     if quantization:
         paths = {name.removesuffix(".scales") for name in shapes if name.endswith(".scales")}
         _quantise(drafter, quantization, paths)
-    expected = {name: value.shape for name, value in _tensors(drafter).items()}
+    expected = {name: value.shape for name, value in parameters(drafter).items()}
     if missing := expected.keys() - shapes.keys():
         raise ConvertError(
             f"{checkpoint.path} lacks {preview(missing)}, which a drafter of its configuration "
@@ -223,6 +222,11 @@ def write_drafter(
         if mx.issubdtype(value.dtype, mx.floating):
             kinds.add(_name(value.dtype))
         if bits and _is_packed(value.shape, group_size):
+            if not mx.issubdtype(value.dtype, mx.floating):
+                raise ConvertError(
+                    f"{theirs} holds {_name(value.dtype)} and cannot be quantised: its numbers are "
+                    "no weights"
+                )
             # As mlx_lm and nn.quantize do for a Linear layer.
             path = ours.removesuffix(".weight")
             packed = mx.quantize(value, group_size=group_size, bits=bits)
@@ -282,10 +286,6 @@ def _cast(value: mx.array, dtype: mx.Dtype | None) -> mx.array:
     if dtype is None or not mx.issubdtype(value.dtype, mx.floating):
         return value
     return value.astype(dtype)
-
-
-def _tensors(drafter: ReDrafter) -> dict[str, mx.array]:
-    return cast("dict[str, mx.array]", dict(tree_flatten(drafter.parameters())))
 
 
 def _name(dtype: mx.Dtype) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,9 +15,7 @@ from mlx_redrafter.hub.gguf.rope import ROPE_FACTORS
 from .base import Quantisation, check_fit, expected_shapes
 from .base_files import write_config
 from .mapping import Mapping, size_text
-from .writer import OutputFolder, ShardWriter, sixteen_bits
-
-Progress = Callable[[int, int], None]
+from .writer import OutputFolder, Progress, ShardWriter, sixteen_bits
 
 
 class GgufPlan:

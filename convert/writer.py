@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -15,6 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_redrafter.errors import ConvertError, is_full, one_line
+
+Progress = Callable[[int, int], None]
 
 SHARD_BYTES = 5_000_000_000
 # Tensors wait in memory so that a small file gets an exact header; a large one gets room for it.

@@ -24,12 +24,12 @@ from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.drafters.lookup import Lookup
-from mlx_redrafter.hub import resolve as hub
+from mlx_redrafter.hub.resolve import find_drafter, resolve
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import Progress
 from mlx_redrafter.runtime import blas, checks, threads
-from mlx_redrafter.runtime.paths import BUILTIN
+from mlx_redrafter.runtime.paths import BUILTIN, user_path
 from mlx_redrafter.text.answer import Answer, GenerationResponse
 from mlx_redrafter.text.tokenizer import load_tokenizer
 from mlx_redrafter.tree.shape import TreeShape
@@ -107,14 +107,15 @@ def load(
     arguments.instance("revision", revision, str, "a branch, tag or commit as text")
     arguments.options("tokenizer_config", tokenizer_config)
     given = None if drafter is None else arguments.name_or_folder("drafter", drafter)
+    user_path(given or "")  # what cannot be a path is said before the model is downloaded
     blas.warn_if_slow()
     threads.clear_at_end()
     compiled = _compiler_present()
-    folder = hub.resolve(name, revision)
+    folder = resolve(name, revision)
     if given == "auto":
-        drafter_folder = hub.find_drafter(name, folder)
+        drafter_folder = find_drafter(name, folder)
     else:
-        drafter_folder = hub.resolve(given) if given is not None else None
+        drafter_folder = resolve(given) if given is not None else None
     target = load_model(folder, dtype)
     loaded = load_drafter(drafter_folder, target) if drafter_folder is not None else None
     model = Model.of(

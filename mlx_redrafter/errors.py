@@ -36,4 +36,4 @@ def is_full(error: BaseException) -> bool:
 
 def one_line(error: BaseException) -> str:
     """An error's text, short and without line breaks, to quote inside a message of ours."""
-    return " ".join(str(error).split())[:160].rstrip(" .") or type(error).__name__
+    return " ".join(str(error).split())[:160] or type(error).__name__

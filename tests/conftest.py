@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,6 +47,10 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     own = f"mlx-redrafter-{os.getuid()}-{worker}"
     tempfile.tempdir = os.environ["TMPDIR"] = str(Path(tempfile.gettempdir(), own))
     Path(tempfile.tempdir).mkdir(parents=True, exist_ok=True)
+
+# A shell starts background jobs with these ignored, and their children would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -179,7 +184,22 @@ def hidden_states(target: Decoder, tokens: Sequence[int]) -> np.ndarray:
     return np.array(target(ids, positions, mask, slots, run)[0])
 
 
-class Oracle(BeamDrafter):
+class Scripted(BeamDrafter):
+    """A drafter of the target's whole vocabulary that takes its step by the hidden state."""
+
+    def context(self, read: mx.array) -> mx.array:
+        return read
+
+    def follow(
+        self, picks: mx.array, state: mx.array, fixed: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        return self.step(picks, state, fixed)
+
+    def token_ids(self, picks: mx.array) -> mx.array:
+        return picks
+
+
+class Oracle(Scripted):
     """A drafter that knows how answers go on; it recognises the place by the hidden state.
 
     Args:
@@ -215,9 +235,6 @@ class Oracle(BeamDrafter):
         self._rows = mx.array(np.pad(np.stack(rows), ((0, more), (0, 0)), mode="edge"))
         mx.eval(self._hidden, self._rows)
 
-    def context(self, read: mx.array) -> mx.array:
-        return read
-
     def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
         place = mx.argmin(mx.square(self._hidden - context[None]).sum(-1))
         return place.astype(mx.float32).reshape(1, 1), context
@@ -227,38 +244,19 @@ class Oracle(BeamDrafter):
         place = mx.clip(state[:, 0].astype(mx.int32), 0, self._rows.shape[0] - 1)
         return mx.take(self._rows, place, axis=0), state
 
-    def follow(
-        self, picks: mx.array, state: mx.array, fixed: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        return self.step(picks, state, fixed)
 
-    def token_ids(self, picks: mx.array) -> mx.array:
-        return picks
-
-
-class Constant(BeamDrafter):
+class Constant(Scripted):
     """A drafter with the same logits whatever happens: ties, infinities, NaN."""
 
     def __init__(self, target: Decoder, row: np.ndarray) -> None:
         self.vocabulary = mx.arange(target.config.vocab_size, dtype=mx.int32)
         self._row = mx.array(row.astype(np.float32))
 
-    def context(self, read: mx.array) -> mx.array:
-        return read
-
     def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
         return mx.zeros((1, 1)), context
 
     def step(self, tokens: mx.array, state: mx.array, fixed: mx.array) -> tuple[mx.array, mx.array]:
         return mx.broadcast_to(self._row[None], (tokens.shape[0], self._row.size)), state
-
-    def follow(
-        self, picks: mx.array, state: mx.array, fixed: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        return self.step(picks, state, fixed)
-
-    def token_ids(self, picks: mx.array) -> mx.array:
-        return picks
 
 
 def engine_of(target: Decoder, drafter: Drafter | None = None, compiled: bool = True) -> Engine:

@@ -1,7 +1,7 @@
 """How much to draft in each step: the shape with the most expected tokens per second.
 
 A step's price is measured (``costs.py``), what it yields is reckoned from a table recorded with the
-drafter (``prospects.py``) and one number learned while decoding: how much easier or harder the text
+drafter (``yields.py``) and one number learned while decoding: how much easier or harder the text
 at hand is than the table's. The choice falls before drafting, so that a step stays one graph and
 is launched ahead; docs/decisions.md holds the comparison with choices that know the draft.
 """

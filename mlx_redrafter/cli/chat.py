@@ -16,8 +16,7 @@ from mlx_redrafter.cli.conversation import Conversation, unfinished, unquoted
 from mlx_redrafter.cli.options import MAX_TOKENS, DecodeOptions, ModelOptions, Quiet, Verbose
 from mlx_redrafter.errors import OptionError, RedrafterError
 from mlx_redrafter.runtime.checks import checked_text
-from mlx_redrafter.terminal import console
-from mlx_redrafter.terminal import modes as terminal
+from mlx_redrafter.terminal import console, modes
 from mlx_redrafter.terminal.progress import Waiting
 from mlx_redrafter.text.template import has_template
 
@@ -137,7 +136,7 @@ class Chat:
         last, stopped = None, False
         writer = AnswerWriter.after(self.tokenizer, prompt, terminal=self.interactive)
         try:
-            with terminal.silent(), stoppable() as flag, self._stream(prompt, flag) as stream:
+            with modes.silent(), stoppable() as flag, self._stream(prompt, flag) as stream:
                 for last in stream:
                     flag.waiting.word()
                     pieces.append(last.text)

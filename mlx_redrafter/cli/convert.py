@@ -7,17 +7,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlx_redrafter.cli.options import Json
-from mlx_redrafter.convert import Progress, Summary
+from mlx_redrafter.convert import Summary
 from mlx_redrafter.convert import convert as convert_checkpoint
 from mlx_redrafter.convert.mapping import size_text
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime.paths import expanded
 from mlx_redrafter.terminal import console
+
+if TYPE_CHECKING:
+    from mlx_redrafter.convert.writer import Progress
 
 BITS, GROUP_SIZE = 4, 64
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from mlx_redrafter.cli.answer_writer import AnswerWriter
 from mlx_redrafter.cli.options import DecodeOptions, ModelOptions
-from mlx_redrafter.cli.race import contest as race
+from mlx_redrafter.cli.race import contest
 from mlx_redrafter.cli.race.lanes import View, views
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime.checks import at_least, checked_text
@@ -53,8 +53,8 @@ class Result:
         return self.drafted.speed / self.plain.speed
 
     @property
-    def parted(self) -> race.Difference | None:
-        return race.difference(self.plain.pieces, self.drafted.pieces)
+    def parted(self) -> contest.Difference | None:
+        return contest.difference(self.plain.pieces, self.drafted.pieces)
 
 
 def command(
@@ -85,7 +85,7 @@ def run(source: ModelOptions, question: str | None, max_tokens: int) -> None:
     model, tokenizer = source.load()
     tasks = {"yours": question} if question else TASKS
     contests = [
-        race.Contest(
+        contest.Contest(
             model, tokenizer, prompt_ids(tokenizer, [{"role": "user", "content": text}]), options
         )
         for text in tasks.values()
@@ -94,24 +94,23 @@ def run(source: ModelOptions, question: str | None, max_tokens: int) -> None:
     contests[0].warm_up()
     console.note(f"Ready after {time.perf_counter() - started:.0f} s.")
     results = [
-        _answer(name, text, contest)
-        for (name, text), contest in zip(tasks.items(), contests, strict=True)
+        _answer(name, text, one) for (name, text), one in zip(tasks.items(), contests, strict=True)
     ]
-    _report(results, race.conditions_of(model, options, None))
+    _report(results, contest.conditions_of(model, options, None))
 
 
-def _answer(name: str, text: str, contest: race.Contest) -> Result:
+def _answer(name: str, text: str, one: contest.Contest) -> Result:
     """The answer aloud, then both ways on clocks: everything that they use is traced by then."""
     Console(stderr=True, highlight=False).print(Text(f"\n> {text}\n", "bold"))
-    writer = AnswerWriter.after(contest.tokenizer, contest.prompt, terminal=sys.stdout.isatty())
-    for response in contest.answer(draft=True):
+    writer = AnswerWriter.after(one.tokenizer, one.prompt, terminal=sys.stdout.isatty())
+    for response in one.answer(draft=True):
         writer.write(response.text)
     writer.close()
     console.write("\n")
     console.note("Measuring, plainly and with drafting in turns ...")
-    for _ in contest.answer(draft=False):
+    for _ in one.answer(draft=False):
         pass
-    return Result(name, *views(contest.in_turns()))
+    return Result(name, *views(one.in_turns()))
 
 
 def _report(results: Sequence[Result], conditions: Mapping[str, Any]) -> None:
@@ -146,6 +145,6 @@ def verdict(results: Sequence[Result], dtype: str) -> list[str]:
     lines = [f"With drafting: {drafted / plain:.2f}x the speed of plain decoding{pays}."]
     for result in results:
         if result.parted is not None:
-            about = race.verdict(result.plain, result.drafted, dtype, race.is_exact(dtype))
+            about = contest.verdict(result.plain, result.drafted, dtype, contest.is_exact(dtype))
             lines += [f"{result.task}:", *about[:-1]]
     return lines

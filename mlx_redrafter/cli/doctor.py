@@ -20,6 +20,7 @@ from mlx_redrafter.errors import RedrafterError
 from mlx_redrafter.evaluation import model_checks
 from mlx_redrafter.evaluation.model_checks import SIZES, Check, guarded
 from mlx_redrafter.runtime import blas
+from mlx_redrafter.runtime.device import dtype_name
 from mlx_redrafter.terminal import console
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def _tiny_check(folder: Path) -> Check:
     prompt = [(7 * i + 3) % 512 for i in range(40)]
     following = [(11 * i + 5) % 512 for i in range(max(SIZES))]
     found = model_checks.differences(model, prompt, following, SIZES)
-    return model_checks.judge("verify, tiny model", model_checks.dtype_of(model), found)
+    return model_checks.judge("verify, tiny model", dtype_name(model.dtype), found)
 
 
 def attention() -> Check:

@@ -54,8 +54,7 @@ def run(
         options = options.for_model(tokenizer, model.target.config.max_positions)
     prompt = question.read(model, tokenizer, text, options, raw)
     writer = AnswerWriter.after(tokenizer, prompt, terminal=sys.stdout.isatty())
-    pieces, tokens, last = [], [], None
-    waiting = Waiting()
+    pieces, tokens, last, waiting = [], [], None, Waiting()
     arguments = {"prompt_progress_callback": waiting.on_progress, **options.arguments()}
     try:
         for last in stream_generate(model, tokenizer, prompt, **arguments):
@@ -82,9 +81,13 @@ def run(
         limit = arguments["max_tokens"]
         console.warn(remarks.cut_thought(last.generation_tokens, limit, "--max-tokens"))
     if not (quiet or as_json):
-        console.note(remarks.summary(last))
-        if verbose:
-            console.note(remarks.details(last.stats))
+        _report(last, verbose)
+
+
+def _report(last: GenerationResponse, verbose: bool) -> None:
+    console.note(remarks.summary(last))
+    if verbose:
+        console.note(remarks.details(last.stats))
 
 
 def _as_dict(

@@ -52,13 +52,13 @@ def collect(
 
     Raises HubError, ModelError. A drafter that does not fit is a fact, not an error.
     """
-    from mlx_redrafter.hub import resolve as hub
+    from mlx_redrafter.hub.resolve import find_drafter, resolve
     from mlx_redrafter.text.tokenizer import refuse_stand_ins
 
-    folder = hub.resolve(name, revision)
+    folder = resolve(name, revision)
     refuse_stand_ins(folder)
     model = _model(folder, context)
-    found = hub.find_drafter(name, folder) if drafter == "auto" else hub.resolve(drafter)
+    found = find_drafter(name, folder) if drafter == "auto" else resolve(drafter)
     return {
         "name": name,
         "folder": str(folder),
@@ -71,19 +71,19 @@ def collect(
 def _model(folder: Path, context: int | None) -> dict[str, Any]:
     from mlx_redrafter.models import Decoder
     from mlx_redrafter.models.loading import read_model
-    from mlx_redrafter.models.weights import parameters as parameters_of
+    from mlx_redrafter.models.weights import parameters
 
     model, weights = read_model(folder)
     config = model.config
     size, element = _sizes(weights)
     # Their number when unpacked; no array is made, as none is evaluated.
-    parameters = sum(value.size for value in parameters_of(Decoder(config)).values())
+    count = sum(value.size for value in parameters(Decoder(config)).values())
     tokens = min(context or config.max_positions, config.max_positions)
     per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * element
     return {
         "model_type": config.model_type,
-        "parameters": parameters,
-        "bits_per_weight": round(8 * size / parameters, 2),
+        "parameters": count,
+        "bits_per_weight": round(8 * size / count, 2),
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "heads": config.num_heads,

@@ -19,8 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from mlx_redrafter.cli import help_page
 from mlx_redrafter.errors import OptionError, RedrafterError
-from mlx_redrafter.terminal import console
-from mlx_redrafter.terminal import modes as terminal
+from mlx_redrafter.terminal import console, modes
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + the signal, as a shell has it
 SHORT = 300  # characters that are shown of a name, or of an error that is not ours
@@ -76,7 +75,7 @@ class _Net:
         """Run, and leave with an exit code; under ``--debug`` an error is raised instead."""
         context = contextvars.copy_context()
         run: Callable[..., Any] = super().main  # type: ignore[misc]
-        with terminal.kept():
+        with modes.kept():
             try:
                 found = context.run(run, *given, **{**more, "standalone_mode": False})
                 code = found if isinstance(found, int) else 0

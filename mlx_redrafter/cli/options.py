@@ -83,6 +83,11 @@ Context = Annotated[
 ]
 
 
+def penalty(text: str) -> Any:
+    """A penalty that is off where it is not given."""
+    return typer.Option(rich_help_panel=SAMPLING, show_default="off", help=text)
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model and drafter to load."""
@@ -166,30 +171,15 @@ class DecodeOptions:
         typer.Option(rich_help_panel=SAMPLING, help="Text that ends the answer; repeatable."),
     ] = None
     repetition_penalty: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=SAMPLING,
-            show_default="off",
-            help="Make used tokens less likely; 1 is off.",
-        ),
+        float | None, penalty("Make used tokens less likely; 1 is off.")
     ] = None
     repetition_context_size: Context = 20
-    presence_penalty: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=SAMPLING,
-            show_default="off",
-            help="Subtracted from logits of used tokens.",
-        ),
-    ] = None
+    presence_penalty: Annotated[float | None, penalty("Subtracted from logits of used tokens.")] = (
+        None
+    )
     presence_context_size: Context = 20
     frequency_penalty: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=SAMPLING,
-            show_default="off",
-            help="Subtracted from a logit for every use.",
-        ),
+        float | None, penalty("Subtracted from a logit for every use.")
     ] = None
     frequency_context_size: Context = 20
     logit_bias: Annotated[

@@ -242,10 +242,10 @@ def _again(
 def _advise(run: Run, place_kept: Path | None) -> None:
     """How to use the new drafter: without naming it, if it is the one that is found."""
     from mlx_redrafter.hub import kept
-    from mlx_redrafter.hub import resolve as hub
+    from mlx_redrafter.hub.resolve import find_drafter
 
     model, place, chats = run.config.model, run.config.out / "drafter", run.chats
-    found = hub.find_drafter(model, run.place)
+    found = find_drafter(model, run.place)
     if place_kept is not None and found == place_kept:
         older = len(kept.all_of(run.place)) - 1
         before = f", before {older} older one{'s' * (older > 1)}" if older else ""

@@ -26,7 +26,7 @@ def logsumexp(logits: mx.array) -> mx.array:
     """The logarithm of the sum of exponentials of every row: (R, Vd) -> (R, 1).
 
     MLX's own is one kernel on Metal; on a CPU it takes three times as long as steps that
-    mx.compile makes kernels for this machine of (see kernels.py).
+    mx.compile makes kernels for this machine of (see compiler.py).
     """
     if fused_kernels():
         return mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -71,11 +71,7 @@ def k_smallest(x: mx.array, k: int) -> tuple[mx.array, mx.array]:
 
 
 def search(
-    cell: Cell,
-    context: mx.array,
-    root: mx.array,
-    shape: TreeShape,
-    draw: Draw | None = None,
+    cell: Cell, context: mx.array, root: mx.array, shape: TreeShape, draw: Draw | None = None
 ) -> list[Candidates]:
     """Propose ``W * L`` candidates.
 
@@ -102,9 +98,8 @@ def search(
     parents, picks = integers([0]), root
     above: list[mx.array] = []  # the beam that each beam of a level goes on from
     for level in range(shape.depth):
-        step = cell.follow if level else cell.step
-        logits, state = step(picks, state, fixed)  # (R, Vd), R = 1 at the first level
-        logits = logits.astype(mx.float32)
+        logits, state = (cell.follow if level else cell.step)(picks, state, fixed)
+        logits = logits.astype(mx.float32)  # (R, Vd), R = 1 at the first level
         if width > logits.shape[-1]:
             raise OptionError(
                 f"beam width {width} is more than the drafter's {logits.shape[-1]} tokens: "
@@ -113,15 +108,9 @@ def search(
         if draw is not None:
             logits = logits / draw.temperature + draw.noise(level, cell.vocabulary)
         if width == 1:
-            # Rounding must not make a longer path cheaper than its prefix.
-            costs = costs + mx.maximum(logsumexp(logits) - mx.max(logits, axis=-1), 0.0).reshape(-1)
-            picks = mx.argmax(logits, axis=-1).view(mx.int32)
+            costs, picks = _likeliest(logits, costs)
         else:
-            joint = mx.maximum(logsumexp(logits) - (logits - costs[:, None]), costs[:, None])
-            best, index = k_smallest(joint.reshape(1, -1), width)
-            costs, size = best.reshape(-1), logits.shape[-1]
-            pairs = mx.where(mx.array([[True], [False]]), index // size, index % size)  # (2, W)
-            parents, picks = _row(pairs, 0), _row(pairs, 1)
+            costs, parents, picks = _cheapest(logits, costs, width)
             # One row is what all beams have in common, and needs no copies.
             state, paths = (
                 mx.take(x, parents, axis=0) if x.shape[0] > 1 else x for x in (state, paths)
@@ -131,6 +120,22 @@ def search(
         levels.append(Candidates(paths, costs, (level + 1,) * width))
         above.append(parents)
     return _alive(levels, above) if shape.mode == "beams" else levels
+
+
+def _likeliest(logits: mx.array, costs: mx.array) -> tuple[mx.array, mx.array]:
+    """The one beam's new cost and token."""
+    # Rounding must not make a longer path cheaper than its prefix.
+    costs = costs + mx.maximum(logsumexp(logits) - mx.max(logits, axis=-1), 0.0).reshape(-1)
+    return costs, mx.argmax(logits, axis=-1).view(mx.int32)
+
+
+def _cheapest(logits: mx.array, costs: mx.array, width: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Costs, parents and tokens of the W beams that go on."""
+    joint = mx.maximum(logsumexp(logits) - (logits - costs[:, None]), costs[:, None])
+    best, index = k_smallest(joint.reshape(1, -1), width)
+    costs, size = best.reshape(-1), logits.shape[-1]
+    pairs = mx.where(mx.array([[True], [False]]), index // size, index % size)  # (2, W)
+    return costs, _row(pairs, 0), _row(pairs, 1)
 
 
 def _alive(levels: list[Candidates], above: list[mx.array]) -> list[Candidates]:

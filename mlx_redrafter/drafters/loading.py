@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -18,13 +17,15 @@ from mlx_redrafter.errors import DrafterError, ModelError
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.files import weight_files
 from mlx_redrafter.models.weights import (
+    Shape,
     finite,
-    misshapen,
+    misfit,
     parameters,
     preview,
     read_header,
     read_json,
     read_weights,
+    shapes,
 )
 
 # Apple's trainer may leave a norm in the checkpoint that its forward pass never uses.
@@ -100,14 +101,13 @@ def check_recurrent(folder: Path, target: Decoder) -> None:
         headers = [read_header(file) for file in weight_files(folder)]
     except (ModelError, OSError) as error:
         raise DrafterError(str(error)) from None
-    stored = {
-        name: SimpleNamespace(shape=tuple(entry["shape"]))
+    given = {
+        name: tuple(entry["shape"])
         for header in headers
         for name, entry in header.items()
         if name not in _UNUSED
     }
-    given = cast(dict[str, mx.array], stored)
-    _check_tensors(parameters(_empty(config, raw, given, folder)), given, folder)
+    _check_tensors(_empty(config, raw, given, folder), given, folder)
 
 
 def _config(folder: Path, target: Decoder) -> tuple[ReDrafterConfig, dict[str, Any]]:
@@ -187,7 +187,7 @@ def save_drafter(folder: Path, drafter: ReDrafter, extra: dict[str, Any] | None 
 
 def _assign(drafter: ReDrafter, weights: dict[str, mx.array], folder: Path) -> None:
     """Put the weights in; every tensor must be known, present, of its shape and finite."""
-    _check_tensors(parameters(drafter), weights, folder)
+    _check_tensors(drafter, shapes(weights), folder)
     drafter.load_weights(list(weights.items()))
     flags = finite(weights)
     mx.eval(drafter.parameters(), flags)
@@ -198,16 +198,15 @@ def _assign(drafter: ReDrafter, weights: dict[str, mx.array], folder: Path) -> N
         raise DrafterError(f"the draft vocabulary in {folder} holds tokens beyond the model's")
 
 
-def _check_tensors(
-    expected: Mapping[str, mx.array], weights: Mapping[str, mx.array], folder: Path
-) -> None:
-    if missing := expected.keys() - weights.keys():
+def _check_tensors(drafter: ReDrafter, given: Mapping[str, Shape], folder: Path) -> None:
+    missing, unknown, wrong = misfit(shapes(parameters(drafter)), given)
+    if missing:
         raise DrafterError(f"the drafter in {folder} lacks {preview(missing)}: download it again")
-    if unknown := weights.keys() - expected.keys():
+    if unknown:
         raise DrafterError(
             f"the drafter in {folder} has tensors that no ReDrafter has: {preview(unknown)}"
         )
-    if wrong := misshapen(expected, weights):
+    if wrong:
         raise DrafterError(f"tensors in {folder} do not fit its config.json: {preview(wrong)}")
 
 

@@ -13,9 +13,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_redrafter.api import Model, load, stream_generate
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.evaluation import conditions
 from mlx_redrafter.evaluation.prompts import DEV, Prompt, read_prompts
 from mlx_redrafter.runtime.checks import at_least
-from mlx_redrafter.runtime.device import conditions
 from mlx_redrafter.stats import DraftStats
 from mlx_redrafter.terminal import tables
 from mlx_redrafter.tree.shape import DEFAULT, TreeShape
@@ -94,7 +94,7 @@ def run(
     total = len(chosen) * len(SHAPES) * len(TEMPERATURES)
     with tables.progress(total) as step:
         rows = measure(loaded, tokenizer, chosen, max_tokens=max_tokens, on_answer=step)
-    facts = {**conditions(loaded, chosen), "max_tokens": max_tokens}
+    facts = {**conditions.of(loaded, chosen), "max_tokens": max_tokens}
     if as_json:
         print(json.dumps({"rows": [row.as_dict() for row in rows], **facts}))
         return

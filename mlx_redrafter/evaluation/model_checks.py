@@ -8,6 +8,7 @@ from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_redrafter.runtime import blas
+from mlx_redrafter.runtime.device import dtype_name
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -63,7 +64,7 @@ def verify(name: str, model: Decoder, tokenizer: Any) -> Check:
     """Compare passes over a text with single steps over it."""
     prompt = list(tokenizer.encode(PROMPT))
     following = list(islice(cycle(prompt), max(SIZES)))
-    return judge(name, dtype_of(model), differences(model, prompt, following, SIZES))
+    return judge(name, dtype_name(model.dtype), differences(model, prompt, following, SIZES))
 
 
 def differences(
@@ -142,7 +143,7 @@ def memory(model: Model, memory_gb: float) -> Check:
     full = config.max_positions * token
     known = {"weights_bytes": weights, "cache_bytes": full, "memory_gb": round(memory_gb, 1)}
     text = (
-        f"{model.name}, {dtype_of(model.target)}: {weights / 1e9:.2f} GB of weights, "
+        f"{model.name}, {dtype_name(model.target.dtype)}: {weights / 1e9:.2f} GB of weights, "
         f"{full / 1e9:.2f} GB of cache for {config.max_positions:,} tokens"
     )
     if (room := memory_gb * 2**30 - weights) < full:
@@ -179,7 +180,7 @@ def text(model: Model, tokenizer: Any) -> Check:
     if plain == drafted:
         return Check("drafted text", "ok", f"all {same} tokens are those of plain decoding", known)
     detail = f"parts from plain decoding at token {same + 1}"
-    if dtype_of(model.target) == "float32" and blas.rows_alone():
+    if dtype_name(model.target.dtype) == "float32" and blas.rows_alone():
         return Check("drafted text", "fail", f"{detail}: in float32 this must not happen", known)
     return Check("drafted text", "warn", f"{detail}: rounding decides near ties", known)
 
@@ -216,7 +217,3 @@ def in_place(model: Model) -> Check:
     if extra > layers / 2:
         return Check("KV cache", "warn", f"{text}: most are copied in every step", {"slabs": extra})
     return Check("KV cache", "ok", text, {"slabs": round(extra, 2)})
-
-
-def dtype_of(model: Decoder) -> str:
-    return str(model.dtype).removeprefix("mlx.core.")

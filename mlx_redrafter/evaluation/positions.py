@@ -29,7 +29,7 @@ from mlx_redrafter.evaluation.prompts import Prompt
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.batched import BatchedTarget, Request
 from mlx_redrafter.models.weights import read_json
-from mlx_redrafter.runtime.device import machine
+from mlx_redrafter.runtime import device
 from mlx_redrafter.tree.shape import DEFAULT, TreeShape
 
 FILE = "evaluation.json"
@@ -326,15 +326,14 @@ class _Tally:
 
 def conditions(model: Model) -> dict[str, Any]:
     """What a result holds for: the model and its precision, the machine, the versions."""
-    facts = machine()
     quantization = read_json(model.folder / "config.json").get("quantization") or {}
-    return {
-        "model": short_name(model.name),
-        "dtype": str(model.target.dtype).removeprefix("mlx.core."),
-        "model_bits": quantization.get("bits"),
-        "drafter": model.drafter_folder.name if model.drafter_folder else None,
-        **{k: facts[k] for k in ("chip", "device", "blas", "mlx", "mlx_redrafter")},
-    }
+    return device.conditions(
+        short_name(model.name),
+        model.target.dtype,
+        *("chip", "device", "blas", "mlx", "mlx_redrafter"),
+        model_bits=quantization.get("bits"),
+        drafter=model.drafter_folder.name if model.drafter_folder else None,
+    )
 
 
 def short_name(model: str) -> str:

@@ -59,7 +59,9 @@ def read_prompts(file: Path = DEV, count: int | None = None) -> list[Prompt]:
 
 
 def _group(row: dict[str, str]) -> str:
-    return row.get("category", "prompts").split(":")[0]
+    if not isinstance(group := row.get("category", "prompts"), str):
+        raise ValueError(f"the category {group!r} is no text")
+    return group.split(":")[0]
 
 
 def _groups(prompts: list[Prompt]) -> list[str]:

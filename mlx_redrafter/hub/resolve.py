@@ -12,13 +12,9 @@ import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlx_redrafter.errors import HubError, is_full, one_line
 from mlx_redrafter.runtime.paths import BUILTIN, json_or_nothing, user_path
-
-if TYPE_CHECKING:
-    pass
 
 PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 

@@ -16,7 +16,7 @@ def softmax(scores: mx.array) -> mx.array:
     """Over the last axis, summed in float32.
 
     On a CPU step by step, in MLX's order and to the same bits: mx.compile makes the exponential a
-    kernel for this machine (see kernels.py), a third of the time of MLX's own.
+    kernel for this machine (see compiler.py), a third of the time of MLX's own.
     """
     if scores.dtype != mx.float32 or fused_kernels():
         return mx.softmax(scores, axis=-1, precise=True)

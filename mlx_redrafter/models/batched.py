@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_redrafter.cache.layer import Kept, LayerCache, Pass, new_caches
 from mlx_redrafter.cache.slabs import capacity_for
-from mlx_redrafter.runtime import compiler as kernels
+from mlx_redrafter.runtime.compiler import keep_memory
 
 from ..runtime.device import fused_kernels
 from . import vectorised
@@ -59,7 +59,7 @@ class BatchedTarget:
 
     def __init__(self, target: Decoder, layers: Sequence[int]) -> None:
         self.target, self.layers = target, tuple(layers)
-        kernels.keep_memory()
+        keep_memory()
         self._functions = vectorised_functions(target)
         self._pass = mx.compile(self._run)
         self._sample = mx.compile(_sample)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -57,6 +58,8 @@ def _check(config: DecoderConfig) -> None:
             raise ModelError(
                 f"config.json gives {name} = {getattr(config, name)}; needed: at least 1"
             )
+    if not 0 < config.norm_eps < math.inf:
+        raise ModelError(f"config.json gives norm_eps = {config.norm_eps}; needed: more than 0")
     if config.num_heads % config.num_kv_heads:
         raise ModelError(
             f"config.json gives {config.num_heads} attention heads and {config.num_kv_heads} "

@@ -19,11 +19,12 @@ from .files import weight_files
 from .stored import as_stored, packed_layers
 from .weights import (
     finite,
-    misshapen,
+    misfit,
     parameters,
     preview,
     read_json,
     read_weights,
+    shapes,
 )
 
 Weights = dict[str, mx.array]
@@ -131,19 +132,16 @@ def _quantize(model: Decoder, weights: Weights) -> None:
 
 def _check_fit(model: Decoder, weights: Weights, folder: Path) -> None:
     """Names and shapes of the weights must be exactly the model's."""
-    expected = parameters(model)
-    missing, extra = expected.keys() - weights.keys(), weights.keys() - expected.keys()
-    if missing or extra:
-        parts = [f"lacks {preview(missing)}"] if missing else []
-        parts += [f"has unknown {preview(extra)}"] if extra else []
+    found = misfit(shapes(parameters(model)), shapes(weights))
+    if names := found.names("has unknown {}"):
         raise ModelError(
-            f"the weights in {folder} do not fit its config.json: it {' and '.join(parts)}; "
+            f"the weights in {folder} do not fit its config.json: it {names}; "
             "download the model again, or convert it with mlx_lm.convert"
         )
-    if wrong := misshapen(expected, weights):
+    if found.misshapen:
         raise ModelError(
-            f"tensors in {folder} have other shapes than config.json says: {preview(wrong, 3)}; "
-            "download config.json and weights of the same model"
+            f"tensors in {folder} have other shapes than config.json says: "
+            f"{preview(found.misshapen, 3)}; download config.json and weights of the same model"
         )
 
 

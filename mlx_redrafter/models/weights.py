@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import ModelError
+
+Shape = tuple[int, ...]
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml")
@@ -41,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
     refuse_stand_in(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not readable as JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a JSON {type(value).__name__}; needed: an object")
@@ -79,13 +81,33 @@ def parameters(module: nn.Module) -> dict[str, mx.array]:
     return dict(cast("list[tuple[str, mx.array]]", tree_flatten(module.parameters())))
 
 
-def misshapen(expected: Mapping[str, mx.array], given: Mapping[str, mx.array]) -> list[str]:
-    """What has another shape than expected, with both shapes; every name must be given."""
-    return [
-        f"{name} {tuple(given[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in expected.items()
-        if given[name].shape != value.shape
+def shapes(tensors: Mapping[str, mx.array]) -> dict[str, Shape]:
+    """Every tensor's shape, by its name."""
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+class Misfit(NamedTuple):
+    """How tensors differ from those of a model; what has another shape, with both shapes."""
+
+    missing: set[str]
+    extra: set[str]
+    misshapen: list[str]
+
+    def names(self, extra: str) -> str:
+        """Which are missing and which are not the model's; ``extra`` says the latter, with {}."""
+        parts = [f"lacks {preview(self.missing)}"] if self.missing else []
+        parts += [extra.format(preview(self.extra))] if self.extra else []
+        return " and ".join(parts)
+
+
+def misfit(expected: Mapping[str, Shape], given: Mapping[str, Shape]) -> Misfit:
+    """Compare names, and the shapes of what is in both."""
+    wrong = [
+        f"{name} {given[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in given and given[name] != shape
     ]
+    return Misfit(expected.keys() - given.keys(), given.keys() - expected.keys(), wrong)
 
 
 def finite(tensors: Mapping[str, mx.array], prefix: str = "") -> dict[str, mx.array]:
@@ -121,7 +143,9 @@ def read_header(file: Path) -> dict[str, Any]:
         needed = 8 + length + max((v["data_offsets"][1] for v in header.values()), default=0)
     except OSError as error:
         raise ModelError(f"{file} cannot be read ({_one_line(error)})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError,
+    ) as error:  # fmt: skip
         raise ModelError(
             f"{file} is not a safetensors file ({_one_line(error)}); download it again"
         ) from error

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.runtime import compiler as kernels
+from mlx_redrafter.runtime import compiler
 from mlx_redrafter.runtime.paths import user_path
 
 VARIABLE = "MLX_REDRAFTER_BLAS"
@@ -60,7 +60,7 @@ def prepare() -> None:
     An unknown value of MLX_REDRAFTER_BLAS is left to `status` to report: an import must not fail.
     """
     with contextlib.suppress(RuntimeError, OptionError):  # no such home directory
-        kernels.prepare(_cache_folder().parent / "kernels")
+        compiler.prepare(_cache_folder().parent / "kernels")
     with contextlib.suppress(OptionError):
         status()
 
@@ -140,11 +140,11 @@ def _use() -> BlasStatus:
 
 def _library() -> Path:
     """The compiled library of this source, compiler and CPU; built if the cache has none."""
-    compiler = _compiler()
-    if compiler is None:
+    program = _compiler()
+    if program is None:
         raise _Unavailable("no g++ on PATH to compile the row-exact BLAS; install g++")
-    path = _cache_folder() / f"{_key(compiler)}.so"
-    return path if path.exists() else _build(compiler, path)
+    path = _cache_folder() / f"{_key(program)}.so"
+    return path if path.exists() else _build(program, path)
 
 
 def _cache_folder() -> Path:
@@ -163,12 +163,12 @@ def _flags() -> list[str]:
     ]  # fmt: skip
 
 
-def _key(compiler: str) -> str:
+def _key(program: str) -> str:
     """Changes with source, flags, compiler and CPU: a home directory may be shared by machines."""
     import hashlib
 
     # Starting `g++ --version` would cost more than everything else here; its file tells as much.
-    real = os.path.realpath(compiler)
+    real = os.path.realpath(program)
     stat = os.stat(real)
     parts = [*_flags(), real, str(stat.st_size), str(stat.st_mtime_ns), *_cpu()]
     digest = hashlib.sha256("\n".join(parts).encode())
@@ -178,10 +178,10 @@ def _key(compiler: str) -> str:
 
 
 def _cpu() -> list[str]:
-    return [line for line in kernels.cpuinfo() if line.split(":")[0].strip() in _CPU_FIELDS]
+    return [line for line in compiler.cpuinfo() if line.split(":")[0].strip() in _CPU_FIELDS]
 
 
-def _build(compiler: str, path: Path) -> Path:
+def _build(program: str, path: Path) -> Path:
     """Compile to a name of its own and rename, so that concurrent first runs do not meet."""
     import subprocess
     import tempfile
@@ -190,7 +190,7 @@ def _build(compiler: str, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             output = Path(folder, path.name)
-            command = [compiler, *_flags(), str(_NATIVE / _SOURCES[0]), "-o", str(output)]
+            command = [program, *_flags(), str(_NATIVE / _SOURCES[0]), "-o", str(output)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             os.replace(output, path)
     except subprocess.CalledProcessError as error:

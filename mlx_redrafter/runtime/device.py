@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -25,8 +25,21 @@ def device() -> str:
     return "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
 
 
-def machine() -> dict[str, Any]:
-    """Chip, memory, operating system, versions, and the BLAS where one is used."""
+def dtype_name(dtype: object) -> str:
+    """An MLX type as a person writes it: "float32"."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def conditions(model: str, dtype: object, *names: str, **own: Any) -> dict[str, Any]:
+    """What figures hold for: a model and its type, what the caller adds, and of the machine the
+    facts of these names, in this order."""
+    here = machine(*(names or ("chip", "device", "mlx", "blas")))
+    return {"model": model, "dtype": dtype_name(dtype), **own, **here}
+
+
+def machine(*names: str) -> dict[str, Any]:
+    """Chip, memory, operating system, versions, and the BLAS where one is used; or only the facts
+    of these names, in this order."""
     import mlx.core as mx
 
     import mlx_redrafter
@@ -34,7 +47,7 @@ def machine() -> dict[str, Any]:
 
     found = mx.device_info()
     name = blas.used()
-    return {
+    facts = {
         "chip": _chip(found),
         "memory_gb": _memory_gb(found),
         "system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
@@ -46,21 +59,7 @@ def machine() -> dict[str, Any]:
         "mlx": importlib.metadata.version("mlx"),
         "mlx_lm": importlib.metadata.version("mlx-lm"),
     }
-
-
-def conditions(model: Any, prompts: Sequence[Any] | None = None) -> dict[str, Any]:
-    """Model and machine; with prompts also their number, and the drafter."""
-    facts = machine()
-    drafter = model.drafter_folder.name if model.drafter_folder else None
-    return {
-        "model": model.name,
-        "dtype": str(model.target.dtype).removeprefix("mlx.core."),
-        **({} if prompts is None else {"drafter": drafter, "prompts": len(prompts)}),
-        "chip": facts["chip"],
-        "device": device(),
-        "mlx": facts["mlx"],
-        "blas": facts["blas"],
-    }
+    return {name: facts[name] for name in names or facts}
 
 
 def _chip(found: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mlx_redrafter.runtime import compiler as kernels
+from mlx_redrafter.runtime import compiler
 from mlx_redrafter.terminal import console
 
 PATIENCE = 2.0  # seconds; what is over before is not worth a bar
@@ -127,7 +127,7 @@ class Waiting:
 
     def _compilation(self) -> None:
         while not self._over.wait(COMPILING / 2):
-            if time.time() - self._word > COMPILING and kernels.compiling(self._word):
+            if time.time() - self._word > COMPILING and compiler.compiling(self._word):
                 with self._lock:  # not into the bar
                     self._say_compiling()
                 return

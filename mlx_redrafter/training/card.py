@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
-from mlx_redrafter.evaluation import positions as evaluate
+from mlx_redrafter.evaluation import positions
 from mlx_redrafter.hub.builtin import REPO
 from mlx_redrafter.models.files import weight_files
 from mlx_redrafter.models.weights import parameters, read_json
@@ -75,31 +75,6 @@ def size(folder: Path) -> Size:
     return Size(file_bytes, stored, once, stored - once + rows)
 
 
-def write(
-    folder: Path,
-    config: TrainConfig,
-    recipe: Recipe,
-    *,
-    made_by: str,
-    measured_by: str,
-    chats: bool = True,
-) -> Path:
-    """Write README.md beside the drafter and its ``evaluation.json``.
-
-    Args:
-        folder: of the drafter: config.json, weights, evaluation.json and perhaps plots.
-        made_by, measured_by: the exact command lines.
-        chats: has the model a chat template?
-
-    Raises:
-        OptionError: the drafter was not evaluated.
-    """
-    file = folder / FILE
-    text = render(folder, config, recipe, made_by=made_by, measured_by=measured_by, chats=chats)
-    file.write_text(text, encoding="utf-8")
-    return file
-
-
 def render(
     folder: Path,
     config: TrainConfig,
@@ -109,9 +84,18 @@ def render(
     measured_by: str,
     chats: bool = True,
 ) -> str:
-    """The card; arguments and errors as for ``write``."""
-    found = evaluate.read(folder)
-    model, shown = evaluate.short_name(config.model), lines.Shown(config)
+    """The text of the README.md beside a drafter.
+
+    Args:
+        folder: of the drafter: config.json, weights, evaluation.json and perhaps plots.
+        made_by, measured_by: the exact command lines.
+        chats: has the model a chat template?
+
+    Raises:
+        OptionError: the drafter was not evaluated.
+    """
+    found = positions.read(folder)
+    model, shown = positions.short_name(config.model), lines.Shown(config)
     place = shown.path(config.out / "drafter")
     sections = [
         _front_matter(config.model),
@@ -132,7 +116,7 @@ def _front_matter(model: str) -> str:
     base = REPO if model == BUILTIN else model
     rows = ["---", "library_name: mlx"]
     # A path on somebody's disk is no model of the hub.
-    if base.count("/") == 1 and evaluate.short_name(base) == base:
+    if base.count("/") == 1 and positions.short_name(base) == base:
         rows.append(f"base_model: {base.partition('@')[0]}")
     tags = ("mlx", "mlx-redrafter", "speculative-decoding", "redrafter")
     return "\n".join([*rows, "tags:", *(f"- {tag}" for tag in tags), "---"])
@@ -201,7 +185,7 @@ def _by_position(found: Mapping[str, Any], folder: Path) -> str:
         "drafter's first choices that are the answer's token, all earlier tokens being true; "
         "conditional: where its earlier choices were right too. ECE is the expected calibration "
         "error of the first choice's probability (10 bins, weighted over the positions). The "
-        f"tables behind it are in `{evaluate.FILE}`.",
+        f"tables behind it are in `{positions.FILE}`.",
         _table(titles, body),
         f"ECE by draft position, {'; '.join(ece)}.",
         *_pictures(folder, {"Calibration": plots.CALIBRATION}),
@@ -236,7 +220,7 @@ def _training(config: TrainConfig, recipe: Recipe, folder: Path) -> str:
     temps = ", ".join(f"{t:g} ({n / total:.0%})" for t, n in recipe.answers.items())
     rows = [
         ["prompts", f"{recipe.prompts:,} ({origin})"],
-        ["answers", f"{total:,}, written by {evaluate.short_name(config.model)} itself"],
+        ["answers", f"{total:,}, written by {positions.short_name(config.model)} itself"],
         ["answer temperatures", temps],
         ["answer tokens", f"{recipe.answer_tokens:,}"],
         ["positions processed", f"{recipe.positions:,}"],

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.runtime.checks import at_least
-from mlx_redrafter.runtime.paths import user_path
+from mlx_redrafter.runtime.checks import at_least, checked_text
+from mlx_redrafter.runtime.paths import BUILTIN, user_path
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TrainConfig:
         bits: of the written drafter's weights: 4, 5, 6, 8 or 16.
     """
 
-    model: str = "smollm2-135m"
+    model: str = BUILTIN
     out: Path = Path("drafter")
     prompts: Path | None = None
     answers: Path | None = None
@@ -90,6 +90,12 @@ class TrainConfig:
                 raise OptionError(
                     f"{name} {getattr(self, name)} is not possible: use {minimum} or more"
                 )
+        if self.segment > self.batch_positions:
+            raise OptionError(
+                f"segment {self.segment} is not possible: use {self.batch_positions} or less, "
+                "the batch_positions"
+            )
+        checked_text(self.system_prompt or "", "system prompt")
         for name in ("warmup", "step_decay", "hard", "acceptance_after", "head_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(f"{name} {getattr(self, name)} is not possible: use 0 to 1")

@@ -15,6 +15,7 @@ from mlx_redrafter.training.shards import (
     Shard,
     batched,
     feature_bytes,
+    reading,
     record_layers,
     recorded_layers,
     save_features,
@@ -55,7 +56,8 @@ class _Rows:
 
     def open(self) -> np.ndarray:
         if self.features is None:
-            self.features = np.load(self.shard.features_file, mmap_mode="r")
+            with reading(self.shard.features_file, "delete it, it can be computed again"):
+                self.features = np.load(self.shard.features_file, mmap_mode="r")
             if len(self.features) != len(self.tokens):
                 raise OptionError(
                     f"{self.shard.features_file} does not belong to {self.shard.file}: delete it"

@@ -16,9 +16,9 @@ from rich.table import Table
 
 from mlx_redrafter.drafters.recurrent import ReDrafterConfig
 from mlx_redrafter.drafters.rollout import feature_layers
-from mlx_redrafter.evaluation import positions as evaluate
+from mlx_redrafter.evaluation.positions import RECORDED, SHAPES, TEMPERATURES
 from mlx_redrafter.evaluation.prompts import read_prompts
-from mlx_redrafter.hub import resolve as hub
+from mlx_redrafter.hub.resolve import resolve
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.models.batched import BatchedTarget, Request
 from mlx_redrafter.runtime.device import device
@@ -82,7 +82,7 @@ class Speeds:
 
 def measure(config: TrainConfig, evaluating: Evaluating | None = None) -> Estimate:
     """Load the model and measure; nothing is written to the folder of the run."""
-    target = load_model(hub.resolve(config.model))
+    target = load_model(resolve(config.model))
     shape = initialise.drafter_config(config, target)
     weights, on_gpu = memory.weights_of(target), device() == "gpu"
     batch = memory.fitting_batch(
@@ -124,10 +124,10 @@ def _stages(
     unread = 0 if any(config.out.glob(f"features/{imports.PREFIX}*")) else taken
     again = unread if cached else max(0, steps) * config.batch_positions
     questions = len(read_prompts(count=evaluating.prompts))
-    live = questions * len(evaluate.SHAPES) / _TOKENS_PER_STEP
+    live = questions * len(SHAPES) / _TOKENS_PER_STEP
     # An answer along which drafts are recorded takes about as long as its tokens one by one.
-    recorded = min(evaluate.RECORDED, questions)
-    decoded = (live + recorded) * len(evaluate.TEMPERATURES) * evaluating.max_tokens
+    recorded = min(RECORDED, questions)
+    decoded = (live + recorded) * len(TEMPERATURES) * evaluating.max_tokens
     write, fit = (memory.of_stage(parts, names) for names in (memory.WRITING, memory.FITTING))
     text = round(tokens * 7 + count * 60 * 6)  # JSON takes about so much of a token
     return (

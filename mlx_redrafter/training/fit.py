@@ -21,6 +21,7 @@ from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.batched import BatchedTarget
 from mlx_redrafter.training.config import TrainConfig
 from mlx_redrafter.training.data import Batch, Positions
+from mlx_redrafter.training.folder import checkpoint
 from mlx_redrafter.training.initialise import (
     Scales,
     drafter_config,
@@ -31,6 +32,7 @@ from mlx_redrafter.training.initialise import (
     warm_start,
 )
 from mlx_redrafter.training.losses import distillation, softmax
+from mlx_redrafter.training.shards import read_lines, reading
 
 SUPPORT = 8192  # tokens that soft targets are computed on where the draft vocabulary is larger
 LOG_EVERY = 25
@@ -61,11 +63,12 @@ class Fit:
             config.cache_gb * 1e9,
         )  # fmt: skip
         self.step, self.seconds = 0, 0.0
-        saved = self._saved()
+        saved = checkpoint(folder)
         if saved is None:
             self._begin(shape)
         else:
-            self._go_on(shape, *saved)
+            with reading(self._checkpoint, f"delete {self._checkpoint.parent} to fit anew"):
+                self._go_on(shape, *saved)
         if shape.head == "target":
             self.drafter.bind(target)
         self._prepare_candidates()
@@ -111,7 +114,7 @@ class Fit:
         self.optimizer.state = tree_unflatten(parts["optimizer"])
         mx.eval(self.drafter.state, self.optimizer.state)
         if self.log_file.is_file():
-            rows = [json.loads(line) for line in self.log_file.read_text().splitlines()]
+            rows = read_lines(self.log_file)
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.step]
             self.log_file.write_text("".join(kept))
 
@@ -329,12 +332,6 @@ class Fit:
         }  # fmt: skip
         mx.save_safetensors(str(partial), arrays, metadata=facts)
         partial.replace(self._checkpoint)
-
-    def _saved(self) -> tuple[dict[str, mx.array], dict[str, str]] | None:
-        if not self._checkpoint.is_file():
-            return None
-        loaded = mx.load(str(self._checkpoint), return_metadata=True)
-        return cast(tuple[dict[str, mx.array], dict[str, str]], loaded)
 
     def export(self, folder: Path) -> Path:
         """Write the drafter as the decode loop reads it."""

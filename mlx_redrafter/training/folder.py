@@ -107,6 +107,21 @@ def fitting(folder: Path) -> bool:
     return (folder / "fit" / "checkpoint.safetensors").is_file()
 
 
+def checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """Arrays and facts that the fit goes on with; None before it. Raises OptionError."""
+    import mlx.core as mx
+
+    from .shards import reading
+
+    if not fitting(folder):
+        return None
+    file = folder / "fit" / "checkpoint.safetensors"
+    with reading(file, f"delete {file.parent} to fit anew"):
+        loaded: Any = mx.load(str(file), return_metadata=True)
+        int(loaded[1]["step"])
+    return loaded
+
+
 def refuse(before: TrainConfig, config: TrainConfig, names: tuple[str, ...] | list[str]) -> None:
     """Raise OptionError if one of the options has another value than before."""
     for name in names:
@@ -152,7 +167,7 @@ def alone(folder: Path) -> Iterator[None]:
     """Keep a second run out of the folder. Raises OptionError if there is one, or no folder."""
     from filelock import FileLock, Timeout
 
-    new = not folder.exists()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
@@ -169,9 +184,9 @@ def alone(folder: Path) -> Iterator[None]:
         lock.release()
         if not (folder / FILE).exists():  # nothing was begun
             (folder / ".lock").unlink(missing_ok=True)
-            if new:
-                with suppress(OSError):
-                    folder.rmdir()
+            with suppress(OSError):  # one that is not empty
+                for place in made:
+                    place.rmdir()
 
 
 def _all(config: TrainConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.evaluation import figures
-from mlx_redrafter.evaluation import positions as evaluate
+from mlx_redrafter.evaluation.positions import FILE, read
 from mlx_redrafter.terminal import console
 from mlx_redrafter.training.shards import read_lines
 
@@ -34,8 +34,8 @@ def write_all(folder: Path, log: Path | None = None) -> list[Path]:
     files = []
     if log is not None and log.is_file():
         files.append(curves(log, folder / CURVES))
-    if (folder / evaluate.FILE).is_file():
-        values = evaluate.read(folder)
+    if (folder / FILE).is_file():
+        values = read(folder)
         files.append(acceptance_by_depth(values, folder / ACCEPTANCE))
         files.append(reliability(values, folder / CALIBRATION))
     return files

@@ -98,9 +98,10 @@ def user_header(tokenizer: TokenizerWrapper) -> tuple[list[int], set[int]]:
     Raises OptionError: a template in which a user turn cannot be found.
     """
     ends = set(tokenizer.eos_token_ids)
+    first = tokenizer.bos_token_id
+    bare = [first if first is not None else min(ends, default=0)]
     if not has_template(tokenizer):
-        first = tokenizer.bos_token_id
-        return [first if first is not None else min(ends, default=0)], ends
+        return bare, ends
     opening = [{"role": "user", "content": _MARK}]
     text = render_text(tokenizer, opening, {"add_generation_prompt": False})
     head, found, tail = text.partition(_MARK)
@@ -110,7 +111,8 @@ def user_header(tokenizer: TokenizerWrapper) -> tuple[list[int], set[int]]:
             "write prompts: give some with --prompts FILE"
         )
     closing = tokenizer.encode(tail.strip(), add_special_tokens=False)
-    return list(tokenizer.encode(head, add_special_tokens=False)), ends | set(closing[:1])
+    ids = list(tokenizer.encode(head, add_special_tokens=False))
+    return ids or bare, ends | set(closing[:1])
 
 
 def control_tokens(tokenizer: TokenizerWrapper) -> tuple[set[int], set[int]]:

@@ -14,13 +14,28 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_redrafter.errors import OptionError
+from mlx_redrafter.errors import OptionError, one_line
+
+
+@contextmanager
+def reading(file: Path, use: str) -> Iterator[None]:
+    """Whatever a damaged file raises while it is read becomes an OptionError that ends in `use`."""
+    try:
+        yield
+    except OptionError:
+        raise
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError,
+        EOFError,
+    ) as error:  # fmt: skip
+        raise OptionError(f"{file} cannot be read ({one_line(error)}): {use}") from error
 
 
 @dataclass(frozen=True)
@@ -51,17 +66,13 @@ def shards(folder: Path) -> list[Shard]:
 
 def read_lines(file: Path) -> list[Any]:
     """The JSON values of a .jsonl or .jsonl.gz file. Raises OptionError."""
-    try:
-        with (
-            gzip.open(file, "rt", encoding="utf-8")
-            if file.suffix == ".gz"
-            else file.open(encoding="utf-8") as f
-        ):
-            return [json.loads(line) for line in f if line.strip()]
-    except (OSError, ValueError, EOFError) as error:
-        raise OptionError(
-            f"{file} cannot be read ({error}): give one JSON value per line"
-        ) from None
+    with (
+        reading(file, "give one JSON value per line"),
+        gzip.open(file, "rt", encoding="utf-8")
+        if file.suffix == ".gz"
+        else file.open(encoding="utf-8") as f,
+    ):
+        return [json.loads(line) for line in f if line.strip()]
 
 
 def write_lines(file: Path, rows: Iterable[Any]) -> None:

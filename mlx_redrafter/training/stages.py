@@ -21,7 +21,7 @@ from mlx_redrafter.drafters.recurrent import ReDrafterConfig
 from mlx_redrafter.drafters.rollout import feature_layers
 from mlx_redrafter.errors import HubError, ModelError, OptionError
 from mlx_redrafter.hub import kept
-from mlx_redrafter.hub import resolve as hub
+from mlx_redrafter.hub.resolve import resolve
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.models.batched import BatchedTarget, Request
 from mlx_redrafter.runtime.device import device
@@ -36,6 +36,7 @@ from mlx_redrafter.training.shards import (
     Shard,
     answer_tokens,
     feature_bytes,
+    reading,
     record_layers,
     recorded_layers,
     shards,
@@ -95,7 +96,7 @@ def open_run(
     config: TrainConfig, before: TrainConfig | None, evaluating: Evaluating | None = None
 ) -> Run:
     """Load the model, lower the batch to what fits in memory, and write the configuration down."""
-    place = hub.resolve(config.model)
+    place = resolve(config.model)
     target, tokenizer = load_model(place), load_tokenizer(place)
     config = replace(config, batch=_batch(config, before, target))
     run = Run(config, target, tokenizer, evaluating or Evaluating(), place)
@@ -280,7 +281,8 @@ def _note_new_answers(out: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(now) + "\n")
         return
-    began = json.loads(file.read_text())["answer_tokens"]
+    with reading(file, f"delete {file.parent} to fit anew"):
+        began = int(json.loads(file.read_text())["answer_tokens"])
     if began != now["answer_tokens"]:
         console.warn(
             f"warning: the fit in {out / 'fit'} began with {began:,} answer tokens and goes on "
@@ -290,11 +292,8 @@ def _note_new_answers(out: Path) -> None:
 
 def fitted_steps(out: Path) -> int:
     """Optimiser steps that the fit in the folder has behind it."""
-    file = out / "fit" / "checkpoint.safetensors"
-    if not file.is_file():
-        return 0
-    loaded: Any = mx.load(str(file), return_metadata=True)
-    return int(loaded[1]["step"])
+    saved = folder.checkpoint(out)
+    return 0 if saved is None else int(saved[1]["step"])
 
 
 def _state(row: dict[str, Any]) -> str:
@@ -308,7 +307,7 @@ def evaluate(run: Run) -> None:
     the table of what every shape of a step yields."""
     from mlx_redrafter.api import load
     from mlx_redrafter.budget import yields
-    from mlx_redrafter.evaluation import positions as measuring
+    from mlx_redrafter.evaluation import positions
     from mlx_redrafter.evaluation.prompts import read_prompts
     from mlx_redrafter.evaluation.yields_record import TEMPERATURES, record, tabulate
     from mlx_redrafter.training import card, plots
@@ -325,12 +324,12 @@ def evaluate(run: Run) -> None:
     model, tokenizer = load(config.model, str(place))
     dates.settle(tokenizer, folder.began(config.out))
     chosen = read_prompts(count=asked.prompts)
-    with Bar("evaluation", measuring.answers(len(chosen)), "answers") as bar:
-        result = measuring.evaluate(
+    with Bar("evaluation", positions.answers(len(chosen)), "answers") as bar:
+        result = positions.evaluate(
             model, tokenizer, chosen, max_tokens=asked.max_tokens, on_answer=bar.add
         )
-    measuring.write(place, result)
-    some = chosen[: measuring.RECORDED]
+    positions.write(place, result)
+    some = chosen[: positions.RECORDED]
     with Bar("drafts", len(TEMPERATURES) * len(some), "answers") as bar:
         drafts = []
         for answer in record(model, tokenizer, some, asked.max_tokens, blind=False):
@@ -339,13 +338,14 @@ def evaluate(run: Run) -> None:
     yields.save(place / yields.FILE, tabulate(drafts, drafter=True))
     plots.write_all(place, config.out / "fit" / "log.jsonl")
     conversations = [c for s in shards(config.out) for c in s.conversations()]
-    positions = fitted_steps(config.out) * config.batch_positions
+    seen = fitted_steps(config.out) * config.batch_positions
     shown = lines.Shown(config)
-    card.write(
-        place, config, card.Recipe.of(conversations, positions),
+    text = card.render(
+        place, config, card.Recipe.of(conversations, seen),
         made_by=shown.made_by(), measured_by=shown.measured_by(asked.prompts, asked.max_tokens),
         chats=run.chats,
     )  # fmt: skip
+    (place / card.FILE).write_text(text, encoding="utf-8")
     for row in result.live:
         if row.group == "all":
             console.note(

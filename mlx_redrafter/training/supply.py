@@ -20,7 +20,7 @@ from mlx_redrafter.training import prompts
 from mlx_redrafter.training.answers import POOL, plan
 from mlx_redrafter.training.config import TrainConfig
 from mlx_redrafter.training.memory import LONGEST, wave
-from mlx_redrafter.training.shards import read_lines, write_lines
+from mlx_redrafter.training.shards import read_lines, reading, write_lines
 
 _FIRST_SEED, _SEEDS = 5_000_000, 1000  # seeds of the prompts, apart from those of the answers
 _OWN_TEMP = 1.0
@@ -45,7 +45,11 @@ class Supply:
         self.sizes: list[int] = []  # prompts per file
         self.rows: list[Row] = []
         for file in sorted(self.folder.glob("*.jsonl")):
-            self._take(read_lines(file))
+            with reading(file, f"delete {self.folder.parent} and begin anew"):
+                rows = read_lines(file)
+                for row in rows:
+                    conversation(row, None)
+            self._take(rows)
         self.known = prompts.KnownPrompts()
         if config.prompts is None:
             for row in self.rows:

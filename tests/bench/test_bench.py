@@ -328,3 +328,10 @@ def test_sparse_prefill_is_among_the_conditions(command: list[str], tmp_path: Pa
     }  # fmt: skip
     dense = CliRunner().invoke(cli.app, [*command, "--temp", "0", "--json"])
     assert json.loads(dense.stdout)["conditions"]["sparse_prefill"] is None
+
+
+def test_a_category_that_is_no_text_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a", "category": {"a": 1}}\n')
+    with pytest.raises(OptionError, match=r"is not a prompt file \(the category {'a': 1} is no"):
+        read_prompts(file)

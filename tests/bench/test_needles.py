@@ -117,6 +117,10 @@ def test_what_cannot_be_asked() -> None:
         make("single", 64, 0.5, 0, words)
     with pytest.raises(OptionError, match="--depths 'half' is not possible: give numbers"):
         needles.numbers("half", "depths")
+    for text in ("nan", "1.5", "-0.1", ","):
+        with pytest.raises(OptionError, match=f"--depths '{text}' is not possible: use numbers"):
+            needles.numbers(text, "depths", most=1)
+    assert needles.numbers("0, 0.5 1", "depths", most=1) == [0, 0.5, 1]
 
 
 def test_the_command_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

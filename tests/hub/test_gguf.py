@@ -26,8 +26,9 @@ from tiny_gguf import (
 
 from mlx_redrafter.errors import HubError
 from mlx_redrafter.hub import builtin
-from mlx_redrafter.hub import resolve as hub
-from mlx_redrafter.hub.gguf import fallback as gguf
+from mlx_redrafter.hub.gguf.model import mlx_name
+from mlx_redrafter.runtime.paths import BUILTIN
+from mlx_redrafter.text.tokenizer import load_tokenizer
 
 
 def test_weights_are_those_of_the_gguf(tmp_path, cache):
@@ -40,7 +41,7 @@ def test_weights_are_those_of_the_gguf(tmp_path, cache):
     for name, expected in real.items():
         if name.endswith((".attn_q", ".attn_k")):
             continue
-        got = np.array(weights[f"{gguf.mlx_name(name)}.weight"])
+        got = np.array(weights[f"{mlx_name(name)}.weight"])
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
 
 
@@ -97,7 +98,7 @@ def test_configuration_and_notice(tiny, cache):
         "head_dim": HEAD_DIM,
         "eos_token_id": 2,
         "bos_token_id": 1,
-        "mlx_redrafter": {"model": hub.BUILTIN, "source": "test"},
+        "mlx_redrafter": {"model": BUILTIN, "source": "test"},
     }
     assert {key: config[key] for key in expected} == expected
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
@@ -106,7 +107,7 @@ def test_configuration_and_notice(tiny, cache):
 
 
 def test_tokenizer(tiny, cache):
-    tokenizer = hub.load_tokenizer(builtin.ensure("cpu", [partial(source, tiny, [])]))
+    tokenizer = load_tokenizer(builtin.ensure("cpu", [partial(source, tiny, [])]))
     for text in ("def f(x):\n\treturn x  # 3.14", "naïve 你好 🦊", "a  1234"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     # Digits are split off before the spaces are: GPT-2's own splitter gives "Ġ", "Ġ", "3".
@@ -123,10 +124,10 @@ def test_tokenizer(tiny, cache):
         {"tokenizer.ggml.pre": (STRING, "qwen2")},
     ],
 )
-def test_another_gguf_is_refused(tmp_path, changed):
+def test_another_gguf_is_refused(tmp_path, cache, changed):
     write_gguf(tmp_path / "other.gguf", metadata(**changed))
     with pytest.raises(HubError, match="only a SmolLM2 GGUF"):
-        gguf.Gguf(tmp_path / "other.gguf")
+        builtin.ensure("cpu", [partial(source, tmp_path / "other.gguf", [])])
 
 
 def test_an_unknown_tensor_is_refused(tmp_path, cache):
@@ -155,7 +156,7 @@ def test_hugging_face_cache_is_converted_too(tmp_path, tiny, cache, monkeypatch)
     folder = builtin.ensure("cpu", [builtin.from_hub_cache])
     config = json.loads((folder / "config.json").read_text())
     assert config["mlx_redrafter"]["source"] == f"hf:{builtin.REPO}@{'a' * 40}"
-    assert hub.load_tokenizer(folder).encode("x  3") == hub.load_tokenizer(converted).encode("x  3")
+    assert load_tokenizer(folder).encode("x  3") == load_tokenizer(converted).encode("x  3")
     for name, weight in mx.load(str(folder / "model.safetensors")).items():
         assert mx.array_equal(weight, half[name].astype(mx.float32))
     packed, config = load_model(builtin.ensure("metal", [builtin.from_hub_cache]))
@@ -172,7 +173,7 @@ def test_the_real_model_answers():
     from mlx_lm.utils import load_model
 
     folder = builtin.ensure("cpu")
-    tokenizer = hub.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True
     )

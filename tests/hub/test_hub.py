@@ -17,7 +17,10 @@ from huggingface_hub.utils import filter_repo_objects
 
 from mlx_redrafter.errors import HubError
 from mlx_redrafter.hub import builtin
-from mlx_redrafter.hub import resolve as hub
+from mlx_redrafter.hub.resolve import PATTERNS, find_drafter, resolve
+from mlx_redrafter.runtime import paths
+from mlx_redrafter.runtime.paths import BUILTIN, cache_dir
+from mlx_redrafter.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +48,7 @@ def http_error(kind, status):
 
 def message(name, revision=None):
     with pytest.raises(HubError) as caught:
-        hub.resolve(name, revision)
+        resolve(name, revision)
     text = str(caught.value)
     assert "\n" not in text
     return text
@@ -69,11 +72,11 @@ def test_import_loads_no_heavy_library():
 
 def test_a_local_folder_is_used_as_it_is(tmp_path, monkeypatch):
     folder = model_folder(tmp_path / "org" / "name")
-    assert hub.resolve(str(folder)) == folder
+    assert resolve(str(folder)) == folder
     monkeypatch.chdir(tmp_path)
-    assert hub.resolve("org/name") == Path("org/name")
+    assert resolve("org/name") == Path("org/name")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert hub.resolve("~/org/name") == folder
+    assert resolve("~/org/name") == folder
 
 
 @pytest.mark.parametrize("name", ["", "  "])
@@ -98,8 +101,8 @@ def test_a_near_miss_of_the_built_in_name():
 def test_the_built_in_name(monkeypatch, tmp_path):
     monkeypatch.setattr(builtin, "ensure", lambda kind: tmp_path / kind)
     monkeypatch.setattr(builtin, "device_kind", lambda: "cpu")
-    assert hub.resolve(hub.BUILTIN) == tmp_path / "cpu"
-    assert "has no revisions" in message(hub.BUILTIN, "main")
+    assert resolve(BUILTIN) == tmp_path / "cpu"
+    assert "has no revisions" in message(BUILTIN, "main")
 
 
 @pytest.mark.parametrize(
@@ -124,16 +127,16 @@ def test_a_hub_id_becomes_a_snapshot(monkeypatch, tmp_path, name, revision, aske
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", listing)
-    assert hub.resolve(name, revision, also=["*.bin"]) == tmp_path
+    assert resolve(name, revision, also=["*.bin"]) == tmp_path
     assert calls == [
-        ("org/name", asked, [*hub.PATTERNS], ["*/*"]),
+        ("org/name", asked, [*PATTERNS], ["*/*"]),
         ("org/name", asked),
         ("org/name", asked, ["config.json", "model.safetensors"], None),
     ]
     (tmp_path / "model.safetensors").touch()
     calls.clear()
-    assert hub.resolve(name, revision) == tmp_path
-    assert calls == [("org/name", asked, [*hub.PATTERNS], ["*/*"])], "the weights were there"
+    assert resolve(name, revision) == tmp_path
+    assert calls == [("org/name", asked, [*PATTERNS], ["*/*"])], "the weights were there"
 
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -189,7 +192,7 @@ def test_an_index_chooses_among_what_a_repository_has(monkeypatch, tmp_path, nam
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: files)
-    hub.resolve("org/name")
+    resolve("org/name")
     assert sorted(asked[1]) == sorted(["config.json", *wanted])
 
 
@@ -208,7 +211,7 @@ def test_only_the_files_of_one_model_are_downloaded(monkeypatch, tmp_path, name)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: [*SMALL, *files])
-    hub.resolve("org/name", also=["*.bin", "*.pt"])
+    resolve("org/name", also=["*.bin", "*.pt"])
     assert asked == {*wanted, *SMALL[:3]}
 
 
@@ -263,7 +266,7 @@ def test_the_real_client_offline(monkeypatch, tmp_path):
     (repo / "refs" / "main").write_text("0" * 40)
     assert "org/name is only partly in the Hugging Face cache" in message("org/name")
     (folder / "model.safetensors").touch()
-    assert hub.resolve("org/name") == folder
+    assert resolve("org/name") == folder
     # What the client keeps of a listing says what else there is.
     tree = {name: {"size": 1, "blob_id": "0"} for name in ("config.json", "drafter/config.json")}
     (repo / "trees").mkdir()
@@ -286,27 +289,27 @@ def test_a_repository_without_config(monkeypatch, tmp_path):
 
 def test_cache_dir(monkeypatch, tmp_path):
     monkeypatch.setenv("MLX_REDRAFTER_CACHE", str(tmp_path))
-    assert hub.cache_dir() == tmp_path
+    assert cache_dir() == tmp_path
     monkeypatch.delenv("MLX_REDRAFTER_CACHE")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert hub.cache_dir() == tmp_path / "xdg" / "mlx-redrafter"
+    assert cache_dir() == tmp_path / "xdg" / "mlx-redrafter"
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert hub.cache_dir() == tmp_path / "Library" / "Caches" / "mlx-redrafter"
+    assert cache_dir() == tmp_path / "Library" / "Caches" / "mlx-redrafter"
 
 
 def test_find_drafter(monkeypatch, tmp_path):
-    monkeypatch.setattr(hub, "__file__", str(tmp_path / "package" / "hub.py"))
+    monkeypatch.setattr(paths, "ASSETS", tmp_path / "package" / "assets")
     plain = model_folder(tmp_path / "plain")
-    marked = model_folder(tmp_path / "marked", mlx_redrafter={"model": hub.BUILTIN})
-    assert hub.find_drafter(hub.BUILTIN, plain) is None
+    marked = model_folder(tmp_path / "marked", mlx_redrafter={"model": BUILTIN})
+    assert find_drafter(BUILTIN, plain) is None
     shipped = model_folder(tmp_path / "package" / "assets" / "smollm2-135m-drafter")
-    assert hub.find_drafter(hub.BUILTIN, plain) == shipped
-    assert hub.find_drafter(str(marked), marked) == shipped
-    assert hub.find_drafter("org/name", plain) is None
+    assert find_drafter(BUILTIN, plain) == shipped
+    assert find_drafter(str(marked), marked) == shipped
+    assert find_drafter("org/name", plain) is None
     own = model_folder(plain / "drafter")
-    assert hub.find_drafter(hub.BUILTIN, plain) == own
+    assert find_drafter(BUILTIN, plain) == own
 
 
 def test_tokenizer_stops_at_all_end_ids(tmp_path):
@@ -323,7 +326,7 @@ def test_tokenizer_stops_at_all_end_ids(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "T"}'
     )
-    loaded = hub.load_tokenizer(tmp_path)
+    loaded = load_tokenizer(tmp_path)
     assert loaded.eos_token_ids == {0, 1}
     assert loaded.has_chat_template
     stream = loaded.detokenizer
@@ -336,14 +339,14 @@ def test_tokenizer_stops_at_all_end_ids(tmp_path):
 def test_missing_and_broken_tokenizers(tmp_path):
     model_folder(tmp_path)
     with pytest.raises(HubError, match="has no tokenizer"):
-        hub.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(HubError, match="cannot be loaded") as caught:
-        hub.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_gguf_file_is_told_what_to_do(tmp_path):
     (tmp_path / "my model.gguf").write_bytes(b"GGUF")
     with pytest.raises(HubError, match=r"GGUF file; .* convert '.*/my model\.gguf' --out FOLDER"):
-        hub.resolve(str(tmp_path / "my model.gguf"))
+        resolve(str(tmp_path / "my model.gguf"))

@@ -21,8 +21,10 @@ from mlx_redrafter.cli import main as cli
 from mlx_redrafter.drafters.loading import save_drafter
 from mlx_redrafter.errors import HubError
 from mlx_redrafter.hub import kept
-from mlx_redrafter.hub import resolve as hub
+from mlx_redrafter.hub.resolve import find_drafter
 from mlx_redrafter.models import Decoder
+from mlx_redrafter.runtime import paths
+from mlx_redrafter.runtime.paths import BUILTIN, data_dir, shipped_drafter
 
 BEGAN = datetime(2025, 3, 9, 23, 58, 7)
 
@@ -52,16 +54,16 @@ def keep(run: Path, model: Path, name: str = "org/name", began: datetime = BEGAN
 
 
 def test_data_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert hub.data_dir() == tmp_path / "data"
+    assert data_dir() == tmp_path / "data"
     monkeypatch.delenv("MLX_REDRAFTER_DATA")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "xdg"))
-    assert hub.data_dir() == tmp_path / "xdg" / "mlx-redrafter"
+    assert data_dir() == tmp_path / "xdg" / "mlx-redrafter"
     monkeypatch.delenv("XDG_DATA_HOME")
-    assert hub.data_dir() == tmp_path / ".local" / "share" / "mlx-redrafter"
+    assert data_dir() == tmp_path / ".local" / "share" / "mlx-redrafter"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert hub.data_dir() == tmp_path / "Library" / "Application Support" / "mlx-redrafter"
+    assert data_dir() == tmp_path / "Library" / "Application Support" / "mlx-redrafter"
 
 
 def test_the_fingerprint_is_of_the_weights_alone(tmp_path: Path, model: Path) -> None:
@@ -89,18 +91,18 @@ def test_the_fingerprint_is_of_the_weights_alone(tmp_path: Path, model: Path) ->
 def test_a_kept_drafter_is_found_wherever_the_model_is(
     tmp_path: Path, model: Path, target: Decoder, data: Path
 ) -> None:
-    assert hub.find_drafter("org/name", model) is None
+    assert find_drafter("org/name", model) is None
     place = keep(trained(tmp_path / "my run", target), model)
     assert place == data / "drafters" / f"org--name-{kept.fingerprint(model)[:16]}" / (
         "20250309-235807-my--run"
     )
     shutil.rmtree(tmp_path / "my run")  # the run is not needed any more
-    assert hub.find_drafter("org/name", model) == place
+    assert find_drafter("org/name", model) == place
     moved = model.rename(tmp_path / "moved")
-    assert hub.find_drafter(str(moved), moved) == place
-    assert hub.find_drafter("other", write_target(tmp_path / "other", seed=8)) is None
+    assert find_drafter(str(moved), moved) == place
+    assert find_drafter("other", write_target(tmp_path / "other", seed=8)) is None
     beside = shutil.copytree(place, moved / "drafter")
-    assert hub.find_drafter(str(moved), moved) == beside
+    assert find_drafter(str(moved), moved) == beside
 
 
 def test_the_newest_is_found_and_a_run_has_one(
@@ -109,10 +111,10 @@ def test_the_newest_is_found_and_a_run_has_one(
     first, second = trained(tmp_path / "a", target), trained(tmp_path / "b", target, seed=2)
     early = keep(first, model)
     late = keep(second, model, name="other name", began=datetime(2024, 1, 1))
-    assert hub.find_drafter("m", model) == late
+    assert find_drafter("m", model) == late
     assert kept.origin(late, model).endswith(f"; 1 other for this model, in {late.parent.parent}")
     (first / "drafter" / "evaluation.json").write_text("{}")
-    assert keep(first, model) == early == hub.find_drafter("m", model)
+    assert keep(first, model) == early == find_drafter("m", model)
     assert (early / "evaluation.json").is_file() and len(kept.all_of(model)) == 2
     assert [p.name for p in early.parent.iterdir()] == [early.name]
 
@@ -133,7 +135,7 @@ def test_what_no_longer_fits_is_left_out_with_a_line(
     (short / "model.safetensors").write_bytes((short / "model.safetensors").read_bytes()[:-8])
     (text / "config.json").write_text("<html>")
     with pytest.warns(UserWarning) as said:
-        assert hub.find_drafter("m", model) == good
+        assert find_drafter("m", model) == good
     lines = [str(w.message) for w in said]
     for line, place, problem in zip(
         lines, (text, short, tensor, size),
@@ -167,13 +169,13 @@ def test_the_shipped_drafter_gives_way_to_a_better_one(
     wins: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hub, "__file__", str(tmp_path / "package" / "hub.py"))
+    monkeypatch.setattr(paths, "ASSETS", tmp_path / "package" / "assets")
     trained(tmp_path / "shipped", target, 1.9)
-    shutil.copytree(tmp_path / "shipped" / "drafter", hub.shipped_drafter())
+    shutil.copytree(tmp_path / "shipped" / "drafter", shipped_drafter())
     place = keep(trained(tmp_path / "run", target, live), model)
-    found = hub.find_drafter(hub.BUILTIN, model)
-    assert found == (place if wins else hub.shipped_drafter())
-    assert kept.origin(hub.shipped_drafter(), model) == "shipped with mlx-redrafter"
+    found = find_drafter(BUILTIN, model)
+    assert found == (place if wins else shipped_drafter())
+    assert kept.origin(shipped_drafter(), model) == "shipped with mlx-redrafter"
 
 
 def test_a_data_folder_that_cannot_be_written_is_one_line(
@@ -189,7 +191,7 @@ def test_a_data_folder_that_cannot_be_written_is_one_line(
         with pytest.raises(HubError, match="the data folder cannot be written") as caught:
             keep(trained(tmp_path / "run", target), model)
         assert "\n" not in str(caught.value)
-        assert hub.find_drafter("m", model) is None
+        assert find_drafter("m", model) is None
 
 
 def test_info_says_where_a_drafter_came_from(tmp_path: Path, model: Path, target: Decoder) -> None:

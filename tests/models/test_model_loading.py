@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,9 @@ BROKEN: dict[str, tuple[Edit, list[str]]] = {
     "value": (edit_config(num_hidden_layers="many"), ["wrong kind", "many"]),
     "too many layers": (edit_config(num_hidden_layers=10**12), ["num_hidden_layers", "10000"]),
     "too wide": (edit_config(hidden_size=1e300), ["hidden_size", "268435456 or less"]),
+    "epsilon": (edit_config(rms_norm_eps=0), ["norm_eps = 0", "more than 0"]),
+    "epsilon without end": (edit_config(rms_norm_eps=math.inf), ["norm_eps = inf"]),
+    "deep config": (edit_file("config.json", lambda b: b"[" * 10**5), ["not readable as JSON"]),
     "heads": (edit_config(num_attention_heads=5), ["64", "5"]),
     "kv heads": (edit_config(num_key_value_heads=3), ["4", "3", "multiple"]),
     "layer types": (edit_config(layer_types=["full_attention"]), ["1 layers", "2 layers"]),

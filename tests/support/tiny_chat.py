@@ -54,9 +54,22 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_model(tmp_path_factory.mktemp("chat"))
+
+
 def begin(out: Path, model: Path, **options: Any) -> stages.Run:
     given = {**SMALL, "model": str(model), "out": out, **options}
     return stages.open_run(*folders.settle(given))
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the answers of one uninterrupted run."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    stages.answers(begin(out, model))
+    return out
 
 
 def contents(out: Path, *parts: str) -> dict[str, bytes]:

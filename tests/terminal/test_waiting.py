@@ -118,7 +118,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, capsys: Any, *, words: int, kernel
     began = time.time()
     monkeypatch.setattr(waiting, "COMPILING", 0.1)
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(waiting.kernels, "compiling", lambda since: kernels and since >= began)
+    monkeypatch.setattr(waiting.compiler, "compiling", lambda since: kernels and since >= began)
     wait = Waiting()
     wait.on_progress(5, 5)
     for _ in range(words):
@@ -143,7 +143,7 @@ def test_nothing_is_said_of_an_answer_that_is_over(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(waiting, "COMPILING", 0.1)
-    monkeypatch.setattr(waiting.kernels, "compiling", lambda since: True)
+    monkeypatch.setattr(waiting.compiler, "compiling", lambda since: True)
     wait = Waiting()
     wait.on_progress(5, 5)
     wait.close()

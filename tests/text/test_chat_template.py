@@ -9,7 +9,6 @@ import pytest
 from tiny_chat import TEMPLATE, WORDS, refusal, words, write_tokenizer
 
 import mlx_redrafter
-from mlx_redrafter.hub import resolve as hub
 from mlx_redrafter.text.template import (
     has_template,
     opens_thought,
@@ -19,6 +18,7 @@ from mlx_redrafter.text.template import (
     thinking_switch,
     thinks,
 )
+from mlx_redrafter.text.tokenizer import load_tokenizer
 from mlx_redrafter.training.prompts import user_header
 
 HI = [{"role": "user", "content": "da de"}]
@@ -34,7 +34,7 @@ def tokenizer(tmp_path: Path) -> Any:
 
     def load(template: Any) -> Any:
         write_tokenizer(tmp_path, template)
-        return hub.load_tokenizer(tmp_path)
+        return load_tokenizer(tmp_path)
 
     return load
 

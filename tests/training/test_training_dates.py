@@ -14,7 +14,7 @@ import pytest  # isort: skip
 import transformers.utils.chat_template_utils as templates
 from tiny_chat import TEMPLATE, all_answers, begin, contents, write_chat_model
 
-from mlx_redrafter.hub import resolve as hub
+from mlx_redrafter.text.tokenizer import load_tokenizer
 from mlx_redrafter.training import agreement, dates, folder, stages
 
 # Words of the tiny model's vocabulary, chosen by the date, so that another day is another prompt.
@@ -51,7 +51,7 @@ def on(monkeypatch: pytest.MonkeyPatch, moment: datetime.datetime) -> None:
 def test_the_text_is_that_of_the_moment(
     model: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    tokenizer = hub.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     messages = [{"role": "user", "content": "ba"}]
     monkeypatch.setattr(templates, "datetime", clock(EVENING))
     tokenizer.chat_template = text

@@ -280,8 +280,7 @@ def test_the_card_has_all_its_parts(evaluated: Path) -> None:
     )
     assert recipe == card.Recipe(2, {0.0: 1, 0.8: 2}, 4, 12_345_678)
     made, measured = "mlx-redrafter train --model org/model", "mlx-redrafter train evaluate"
-    file = card.write(evaluated, config, recipe, made_by=made, measured_by=measured)
-    text = file.read_text()
+    text = card.render(evaluated, config, recipe, made_by=made, measured_by=measured)
     assert text.startswith("---\nlibrary_name: mlx\nbase_model: org/model\ntags:\n- mlx\n")
     size = (evaluated / "model.safetensors").stat().st_size
     weights = 2 * V * V + V + V * 2 * V  # two matrices of the cell and a bias, and the output

@@ -9,6 +9,7 @@ from typing import Any
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import pytest  # isort: skip
+import tiny_chat
 from tiny_chat import (
     END,
     TEMPLATE,
@@ -27,18 +28,8 @@ from mlx_redrafter.evaluation.prompts import Prompt
 from mlx_redrafter.training import agreement, imports, prompts, stages
 from mlx_redrafter.training.shards import read_conversations, recorded_layers
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("chat"))
-
-
-@pytest.fixture(scope="module")
-def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the answers of one uninterrupted run."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    stages.answers(begin(out, model))
-    return out
+model = tiny_chat.model
+finished = tiny_chat.finished
 
 
 def test_imported_answers_are_split_and_count(tmp_path: Path, model: Path, finished: Path) -> None:

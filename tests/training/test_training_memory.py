@@ -12,7 +12,8 @@ from typing import Any, cast
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import pytest  # isort: skip
-from tiny_chat import SMALL, begin, lines_of, refusal, write_chat_model
+import tiny_chat
+from tiny_chat import SMALL, begin, lines_of, refusal
 from typer.testing import CliRunner
 
 from mlx_redrafter.cli import main as cli
@@ -20,10 +21,7 @@ from mlx_redrafter.models import DecoderConfig
 from mlx_redrafter.training import estimate, initialise, memory, stages
 from mlx_redrafter.training.config import Evaluating, TrainConfig, from_mapping
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("chat"))
+model = tiny_chat.model
 
 
 def llama_3b() -> DecoderConfig:

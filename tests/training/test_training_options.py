@@ -10,7 +10,8 @@ from typing import Any
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import pytest  # isort: skip
-from tiny_chat import begin, refusal, write_chat_model
+import tiny_chat
+from tiny_chat import begin, refusal
 from typer.testing import CliRunner
 
 from mlx_redrafter.cli import main as cli
@@ -18,18 +19,8 @@ from mlx_redrafter.cli import train as command
 from mlx_redrafter.training import folder, lines, stages
 from mlx_redrafter.training.config import TrainConfig
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("chat"))
-
-
-@pytest.fixture(scope="module")
-def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the answers of one uninterrupted run."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    stages.answers(begin(out, model))
-    return out
+model = tiny_chat.model
+finished = tiny_chat.finished
 
 
 def test_flags_win_over_the_file_and_the_file_over_what_was_begun(tmp_path: Path) -> None:
@@ -59,6 +50,8 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         ("- batch", "is no configuration"),
         ("batch: [", "cannot be read"),
         ("batch: 0", "batch 0 is not possible"),
+        ("segment: 2048", "segment 2048 is not possible: use 1024 or less, the batch_positions"),
+        ('system_prompt: "\\uDC80"', "the system prompt is not UTF-8 text"),
         ("seed: -1", "seed -1 is not possible: use 0 or more"),
     ],
 )

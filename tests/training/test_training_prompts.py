@@ -96,6 +96,15 @@ def test_a_control_token_spelled_out_is_one_too(tmp_path: Path, token: str) -> N
     assert token in tokenizer.decode(letters) and written(tokenizer, [*letters, end]) == []
 
 
+def test_a_template_that_opens_no_turn_begins_as_a_base_model_does(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    tokenizer = tokenizer_in(tmp_path, "{{ messages[0]['content'] }}<|end|>")
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    bare = prompts.user_header(tokenizer_in(tmp_path / "base", None))[0]
+    assert prompts.user_header(tokenizer) == (bare, {*tokenizer.eos_token_ids, end})
+    assert len(bare) == 1
+
+
 @pytest.mark.parametrize(
     ("template", "says"),
     [

@@ -12,6 +12,7 @@ from typing import Any
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import pytest  # isort: skip
+import tiny_chat
 from tiny_chat import (
     SMALL,
     all_answers,
@@ -33,18 +34,8 @@ from mlx_redrafter.training import folder, imports, prompts, stages, supply
 from mlx_redrafter.training.shards import read_conversations, record_layers, recorded_layers
 from mlx_redrafter.tree.shape import TreeShape
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("chat"))
-
-
-@pytest.fixture(scope="module")
-def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the answers of one uninterrupted run."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    stages.answers(begin(out, model))
-    return out
+model = tiny_chat.model
+finished = tiny_chat.finished
 
 
 # Prompts
@@ -136,6 +127,31 @@ def test_features_of_unknown_layers_are_none(tmp_path: Path, text: str) -> None:
     assert recorded_layers(tmp_path) == (0, 2)
     (tmp_path / "features" / "layers.json").write_text(text)
     assert recorded_layers(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "use"),
+    [
+        ("fit/checkpoint.safetensors", b"", "delete TMP/fit to fit anew"),
+        ("fit/checkpoint.safetensors", b"\x02" + bytes(7) + b"{}", "delete TMP/fit to fit anew"),
+        ("fit/answers.json", b"[]", "delete TMP/fit to fit anew"),
+        ("features/00000.npy", b"[" * 99, "delete it, it can be computed again"),
+        ("prompts/00000.jsonl", b"null\n", "delete TMP and begin anew"),
+        ("answers/00000.jsonl", b"null\n", "give lines of "),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(
+    tmp_path: Path, model: Path, finished: Path, name: str, content: bytes, use: str
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "fit").mkdir()
+    (out / "fit" / "answers.json").write_text('{"answer_tokens": 300}')
+    (out / name).write_bytes(content)
+    if name == "fit/answers.json":
+        (out / "fit" / "checkpoint.safetensors").write_bytes(content)
+    said = refusal(lambda: stages.fit(begin(out, model)))
+    assert said.startswith(f"{out / name} ") and use.replace("TMP", str(out)) in said
 
 
 def test_more_answers_later_are_those_of_asking_for_all_at_once(
@@ -286,7 +302,7 @@ def test_a_run_that_could_not_begin_leaves_no_options_behind(tmp_path: Path, mod
 
 
 def test_a_folder_that_was_made_for_nothing_is_gone_again(tmp_path: Path, model: Path) -> None:
-    arguments = ["train", "evaluate", "-m", str(model), "-o", str(tmp_path / "run")]
+    arguments = ["train", "evaluate", "-m", str(model), "-o", str(tmp_path / "new" / "run")]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 1 and "has no drafter yet" in result.stderr
     assert not list(tmp_path.iterdir())

@@ -87,17 +87,14 @@ def table(logits: Floats) -> Floats:
     return np.stack([logits[number((t,))] for t in range(V)]) + 2.5 * noise
 
 
-def production(logits: Floats, table: Floats, seeds: Ints) -> tuple[Ints, Ints]:
-    """The production rule for many seeds: answers (S, 3), and tokens per step (S, 3).
-
-    Noise and choices are the production functions'; beam search and walk are written again.
-    """
+def drawn(logits: Floats, seeds: Ints) -> tuple[Floats, Ints]:
+    """The production functions' noise (S, 5, V), and their choice after every answer, by seed."""
     keys, rows = mx.array(seeds.astype(np.uint32)), mx.zeros((len(seeds),), mx.int32)
     ids = mx.arange(V, dtype=mx.int32)
     start = len(PROMPT)
     ahead = range(start, start + LENGTH + DEPTH)
     at_once = [sampling.gumbel(sampling.noise_keys(keys, rows + at), ids) for at in ahead]
-    noise = np.stack([np.array(x) for x in at_once], axis=1)  # (S, 5, V)
+    noise = np.stack([np.array(x) for x in at_once], axis=1)
     every = DraftTree(rows, rows, rows[:, None], rows[:, None])
     arrays = SamplingParams(temp=TEMP).arrays(V) | {"seed": keys}  # of every row its own
     choices = np.zeros((len(logits), len(seeds)), int)
@@ -107,6 +104,15 @@ def production(logits: Floats, table: Floats, seeds: Ints) -> tuple[Ints, Ints]:
             root = mx.array([start + length - 1], mx.int32)
             chosen = sampling.sample(same, every, {}, arrays, root)
             choices[number(answer)] = np.array(chosen)
+    return noise, choices
+
+
+def production(logits: Floats, table: Floats, seeds: Ints) -> tuple[Ints, Ints]:
+    """The production rule for many seeds: answers (S, 3), and tokens per step (S, 3).
+
+    Noise and choices are the production functions'; beam search and walk are written again.
+    """
+    noise, choices = drawn(logits, seeds)
 
     def candidates(tokens: Ints, at: Ints) -> Floats:
         perturbed = table[tokens] / TEMP + noise[np.arange(len(seeds)), at]
@@ -118,8 +124,7 @@ def production(logits: Floats, table: Floats, seeds: Ints) -> tuple[Ints, Ints]:
     answers = np.zeros((len(seeds), LENGTH), int)
     steps = np.zeros((len(seeds), LENGTH), int)
     done, prefix = np.zeros(len(seeds), int), np.zeros(len(seeds), int)
-    root = np.full(len(seeds), PROMPT[-1])
-    each = np.arange(len(seeds))
+    root, each = np.full(len(seeds), PROMPT[-1]), np.arange(len(seeds))
     for number_of_step in range(LENGTH):
         at = np.minimum(done, LENGTH)
         scores = candidates(root, at)

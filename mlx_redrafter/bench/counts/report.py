@@ -21,7 +21,7 @@ from mlx_redrafter.drafters.loading import load_recurrent
 from mlx_redrafter.drafters.lookup import Lookup
 from mlx_redrafter.drafters.recurrent import ReDrafter
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.hub import resolve as hub
+from mlx_redrafter.hub.resolve import find_drafter, resolve
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.runtime.checks import at_least
 from mlx_redrafter.runtime.device import machine
@@ -50,8 +50,8 @@ def run(
     """Count what a decode step does, and show it. Only host times are measured."""
     at_least(1, context=context, bits=bits)
     shapes = (*SHAPES, *([_shape(shape)] if shape else []))
-    folder = hub.resolve(model)
-    found = hub.find_drafter(model, folder) if drafter == "auto" else hub.resolve(drafter)
+    folder = resolve(model)
+    found = find_drafter(model, folder) if drafter == "auto" else resolve(drafter)
     if found is None:
         raise OptionError(f"there is no drafter for {model}: give one with --drafter")
     target, draft = load_as_on_metal(folder, found, bits)

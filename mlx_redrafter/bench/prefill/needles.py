@@ -21,8 +21,8 @@ from mlx_redrafter.api import Model, load, stream_generate
 from mlx_redrafter.bench.prefill.haystack import TASKS, Case, make
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.evaluation import conditions
 from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill, read_patterns
-from mlx_redrafter.runtime import device
 from mlx_redrafter.runtime.checks import at_least
 from mlx_redrafter.terminal import console, tables
 from mlx_redrafter.text.template import render
@@ -188,12 +188,15 @@ def cases(
                     yield make(task, length, depth, seed, count)
 
 
-def numbers(text: str, what: str) -> list[float]:
-    """Numbers with spaces or commas between; raises OptionError."""
+def numbers(text: str, what: str, most: float = 2**31) -> list[float]:
+    """Numbers from 0 to ``most`` with spaces or commas between; raises OptionError."""
     try:
-        return [float(word) for word in text.replace(",", " ").split()]
+        found = [float(word) for word in text.replace(",", " ").split()]
     except ValueError:
         raise OptionError(f"--{what} {text!r} is not possible: give numbers") from None
+    if not found or not all(0 <= number <= most for number in found):
+        raise OptionError(f"--{what} {text!r} is not possible: use numbers from 0 to {most}")
+    return found
 
 
 def run(
@@ -216,9 +219,10 @@ def run(
         return len(tokenizer.encode(text, add_special_tokens=False))
 
     sizes = [int(n) for n in numbers(lengths, "lengths")]
-    asked = list(cases(chosen, sizes, numbers(depths, "depths"), seeds, count))
+    places = numbers(depths, "depths", most=1)
+    asked = list(cases(chosen, sizes, places, seeds, count))
     outcomes: list[Outcome] = []
-    facts = {**device.conditions(loaded), "min_context": min_context}
+    facts = {**conditions.of(loaded), "min_context": min_context}
     with tables.progress(len(asked)) as step:
         for case in asked:
             outcomes.append(answer_all(loaded, tokenizer, case, compared))

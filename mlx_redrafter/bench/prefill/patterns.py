@@ -14,7 +14,7 @@ from mlx_redrafter.api import Model, load
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.evaluation import figures
+from mlx_redrafter.evaluation import conditions, figures
 from mlx_redrafter.evaluation.prompts import long_text
 from mlx_redrafter.models import DecoderConfig
 from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill, write_patterns
@@ -22,7 +22,6 @@ from mlx_redrafter.prefill.reading import USUAL, parts, read
 from mlx_redrafter.prefill.search import CANDIDATES, Found, Search, split
 from mlx_redrafter.prefill.selectors import Chunk, Selection
 from mlx_redrafter.prefill.sparse import SparseAttention
-from mlx_redrafter.runtime import device
 from mlx_redrafter.terminal import console, tables
 
 Results = Sequence[dict[int, Found]]
@@ -59,8 +58,8 @@ def run(
         draw(results, plot)
     facts = summary(results, alone)
     if as_json:
-        conditions = device.conditions(loaded)
-        print(json.dumps({**facts, "length": length, "density": density, **conditions}))
+        held = conditions.of(loaded)
+        print(json.dumps({**facts, "length": length, "density": density, **held}))
         return
     tables.show("Patterns that fit the heads", shown(facts))
     windows = sum(w > 0 for w in config.layer_windows)

@@ -7,8 +7,7 @@ from typing import Any
 
 from mlx_redrafter.bench.prefill import controls
 from mlx_redrafter.prefill.sparse import SELECTORS
-from mlx_redrafter.terminal import console
-from mlx_redrafter.terminal.tables import show as show_table
+from mlx_redrafter.terminal import console, tables
 from mlx_redrafter.terminal.tables import table
 
 Row = Mapping[str, Any]
@@ -56,7 +55,7 @@ def times(row: Row) -> None:
         filled.add_row(way["way"], *cells)
     share = f"attention is {row['attention_share']:.0%} of a dense prefill"
     title = f"{row['length']} tokens, sparse from token {row['min_context']} on; {share}"
-    show_table(title, filled)
+    tables.show(title, filled)
     for way in row["ways"]:
         if way.get("declined"):
             reasons = ", ".join(f"{why} {count}" for why, count in way["declined"].items())
@@ -68,7 +67,7 @@ def methods(row: Row) -> None:
     filled = table("", "recall", "p5", "error", "density", *controls.CONTROLS, "ahead")
     for one in row["quality"]:
         filled.add_row(one["method"], *_figures(one), *_controls(one), _ahead(one))
-    show_table(
+    tables.show(
         f"{row['length']} tokens: kept by the selection alone; then recall of as many random, "
         "nearest and best blocks; layers ahead of the first two",
         filled,
@@ -81,7 +80,7 @@ def layers(length: int, method: Row) -> None:
     for one in method["layers"]:
         passes = f"{one['sparse']}/{one['passes']}"
         filled.add_row(str(one["layer"]), *_figures(one), *_controls(one), passes)
-    show_table(f"{method['method']} at {length} tokens, by layer", filled)
+    tables.show(f"{method['method']} at {length} tokens, by layer", filled)
 
 
 def sweep(row: Row) -> None:
@@ -89,7 +88,7 @@ def sweep(row: Row) -> None:
     filled = table("", "recall", "p5", "error", "density", "passes that pay")
     for one in row["sweep"]:
         filled.add_row(one["method"], *_figures(one), f"{one['sparse']}/{one['passes']}")
-    show_table(f"{row['length']} tokens: other settings", filled)
+    tables.show(f"{row['length']} tokens: other settings", filled)
 
 
 def layer(found: Row) -> None:
@@ -103,7 +102,7 @@ def layer(found: Row) -> None:
             f"{way['selection_milliseconds']:.0f}" if sparse else "", f"{way['density']:.1%}",
             f"{way['times_pairs']:.2f}", f"{way['times_own']:.2f}", f"{way['times_fused']:.2f}",
         )  # fmt: skip
-    show_table(
+    tables.show(
         f"Layer {found['layer']}: {found['queries']} queries behind {found['prefix']} tokens "
         f"({found['real_tokens']} real ones, repeated)",
         filled,

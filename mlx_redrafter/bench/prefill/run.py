@@ -22,6 +22,7 @@ from mlx_redrafter.evaluation.prompts import MANUAL
 from mlx_redrafter.prefill.config import Mode, SparsePrefill
 from mlx_redrafter.runtime.checks import at_least
 from mlx_redrafter.runtime.device import machine
+from mlx_redrafter.runtime.paths import BUILTIN
 from mlx_redrafter.terminal import console, tables
 
 BLOCK = SparsePrefill().block
@@ -37,7 +38,7 @@ class Settings:
         OptionError: what can be refused before a model is loaded.
     """
 
-    model: str = "smollm2-135m"
+    model: str = BUILTIN
     lengths: tuple[int, ...] = (2048, 4096, 8192)
     modes: tuple[Mode, ...] = ("trianglemix", "xattention", "minference")
     text: Path | None = None
@@ -110,16 +111,11 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 def conditions(model: Model, settings: Settings) -> dict[str, Any]:
     """What has to be known to read the figures, or to measure them again."""
-    here = machine()
     ways = {mode: vars(SparsePrefill(mode)) | {"patterns": None} for mode in settings.modes}
     return {
         "model_name": model.name,
         **model.budget.conditions(),
-        "chip": here["chip"],
-        "system": here["system"],
-        "python": here["python"],
-        "mlx_lm": here["mlx_lm"],
-        "mlx_redrafter": here["mlx_redrafter"],
+        **machine("chip", "system", "python", "mlx_lm", "mlx_redrafter"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "load_average": [round(x, 2) for x in os.getloadavg()],
         "text": settings.text.name if settings.text else MANUAL,

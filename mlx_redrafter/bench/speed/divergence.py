@@ -22,6 +22,7 @@ from mlx_redrafter.budget.costs import bare_pass
 from mlx_redrafter.cache.layer import new_caches
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.evaluation.model_checks import TOLERANCE
+from mlx_redrafter.runtime.device import dtype_name
 from mlx_redrafter.tree.shape import TreeShape
 
 
@@ -120,7 +121,7 @@ def _one_row(model: Model, read: Any, text: Sequence[int], prompt: int) -> mx.ar
 
 def _measure(logits: mx.array, drafted: int, dtype: mx.Dtype) -> tuple[float, float, float]:
     """Margin, deficit of the drafted token, and what rounding explains."""
-    name = str(dtype).removeprefix("mlx.core.")
+    name = dtype_name(dtype)
     second, best = cast(list[float], mx.sort(logits)[-2:].tolist())
     scale, taken = (cast(float, x.item()) for x in (mx.abs(logits).max(), logits[drafted]))
     return best - second, best - taken, TOLERANCE[name] * scale

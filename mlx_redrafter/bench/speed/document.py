@@ -15,9 +15,10 @@ from mlx_redrafter.api import Model
 from mlx_redrafter.bench.speed import divergence, summary
 from mlx_redrafter.bench.speed.compare import Turn
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.evaluation import conditions as held
 from mlx_redrafter.evaluation.prompts import Prompt
 from mlx_redrafter.models.weights import read_json
-from mlx_redrafter.runtime import device
+from mlx_redrafter.runtime.device import machine
 
 FILE = "bench.json"
 SPEED, SWEEP, DIVERGENCE = "speed", "sweep", "divergence"
@@ -90,15 +91,11 @@ def conditions(
     model: Model, file: Path, prompts: Sequence[Prompt], options: dict[str, Any]
 ) -> dict[str, Any]:
     """What has to be known to read the figures, or to measure them again."""
-    here = device.machine()
     block = read_json(model.folder / "config.json").get("quantization")
     return {
-        **device.conditions(model, list(prompts)),
+        **held.of(model, list(prompts)),
         "bits": block["bits"] if block else 8 * model.target.dtype.size,
-        "mlx_lm": here["mlx_lm"],
-        "mlx_redrafter": here["mlx_redrafter"],
-        "python": here["python"],
-        "system": here["system"],
+        **machine("mlx_lm", "mlx_redrafter", "python", "system"),
         "cores": os.cpu_count(),
         "prompt_file": file.name,
         "prompt_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),

@@ -20,6 +20,7 @@ from mlx_redrafter.errors import OptionError
 from mlx_redrafter.evaluation.prompts import Prompt, prompt_file, read_prompts
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.runtime.checks import at_least
+from mlx_redrafter.runtime.paths import BUILTIN
 from mlx_redrafter.terminal import console, tables
 from mlx_redrafter.tree.shape import TreeShape
 
@@ -32,7 +33,7 @@ class BenchOptions:
     """What to measure; the command line says what each is. None: as usual for the kind."""
 
     kind: str = SPEED
-    model: str = "smollm2-135m"
+    model: str = BUILTIN
     drafter: str = "auto"
     against: str | None = None
     dtype: str | None = None

@@ -24,7 +24,7 @@ from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.errors import ModelError, OptionError
-from mlx_redrafter.hub import resolve as hub
+from mlx_redrafter.hub.resolve import resolve
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.stats import DraftStats
 from mlx_redrafter.tree.shape import TreeShape
@@ -122,7 +122,7 @@ def ours(
 
 def with_drafter(model: Model, drafter: str) -> Model:
     """The same target with another drafter, by folder or hub id. Raises HubError, DrafterError."""
-    folder = hub.resolve(drafter)
+    folder = resolve(drafter)
     other = load_drafter(folder, model.target)
     compiled = model.engine.compiled
     return Model.of(model.name, model.folder, model.target, other, folder, compiled=compiled)
@@ -201,7 +201,7 @@ def load_draft(name: str, model: Model) -> nn.Module:
     Raises:
         HubError, ModelError: not found, not readable, or with another vocabulary.
     """
-    draft, config = in_mlx_lm(hub.resolve(name), model.target.dtype)
+    draft, config = in_mlx_lm(resolve(name), model.target.dtype)
     theirs, needed = config.get("vocab_size"), model.target.config.vocab_size
     if theirs != needed:
         raise ModelError(

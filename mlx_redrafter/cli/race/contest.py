@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from mlx_redrafter.cli.options import DecodeOptions, ModelOptions
-from mlx_redrafter.cli.race import screen as race_screen
+from mlx_redrafter.cli.race import screen
 from mlx_redrafter.cli.race.lanes import Lane, Piece, View, synchronize, take_turns, views
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime import blas
+from mlx_redrafter.runtime.device import conditions, dtype_name
 from mlx_redrafter.terminal import console
 from mlx_redrafter.terminal.progress import Waiting
 from mlx_redrafter.tree.shape import TEXT
@@ -63,24 +64,23 @@ def run(
             errors of `stream_generate`.
     """
     tree, out = tree_of(model, options), Console(highlight=False)
-    conditions = conditions_of(model, options, tree)
+    facts = conditions_of(model, options, tree)
     console.note("Warming up: the first pass compiles the kernels ...")
     contest = Contest(model, tokenizer, prompt, options, tree)
     lanes = _decode(contest, None if as_json else out, question)
     plain, drafted = views(lanes)
-    exact = is_exact(conditions["dtype"])
-    lines = verdict(plain, drafted, conditions["dtype"], exact)
-    held = console.facts(conditions)
+    exact = is_exact(facts["dtype"])
+    lines = verdict(plain, drafted, facts["dtype"], exact)
     if picture is not None:
         moment = min(lane.clock for lane in lanes)
-        _save(picture, race_screen.picture(question, views(lanes, moment), lines, held))
+        _save(picture, screen.picture(question, views(lanes, moment), lines, console.facts(facts)))
     if as_json:
-        print(json.dumps({**_figures(lanes), **conditions}))
+        print(json.dumps({**_figures(lanes), **facts}))
     else:
-        if not race_screen.is_live(out):
-            out.print(race_screen.table((plain, drafted)))
+        if not screen.is_live(out):
+            out.print(screen.table((plain, drafted)))
         console.show("\n" + "\n".join(lines), out)
-        console.note(held)
+        console.note(console.facts(facts))
     return int(plain.token_ids != drafted.token_ids and exact)
 
 
@@ -135,10 +135,10 @@ class Contest:
 def _decode(contest: Contest, out: Console | None, question: str) -> tuple[Lane, Lane]:
     """Warm both up and let them run to the end: (plain, drafted); on ``out`` if it is live."""
     contest.warm_up()
-    if out is None or not race_screen.is_live(out):
+    if out is None or not screen.is_live(out):
         return contest.in_turns()
-    out.print(race_screen.title(question))
-    with race_screen.screen(out) as show:
+    out.print(screen.title(question))
+    with screen.screen(out) as show:
         return contest.in_turns(show)
 
 
@@ -215,27 +215,20 @@ def _one_line(text: str) -> str:
 
 def conditions_of(model: Any, options: DecodeOptions, tree: TreeShape | None) -> dict[str, Any]:
     """What the figures hold for."""
-    from mlx_redrafter.runtime.device import device, machine
-
-    facts = machine()
-    return {
-        "model": model.name,
-        "dtype": dtype_of(model.target),
-        "drafter": model.drafter_folder.name if model.drafter_folder else None,
-        "tree": str(tree) if tree is not None else "automatic",
-        "temp": options.temp,
-        "seed": options.seed,
-        "chip": facts["chip"],
-        "device": device(),
-        "mlx": facts["mlx"],
-        "blas": facts["blas"],
-    }
+    return conditions(
+        model.name,
+        dtype_of(model.target),
+        drafter=model.drafter_folder.name if model.drafter_folder else None,
+        tree=str(tree) if tree is not None else "automatic",
+        temp=options.temp,
+        seed=options.seed,
+    )
 
 
 def dtype_of(target: Any) -> str:
     """The type of the weights, such as "float32"; "4-bit" where they are quantised."""
     bits = {module.bits for module in target.modules() if hasattr(module, "bits")}
-    return f"{min(bits)}-bit" if bits else str(target.dtype).removeprefix("mlx.core.")
+    return f"{min(bits)}-bit" if bits else dtype_name(target.dtype)
 
 
 def _figures(lanes: tuple[Lane, Lane]) -> dict[str, Any]:

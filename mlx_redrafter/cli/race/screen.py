@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_redrafter.cli.race.lanes import Piece, View
-from mlx_redrafter.terminal import modes as terminal
+from mlx_redrafter.terminal import modes
 
 # Blue and orange are told apart by colour-blind eyes too, on dark and light ground; bold without
 # any colour.
@@ -34,7 +34,7 @@ def is_live(out: Console) -> bool:
 def screen(out: Console) -> Iterator[Callable[[Sequence[View]], None]]:
     """Within, the context draws views over one another, when it is called and not otherwise: a
     thread that draws would take time from the decoder whose turn it is."""
-    with terminal.silent(), Live(console=out, auto_refresh=False, vertical_overflow="crop") as live:
+    with modes.silent(), Live(console=out, auto_refresh=False, vertical_overflow="crop") as live:
         yield lambda views: live.update(frame(views, out), refresh=True)
 
 

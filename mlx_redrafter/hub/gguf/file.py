@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from mlx_redrafter.errors import ConvertError, ModelError
-from mlx_redrafter.hub.gguf import values as gguf_values
+from mlx_redrafter.hub.gguf import values
 from mlx_redrafter.hub.gguf.blocks import BLOCKS
 
 # value type -> numpy's name; 8 is a string and 9 an array.
@@ -92,7 +92,7 @@ class GgufFile:
             key = reader.text()
             self.metadata[key] = reader.value(reader.u32())
         try:
-            gguf_values.check(self.metadata)
+            values.check(self.metadata)
         except ConvertError as error:
             raise ConvertError(
                 f"the metadata of {self.path} makes no sense: {error}; download it again"

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mlx_redrafter.errors import ConvertError
-from mlx_redrafter.hub.gguf import rope as gguf_rope
+from mlx_redrafter.hub.gguf import rope
 from mlx_redrafter.hub.gguf.blocks import GROUP, KEPT_BITS, dequantise, repack
 from mlx_redrafter.hub.gguf.file import GgufFile, GgufTensor
-from mlx_redrafter.hub.gguf.rope import ROPE_FACTORS
 from mlx_redrafter.hub.gguf.tokenizer import GgufTokenizer
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class GgufModel:
                 f"{' or '.join(ARCHITECTURES)}: convert the model's Hugging Face version"
             )
         self.tokenizer = GgufTokenizer(self.file.metadata, self.file.path.name)
-        self.tensors = [t for t in self.file.tensors.values() if t.name != ROPE_FACTORS]
+        self.tensors = [t for t in self.file.tensors.values() if t.name != rope.ROPE_FACTORS]
         for tensor in self.tensors:
             mlx_name(tensor.name.rpartition(".")[0])
 
@@ -85,7 +84,7 @@ class GgufModel:
                 f"{self.file.path} rotates {rotated} of {head_dim} entries of a head, which a "
                 f"{self.architecture} model cannot; convert the model's Hugging Face version"
             )
-        positions = gguf_rope.positions(self.file, self.architecture, head_dim)
+        positions = rope.positions(self.file, self.architecture, head_dim)
         names = self.file.tensors
         ends = self.tokenizer.end_ids()
         config: dict[str, Any] = {
