@@ -225,7 +225,7 @@ def _locate(source: str) -> Path:
     path = user_path(source)
     if path.exists():
         return path
-    from mlx_redrafter.hub.resolve import resolve
+    from mlx_redrafter.hub import resolve
 
     return resolve(source, also=("*.bin", "*.pt"))
 
@@ -235,7 +235,7 @@ def _check_fit(config: object, target: str, path: Path) -> None:
     from typing import Any, cast
 
     from mlx_redrafter.drafters.loading import check_compatible
-    from mlx_redrafter.hub.resolve import resolve
+    from mlx_redrafter.hub import resolve
     from mlx_redrafter.models.families import decoder_config
     from mlx_redrafter.models.weights import read_json
 

@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-from mlx_redrafter.runtime import blas
+from mlx_redrafter.runtime import blas, moved
 
 __version__ = "0.1.0"
 
@@ -71,6 +71,7 @@ def _end_quietly() -> None:
 _end_quietly()
 # The only work at import: on Linux the BLAS must be in place before mlx.core is loaded.
 blas.prepare()
+moved.find_under_old_names()
 
 
 def __getattr__(name: str) -> Any:

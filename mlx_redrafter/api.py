@@ -24,7 +24,7 @@ from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.drafters.lookup import Lookup
-from mlx_redrafter.hub.resolve import find_drafter, resolve
+from mlx_redrafter.hub import find_drafter, resolve
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import Progress

@@ -52,7 +52,7 @@ def collect(
 
     Raises HubError, ModelError. A drafter that does not fit is a fact, not an error.
     """
-    from mlx_redrafter.hub.resolve import find_drafter, resolve
+    from mlx_redrafter.hub import find_drafter, resolve
     from mlx_redrafter.text.tokenizer import refuse_stand_ins
 
     folder = resolve(name, revision)

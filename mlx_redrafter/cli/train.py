@@ -241,8 +241,7 @@ def _again(
 
 def _advise(run: Run, place_kept: Path | None) -> None:
     """How to use the new drafter: without naming it, if it is the one that is found."""
-    from mlx_redrafter.hub import kept
-    from mlx_redrafter.hub.resolve import find_drafter
+    from mlx_redrafter.hub import find_drafter, kept
 
     model, place, chats = run.config.model, run.config.out / "drafter", run.chats
     found = find_drafter(model, run.place)

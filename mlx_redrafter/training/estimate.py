@@ -18,7 +18,7 @@ from mlx_redrafter.drafters.recurrent import ReDrafterConfig
 from mlx_redrafter.drafters.rollout import feature_layers
 from mlx_redrafter.evaluation.positions import RECORDED, SHAPES, TEMPERATURES
 from mlx_redrafter.evaluation.prompts import read_prompts
-from mlx_redrafter.hub.resolve import resolve
+from mlx_redrafter.hub import resolve
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.models.batched import BatchedTarget, Request
 from mlx_redrafter.runtime.device import device

@@ -20,8 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_redrafter.drafters.recurrent import ReDrafterConfig
 from mlx_redrafter.drafters.rollout import feature_layers
 from mlx_redrafter.errors import HubError, ModelError, OptionError
-from mlx_redrafter.hub import kept
-from mlx_redrafter.hub.resolve import resolve
+from mlx_redrafter.hub import kept, resolve
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.models.batched import BatchedTarget, Request
 from mlx_redrafter.runtime.device import device

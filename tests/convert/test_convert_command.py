@@ -18,7 +18,7 @@ from mlx_redrafter.cli import main as cli
 from mlx_redrafter.convert import Summary, card, convert
 from mlx_redrafter.convert.formats import Format
 from mlx_redrafter.errors import HubError
-from mlx_redrafter.hub import resolve as hub
+from mlx_redrafter.hub import folders as hub
 
 FULL = "elman-6-2"
 

@@ -38,7 +38,7 @@ import numpy as np
 import mlx_redrafter
 import mlx.core as mx
 from mlx_redrafter.runtime import blas
-from mlx_redrafter.hub.resolve import resolve
+from mlx_redrafter.hub import resolve
 from mlx_redrafter.cache.layer import Pass, new_caches
 from mlx_redrafter.models import load_model
 

@@ -17,7 +17,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from mlx_redrafter.errors import HubError
 from mlx_redrafter.hub import builtin
-from mlx_redrafter.hub.resolve import PATTERNS, find_drafter, resolve
+from mlx_redrafter.hub.folders import PATTERNS, find_drafter, resolve
 from mlx_redrafter.runtime import paths
 from mlx_redrafter.runtime.paths import BUILTIN, cache_dir
 from mlx_redrafter.text.tokenizer import load_tokenizer
@@ -62,7 +62,7 @@ def model_folder(path, **config):
 
 def test_import_loads_no_heavy_library():
     code = (
-        "import sys, mlx_redrafter.hub.resolve, mlx_redrafter.hub.builtin\n"
+        "import sys, mlx_redrafter.hub.folders, mlx_redrafter.hub.builtin\n"
         "heavy = {'mlx.core', 'mlx_lm', 'transformers', 'huggingface_hub', 'filelock', 'rich'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -20,8 +20,7 @@ from mlx_redrafter.cli import info
 from mlx_redrafter.cli import main as cli
 from mlx_redrafter.drafters.loading import save_drafter
 from mlx_redrafter.errors import HubError
-from mlx_redrafter.hub import kept
-from mlx_redrafter.hub.resolve import find_drafter
+from mlx_redrafter.hub import find_drafter, kept
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.runtime import paths
 from mlx_redrafter.runtime.paths import BUILTIN, data_dir, shipped_drafter

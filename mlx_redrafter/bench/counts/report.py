@@ -21,7 +21,7 @@ from mlx_redrafter.drafters.loading import load_recurrent
 from mlx_redrafter.drafters.lookup import Lookup
 from mlx_redrafter.drafters.recurrent import ReDrafter
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.hub.resolve import find_drafter, resolve
+from mlx_redrafter.hub import find_drafter, resolve
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.runtime.checks import at_least
 from mlx_redrafter.runtime.device import machine

@@ -24,7 +24,7 @@ from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.errors import ModelError, OptionError
-from mlx_redrafter.hub.resolve import resolve
+from mlx_redrafter.hub import resolve
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.stats import DraftStats
 from mlx_redrafter.tree.shape import TreeShape
