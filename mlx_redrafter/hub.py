@@ -338,6 +338,6 @@ def _load_tokenizer(folder: Path, options: dict[str, Any]) -> TokenizerWrapper:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

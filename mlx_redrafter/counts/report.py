@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_redrafter import hub, reports
-from mlx_redrafter.checks import at_least
+from mlx_redrafter.checks import at_least, whole
 from mlx_redrafter.counts import host, metal, parts, sizes
 from mlx_redrafter.counts.graph import metal_shaped
 from mlx_redrafter.decoding.engine import Engine
@@ -57,7 +57,8 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Count what a decode step does. No Mac is needed; only host times are measured."""
-    at_least(1, context=context, bits=bits)
+    at_least(1, bits=bits)
+    whole("context", context, 1, 2**30)
     shapes = (*SHAPES, *([_shape(shape)] if shape else []))
     folder = hub.resolve(model)
     found = hub.find_drafter(model, folder) if drafter == "auto" else hub.resolve(drafter)
