@@ -168,7 +168,7 @@ def _read(file: Path, parse: Callable[[Any], T]) -> T | None:
     """None where there is nothing that can be used: then it is measured."""
     try:
         return parse(json.loads(file.read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

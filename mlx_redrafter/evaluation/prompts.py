@@ -46,11 +46,13 @@ def read_prompts(file: Path = DEV, count: int | None = None) -> list[Prompt]:
         lines = file.read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines if line.strip()]
         prompts = [Prompt(row["prompt"], _group(row)) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise OptionError(
             f"{file} is not a prompt file ({error}): give one JSON object per line with a "
             '"prompt" and, if you like, a "category"'
         ) from None
+    if not prompts:
+        raise OptionError(f"{file} holds no prompts: give one JSON object per line")
     groups = {group: [p for p in prompts if p.group == group] for group in _groups(prompts)}
     mixed = [
         members[i] for i in range(len(prompts)) for members in groups.values() if i < len(members)

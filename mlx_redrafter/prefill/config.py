@@ -160,7 +160,7 @@ def read_patterns(
         data = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise OptionError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OptionError(f"{path} is not JSON ({error}); give a pattern file") from None
     if not isinstance(data, list) or not all(isinstance(layer, dict) for layer in data):
         raise OptionError(

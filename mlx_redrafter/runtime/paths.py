@@ -85,6 +85,6 @@ def json_or_nothing(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -131,11 +131,13 @@ def from_mapping(values: dict[str, Any], source: str) -> TrainConfig:
     config = TrainConfig()
     for name, value in values.items():
         default, kind = getattr(config, name), known[name].type
+        if value is None and default is None:
+            continue
         if value is not None and "Path" in str(kind):
             value = user_path(str(value))
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        elif value is not None and type(value) is not _type(name, default):
+        elif type(value) is not _type(name, default):
             raise OptionError(f"{name} in {source} is {value!r}; needed: a {kind}")
         config = replace(config, **{name: value})
     return config

@@ -37,7 +37,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("+-0123456789"))
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), Loader)
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         problem = " ".join(str(error).split())
         raise OptionError(
             f"{file} cannot be read ({problem}): give lines of `option: value`"
@@ -78,7 +78,13 @@ def stored(folder: Path) -> TrainConfig | None:
     file = folder / FILE
     if not file.is_file():
         return None
-    return from_mapping({**read_yaml(file), "out": str(folder)}, str(file))
+    values = read_yaml(file)
+    if "model" not in values:
+        raise OptionError(
+            f"{file} does not say what the folder was begun with: restore it, or choose another "
+            "--out"
+        )
+    return from_mapping({**values, "out": str(folder)}, str(file))
 
 
 def began(folder: Path) -> datetime:

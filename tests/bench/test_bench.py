@@ -335,3 +335,6 @@ def test_a_category_that_is_no_text_is_said(tmp_path: Path) -> None:
     file.write_text('{"prompt": "a", "category": {"a": 1}}\n')
     with pytest.raises(OptionError, match=r"is not a prompt file \(the category {'a': 1} is no"):
         read_prompts(file)
+    file.write_text("\n")
+    with pytest.raises(OptionError, match="holds no prompts"):
+        read_prompts(file)

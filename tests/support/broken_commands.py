@@ -83,7 +83,7 @@ READS: dict[str, tuple[Breaks, list[str]]] = {
     "train.yaml": (
         files.of_any,
         [
-            f"train -c train.yaml -m model --prompts prompts.jsonl {TRAIN}",
+            f"train -c train.yaml -m model --prompts prompts.jsonl {TRAIN} {SMALL_EVALUATION}",
             f"train answers -c train.yaml -m model --prompts prompts.jsonl {TRAIN}",
             f"train --estimate -c train.yaml -m model {TRAIN}",
         ],

@@ -22,7 +22,8 @@ LINES = {
     "bench patterns": "bench patterns model --out new.json --text text.txt --length 3072"
     " --density 0.9",
     "bench speed": BENCH,
-    "bench prefill": "bench prefill -m model --lengths 512 --modes trianglemix --text text.txt",
+    "bench prefill": "bench prefill -m model --lengths 512 --modes trianglemix --text text.txt"
+    " --prefix 1024",
     "convert": "convert model --out new --format auto",
     "train": f"train -m model --prompts prompts.jsonl {TRAIN} --eval-prompts 1 --eval-tokens 2",
     "bench needles": "bench needles -m model --lengths 512 --tasks single --depths 0.5",

@@ -201,7 +201,7 @@ def in_time() -> Iterator[None]:
 
 PROGRESS = re.compile(
     r"\.\.\.$|^note: |^warning: |^\s"
-    r"|^(Ready|prompts?|answers|fit|evaluat(e|ion)|incomplete|model|written)\b"
+    r"|^(Ready|prompts?|answers|drafts|fit|evaluat(e|ion)|incomplete|model|written)\b"
 )
 
 

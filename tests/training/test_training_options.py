@@ -52,6 +52,8 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         ("batch: 0", "batch 0 is not possible"),
         ("segment: 2048", "segment 2048 is not possible: use 1024 or less, the batch_positions"),
         ('system_prompt: "\\uDC80"', "the system prompt is not UTF-8 text"),
+        ("learning_rate:", "learning_rate in"),
+        ("[" * 10**5, "cannot be read"),
         ("seed: -1", "seed -1 is not possible: use 0 or more"),
     ],
 )

@@ -138,6 +138,7 @@ def test_features_of_unknown_layers_are_none(tmp_path: Path, text: str) -> None:
         ("features/00000.npy", b"[" * 99, "delete it, it can be computed again"),
         ("prompts/00000.jsonl", b"null\n", "delete TMP and begin anew"),
         ("answers/00000.jsonl", b"null\n", "give lines of "),
+        ("train.yaml", b"", "restore it, or choose another --out"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(

@@ -23,7 +23,7 @@ from mlx_redrafter.drafters.recurrent import ReDrafter
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.hub import find_drafter, resolve
 from mlx_redrafter.models import Decoder, load_model
-from mlx_redrafter.runtime.checks import at_least
+from mlx_redrafter.runtime.checks import at_least, whole
 from mlx_redrafter.runtime.device import machine
 from mlx_redrafter.terminal import tables
 from mlx_redrafter.tree.shape import TreeShape
@@ -48,7 +48,8 @@ def run(
     model: str, drafter: str, shape: str | None, context: int, bits: int | None, as_json: bool
 ) -> None:
     """Count what a decode step does, and show it. Only host times are measured."""
-    at_least(1, context=context, bits=bits)
+    at_least(1, bits=bits)
+    whole("context", context, 1, 2**30)
     shapes = (*SHAPES, *([_shape(shape)] if shape else []))
     folder = resolve(model)
     found = find_drafter(model, folder) if drafter == "auto" else resolve(drafter)

@@ -81,7 +81,7 @@ def read(folder: Path) -> Document:
     file = folder / FILE
     try:
         return Document(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise OptionError(
             f"{file} cannot be read ({error}): give the folder that `bench speed --output` wrote"
         ) from None
