@@ -18,7 +18,6 @@ from mlx_redrafter.cli import main as cli
 from mlx_redrafter.convert import Summary, card, convert
 from mlx_redrafter.convert.formats import Format
 from mlx_redrafter.errors import HubError
-from mlx_redrafter.hub import folders as hub
 
 FULL = "elman-6-2"
 
@@ -170,7 +169,7 @@ def test_pickles_of_the_hub_are_converted_too(
         asked.append((name, tuple(also)))
         return source
 
-    monkeypatch.setattr(hub, "resolve", resolve)
+    monkeypatch.setattr("mlx_redrafter.hub.resolve", resolve)
     summary = convert("org/drafter@v1", tmp_path / "out")
     assert (summary.source, summary.size > 0) == ("org/drafter@v1", True)
     assert asked == [("org/drafter@v1", ("*.bin", "*.pt"))]
