@@ -24,10 +24,14 @@ def drafts_from(drafter: str | None, tree: TreeShape | None) -> str:
 
 def drafter_name(folder: Path | None) -> str | None:
     """The hub id of a drafter's folder, or its name; None where there is no drafter."""
+    from mlx_redrafter.hub import kept
+
     if folder is None:
         return None
     if folder.parent.name == "snapshots" and (hub := folder.parent.parent.name).count("--") == 2:
         return "/".join(hub.split("--")[1:])
+    if known := kept.facts(folder):
+        return f"the drafter trained on {str(known.get('trained', ''))[:10]}"
     return f"{folder.parent.name}/{folder.name}" if folder.name == "drafter" else folder.name
 
 

@@ -6,7 +6,7 @@ import pytest
 from fakes import SUMMARY, FakeModel, FakeTokenizer, install
 from typer.testing import CliRunner
 
-from mlx_redrafter.cli import chat
+from mlx_redrafter.cli import chat, remarks
 from mlx_redrafter.cli import main as cli
 from mlx_redrafter.cli.conversation import Conversation
 from mlx_redrafter.cli.options import DecodeOptions
@@ -210,3 +210,11 @@ def test_a_chat_goes_on_after_a_template_that_fails(
     said = result.stderr.splitlines()
     assert said[1].startswith("error: this model's chat template refuses the messages (System role")
     assert said[2] == "last answer"
+
+
+def test_a_kept_drafter_goes_by_its_day(tmp_path: Path) -> None:
+    folder = tmp_path / "20261126-231631-run"
+    folder.mkdir()
+    assert remarks.drafter_name(folder) == "20261126-231631-run"
+    (folder / "kept.json").write_text('{"trained": "2026-11-26T23:16:31"}')
+    assert remarks.drafter_name(folder) == "the drafter trained on 2026-11-26"
