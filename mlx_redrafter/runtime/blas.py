@@ -1,7 +1,7 @@
 """Choose the matrix product that MLX uses on the CPU. Only Linux has a choice.
 
 The Linux wheel of MLX calls `cblas_sgemm` of a bundled reference BLAS: slow, one thread. A library
-loaded with RTLD_GLOBAL before `mlx.core` is imported takes its place. `runtime/native/row_exact_gemm.cpp`
+loaded with RTLD_GLOBAL before `mlx.core` is imported takes its place. `native/row_exact_gemm.cpp`
 is such a library: it is fast and its bits equal those of the reference, whatever the number of
 rows. It is compiled at the first use, with the g++ that `mx.compile` on the CPU needs anyway.
 

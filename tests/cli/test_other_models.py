@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from fakes import SUMMARY, FakeModel, FakeTokenizer, install
 from typer.testing import CliRunner
