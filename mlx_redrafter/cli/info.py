@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from mlx_redrafter.cli import remarks
 from mlx_redrafter.cli.options import DrafterName, Json, ModelArgument
@@ -19,6 +17,7 @@ from mlx_redrafter.errors import DrafterError, ModelError
 from mlx_redrafter.runtime.checks import at_least
 from mlx_redrafter.runtime.device import device, machine
 from mlx_redrafter.runtime.paths import BUILTIN
+from mlx_redrafter.terminal import console
 
 
 def command(
@@ -150,20 +149,19 @@ def _sizes(weights: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def show(facts: Mapping[str, Any]) -> None:
-    """The facts as a table on stdout."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in (*_model_rows(facts), ("", ""), *_drafter_rows(facts)):
-        table.add_row(name, value)
-    table.add_row("", "")
+    """The facts on stdout, a name and a value a line."""
     here = facts["machine"]
-    table.add_row("device", f"{here['device']}, {here['chip']}, {here['memory_gb']:.0f} GB")
+    rows = [*_model_rows(facts), ("", ""), *_drafter_rows(facts), ("", "")]
+    rows.append(("device", f"{here['device']}, {here['chip']}, {here['memory_gb']:.0f} GB"))
     if here["blas"]:
-        table.add_row("BLAS", here["blas"])
-    table.add_row("versions", _versions(here))
-    # A pipe has no width to fold lines at.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 1000).print(table)
+        rows.append(("BLAS", here["blas"]))
+    rows.append(("versions", _versions(here)))
+    width = max(len(name) for name, _ in rows) + 2
+    lines = (
+        Text.assemble((name.ljust(width), "dim"), value) if value else Text()
+        for name, value in rows
+    )
+    console.show(Text("\n").join(lines))
 
 
 def _versions(here: Mapping[str, Any]) -> str:
