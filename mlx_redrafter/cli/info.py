@@ -61,7 +61,7 @@ def collect(
         "name": name,
         "folder": str(folder),
         "model": model,
-        "drafter": _drafter(found, folder) if found is not None else None,
+        "drafter": _drafter(found, folder, model["vocabulary"]) if found is not None else None,
         "machine": machine(),
     }
 
@@ -95,7 +95,7 @@ def _model(folder: Path, context: int | None) -> dict[str, Any]:
     }
 
 
-def _drafter(found: Path, folder: Path) -> dict[str, Any]:
+def _drafter(found: Path, folder: Path, vocabulary: int) -> dict[str, Any]:
     """Facts of a drafter beside the model in `folder`; `problem` says why it does not fit."""
     from mlx_redrafter.drafters.loading import kind_of
     from mlx_redrafter.hub import kept
@@ -111,9 +111,10 @@ def _drafter(found: Path, folder: Path) -> dict[str, Any]:
         size, element = _sizes(described.weights)
         level, _ = _sizes(described.one_level)
         facts |= described.facts
-        rows = facts["draft_vocabulary"] * described.width * element
-        facts["weights_bytes"] = size
-        facts["bytes_per_draft_step"] = level + rows * (facts["head"] == "target")
+        facts["draft_vocabulary"] = facts.get("draft_vocabulary") or vocabulary
+        if facts.get("head") == "target":
+            level += facts["draft_vocabulary"] * described.width * element
+        facts |= {"weights_bytes": size, "bytes_per_draft_step": level}
         facts["problem"] = kept.problem(found, folder)
         facts["fits"] = facts["problem"] is None
     except (DrafterError, ModelError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 from mlx_redrafter.drafters.beam import BeamDrafter
@@ -13,9 +15,14 @@ class LevelDrafter(BeamDrafter):
     ``levels``: how many it was made for; None: it goes on with what it does at the last one.
     """
 
+    config: Any  # says draft_vocab_size, None without a draft vocabulary
     levels: int | None
     vocabulary: mx.array
     """(Vd,) int32: the target's ids of its tokens."""
+
+    def token_ids(self, picks: mx.array) -> mx.array:
+        """Draft-vocabulary indices -> token ids of the target."""
+        return mx.take(self.vocabulary, picks) if self.config.draft_vocab_size else picks
 
     def context(self, read: mx.array) -> mx.array:
         """(M, D): the hidden states as they are."""
@@ -64,4 +71,4 @@ class Levels:
         return self.step(self.token_ids(picks), state, fixed)
 
     def token_ids(self, picks: mx.array) -> mx.array:
-        return mx.take(self.vocabulary, picks)
+        return self._drafter.token_ids(picks)

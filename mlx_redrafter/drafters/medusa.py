@@ -24,6 +24,7 @@ import mlx.nn as nn
 
 from mlx_redrafter.drafters import files
 from mlx_redrafter.drafters.levels import LevelDrafter
+from mlx_redrafter.drafters.recurrent import ResBlock
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.weights import Shape
@@ -132,23 +133,12 @@ def _count(names: Iterable[str], pattern: str, folder: Path) -> int:
     return len(found)
 
 
-class Block(nn.Module):
-    """x + silu(W x + b)."""
-
-    def __init__(self, size: int, bias: bool) -> None:
-        super().__init__()
-        self.linear = nn.Linear(size, size, bias=bias)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return x + nn.silu(self.linear(x))
-
-
 class Head(nn.Module):
     """One level: residual blocks, and an output matrix where it has its own."""
 
     def __init__(self, config: MedusaConfig) -> None:
         super().__init__()
-        self.blocks = [Block(config.hidden_size, config.bias) for _ in range(config.blocks)]
+        self.blocks = [ResBlock(config.hidden_size, config.bias) for _ in range(config.blocks)]
         if config.head == "own":
             self.out = nn.Linear(config.hidden_size, config.rows, bias=False)
 

@@ -327,6 +327,11 @@ def test_info_and_the_check_of_kept_drafters(target_folder: Path, tmp_path: Path
     assert (facts["head"], facts["draft_vocabulary"]) == ("own", V)
     assert facts["weights_bytes"] == 4 * K * (D * D + D + V * D)
     assert facts["bytes_per_draft_step"] == 4 * (D * D + D + V * D)
+    rows = "medusa_lm_head.safetensors"
+    shared = write(tmp_path / "shared", config, blocks(heads(), "{}.{}.linear.{}"), rows)
+    facts = info.collect(str(target_folder), str(shared))["drafter"]
+    assert (facts["fits"], facts["head"], facts["draft_vocabulary"]) == (True, "target", V)
+    assert facts["bytes_per_draft_step"] == 4 * (D * D + D + V * D)
     edit_config(hidden_size=64)(folder)
     assert "hidden size 64" in str(kept.problem(folder, target_folder))
 
@@ -353,7 +358,8 @@ BROKEN: dict[str, tuple[Edit, str]] = {
         r"\(32, 8\) instead of \(32, 32\)",
     ),
     "a scalar": (
-        edit_weights(lambda w: w.update({"lm_heads.0.weight": mx.array(1.0)})), r"heads.0.out.weight \(\)",
+        edit_weights(lambda w: w.update({"lm_heads.0.weight": mx.array(1.0)})),
+        r"heads.0.out.weight \(\)",
     ),
     "another base": (edit_config(hidden_size=64), "hidden size 64.*32"),
     "another vocabulary": (edit_config(vocab_size=98), "vocabulary size 98.*97"),
