@@ -39,8 +39,9 @@ class Description(NamedTuple):
     """What the files of a drafter say to people.
 
     facts: ``architecture`` in words, ``head`` (``target``: it reads the target's output rows
-    besides), ``draft_vocabulary`` (None: the target's whole one), and more by kind. weights: the drafter's own tensors, not
-    evaluated; one_level: those of them that a level reads. width: of an output row.
+    besides), ``draft_vocabulary`` (None: the target's whole one), and more by kind. weights: the
+    drafter's own tensors, not evaluated; one_level: those of them that a level reads. width: of
+    an output row.
     """
 
     facts: dict[str, Any]

@@ -214,11 +214,11 @@ def is_one(folder: Path, raw: Mapping[str, Any]) -> bool:
     """Do a folder's configuration or the names of its tensors say that it holds Medusa heads?"""
     if isinstance(raw.get("medusa"), dict) or any(raw.get(key) for key in _COUNTS):
         return True
+    if any(folder.glob(f"{_FILE}*")):
+        return True
     try:
-        return bool(_files(folder)) or any(
-            name.startswith("heads.0.blocks.0")
-            for name in _renamed(files.stored_shapes(folder), raw)
-        )
+        names = _renamed(files.stored_shapes(folder), raw)
+        return any(name.startswith("heads.0.blocks.0.") for name in names)
     except DrafterError:
         return False
 

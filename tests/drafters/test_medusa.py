@@ -292,6 +292,8 @@ def test_a_session_goes_on(target: Decoder, tmp_path: Path) -> None:
     assert first == answer[:12]
     longer = PROMPT + first
     assert run(engine, longer, None, SHAPES[1], 8, session=session) == answer[12:]
+    other = [*PROMPT, *first[:5], 1, 2]  # the session is cut
+    assert run(engine, other, None, SHAPES[1], 8, session=session) == plainly(target, other, 8)
 
 
 def test_a_model_with_heads_is_read_without_them(tmp_path: Path) -> None:
@@ -403,7 +405,7 @@ def test_what_can_be_wrong_with_a_folder(target: Decoder, tmp_path: Path, case: 
 
 
 def test_a_pickle_is_refused_by_name(target: Decoder, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": K}))
+    (tmp_path / "config.json").write_text(json.dumps({}))
     (tmp_path / "medusa_lm_head.pt").write_bytes(b"PK")
     with pytest.raises(DrafterError, match=r"medusa_lm_head\.pt.*needed is medusa_lm_head"):
         load_drafter(tmp_path, target)

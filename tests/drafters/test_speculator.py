@@ -322,6 +322,8 @@ def test_a_session_goes_on(target: Decoder, tmp_path: Path, kind: str) -> None:
     first = run(engine, PROMPT, None, SHAPES[1], 12, session=session)
     assert first == answer[:12]
     assert run(engine, PROMPT + first, None, SHAPES[1], 8, session=session) == answer[12:20]
+    other = [*PROMPT, *first[:5], 1, 2]  # the session is cut
+    assert run(engine, other, None, SHAPES[1], 8, session=session) == plainly(target, other, 8)
 
 
 @pytest.mark.measured
