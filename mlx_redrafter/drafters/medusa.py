@@ -100,8 +100,8 @@ class MedusaConfig:
         head = "own" if own else "shared" if "shared.weight" in given else "target"
         outputs = [given[n] for n in given if n.endswith(".out.weight") or n == "shared.weight"]
         rows, drafted = files.rows(outputs[0]) if outputs else 0, files.drafted(given)
-        square = next(given[name] for name in given if name.endswith(".linear.weight"))
-        hidden = files.size("hidden_size", raw.get("hidden_size", files.rows(square)))
+        square = next((given[name] for name in given if name.endswith(".linear.weight")), ())
+        hidden = files.size("hidden_size", raw.get("hidden_size") or files.rows(square))
         vocabulary = raw.get("vocab_size")
         if vocabulary is None and drafted is None and rows:
             vocabulary = rows
@@ -246,19 +246,20 @@ def _renamed(stored: Mapping[str, T], raw: Mapping[str, Any]) -> dict[str, T]:
         if inside and not wrapper and inner not in ("token_map", files.VOCABULARY):
             continue
         renamed = _canonical(inner)
-        if renamed is not None:
+        if renamed is not None and renamed not in result:
             result[renamed] = value
-        elif wrapper or inner[0].isdigit():
+        elif renamed is not None or wrapper or inner[:1].isdigit():
             result[name] = value
-    shared = {name: value for name, value in result.items() if name.startswith("shared.")}
-    if raw.get("original_lm_head") and not shared:
+    outputs = {name for name in result if ".out." in name}
+    shared = {name for name in result if name.startswith("shared.")}
+    if raw.get("original_lm_head"):
         # All heads' matrices are one.
-        first = {n: v for n, v in result.items() if n.startswith("heads.0.out.")}
-        shared = {n.replace("heads.0.out.", "shared."): v for n, v in first.items()}
-        result = {n: v for n, v in result.items() if ".out." not in n} | shared
-    elif not any(name.startswith(("blocks.", "lm_heads.")) for name in map(_inner, stored)):
+        for name in sorted(outputs) if not shared else ():
+            result.setdefault(f"shared.{name.rpartition('.')[2]}", result[name])
+        return {name: value for name, value in result.items() if name not in outputs}
+    if outputs or not any(name.startswith("blocks.") for name in map(_inner, stored)):
         # Only vLLM stores one matrix for all heads; another's lm_head is the base model's.
-        result = {name: value for name, value in result.items() if name not in shared}
+        return {name: value for name, value in result.items() if name not in shared}
     return result
 
 

@@ -350,6 +350,13 @@ def broken(name: str, value: float) -> Edit:
 BROKEN: dict[str, tuple[Edit, str]] = {
     "missing output": (edit_weights(lambda w: w.pop("lm_heads.1.weight")), r"lacks heads.1.out"),
     "missing bias": (edit_weights(lambda w: w.pop("blocks.0.layers.0.bias")), "lacks.*bias"),
+    "missing blocks": (
+        edit_weights(lambda w: [w.pop(n) for n in list(w) if n.endswith("layers.0.weight")]),
+        "lacks heads.0.blocks.0.linear.weight",
+    ),
+    "one too many": (
+        edit_weights(lambda w: w.update({"0.1.weight": mx.zeros((V, D))})), "no Medusa head has",
+    ),
     "missing head": (
         edit_weights(lambda w: [w.pop(n) for n in list(w) if re.match(r"\w+\.1\.", n)]),
         "lacks number 1",
