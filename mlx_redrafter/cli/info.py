@@ -180,6 +180,8 @@ def _drafter_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     if drafter is None:
         return [("drafter", remarks.no_drafter(facts["name"]))]
     rows = [("drafter", drafter["folder"]), ("from", drafter["origin"])]
+    if drafter.get("base"):
+        rows.append(("made for", str(drafter["base"])))
     if "architecture" in drafter:
         rows += [
             ("architecture", drafter["architecture"]),

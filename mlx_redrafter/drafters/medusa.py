@@ -322,6 +322,7 @@ def describe(folder: Path) -> files.Description:
         "residual_blocks": config.blocks,
         "heads": config.heads,
         "head_width": config.hidden_size,
+        "base": raw.get("base_model_name_or_path"),
         "draft_vocabulary": config.draft_vocab_size or config.vocab_size,
     }
     return files.Description(facts, weights, one, config.hidden_size)

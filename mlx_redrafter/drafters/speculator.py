@@ -196,23 +196,23 @@ class Speculator(nn.Module, LevelDrafter):
             state = nn.gelu(self.ln[stage](projection(state) + token))
             return self.head[stage](state), state
         state, before = (state, None) if index == 0 else mx.split(state, 2, axis=-1)
-        parts = [layer(state) for layer in self.gates[min(index, len(self.gates) - 1)]]
-        sums = mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-        sums = sums + self._tokens(tokens) * self._mixed
-        forget, enter, leave, new = mx.split(sums, len(GATES), axis=-1)
+        forget, enter, leave, new = self._sums(index, tokens, state)
         cell = nn.gelu(self.cell_ln[0](new)) * mx.sigmoid(enter)
         if before is not None:
             cell = cell + before * mx.sigmoid(forget)
         state = nn.gelu(self.state_ln[0](cell)) * mx.sigmoid(leave)
         return self.head[0](state), mx.concatenate([state, cell], axis=-1)
 
-    def _tokens(self, tokens: mx.array) -> mx.array:
-        """What the LSTM's four gates read of tokens: (R,) -> (R, 4 D)."""
-        if self.config.embeddings == 1:
-            rows = [self.forget_emb[0](tokens)] * len(GATES)
-        else:
-            rows = [self[f"{gate}_emb"][0](tokens) for gate in GATES]
-        return mx.concatenate(rows, axis=-1)
+    def _sums(self, index: int, tokens: mx.array, state: mx.array) -> list[mx.array]:
+        """What goes into the LSTM's four gates, (R, D) each; added in the kernels that use it."""
+        layers = self.gates[min(index, len(self.gates) - 1)]
+        products = [
+            part for x in layers for part in mx.split(x(state), len(GATES) // len(layers), -1)
+        ]
+        embeddings = [self[f"{gate}_emb"][0] for gate in GATES[: self.config.embeddings]]
+        rows = [embedding(tokens) * self._mixed for embedding in embeddings]
+        pairs = zip(products, rows * (len(GATES) // len(rows)), strict=True)
+        return [product + row for product, row in pairs]
 
 
 def is_one(folder: Path, raw: Mapping[str, Any]) -> bool:
@@ -295,6 +295,7 @@ def describe(folder: Path) -> files.Description:
         "head": "own",
         "head_width": config.width,
         "levels": config.trained,
+        "base": raw.get("base_model_name_or_path"),
         "draft_vocabulary": config.draft_vocab_size or config.vocab_size,
     }
     return files.Description(facts, weights, one, config.hidden_size)

@@ -11,6 +11,7 @@ from typing import Any
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import mlx.core as mx  # isort: skip
+import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import D, V, engine_of, hidden_states, plainly, prompt_of, run, write_target
@@ -19,6 +20,7 @@ from tiny_heads import PARAMS, SHAPES, Weights, drafted, noise, quantise, said, 
 
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cli import info
+from mlx_redrafter.drafters import files
 from mlx_redrafter.drafters.loading import check_folder, load_drafter
 from mlx_redrafter.drafters.medusa import Medusa
 from mlx_redrafter.errors import DrafterError
@@ -194,12 +196,24 @@ def test_a_draft_vocabulary(target: Decoder, tmp_path: Path, stored: str) -> Non
     drafter = loaded(tmp_path, (config, weights | {"token_map": IDS}, file), target)
     assert_says(drafter, reference(h, HIDDEN)[:, IDS], HIDDEN)
     answer = plainly(target, prompt_of(9), 20)
-    assert run(engine_of(target, drafter), prompt_of(9), None, SHAPES[1], 20) == answer
+    engine = engine_of(target, drafter, compiled=False)
+    assert run(engine, prompt_of(9), None, SHAPES[1], 20) == answer
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("cut", [False, True])
-def test_packed_weights(target: Decoder, tmp_path: Path, bits: int, cut: bool) -> None:
+@pytest.mark.parametrize("stay", [False, True])
+def test_packed_weights(
+    target: Decoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bits: int,
+    cut: bool,
+    stay: bool,
+) -> None:
+    """Unpacked as on a CPU, or left as they are."""
+    if stay:
+        monkeypatch.setattr(files, "dequantize_model", lambda model: model)
     h = heads()
     config, weights, file = vllm(h)
     stored, meant = quantise(weights, bits, ["blocks", "lm_heads"])
@@ -209,6 +223,7 @@ def test_packed_weights(target: Decoder, tmp_path: Path, bits: int, cut: bool) -
     config["quantization"] = {"group_size": 32, "bits": bits}
     more = {"token_map": IDS} if cut else {}
     drafter = loaded(tmp_path, (config, stored | more, file), target)
+    assert isinstance(drafter.heads[0].out, nn.QuantizedLinear) is stay
     assert_says(drafter, reference(h, HIDDEN)[:, IDS if cut else slice(None)], HIDDEN)
 
 
@@ -226,13 +241,25 @@ def test_half_precision_becomes_the_targets_type(target: Decoder, tmp_path: Path
     assert 0 < np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
 
 
+def test_a_target_of_16_bits(target_folder: Path, tmp_path: Path) -> None:
+    h = heads()
+    drafter = loaded(tmp_path, medusa_1(h), load_model(target_folder, dtype=mx.bfloat16))
+    cell = drafter.searched(K)
+    state, fixed = cell.start(mx.array(HIDDEN).astype(mx.bfloat16))
+    logits, state = cell.step(mx.array([5]), state, fixed)
+    assert (logits.dtype, state.dtype) == (mx.bfloat16, mx.bfloat16)
+    expected = reference(h, HIDDEN)[0]
+    assert np.abs(np.array(logits.astype(mx.float32))[0] - expected).max() < 0.05 * expected.max()
+
+
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_text_is_the_same(
     target: Decoder, tmp_path: Path, shape: TreeShape, params: Any
 ) -> None:
-    """Also where more is drafted than there are heads."""
-    engine = engine_of(target, loaded(tmp_path, medusa_1(heads()), target))
+    """Also where more is drafted than there are heads; one shape as it is compiled."""
+    compiled = shape == SHAPES[1]
+    engine = engine_of(target, loaded(tmp_path, medusa_1(heads()), target), compiled)
     for length in (2, 9):
         prompt = prompt_of(length)
         assert run(engine, prompt, params, shape, 24) == plainly(target, prompt, 24, params)
@@ -287,7 +314,8 @@ def test_right_heads_are_accepted_and_wrong_ones_are_not(
 
 def test_a_session_goes_on(target: Decoder, tmp_path: Path) -> None:
     answer = plainly(target, PROMPT, 20)
-    engine, session = engine_of(target, good(target, tmp_path, PROMPT + answer)), Session()
+    drafter = good(target, tmp_path, PROMPT + answer)
+    engine, session = engine_of(target, drafter, compiled=False), Session()
     first = run(engine, PROMPT, None, SHAPES[1], 12, session=session)
     assert first == answer[:12]
     longer = PROMPT + first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,24 @@ from typing import Any
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import mlx.core as mx  # isort: skip
+import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import D, V, engine_of, hidden_states, plainly, prompt_of, run
 from edits import Edit, edit_config, edit_file, edit_weights
 from tiny_heads import PARAMS, SHAPES, Weights, drafted, noise, quantise, said, write
+from typer.testing import CliRunner
 
 from mlx_redrafter.budget import costs
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cli import info
+from mlx_redrafter.cli import main as cli
+from mlx_redrafter.drafters import files
 from mlx_redrafter.drafters.loading import check_folder, load_drafter
 from mlx_redrafter.drafters.speculator import GATES, Speculator
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.hub import kept
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.stats import DraftStats
 from mlx_redrafter.tree.shape import TreeShape
 
@@ -237,17 +242,45 @@ def test_a_draft_vocabulary(target: Decoder, tmp_path: Path, name: str, cut: boo
     assert_says(drafter, config, weights, IDS)
     for params in PARAMS.values():
         answer = plainly(target, prompt_of(9), 20, params)
-        assert run(engine_of(target, drafter), prompt_of(9), params, SHAPES[1], 20) == answer
+        engine = engine_of(target, drafter, compiled=False)
+        assert run(engine, prompt_of(9), params, SHAPES[1], 20) == answer
+
+
+@pytest.mark.parametrize("name", ["ibm", "arctic-lstm", "arctic-rnn"])
+def test_half_precision_stays_it(target_folder: Path, tmp_path: Path, name: str) -> None:
+    """A target of 16 bits: nothing on the way becomes wider."""
+    config, weights = DIALECTS[name]
+    halved = load_model(target_folder, dtype=mx.bfloat16)
+    drafter = loaded(tmp_path, config, weights, halved)
+    cell = drafter.searched(N)
+    state, fixed = cell.start(mx.array(HIDDEN).astype(mx.bfloat16))
+    for level, token in enumerate([5, 60, 7]):
+        logits, state = cell.step(mx.array([token]), state, fixed)
+        assert (logits.dtype, state.dtype) == (mx.bfloat16, mx.bfloat16), level
+    expected = reference(config, weights, HIDDEN, [5, 60, 7])[-1]
+    found = np.array(logits.astype(mx.float32))[0]
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", ["ibm", "arctic-lstm"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_packed_weights(target: Decoder, tmp_path: Path, name: str, bits: int) -> None:
-    """Embeddings too, and with rows that are left out."""
+@pytest.mark.parametrize("stay", [False, True])
+def test_packed_weights(
+    target: Decoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    bits: int,
+    stay: bool,
+) -> None:
+    """Embeddings too, with rows that are left out, unpacked as on a CPU or left as they are."""
+    if stay:
+        monkeypatch.setattr(files, "dequantize_model", lambda model: model)
     config, weights = DIALECTS[name]
     stored, meant = quantise(weights, bits, ["emb", "proj", "head"])
     block = {"quantization": {"group_size": 32, "bits": bits}}
     drafter = loaded(tmp_path, config | block, stored | {"draft_vocab": IDS}, target)
+    assert isinstance(drafter.head[0], nn.QuantizedLinear) is stay
     assert_says(drafter, config, meant, IDS)
 
 
@@ -257,8 +290,9 @@ def test_packed_weights(target: Decoder, tmp_path: Path, name: str, bits: int) -
 def test_the_text_is_the_same(
     target: Decoder, tmp_path: Path, name: str, shape: TreeShape, params: Any
 ) -> None:
-    """Also where more is drafted than there are levels."""
-    engine = engine_of(target, loaded(tmp_path, *DIALECTS[name], target))
+    """Also where more is drafted than there are levels; one shape as it is compiled."""
+    compiled = shape == SHAPES[1]
+    engine = engine_of(target, loaded(tmp_path, *DIALECTS[name], target), compiled)
     prompt = prompt_of(9)
     assert run(engine, prompt, params, shape, 24) == plainly(target, prompt, 24, params)
 
@@ -318,7 +352,7 @@ def test_right_ones_are_accepted_and_wrong_ones_are_not(
 def test_a_session_goes_on(target: Decoder, tmp_path: Path, kind: str) -> None:
     answer = plainly(target, PROMPT, 24)
     drafter = good(target, tmp_path, kind, PROMPT + answer)
-    engine, session = engine_of(target, drafter), Session()
+    engine, session = engine_of(target, drafter, compiled=False), Session()
     first = run(engine, PROMPT, None, SHAPES[1], 12, session=session)
     assert first == answer[:12]
     assert run(engine, PROMPT + first, None, SHAPES[1], 8, session=session) == answer[12:20]
@@ -336,12 +370,17 @@ def test_what_it_costs_is_measured(target: Decoder, tmp_path: Path) -> None:
 
 
 def test_info_and_the_check_of_kept_drafters(target_folder: Path, tmp_path: Path) -> None:
-    folder = write(tmp_path / "lstm", *DIALECTS["arctic-lstm"])
+    config, weights = DIALECTS["arctic-lstm"]
+    folder = write(tmp_path / "lstm", config | {"base_model_name_or_path": "org/base"}, weights)
     assert kept.problem(folder, target_folder) is None
     facts = info.collect(str(target_folder), str(folder))["drafter"]
     assert facts["fits"] and facts["problem"] is None
     assert facts["architecture"] == "lstm speculator for 3 levels, weights shared by all levels"
     assert (facts["head"], facts["draft_vocabulary"]) == ("own", V)
+    assert facts["base"] == "org/base"
+    shown = CliRunner().invoke(cli.app, ["info", str(target_folder), "-d", str(folder)])
+    assert re.search(r"made for +org/base\b", shown.stdout), shown.output
+    assert "lstm speculator for 3 levels" in shown.stdout
     width = 64
     assert facts["bytes_per_draft_step"] == 4 * (4 * width * width + 4 * width + V * width)
     edit_config(input_hidden_dim=width)(folder)
