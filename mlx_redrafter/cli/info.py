@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -62,7 +61,7 @@ def collect(
         "name": name,
         "folder": str(folder),
         "model": model,
-        "drafter": _drafter(found, folder) if found is not None else None,
+        "drafter": _drafter(found, folder, model["vocabulary"]) if found is not None else None,
         "machine": machine(),
     }
 
@@ -96,14 +95,10 @@ def _model(folder: Path, context: int | None) -> dict[str, Any]:
     }
 
 
-def _drafter(found: Path, folder: Path) -> dict[str, Any]:
+def _drafter(found: Path, folder: Path, vocabulary: int) -> dict[str, Any]:
     """Facts of a drafter beside the model in `folder`; `problem` says why it does not fit."""
-    from mlx_redrafter.drafters.loading import check_compatible
-    from mlx_redrafter.drafters.recurrent import ReDrafterConfig
+    from mlx_redrafter.drafters.loading import kind_of
     from mlx_redrafter.hub import kept
-    from mlx_redrafter.models import Decoder, decoder_config
-    from mlx_redrafter.models.files import weight_files
-    from mlx_redrafter.models.weights import read_json, read_weights
 
     facts: dict[str, Any] = {
         "folder": str(found),
@@ -112,23 +107,16 @@ def _drafter(found: Path, folder: Path) -> dict[str, Any]:
         "problem": None,
     }
     try:
-        config = ReDrafterConfig.from_dict(read_json(found / "config.json"))
-        target = SimpleNamespace(config=decoder_config(read_json(folder / "config.json")))
-        weights = read_weights(weight_files(found))
-        size, element = _sizes(weights)
-        rows = config.output_size * config.hidden_size * element if config.head == "target" else 0
-        facts |= {
-            "cell": config.cell,
-            "head": config.head,
-            "residual_blocks": config.num_draft_layers,
-            "head_width": config.exit_dim,
-            "context_layers": list(config.context_layers),
-            "draft_vocabulary": config.output_size,
-            "weights_bytes": size,
-            "bytes_per_draft_step": size + rows,
-        }
-        check_compatible(config, cast(Decoder, target), found)
-        facts["fits"] = True
+        described = kind_of(found).describe(found)
+        size, element = _sizes(described.weights)
+        level, _ = _sizes(described.one_level)
+        facts |= described.facts
+        facts["draft_vocabulary"] = facts.get("draft_vocabulary") or vocabulary
+        if facts.get("head") == "target":
+            level += facts["draft_vocabulary"] * described.width * element
+        facts |= {"weights_bytes": size, "bytes_per_draft_step": level}
+        facts["problem"] = kept.problem(found, folder)
+        facts["fits"] = facts["problem"] is None
     except (DrafterError, ModelError) as error:
         facts["problem"] = str(error)
     return facts
@@ -192,12 +180,11 @@ def _drafter_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     if drafter is None:
         return [("drafter", remarks.no_drafter(facts["name"]))]
     rows = [("drafter", drafter["folder"]), ("from", drafter["origin"])]
-    if "cell" in drafter:
+    if drafter.get("base"):
+        rows.append(("made for", str(drafter["base"])))
+    if "architecture" in drafter:
         rows += [
-            (
-                "architecture",
-                f"{drafter['cell']} cell, {drafter['residual_blocks']} residual blocks",
-            ),
+            ("architecture", drafter["architecture"]),
             ("head", f"{drafter['head']}, {drafter['draft_vocabulary']:,} tokens"),
             ("reads", f"{_megabytes(drafter['bytes_per_draft_step'])} for each drafted level"),
         ]

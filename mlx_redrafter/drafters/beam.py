@@ -159,6 +159,8 @@ class SearchingCell(Cell, Protocol):
 
     features: tuple[int, ...]
 
+    def searched(self, depth: int) -> Cell: ...
+
 
 class BeamDrafter:
     """A drafter that searches with a cell of its own. It keeps nothing between steps but what it
@@ -171,9 +173,14 @@ class BeamDrafter:
         """(1, *): what it reads of the last position."""
         return read.of(self.features)
 
+    def searched(self: SearchingCell, depth: int) -> Cell:
+        """What a search of so many levels asks."""
+        return self
+
     def propose(self: SearchingCell, state: mx.array, ask: Ask) -> list[Candidates]:
         context = self.context(state)[0]
-        levels = search(self, context, ask.root, ask.shape, ask.draw)
+        cell = self.searched(ask.shape.depth)
+        levels = search(cell, context, ask.root, ask.shape, ask.draw)
         return levels[-1:] if ask.shape.one_path else levels
 
     def commit(self: SearchingCell, state: mx.array, done: Verified) -> mx.array:

@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_redrafter.drafters import files
 from mlx_redrafter.drafters.beam import BeamDrafter
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.models import Decoder
@@ -28,7 +29,6 @@ from mlx_redrafter.tree.nodes import integers
 CELLS = ("sum", "elman", "gru")
 HEADS = ("own", "target")
 STARTS = ("zero", "context")
-_MOST = 2**28  # a larger size is damage, and MLX cannot count so far
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class ReDrafterConfig:
         elif kind != "redrafter":
             raise DrafterError(
                 f"model_type {kind!r} is not a drafter: a ReDrafter folder has model_type "
-                "redrafter or recurrent_drafting_drafter (Apple's) in its config.json"
+                "redrafter or recurrent_drafting_drafter (Apple's) in its config.json; Medusa "
+                "heads and speculators are known by their tensors, and none are here"
             )
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in config.items() if k in known and v is not None}
@@ -87,15 +88,14 @@ class ReDrafterConfig:
         except TypeError as error:
             raise DrafterError(f"the drafter's config.json is incomplete: {error}") from None
         sizes = {
-            "hidden_size": (result.hidden_size, 1, _MOST),
-            "vocab_size": (result.vocab_size, 1, _MOST),
-            "exit_dim": (result.exit_dim, 1, _MOST),
-            "draft_vocab_size": (result.output_size, 1, _MOST),
-            "num_draft_layers": (result.num_draft_layers, 0, 1000),
+            "hidden_size": result.hidden_size,
+            "vocab_size": result.vocab_size,
+            "exit_dim": result.exit_dim,
+            "draft_vocab_size": result.output_size,
         }
-        for name, (value, least, most) in sizes.items():
-            if not isinstance(value, int) or not least <= value <= most:
-                raise DrafterError(f"the drafter's {name} {value!r} is an impossible size")
+        for name, value in sizes.items():
+            files.size(name, value)
+        files.size("num_draft_layers", result.num_draft_layers, 0, 1000)
         if result.cell not in CELLS or result.head not in HEADS:
             raise DrafterError(
                 f"the drafter's cell {result.cell!r} or head {result.head!r} is unknown: "
@@ -112,9 +112,9 @@ class ReDrafterConfig:
 class ResBlock(nn.Module):
     """x + silu(A x + a)."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, bias: bool = True) -> None:
         super().__init__()
-        self.linear = nn.Linear(size, size)
+        self.linear = nn.Linear(size, size, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         return x + nn.silu(self.linear(x))

@@ -29,7 +29,8 @@ from .weights import (
 
 Weights = dict[str, mx.array]
 
-_DROPPED = ("vision_tower.", "multi_modal_projector.", "vision_model.")
+_DROPPED = ("vision_tower.", "multi_modal_projector.", "vision_model.", "medusa_head.",
+            "medusa_heads.")  # fmt: skip
 # mode -> the only (bits, group size) it allows, which also identifies it.
 _FLOAT_MODES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
 
@@ -76,7 +77,8 @@ def read_model(folder: Path) -> tuple[Decoder, Weights]:
 
 
 def sanitize(weights: Mapping[str, mx.array]) -> Weights:
-    """Names as Decoder has them: the text half only, without precomputed rotary frequencies."""
+    """Names as Decoder has them: the text half only, without precomputed rotary frequencies and
+    heads that draft."""
     result = {}
     for name, value in weights.items():
         # Newer multimodal checkpoints put `model.` before `language_model.`, older ones after it.

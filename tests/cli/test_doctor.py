@@ -233,6 +233,9 @@ def test_info_says_whether_a_drafter_fits_and_why_not(
 ) -> None:
     import mlx.core as mx
 
+    from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
+    from mlx_redrafter.models.weights import parameters
+
     model, drafter = tmp_path / "model", tmp_path / "drafter"
     model.mkdir()
     drafter.mkdir()
@@ -246,11 +249,12 @@ def test_info_says_whether_a_drafter_fits_and_why_not(
         "rnn": True,
     }
     (drafter / "config.json").write_text(json.dumps(config))
-    mx.save_safetensors(str(drafter / "model.safetensors"), {"x": mx.zeros((10,))})
+    weights = parameters(ReDrafter(ReDrafterConfig.from_dict(config)))
+    mx.save_safetensors(str(drafter / "model.safetensors"), weights)
     facts = info.collect(str(model), str(drafter))["drafter"]
     assert facts["fits"] is fits
     assert facts["cell"] == "elman"
-    assert facts["bytes_per_draft_step"] == 40
+    assert facts["bytes_per_draft_step"] == sum(value.nbytes for value in weights.values())
     assert fits or "hidden size 64, but this model's is 128" in facts["problem"]
     result = CliRunner().invoke(cli.app, ["info", str(model), "-d", str(drafter)])
     assert result.exit_code == 0
