@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from mlx_redrafter.errors import ConvertError
@@ -13,7 +13,7 @@ from mlx_redrafter.models.weights import preview
 from .checkpoint import Checkpoint
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     """What can be read."""
 
     APPLE = "apple"

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -116,7 +116,7 @@ def conditions(model: Model, settings: Settings) -> dict[str, Any]:
         "model_name": model.name,
         **model.budget.conditions(),
         **machine("chip", "system", "python", "mlx_lm", "mlx_redrafter"),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_average": [round(x, 2) for x in os.getloadavg()],
         "text": settings.text.name if settings.text else MANUAL,
         "tokens_per_pass": whole.STEP,

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,6 @@ def conditions(
         "cores": os.cpu_count(),
         "prompt_file": file.name,
         "prompt_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **options,
     }
