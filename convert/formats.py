@@ -118,7 +118,8 @@ def _head(checkpoint: Checkpoint) -> Format | None:
     if kind == "mlp_speculator" or speculator.looks_so(names, config):
         return Format.SPECULATOR
     # A single head is named as TensorRT-LLM's ReDrafter may be.
-    alone = all(_HEAD.fullmatch(name) for name in names)
+    several = any(name.startswith("heads.1.") for name in medusa.renamed(names, config))
+    alone = not several and any((match := _HEAD.fullmatch(n)) and match[1] == "0" for n in names)
     return Format.MEDUSA if not alone and medusa.looks_so(names, config) else None
 
 

@@ -1,0 +1,45 @@
+"""The table of published drafters, and what is said of a model that has one."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlx_redrafter.cli import remarks
+from mlx_redrafter.drafters import published
+from mlx_redrafter.drafters.published import PUBLISHED, of_model
+
+LLAMA = "Snowflake/Arctic-LSTM-Speculator-Llama-3.1-8B-Instruct"
+
+
+def test_the_rows() -> None:
+    ids = [row.id for row in PUBLISHED]
+    assert len(ids) == len(set(ids))
+    for row in PUBLISHED:
+        assert row.kind in (published.MEDUSA, published.MLP, published.LSTM)
+        assert row.bases and all(name.count("/") == 1 for name in (row.id, *row.bases))
+        assert row.size >= 0 and row.licence and row.source
+        assert row in of_model(row.bases[0])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "meta-llama/Meta-Llama-3.1-8B-Instruct@main",
+        "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit",
+        "mlx-community/Llama-3.1-8B-Instruct-4bit-DWQ",
+        "/models/llama-3.1-8b-instruct-mlx-bf16/",
+    ],
+)
+def test_a_copy_of_the_model_counts(model: str) -> None:
+    assert [row.id for row in of_model(model)] == [LLAMA, "philschmid/llama-3-1-8b-instruct-medusa"]
+    text = remarks.no_drafter(model)
+    assert text.endswith(f"; published for this model: {LLAMA} (LSTM speculator)")
+
+
+@pytest.mark.parametrize(
+    "model", ["smollm2-135m", "meta-llama/Llama-3.1-8B", "org/Llama-3.1-8B-Instruct-code", "", "/"]
+)
+def test_other_models_have_none(model: str) -> None:
+    assert of_model(model) == []
+    assert remarks.no_drafter(model).endswith("--drafter FOLDER-OR-ID")
