@@ -1,7 +1,6 @@
 """Drafters that others have published, by the model that they are for; of the kinds run here.
 
-Sizes and file kinds are those of the model cards or follow from the shapes; a licence is named
-where it is known not to be simply the base model's.
+Sizes are those of the model cards or follow from the shapes of the weights.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ class Published(NamedTuple):
         kind: in words.
         bases: models that it was made for, the first one before all.
         size: in GB, 0 where it is not known.
-        licence: of the weights.
+        licence: of the weights; "" where it is not known.
         source: where these facts are from.
     """
 
@@ -34,33 +33,33 @@ class Published(NamedTuple):
 
 _BASES = "as the base model"
 _MEDUSA_README, _TGI, _VLLM = "Medusa's README", "documentation of TGI", "documentation of vLLM"
-_ARCTIC = "ArcticInference"
+_ARCTIC, _IBM = "ArcticInference", "model card"
 
 PUBLISHED: tuple[Published, ...] = (
     # The first of a base is the one that is recommended.
     Published(
-        "Snowflake/Arctic-LSTM-Speculator-Llama-3.1-8B-Instruct", LSTM,
-        ("meta-llama/Llama-3.1-8B-Instruct",), 2.37, _BASES, _ARCTIC,
+        "philschmid/llama-3-1-8b-instruct-medusa", MEDUSA,
+        ("meta-llama/Llama-3.1-8B-Instruct",), 0.1, "", "model card",
     ),
     Published(
-        "philschmid/llama-3-1-8b-instruct-medusa", MEDUSA,
-        ("meta-llama/Llama-3.1-8B-Instruct",), 0.1, _BASES, "model card",
+        "Snowflake/Arctic-LSTM-Speculator-Llama-3.1-8B-Instruct", LSTM,
+        ("meta-llama/Llama-3.1-8B-Instruct",), 2.37, "", _ARCTIC,
     ),
     Published(
         "Snowflake/Arctic-LSTM-Speculator-Llama-3.1-70B-Instruct", LSTM,
-        ("meta-llama/Llama-3.1-70B-Instruct",), 0, _BASES, _ARCTIC,
+        ("meta-llama/Llama-3.1-70B-Instruct",), 0, "", _ARCTIC,
     ),
     Published(
         "Snowflake/Arctic-LSTM-Speculator-Llama-3.3-70B-Instruct", LSTM,
-        ("meta-llama/Llama-3.3-70B-Instruct",), 0, _BASES, _ARCTIC,
+        ("meta-llama/Llama-3.3-70B-Instruct",), 0, "", _ARCTIC,
     ),
     Published(
         "Snowflake/Arctic-LSTM-Speculator-Qwen2.5-32B-Instruct", LSTM,
-        ("Qwen/Qwen2.5-32B-Instruct",), 0, _BASES, _ARCTIC,
+        ("Qwen/Qwen2.5-32B-Instruct",), 0, "", _ARCTIC,
     ),
     Published(
         "text-generation-inference/Mistral-7B-Instruct-v0.2-medusa", MEDUSA,
-        ("mistralai/Mistral-7B-Instruct-v0.2",), 0, _BASES, _TGI,
+        ("mistralai/Mistral-7B-Instruct-v0.2",), 0, "", _TGI,
     ),
     Published(
         "FasterDecoding/medusa-vicuna-7b-v1.3", MEDUSA,
@@ -76,23 +75,19 @@ PUBLISHED: tuple[Published, ...] = (
     ),
     Published(
         "ibm-ai-platform/llama3-8b-accelerator", MLP,
-        ("meta-llama/Meta-Llama-3-8B-Instruct",), 6.4, _BASES, _VLLM,
-    ),
-    Published(
-        "ibm-ai-platform/llama3-70b-accelerator", MLP,
-        ("meta-llama/Meta-Llama-3-70B-Instruct",), 0, _BASES, _VLLM,
+        ("meta-llama/Meta-Llama-3-8B-Instruct",), 6.4, "llama3", _IBM,
     ),
     Published(
         "ibm-granite/granite-3b-code-instruct-accelerator", MLP,
-        ("ibm-granite/granite-3b-code-instruct",), 0, _BASES, _VLLM,
+        ("ibm-granite/granite-3b-code-instruct",), 0, "", _VLLM,
     ),
     Published(
         "ibm-granite/granite-8b-code-instruct-accelerator", MLP,
-        ("ibm-granite/granite-8b-code-instruct",), 0, _BASES, _VLLM,
+        ("ibm-granite/granite-8b-code-instruct",), 0, "", _VLLM,
     ),
     Published(
         "ibm-granite/granite-7b-instruct-accelerator", MLP,
-        ("ibm-granite/granite-7b-instruct",), 0, _BASES, _VLLM,
+        ("ibm-granite/granite-7b-instruct",), 0, "", _VLLM,
     ),
 )  # fmt: skip
 
