@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import json
 
+import pytest
+from typer.testing import CliRunner
+
+from mlx_redrafter.cli import main as cli
 from mlx_redrafter.cli import remarks
 from mlx_redrafter.drafters import published
 from mlx_redrafter.drafters.published import PUBLISHED, of_model
@@ -46,3 +50,26 @@ def test_a_copy_of_the_model_counts(model: str) -> None:
 def test_other_models_have_none(model: str) -> None:
     assert of_model(model) == []
     assert remarks.no_drafter(model).endswith("--drafter FOLDER-OR-ID")
+
+
+def listed(*arguments: str) -> str:
+    result = CliRunner().invoke(cli.app, ["drafters", *arguments])
+    assert (result.exit_code, result.stderr) == (0, "")
+    return result.stdout
+
+
+def test_the_command_lists_them() -> None:
+    assert all(row.id in listed() and row.kind in listed() for row in PUBLISHED)
+    lines = listed("mlx-community/Llama-3.1-8B-Instruct-4bit").splitlines()
+    assert lines[0].split() == ["for", "drafter", "kind", "size", "licence", "facts", "from"]
+    found = [line.split()[:2] for line in lines[1:]]
+    assert found == [["meta-llama/Llama-3.1-8B-Instruct", name] for name in LLAMA]
+    rows = json.loads(listed("lmsys/vicuna-7b-v1.3", "--json"))["drafters"]
+    assert [(row["id"], row["kind"], row["size"], row["licence"]) for row in rows] == [
+        ("FasterDecoding/medusa-vicuna-7b-v1.3", "Medusa heads", 1.48, "as the base model")
+    ]
+
+
+def test_the_command_says_that_there_are_none() -> None:
+    assert listed("org/other").startswith("no published drafter for org/other is known here; ")
+    assert json.loads(listed("org/other", "--json")) == {"drafters": []}
