@@ -206,6 +206,7 @@ def _plan_drafter(checkpoint: Checkpoint, kind: Format, options: _Options) -> _J
 
 def _plan_head(checkpoint: Checkpoint, kind: Format, options: _Options) -> _Job:
     from . import drafters, heads
+    from .checkpoint import model_beside
 
     plan = heads.plan_head(checkpoint, kind)
     if options.bits and plan.quantization:
@@ -214,6 +215,8 @@ def _plan_head(checkpoint: Checkpoint, kind: Format, options: _Options) -> _Job:
         heads.check_fit(plan, _sizes_of(options.target), checkpoint.path)
     dtype = options.mlx_dtype or drafters.narrowed(plan.names, checkpoint)
     table = drafters.mappings(plan, checkpoint, options.bits, options.group_size)
+    if model_beside(checkpoint):
+        plan.notes.append("a model lies beside these heads; --format base converts that one")
 
     def write(folder: OutputFolder, progress: Progress) -> None:
         heads.write_head(

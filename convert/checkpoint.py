@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_redrafter.errors import ConvertError, ModelError
-from mlx_redrafter.models.files import SAFETENSORS, TORCH, files_of_kind, heads_among
+from mlx_redrafter.models.files import SAFETENSORS, TORCH, files_of_kind, heads_among, weights_among
 from mlx_redrafter.models.weights import read_json, two_models
 
 from .shards import GGUF, Shard, TensorInfo, kind_of, open_shard
@@ -105,6 +105,16 @@ def heads_files(path: Path) -> list[Path]:
     names = [file.name for file in path.iterdir()] if path.is_dir() else []
     kinds = (SAFETENSORS, *TORCH)
     return [path / name for name in heads_among(names, [kind.suffix for kind in kinds])]
+
+
+def model_beside(checkpoint: Checkpoint) -> bool:
+    """Do other weights lie in the folder than those that were opened? By the names alone."""
+    if checkpoint.path.is_file():
+        return False
+    names = [file.name for file in checkpoint.path.iterdir()]
+    found = [weights_among(names, kind, checkpoint.path) for kind in (SAFETENSORS, *TORCH)]
+    weights = next(filter(None, found), [])
+    return not {checkpoint.path / name for name in weights} & set(checkpoint.files)
 
 
 def weight_files(path: Path) -> list[Path]:

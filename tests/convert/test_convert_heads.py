@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tiny_heads import Weights, noise, said, write
 from typer.testing import CliRunner
 
 from mlx_redrafter.cli import main as cli
-from mlx_redrafter.convert import convert
+from mlx_redrafter.convert import card, convert
 from mlx_redrafter.drafters import loading
 from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.errors import ConvertError, DrafterError, OptionError
@@ -94,6 +95,11 @@ def ibm() -> Source:
     return config, weights, "model.safetensors"
 
 
+def untied() -> Source:
+    config, weights, file = ibm()
+    return config | {"tie_weights": False}, weights, file
+
+
 def arctic() -> Source:
     rng = np.random.default_rng(2)
     weights = {"forget_emb.0.weight": noise(rng, V, WIDTH)}
@@ -116,9 +122,9 @@ def arctic() -> Source:
 SOURCES: dict[str, Callable[[], Source]] = {
     f.__name__: f
     for f in (medusa_1, without_outputs, inside_a_model, tensorrt, vllm_shared, by_names, ibm,
-              arctic)
+              untied, arctic)
 }  # fmt: skip
-MEDUSA = [name for name in SOURCES if name not in ("ibm", "arctic")]
+MEDUSA = [name for name in SOURCES if name not in ("ibm", "untied", "arctic")]
 
 
 def written(folder: Path, name: str) -> Path:
@@ -169,6 +175,37 @@ def test_sixteen_bits_and_fewer(
             convert(out, tmp_path / "more", bits=4)
         assert convert(out, tmp_path / "copy").format
         tiny.assert_same_bits(tiny.read(tmp_path / "copy"), weights)
+
+
+def test_what_has_sixteen_bits_stays_as_it_is(tmp_path: Path) -> None:
+    config, weights, file = medusa_1()
+    halves = {name: value.astype(np.float16) for name, value in weights.items()}
+    summary = convert(write(tmp_path / "source", config, halves, file), tmp_path / "out")
+    found = tiny.read(tmp_path / "out")
+    tiny.assert_same_bits(
+        {row.source: found[row.target] for row in summary.mapping},
+        {name: mx.array(value) for name, value in halves.items()},
+    )
+    assert summary.notes == ["made for org/base"]
+    assert config_of(tmp_path / "out")["torch_dtype"] == "float16"
+
+
+def test_a_model_beside_the_heads_is_another_format(tmp_path: Path, target_folder: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(target_folder, source)
+    _, weights, file = medusa_1()
+    mx.save_safetensors(str(source / file), {n: mx.array(w) for n, w in weights.items()})
+    summary = convert(source, tmp_path / "out", dry_run=True)
+    assert summary.format.value == "medusa"
+    assert any("--format base converts that one" in note for note in summary.notes)
+    assert convert(source, tmp_path / "out", format="base", dry_run=True).format.value == "base"
+
+
+def test_the_card_names_the_kind(tmp_path: Path) -> None:
+    summary = convert(written(tmp_path / "source", "arctic"), tmp_path / "out")
+    text = card.render(summary, "me/drafter", "org/base")
+    assert "- speculative-decoding\n- speculator\n---" in text and "redrafter\n---" not in text
+    assert "mlx-redrafter chat --model org/base --drafter me/drafter" in text
 
 
 @pytest.mark.parametrize("file", ["medusa_lm_head.pt", "medusa_lm_head.bin"])
