@@ -14,7 +14,6 @@ or without), vLLM's, ModelOpt's, TensorRT-LLM's; with the base model's weights a
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,11 +235,12 @@ def looks_so(stored: Mapping[str, Any], raw: Mapping[str, Any]) -> bool:
 def _files(folder: Path) -> list[Path]:
     """The heads' own file where one lies beside a model's; otherwise the model is read."""
     found = sorted(folder.glob(f"{_FILE}*.safetensors"))
-    pickles = sorted(p.name for p in folder.glob(f"{_FILE}*") if p.suffix in PICKLES)
-    if pickles and not found and not list(folder.glob("*.safetensors")):
+    if not found and not list(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for p in folder.glob(f"{_FILE}*") if p.suffix in PICKLES)
+        what = f"is a PyTorch file ({pickles[0]})" if pickles else "has no *.safetensors file"
         raise DrafterError(
-            f"the drafter in {folder} is a PyTorch file ({pickles[0]}); make a drafter folder of "
-            f"it first: mlx-redrafter convert {shlex.quote(str(folder))} --out FOLDER"
+            f"the drafter in {folder} {what}; heads in PyTorch files become a drafter folder with "
+            "mlx-redrafter convert FOLDER-OR-ID --out FOLDER"
         )
     return found
 

@@ -444,3 +444,7 @@ def test_a_pickle_is_refused_by_name(target: Decoder, tmp_path: Path) -> None:
     (tmp_path / "medusa_lm_head.pt").write_bytes(b"PK")
     with pytest.raises(DrafterError, match=r"medusa_lm_head\.pt.*mlx-redrafter convert"):
         load_drafter(tmp_path, target)
+    (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 5}))
+    (tmp_path / "medusa_lm_head.pt").unlink()  # as what a hub id without safetensors leaves
+    with pytest.raises(DrafterError, match=r"no \*\.safetensors file; .*mlx-redrafter convert"):
+        load_drafter(tmp_path, target)
