@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_redrafter.errors import ConvertError, OptionError
 from mlx_redrafter.runtime.paths import user_path
@@ -54,6 +54,8 @@ class _Options:
             raise OptionError(f"--dtype {self.dtype!r} is unknown; needed: {', '.join(DTYPES)}")
         if self.bits and self.to != "mlx":
             raise OptionError(f"{self.to} has no quantised drafters; drop -q, or --to {self.to}")
+        if kind.is_head and self.to != "mlx":
+            raise OptionError(f"--to {self.to} is for ReDrafters, and this is a {kind.label}")
         if not kind.is_drafter and self.to != "mlx":
             raise OptionError(f"--to {self.to} is for drafters, and this is a {kind.label}")
         if not kind.is_drafter and self.target:
@@ -86,7 +88,8 @@ def convert(
     Args:
         source: folder, file or Hugging Face id of a drafter or a base model.
         out: the folder to make.
-        format: of the source: auto | apple | mlx | tensorrt-llm | modelopt | base | gguf.
+        format: of the source: auto | apple | mlx | tensorrt-llm | modelopt | medusa |
+            speculator | base | gguf.
         to: layout of the output: mlx | apple | tensorrt-llm (the last two for drafters).
         target: base model that a drafter must fit: folder, hub id or built-in name.
         bits: quantise to 4 or 8 bits, in groups of ``group_size``. None: no quantisation, but
@@ -141,14 +144,15 @@ class _Job:
 def _plan(path: Path, format: str, options: _Options) -> _Job:
     from mlx_redrafter.models.weights import preview
 
-    from .checkpoint import open_checkpoint, weight_files
+    from .checkpoint import heads_files, open_checkpoint, weight_files
     from .formats import Format, recognise
     from .shards import GGUF, kind_of
 
     if format != "auto" and format not in [kind.value for kind in Format]:
         known = ", ".join(kind.value for kind in Format)
         raise OptionError(f"--format {format!r} is unknown; needed: auto, {known}")
-    files = weight_files(path)
+    heads = heads_files(path) if format in ("auto", Format.MEDUSA.value) else []
+    files = heads or weight_files(path)
     found_gguf = any(kind_of(file) == GGUF for file in files)
     if found_gguf or format == Format.GGUF.value:
         if len(files) > 1 and found_gguf:
@@ -159,9 +163,11 @@ def _plan(path: Path, format: str, options: _Options) -> _Job:
         if format not in ("auto", Format.GGUF.value):
             raise ConvertError(f"{path} is a GGUF file; drop --format {format}")
         return _plan_gguf(files[0], options)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, heads)
     kind = recognise(checkpoint) if format == "auto" else Format(format)
     options.check(kind)
+    if kind.is_head:
+        return _plan_head(checkpoint, kind, options)
     return (
         _plan_drafter(checkpoint, kind, options)
         if kind.is_drafter
@@ -198,6 +204,29 @@ def _plan_drafter(checkpoint: Checkpoint, kind: Format, options: _Options) -> _J
     return _Job(kind, table, notes, write)
 
 
+def _plan_head(checkpoint: Checkpoint, kind: Format, options: _Options) -> _Job:
+    from . import drafters, heads
+    from .checkpoint import model_beside
+
+    plan = heads.plan_head(checkpoint, kind)
+    if options.bits and plan.quantization:
+        raise OptionError(f"{checkpoint.path} is quantised already; drop -q")
+    if options.target:
+        heads.check_fit(plan, _sizes_of(options.target), checkpoint.path)
+    dtype = options.mlx_dtype or drafters.narrowed(plan.names, checkpoint)
+    table = drafters.mappings(plan, checkpoint, options.bits, options.group_size)
+    if model_beside(checkpoint):
+        plan.notes.append("a model lies beside these heads; --format base converts that one")
+
+    def write(folder: OutputFolder, progress: Progress) -> None:
+        heads.write_head(
+            plan, checkpoint, folder, bits=options.bits, group_size=options.group_size,
+            dtype=dtype, progress=progress,
+        )  # fmt: skip
+
+    return _Job(kind, table, plan.notes, write)
+
+
 def _plan_base(checkpoint: Checkpoint, options: _Options) -> _Job:
     from .base import convert_base, plan_base
     from .formats import Format
@@ -231,14 +260,20 @@ def _locate(source: str) -> Path:
 
 
 def _check_fit(config: object, target: str, path: Path) -> None:
-    from types import SimpleNamespace
-    from typing import Any, cast
+    from typing import cast
 
     from mlx_redrafter.drafters.loading import check_compatible
+
+    check_compatible(cast(Any, config), _sizes_of(target), path)
+
+
+def _sizes_of(target: str) -> Any:
+    """What a check asks of a target: its configuration alone."""
+    from types import SimpleNamespace
+
     from mlx_redrafter.hub import resolve
     from mlx_redrafter.models.families import decoder_config
     from mlx_redrafter.models.weights import read_json
 
     raw = read_json(resolve(target) / "config.json")
-    given: Any = SimpleNamespace(config=decoder_config(raw))
-    check_compatible(cast(Any, config), given, path)
+    return SimpleNamespace(config=decoder_config(raw))

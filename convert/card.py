@@ -41,7 +41,8 @@ def render(summary: Summary, repo: str, target: str | None) -> str:
         lines.append(f"base_model: {base}")
     lines += ["tags:", "- mlx", "- mlx-redrafter"]
     if summary.format.is_drafter:
-        lines += ["- speculative-decoding", "- redrafter"]
+        kind = summary.format.value if summary.format.is_head else "redrafter"
+        lines += ["- speculative-decoding", f"- {kind}"]
     lines += ["---", "", f"# {repo}", ""]
     lines.append(
         f"Converted by mlx-redrafter from {_last(summary.source)} ({summary.format.label}) to "

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_redrafter.errors import ConvertError, ModelError
-from mlx_redrafter.models.files import SAFETENSORS, TORCH, files_of_kind
+from mlx_redrafter.models.files import SAFETENSORS, TORCH, files_of_kind, heads_among, weights_among
 from mlx_redrafter.models.weights import read_json, two_models
 
 from .shards import GGUF, Shard, TensorInfo, kind_of, open_shard
@@ -76,14 +76,18 @@ class Checkpoint:
         return self._open[1]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, files: list[Path] | None = None) -> Checkpoint:
     """The checkpoint in a folder or a file. Headers are read and checked, no data.
+
+    Args:
+        path: the folder or the file.
+        files: those of its weights that are meant, if not all.
 
     Raises:
         ConvertError: nothing there, a missing, truncated or foreign file, a pickle that is more
             than tensors, an index that leads out of the folder.
     """
-    files = weight_files(path)
+    files = files or weight_files(path)
     folder = path if path.is_dir() else path.parent
     if any(kind_of(file) == GGUF for file in files):
         raise ConvertError(f"{path} is a GGUF file, which cannot be mixed with other files")
@@ -94,6 +98,23 @@ def open_checkpoint(path: Path) -> Checkpoint:
         except ModelError as error:
             raise ConvertError(str(error)) from None
     return Checkpoint(path, folder, config, files)
+
+
+def heads_files(path: Path) -> list[Path]:
+    """Medusa heads in files of their own in a folder, beside a model's or not."""
+    names = [file.name for file in path.iterdir()] if path.is_dir() else []
+    kinds = (SAFETENSORS, *TORCH)
+    return [path / name for name in heads_among(names, [kind.suffix for kind in kinds])]
+
+
+def model_beside(checkpoint: Checkpoint) -> bool:
+    """Do other weights lie in the folder than those that were opened? By the names alone."""
+    if checkpoint.path.is_file():
+        return False
+    names = [file.name for file in checkpoint.path.iterdir()]
+    found = [weights_among(names, kind, checkpoint.path) for kind in (SAFETENSORS, *TORCH)]
+    weights = next(filter(None, found), [])
+    return not {checkpoint.path / name for name in weights} & set(checkpoint.files)
 
 
 def weight_files(path: Path) -> list[Path]:

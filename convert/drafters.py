@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +25,16 @@ _UNUSED = "emb_norm.weight"
 _ALIASES = ((r"(?:lm_heads|0)\.(\d+\..*)", r"lm_head.\1"), (r"input_projs\.(.*)", r"input_proj.\1"))
 _INSIDE = "drafter."
 _SIZES = ("hidden_size", "vocab_size", "exit_dim")
+
+
+class Plan(Protocol):
+    """What is known of every kind of drafter."""
+
+    @property
+    def names(self) -> dict[str, str]: ...
+
+    @property
+    def dropped(self) -> list[Mapping]: ...
 
 
 @dataclass(frozen=True)
@@ -184,7 +194,7 @@ def check_layout(plan: DrafterPlan, kind: Format) -> None:
 
 
 def mappings(
-    plan: DrafterPlan, checkpoint: Checkpoint, bits: int | None = None, group_size: int = 64
+    plan: Plan, checkpoint: Checkpoint, bits: int | None = None, group_size: int = 64
 ) -> list[Mapping]:
     """The plan as a table; bits and group size are those of a quantisation on the way."""
     table = []
@@ -211,13 +221,39 @@ def write_drafter(
 
     TensorRT-LLM reads exactly one file of that name, so a drafter is never split.
     """
+    if bits and dtype is None:
+        dtype = narrowed(plan.names, checkpoint)
     # Apple's transformers refuse a file that does not say which framework wrote it.
-    writer = ShardWriter(out, None, {"format": "mlx" if to is Format.MLX else "pt"})
+    framework = "mlx" if to is Format.MLX else "pt"
+    kind = write_tensors(
+        plan.names, checkpoint, out, framework=framework, bits=bits, group_size=group_size,
+        dtype=dtype, progress=progress,
+    )  # fmt: skip
+    made = {"group_size": group_size, "bits": bits} if bits else plan.quantization
+    out.write_json("config.json", _config(plan, to, made, kind))
+
+
+def narrowed(names: dict[str, str], checkpoint: Checkpoint) -> mx.Dtype | None:
+    """The 16-bit type that float32 becomes, if some is stored."""
+    stored = {checkpoint.dtype(theirs) for theirs in names.values()}
+    return sixteen_bits(stored) if mx.float32 in stored else None
+
+
+def write_tensors(
+    names: dict[str, str],
+    checkpoint: Checkpoint,
+    out: OutputFolder,
+    *,
+    framework: str = "mlx",
+    bits: int | None = None,
+    group_size: int = 64,
+    dtype: mx.Dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> str | None:
+    """One model.safetensors of our names -> theirs; the type of its numbers, if they have one."""
+    writer = ShardWriter(out, None, {"format": framework})
     kinds = set()
-    stored = {checkpoint.dtype(theirs) for theirs in plan.names.values()}
-    if bits and dtype is None and mx.float32 in stored:
-        dtype = sixteen_bits(stored)
-    for done, (ours, theirs) in enumerate(plan.names.items()):
+    for done, (ours, theirs) in enumerate(names.items()):
         value = _cast(checkpoint.load(theirs), dtype)
         if mx.issubdtype(value.dtype, mx.floating):
             kinds.add(_name(value.dtype))
@@ -236,11 +272,9 @@ def write_drafter(
             writer.add(ours, value)
         del value
         if progress:
-            progress(done + 1, len(plan.names))
+            progress(done + 1, len(names))
     writer.close()
-    made = {"group_size": group_size, "bits": bits} if bits else plan.quantization
-    kind = kinds.pop() if len(kinds) == 1 else None
-    out.write_json("config.json", _config(plan, to, made, kind))
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def _config(
@@ -278,7 +312,7 @@ def _quantise(drafter: ReDrafter, block: dict[str, Any], paths: Collection[str])
 
 
 def _is_packed(shape: tuple[int, ...], group_size: int) -> bool:
-    """Matrices are packed where their rows are whole groups; a ReDrafter's are all Linear's."""
+    """Matrices are packed where their rows are whole groups: all are of layers that can be."""
     return len(shape) == 2 and shape[1] % group_size == 0
 
 

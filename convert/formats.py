@@ -6,8 +6,10 @@ import re
 from enum import StrEnum
 from typing import Any
 
+from mlx_redrafter.drafters import medusa, speculator
 from mlx_redrafter.errors import ConvertError
 from mlx_redrafter.models import SUPPORTED
+from mlx_redrafter.models.files import HEADS
 from mlx_redrafter.models.weights import preview
 
 from .checkpoint import Checkpoint
@@ -20,12 +22,19 @@ class Format(StrEnum):
     MLX = "mlx"
     TENSORRT_LLM = "tensorrt-llm"
     MODELOPT = "modelopt"
+    MEDUSA = "medusa"
+    SPECULATOR = "speculator"
     BASE = "base"
     GGUF = "gguf"
 
     @property
     def is_drafter(self) -> bool:
         return self not in (Format.BASE, Format.GGUF)
+
+    @property
+    def is_head(self) -> bool:
+        """A drafter of another kind than ReDrafter."""
+        return self in (Format.MEDUSA, Format.SPECULATOR)
 
     @property
     def label(self) -> str:
@@ -37,21 +46,19 @@ _TITLES = {
     Format.MLX: "ReDrafter of mlx-redrafter",
     Format.TENSORRT_LLM: "ReDrafter for TensorRT-LLM",
     Format.MODELOPT: "ReDrafter of NVIDIA ModelOpt, inside its base model",
+    Format.MEDUSA: "set of Medusa heads",
+    Format.SPECULATOR: "speculator",
     Format.BASE: "base model",
     Format.GGUF: "base model in GGUF",
 }
 
-# A tensor name (or a key of config.json) -> what has it. None of these is a ReDrafter: other
-# functions of other inputs, which no renaming turns into one.
+# A tensor name (or a key of config.json) -> what has it. None of these is a drafter that is read
+# here: other functions of other inputs, which no renaming turns into one.
 _LOOK_ALIKES = (
     (
         r"(.*\.)?(gru|token_embed)\..*",
         "a GRU drafter with an embedding of its own: it computes something else than ReDrafter's "
         "cell on the target's embedding",
-    ),
-    (
-        r"medusa_num_heads|blocks\.\d+\.layers\..*|[1-9]\d*\.\d+\.linear\..*",
-        "a set of Medusa heads",
     ),
     (r"hydra_\w+(\..*)?", "a set of Hydra heads"),
     (r"fc\.weight|midlayer\..*|d2t", "an EAGLE drafter"),
@@ -76,6 +83,8 @@ def recognise(checkpoint: Checkpoint) -> Format:
     if kind == "redrafter":
         return Format.MLX
     _refuse_look_alikes(checkpoint)
+    if head := _head(checkpoint):
+        return head
     if kind in SUPPORTED and not any(name.startswith("drafter.") for name in names):
         return Format.BASE
     if any(name.startswith("drafter.lm_head.") for name in names):
@@ -86,7 +95,7 @@ def recognise(checkpoint: Checkpoint) -> Format:
             raise ConvertError(
                 f"{checkpoint.path} cannot be told from a Medusa head: nothing in it is "
                 "ReDrafter's alone; put a config.json with hidden_size and exit_dim beside it, or "
-                "give --format tensorrt-llm"
+                "give --format tensorrt-llm or medusa"
             )
         return Format.TENSORRT_LLM
     if heads:
@@ -94,8 +103,24 @@ def recognise(checkpoint: Checkpoint) -> Format:
     raise ConvertError(
         f"{checkpoint.path} is in no format that is read here: model_type "
         f"{kind or '(none)'}, tensors {preview(names, 3)}; needed: a ReDrafter of Apple, "
-        f"TensorRT-LLM or ModelOpt, or a base model of type {', '.join(SUPPORTED)}"
+        f"TensorRT-LLM or ModelOpt, Medusa heads, a speculator, or a base model of type "
+        f"{', '.join(SUPPORTED)}"
     )
+
+
+def _head(checkpoint: Checkpoint) -> Format | None:
+    """Medusa heads or a speculator, by what config.json says, else by the names."""
+    config, names = checkpoint.config, dict.fromkeys(checkpoint.names())
+    kind = config.get("model_type")
+    own_file = any(file.name.startswith(HEADS.stem) for file in checkpoint.files)
+    if kind == "medusa" or own_file or medusa.says_so(config):
+        return Format.MEDUSA
+    if kind == "mlp_speculator" or speculator.looks_so(names, config):
+        return Format.SPECULATOR
+    # A single head is named as TensorRT-LLM's ReDrafter may be.
+    several = any(name.startswith("heads.1.") for name in medusa.renamed(names, config))
+    alone = not several and any((match := _HEAD.fullmatch(n)) and match[1] == "0" for n in names)
+    return Format.MEDUSA if not alone and medusa.looks_so(names, config) else None
 
 
 def _says_redrafter(names: list[str], config: dict[str, Any]) -> bool:

@@ -35,10 +35,13 @@ def command(
     out: Annotated[Path, typer.Option("--out", "-o", callback=expanded, help="Folder to create.")],
     format: Annotated[
         str,
-        typer.Option(help="Format of SRC: auto, apple, mlx, tensorrt-llm, modelopt, base or gguf."),
+        typer.Option(
+            help="Format of SRC: auto, apple, mlx, tensorrt-llm, modelopt, medusa, speculator, "
+            "base or gguf."
+        ),
     ] = "auto",
     to: Annotated[
-        str, typer.Option(help="Format to write: mlx; for a drafter also apple or tensorrt-llm.")
+        str, typer.Option(help="Format to write: mlx; for a ReDrafter also apple or tensorrt-llm.")
     ] = "mlx",
     target: Annotated[
         str | None, typer.Option(help="Model that the drafter is for, to check that they fit.")

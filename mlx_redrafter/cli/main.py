@@ -30,6 +30,7 @@ class Commands(Group):
         "demo": Entry(USE, "Compare text and speed with and without drafting, on three tasks."),
         "race": Entry(USE, "Watch plain and drafted decoding side by side.", "race.command"),
         "info": Entry(USE, "Show a model, its drafter, and the memory they need."),
+        "drafters": Entry(USE, "List published drafters, all or those for a model."),
         "train": Entry(PREPARE, "Train a drafter for any model, on this machine."),
         "convert": Entry(PREPARE, "Convert a model or a drafter: PyTorch, GGUF, TensorRT-LLM."),
         "doctor": Entry(PREPARE, "Test the installation, and a model on it."),

@@ -37,9 +37,14 @@ def drafter_name(folder: Path | None) -> str | None:
 
 def no_drafter(model: str) -> str:
     """What to say once of a model for which no trained drafter was found."""
+    from mlx_redrafter.drafters import published
+
+    known = published.of_model(model)
+    others = f"; published for this model: {known[0].id} ({known[0].kind})" if known else ""
     return (
         f"no trained drafter for {model} was found, so drafts come from the text itself; to train "
         f"one: mlx-redrafter train -m {shlex.quote(model)}, to use one: --drafter FOLDER-OR-ID"
+        f"{others}"
     )
 
 

@@ -27,6 +27,7 @@ from mlx_redrafter.drafters.levels import LevelDrafter
 from mlx_redrafter.drafters.recurrent import ResBlock
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.models import Decoder
+from mlx_redrafter.models.files import HEADS
 from mlx_redrafter.models.weights import Shape
 from mlx_redrafter.tree.nodes import integers
 
@@ -47,7 +48,8 @@ _NAMES = [
         (r"token_map|draft_vocab", files.VOCABULARY),
     )
 ]
-_FILE = "medusa_lm_head"
+_FILE = HEADS.stem
+PICKLES = (".pt", ".bin", ".pth")
 _COUNTS = ("medusa_num_heads", "num_medusa_heads")
 
 
@@ -212,30 +214,38 @@ def _target_logits(target: Decoder, drafted: mx.array | None) -> Any:
 
 def is_one(folder: Path, raw: Mapping[str, Any]) -> bool:
     """Do a folder's configuration or the names of its tensors say that it holds Medusa heads?"""
-    if isinstance(raw.get("medusa"), dict) or any(raw.get(key) for key in _COUNTS):
-        return True
-    if any(folder.glob(f"{_FILE}*")):
+    if says_so(raw) or any(folder.glob(f"{_FILE}*")):
         return True
     try:
-        names = _renamed(files.stored_shapes(folder), raw)
-        return any(name.startswith("heads.0.blocks.0.") for name in names)
+        return looks_so(files.stored_shapes(folder), raw)
     except DrafterError:
         return False
+
+
+def says_so(raw: Mapping[str, Any]) -> bool:
+    """Does a configuration tell of Medusa heads?"""
+    return isinstance(raw.get("medusa"), dict) or any(raw.get(key) for key in _COUNTS)
+
+
+def looks_so(stored: Mapping[str, Any], raw: Mapping[str, Any]) -> bool:
+    """Are tensors named as those of Medusa heads are?"""
+    return any(name.startswith("heads.0.blocks.0.") for name in renamed(stored, raw))
 
 
 def _files(folder: Path) -> list[Path]:
     """The heads' own file where one lies beside a model's; otherwise the model is read."""
     found = sorted(folder.glob(f"{_FILE}*.safetensors"))
-    pickles = sorted(path.name for path in folder.glob(f"{_FILE}*.pt"))
-    if pickles and not found and not list(folder.glob("*.safetensors")):
+    if not found and not list(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for p in folder.glob(f"{_FILE}*") if p.suffix in PICKLES)
+        what = f"is a PyTorch file ({pickles[0]})" if pickles else "has no *.safetensors file"
         raise DrafterError(
-            f"the drafter in {folder} is a PyTorch file ({pickles[0]}), which is not read here: "
-            f"needed is {_FILE}.safetensors"
+            f"the drafter in {folder} {what}; heads in PyTorch files become a drafter folder with "
+            "mlx-redrafter convert FOLDER-OR-ID --out FOLDER"
         )
     return found
 
 
-def _renamed(stored: Mapping[str, T], raw: Mapping[str, Any]) -> dict[str, T]:
+def renamed(stored: Mapping[str, T], raw: Mapping[str, Any]) -> dict[str, T]:
     """Canonical names -> tensors. What is the base model's is left out; what only looks like a
     head's keeps its name, and no head has it."""
     inside = any(_WRAPPER.match(name) for name in stored)
@@ -245,10 +255,10 @@ def _renamed(stored: Mapping[str, T], raw: Mapping[str, Any]) -> dict[str, T]:
         inner = name[wrapper.end() :] if wrapper else name
         if inside and not wrapper and inner not in ("token_map", files.VOCABULARY):
             continue
-        renamed = _canonical(inner)
-        if renamed is not None and renamed not in result:
-            result[renamed] = value
-        elif renamed is not None or wrapper or inner[:1].isdigit():
+        known = _canonical(inner)
+        if known is not None and known not in result:
+            result[known] = value
+        elif known is not None or wrapper or inner[:1].isdigit():
             result[name] = value
     outputs = {name for name in result if ".out." in name}
     shared = {name for name in result if name.startswith("shared.")}
@@ -294,7 +304,7 @@ def load(folder: Path, target: Decoder) -> Medusa:
         DrafterError: missing or broken files, or heads for another model.
     """
     raw = files.raw_config(folder)
-    weights = _renamed(files.stored_weights(folder, _files(folder)), raw)
+    weights = renamed(files.stored_weights(folder, _files(folder)), raw)
     given = {name: tuple(value.shape) for name, value in weights.items()}
     module = files.quantised(Medusa(_config(folder, raw, given, target)), raw, given, folder)
     return files.fill(module, weights, raw, target, folder, KIND).bind(target)
@@ -303,7 +313,7 @@ def load(folder: Path, target: Decoder) -> Medusa:
 def check(folder: Path, target: Decoder) -> None:
     """Configuration, names and shapes. Raises DrafterError."""
     raw = files.raw_config(folder)
-    given = _renamed(files.stored_shapes(folder, _files(folder)), raw)
+    given = renamed(files.stored_shapes(folder, _files(folder)), raw)
     module = files.quantised(Medusa(_config(folder, raw, given, target)), raw, given, folder)
     files.check_tensors(module, given, folder, KIND)
 
@@ -311,7 +321,7 @@ def check(folder: Path, target: Decoder) -> None:
 def describe(folder: Path) -> files.Description:
     """What the files say of the heads. Raises DrafterError."""
     raw = files.raw_config(folder)
-    weights = _renamed(files.stored_weights(folder, _files(folder)), raw)
+    weights = renamed(files.stored_weights(folder, _files(folder)), raw)
     given = {name: tuple(value.shape) for name, value in weights.items()}
     config = MedusaConfig.of(raw, given, folder)
     one = {n: v for n, v in weights.items() if n.startswith(("heads.0.", "shared."))}

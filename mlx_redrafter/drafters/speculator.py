@@ -218,13 +218,18 @@ class Speculator(nn.Module, LevelDrafter):
 def is_one(folder: Path, raw: Mapping[str, Any]) -> bool:
     """Do the names of a folder's tensors say that it holds a speculator?"""
     try:
-        names = set(_renamed(files.stored_shapes(folder), raw))
+        return looks_so(files.stored_shapes(folder), raw)
     except DrafterError:
         return False
-    return "forget_proj.0.weight" in names or {"emb.0.weight", "proj.0.weight"} <= names
 
 
-def _renamed(stored: Mapping[str, T], raw: Mapping[str, Any]) -> dict[str, T]:
+def looks_so(stored: Mapping[str, Any], raw: Mapping[str, Any]) -> bool:
+    """Are tensors named as a speculator's are?"""
+    names = renamed(stored, raw)
+    return "forget_proj.0.weight" in names or {"emb.0.weight", "proj.0.weight"} <= names.keys()
+
+
+def renamed(stored: Mapping[str, T], raw: Mapping[str, Any]) -> dict[str, T]:
     """Canonical names -> tensors; without the copies of what levels or gates share."""
     result: dict[str, T] = {}
     tied = raw.get("tie_weights", False)
@@ -260,7 +265,7 @@ def load(folder: Path, target: Decoder) -> Speculator:
         DrafterError: missing or broken files, or a speculator for another model.
     """
     raw = files.raw_config(folder)
-    weights = _renamed(files.stored_weights(folder), raw)
+    weights = renamed(files.stored_weights(folder), raw)
     given = {name: tuple(value.shape) for name, value in weights.items()}
     module = _module(folder, raw, given, target)
     return files.fill(module, weights, raw, target, folder, KIND).bind(target)
@@ -269,14 +274,14 @@ def load(folder: Path, target: Decoder) -> Speculator:
 def check(folder: Path, target: Decoder) -> None:
     """Configuration, names and shapes. Raises DrafterError."""
     raw = files.raw_config(folder)
-    given = _renamed(files.stored_shapes(folder), raw)
+    given = renamed(files.stored_shapes(folder), raw)
     files.check_tensors(_module(folder, raw, given, target), given, folder, KIND)
 
 
 def describe(folder: Path) -> files.Description:
     """What the files say of a speculator. Raises DrafterError."""
     raw = files.raw_config(folder)
-    weights = _renamed(files.stored_weights(folder), raw)
+    weights = renamed(files.stored_weights(folder), raw)
     given = {name: tuple(value.shape) for name, value in weights.items()}
     config = SpeculatorConfig.of(raw, given, folder)
     later = 1 if config.tied or config.trained == 1 else 0

@@ -148,12 +148,14 @@ def _wanted(files: Sequence[str], also: Sequence[str], folder: Path) -> list[str
 
 
 def _weights(names: Sequence[str], also: Sequence[str], folder: Path) -> list[str]:
-    from mlx_redrafter.models.files import SAFETENSORS, TORCH, weights_among
+    """The weights of a model, and Medusa heads in a file of their own."""
+    from mlx_redrafter.models.files import SAFETENSORS, TORCH, heads_among, weights_among
 
     kinds = [k for k in TORCH if any(fnmatch(k.stem + k.suffix, pattern) for pattern in also)]
     names = [name for name in names if "/" not in name]
     found = (weights_among(names, kind, folder) for kind in (SAFETENSORS, *kinds))
-    return next(filter(None, found), [])
+    heads = heads_among(names, [kind.suffix for kind in (SAFETENSORS, *kinds)])
+    return list(dict.fromkeys([*next(filter(None, found), []), *heads]))
 
 
 def _download_message(error: Exception, repo: str, revision: str | None) -> str:

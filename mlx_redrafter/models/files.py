@@ -34,6 +34,8 @@ class Kind(NamedTuple):
 
 SAFETENSORS = Kind(".safetensors", "model")
 TORCH = (Kind(".bin", "pytorch_model"), Kind(".pt", "model"), Kind(".pth", "model"))
+HEADS = Kind(".safetensors", "medusa_lm_head")
+"""Medusa heads in a file of their own, which may lie beside their base model's."""
 
 
 class _Group(NamedTuple):
@@ -65,6 +67,14 @@ def weights_among(names: Collection[str], kind: Kind, folder: Path) -> list[str]
     parts = [group for group in kept if group.stem == kind.stem and group.total]
     double = (whole + parts)[1:]
     return sorted(name for group in kept if group not in double for name in groups[group])
+
+
+def heads_among(names: Collection[str], suffixes: Collection[str]) -> list[str]:
+    """Medusa heads' own files among the files of a folder, with the first suffix that has any."""
+    for suffix in suffixes:
+        if found := sorted(n for n in names if n.startswith(HEADS.stem) and n.endswith(suffix)):
+            return found
+    return []
 
 
 def weight_files(folder: Path) -> list[Path]:

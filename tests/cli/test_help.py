@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 import mlx_redrafter
 from mlx_redrafter.cli import main as cli
 
-VISIBLE = ("chat", "generate", "demo", "race", "info", "train", "convert", "doctor", "bench")
+VISIBLE = (
+    "chat", "generate", "demo", "race", "info", "drafters", "train", "convert", "doctor", "bench",
+)  # fmt: skip
 MEASUREMENTS = (
     "speed", "acceptance", "budget", "prefill", "patterns", "needles", "exactness", "counts",
 )  # fmt: skip

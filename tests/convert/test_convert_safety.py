@@ -234,11 +234,6 @@ LOOK_ALIKES = {
         "is not a ReDrafter but a GRU drafter with an embedding of its own",
     ),
     "gru-inside": (["model.gru.weight_ih_l0", "lm_head.0.weight"], {}, "a GRU drafter"),
-    "medusa": (
-        ["0.0.linear.weight", "0.1.weight", "1.0.linear.weight", "1.1.weight"],
-        {"medusa_num_heads": 2},
-        "is not a ReDrafter but a set of Medusa heads: it holds 1.0.linear.weight",
-    ),
     "hydra": (["hydra_mlp.0.0.linear.weight"], {}, "a set of Hydra heads"),
     "eagle": (
         ["fc.weight", "layers.0.mlp.up_proj.weight"],

@@ -442,5 +442,9 @@ def test_what_can_be_wrong_with_a_folder(target: Decoder, tmp_path: Path, case: 
 def test_a_pickle_is_refused_by_name(target: Decoder, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({}))
     (tmp_path / "medusa_lm_head.pt").write_bytes(b"PK")
-    with pytest.raises(DrafterError, match=r"medusa_lm_head\.pt.*needed is medusa_lm_head"):
+    with pytest.raises(DrafterError, match=r"medusa_lm_head\.pt.*mlx-redrafter convert"):
+        load_drafter(tmp_path, target)
+    (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 5}))
+    (tmp_path / "medusa_lm_head.pt").unlink()  # as what a hub id without safetensors leaves
+    with pytest.raises(DrafterError, match=r"no \*\.safetensors file; .*mlx-redrafter convert"):
         load_drafter(tmp_path, target)

@@ -141,6 +141,11 @@ def test_a_hub_id_becomes_a_snapshot(monkeypatch, tmp_path, name, revision, aske
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 REPOSITORIES = {
+    "Medusa heads beside a model": ([*SHARDS, "medusa_lm_head.safetensors", "medusa_lm_head.pt"],
+        [*SHARDS, "medusa_lm_head.safetensors"]),
+    "only a pickle of Medusa heads": (["medusa_lm_head.pt"], ["medusa_lm_head.pt"]),
+    "a pickle of Medusa heads beside a model": ([*SHARDS, "medusa_lm_head.bin"],
+        [*SHARDS, "medusa_lm_head.bin"]),
     "consolidated": ([*SHARDS, "consolidated.safetensors", "consolidated.00.pth"], SHARDS),
     "in folders": (["model.safetensors", "original/model.safetensors", "fp16/model.safetensors"],
         ["model.safetensors"]),
