@@ -14,6 +14,7 @@ LINES = {
     "generate": f"generate hi -m model -d drafter {FEW}",
     "chat": f"chat -m model -d drafter {FEW}",
     "info": "info model -d drafter",
+    "drafters": "drafters model",
     "doctor": "doctor -m nowhere",  # a whole examination takes seconds
     "demo": f"demo hi -m model -d drafter {FEW}",
     "race": f"race hi -m model -d drafter {FEW}",
