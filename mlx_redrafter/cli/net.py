@@ -75,6 +75,7 @@ class _Net:
         """Run, and leave with an exit code; under ``--debug`` an error is raised instead."""
         context = contextvars.copy_context()
         run: Callable[..., Any] = super().main  # type: ignore[misc]
+        modes.drop_unknown_size()
         with modes.kept():
             try:
                 found = context.run(run, *given, **{**more, "standalone_mode": False})

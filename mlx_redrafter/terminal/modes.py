@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,6 +20,14 @@ except ImportError:  # no such terminals here
 ENDING = ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGVTALRM",
           "SIGPROF")  # fmt: skip
 _ECHO = 3  # where termios keeps it among a terminal's modes
+
+
+def drop_unknown_size() -> None:
+    """Take a COLUMNS or LINES that is no size out of the environment: at 0 columns, as a terminal
+    without a size has them, rich prints nothing, errors included."""
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch("[1-9][0-9]{0,4}", os.environ.get(name, "1")):
+            del os.environ[name]
 
 
 def modes() -> list[Any] | None:

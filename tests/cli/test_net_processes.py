@@ -54,6 +54,12 @@ def shell(line: str, **env: str) -> tuple[int, bytes, bytes]:
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("size", ["0", "00", "", "-1", "x", "\u00b2", "9" * 5000])
+def test_a_screen_without_a_size_shows_every_line(size: str) -> None:
+    code, out, err = shell("{} say hello", COLUMNS=size, LINES=size)
+    assert (code, out, err) == (0, b"hello\n", b"noted: hello\n")
+
+
 LOST = "error: standard output cannot be written: "
 
 
