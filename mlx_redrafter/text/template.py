@@ -147,7 +147,10 @@ def _written(
     options = {**_chosen(tokenizer, given), "add_generation_prompt": True, **given}
     options["tokenize"] = tokenize
     try:
-        return _apply(tokenizer, plain, options)
+        written = _apply(tokenizer, plain, options)
+        if isinstance(written, str):
+            written.encode()  # half a surrogate pair is no text
+        return written
     except Exception as error:  # a template is a program of somebody else
         raise OptionError(_failure(tokenizer, plain, options, error)) from error
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
@@ -19,8 +20,9 @@ from tiny_chat import WORDS, write_chat_model
 from tiny_models import build
 from typer.testing import CliRunner
 
+from mlx_redrafter.bench.prefill.patterns import check_length
 from mlx_redrafter.cli import main as cli
-from mlx_redrafter.errors import ModelError
+from mlx_redrafter.errors import ModelError, OptionError
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.prefill import search as searching
 from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill, read_patterns, write_patterns
@@ -270,3 +272,9 @@ def test_what_is_wrong_is_one_line(
     assert message in result.stderr.replace("\n", " ")
     assert result.stderr.count("\n") == 1
     assert not Path("out.json").exists()
+
+
+@pytest.mark.parametrize("density", [1e-9, 1e-320, 5e-324])
+def test_a_density_of_almost_nothing_needs_a_longer_text(density: float) -> None:
+    with pytest.raises(OptionError, match=r"--length 3072 is not possible.* use [0-9]+ or more"):
+        check_length(3072, density, 4096, SimpleNamespace(max_positions=8192))  # type: ignore[arg-type]

@@ -66,6 +66,13 @@ def test_a_template_that_fails_is_one_line(tokenizer: Any, template: str, reason
     assert refusal(lambda: user_header(loaded)).startswith(f"this model's chat template {reason}")
 
 
+def test_half_a_surrogate_pair_is_no_text(tokenizer: Any) -> None:
+    loaded = tokenizer("{{ '\\ud800' }}" + TEXT)
+    for use in (render, render_text, lambda loaded, _: user_header(loaded)):
+        message = refusal(lambda use=use: use(loaded, HI))
+        assert message.startswith("this model's chat template fails (") and message.endswith(RAW)
+
+
 def test_the_system_prompt_is_to_be_left_out_only_where_that_helps(tokenizer: Any) -> None:
     loaded = tokenizer(
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"

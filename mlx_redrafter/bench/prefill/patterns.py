@@ -115,7 +115,7 @@ def check_length(length: int, density: float, tokens: int, config: DecoderConfig
     """Refuse what cannot be searched; raises OptionError."""
     options = SparsePrefill("minference")
     always = options.sink + options.local + options.block
-    least = round(always / (LATE * density))
+    least = round(always / max(LATE * density, 1e-9))  # a number, at any density
     if length < least:
         raise OptionError(
             f"--length {length} is not possible: the {always} keys that are always kept are more "
