@@ -5,9 +5,9 @@ What is wrong with either is one DrafterError, whatever kind of drafter it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,6 +48,43 @@ class Description(NamedTuple):
     weights: Mapping[str, mx.array]
     one_level: Mapping[str, mx.array]
     width: int
+
+
+class Layout(NamedTuple, Generic[Module]):
+    """How the folders of a kind of drafter become its modules.
+
+    kind: what has such tensors, in words. files: where they are, of a folder; none: in all of its
+    weights. renamed: tensors by stored names and config.json -> by the module's names. module:
+    config.json, shapes, target, folder -> a module of that shape, if it is for the target.
+    """
+
+    kind: str
+    files: Callable[[Path], Sequence[Path]]
+    renamed: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    module: Callable[[Mapping[str, Any], Mapping[str, Shape], Decoder, Path], Module]
+
+    def weights(self, folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+        """config.json, and the tensors by the module's names, not evaluated yet.
+        Raises DrafterError."""
+        raw = raw_config(folder)
+        return raw, self.renamed(stored_weights(folder, self.files(folder)), raw)
+
+    def load(self, folder: Path, target: Decoder) -> Module:
+        """The module with its weights; see ``fill``.
+
+        Raises:
+            DrafterError: missing or broken files, or a drafter for another model.
+        """
+        raw, weights = self.weights(folder)
+        module = quantised(self.module(raw, shapes(weights), target, folder), raw, weights, folder)
+        return fill(module, weights, raw, target, folder, self.kind)
+
+    def check(self, folder: Path, target: Decoder) -> None:
+        """Configuration, names and shapes. Raises DrafterError."""
+        raw = raw_config(folder)
+        given = self.renamed(stored_shapes(folder, self.files(folder)), raw)
+        module = quantised(self.module(raw, given, target, folder), raw, given, folder)
+        check_tensors(module, given, folder, self.kind)
 
 
 def raw_config(folder: Path) -> dict[str, Any]:

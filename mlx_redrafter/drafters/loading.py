@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -58,7 +59,10 @@ def kind_of(folder: Path) -> Kind:
     raw = files.raw_config(folder)
     if named := DRAFTERS.get(str(raw.get("model_type"))):
         return named
-    return next((kind for is_one, kind in _SIGNS if is_one(folder, raw)), _RECURRENT)
+    names: Mapping[str, Any] = {}
+    with contextlib.suppress(DrafterError):  # the kind that it is left to says so
+        names = files.stored_shapes(folder)
+    return next((kind for is_one, kind in _SIGNS if is_one(folder, raw, names)), _RECURRENT)
 
 
 def load_recurrent(folder: Path, target: Decoder) -> ReDrafter:
@@ -132,8 +136,8 @@ def save_drafter(folder: Path, drafter: ReDrafter, extra: dict[str, Any] | None 
 
 
 _RECURRENT = Kind(load_recurrent, check_recurrent, describe_recurrent)
-_MEDUSA = Kind(medusa.load, medusa.check, medusa.describe)
-_SPECULATOR = Kind(speculator.load, speculator.check, speculator.describe)
+_MEDUSA = Kind(medusa.load, medusa.LAYOUT.check, medusa.describe)
+_SPECULATOR = Kind(speculator.load, speculator.LAYOUT.check, speculator.describe)
 DRAFTERS: dict[str, Kind] = {
     "redrafter": _RECURRENT,
     "recurrent_drafting_drafter": _RECURRENT,  # Apple's
@@ -142,7 +146,7 @@ DRAFTERS: dict[str, Kind] = {
 }
 """By ``model_type`` of the drafter's config.json."""
 
-_SIGNS: tuple[tuple[Callable[[Path, Mapping[str, Any]], bool], Kind], ...] = (
+_SIGNS: tuple[tuple[Callable[[Path, Mapping[str, Any], Mapping[str, Any]], bool], Kind], ...] = (
     (medusa.is_one, _MEDUSA),
     (speculator.is_one, _SPECULATOR),
 )

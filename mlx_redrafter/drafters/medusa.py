@@ -28,7 +28,7 @@ from mlx_redrafter.drafters.recurrent import ResBlock
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.files import HEADS
-from mlx_redrafter.models.weights import Shape
+from mlx_redrafter.models.weights import Shape, shapes
 from mlx_redrafter.tree.nodes import integers
 
 KIND = "Medusa head"
@@ -212,14 +212,9 @@ def _target_logits(target: Decoder, drafted: mx.array | None) -> Any:
     return lambda x: target.scaled(x @ rows.T)
 
 
-def is_one(folder: Path, raw: Mapping[str, Any]) -> bool:
-    """Do a folder's configuration or the names of its tensors say that it holds Medusa heads?"""
-    if says_so(raw) or any(folder.glob(f"{_FILE}*")):
-        return True
-    try:
-        return looks_so(files.stored_shapes(folder), raw)
-    except DrafterError:
-        return False
+def is_one(folder: Path, raw: Mapping[str, Any], names: Mapping[str, Any]) -> bool:
+    """Do a folder's configuration or its tensors' names say that it holds Medusa heads?"""
+    return says_so(raw) or any(folder.glob(f"{_FILE}*")) or looks_so(names, raw)
 
 
 def says_so(raw: Mapping[str, Any]) -> bool:
@@ -251,8 +246,7 @@ def renamed(stored: Mapping[str, T], raw: Mapping[str, Any]) -> dict[str, T]:
     inside = any(_WRAPPER.match(name) for name in stored)
     result: dict[str, T] = {}
     for name, value in stored.items():
-        wrapper = _WRAPPER.match(name)
-        inner = name[wrapper.end() :] if wrapper else name
+        wrapper, inner = _WRAPPER.match(name), _inner(name)
         if inside and not wrapper and inner not in ("token_map", files.VOCABULARY):
             continue
         known = _canonical(inner)
@@ -285,45 +279,31 @@ def _canonical(name: str) -> str | None:
     return None
 
 
-def _config(
-    folder: Path, raw: Mapping[str, Any], given: Mapping[str, Shape], target: Decoder
-) -> MedusaConfig:
+def _module(
+    raw: Mapping[str, Any], given: Mapping[str, Shape], target: Decoder, folder: Path
+) -> Medusa:
+    """Heads of this shape, if they are for the target."""
     config = MedusaConfig.of(raw, given, folder)
     vocabulary = target.config.vocab_size
     known = vocabulary if config.vocab_size is None else config.vocab_size
     files.check_sizes(config.hidden_size, known, target, folder)
     if config.head != "target":
         files.check_rows(config.rows, vocabulary, config.draft_vocab_size, folder)
-    return config
+    return Medusa(config)
+
+
+LAYOUT = files.Layout(KIND, _files, renamed, _module)
 
 
 def load(folder: Path, target: Decoder) -> Medusa:
-    """The Medusa heads in a folder, bound to their target; see ``files.fill``.
-
-    Raises:
-        DrafterError: missing or broken files, or heads for another model.
-    """
-    raw = files.raw_config(folder)
-    weights = renamed(files.stored_weights(folder, _files(folder)), raw)
-    given = {name: tuple(value.shape) for name, value in weights.items()}
-    module = files.quantised(Medusa(_config(folder, raw, given, target)), raw, given, folder)
-    return files.fill(module, weights, raw, target, folder, KIND).bind(target)
-
-
-def check(folder: Path, target: Decoder) -> None:
-    """Configuration, names and shapes. Raises DrafterError."""
-    raw = files.raw_config(folder)
-    given = renamed(files.stored_shapes(folder, _files(folder)), raw)
-    module = files.quantised(Medusa(_config(folder, raw, given, target)), raw, given, folder)
-    files.check_tensors(module, given, folder, KIND)
+    """The Medusa heads in a folder, bound to their target; see ``files.Layout.load``."""
+    return LAYOUT.load(folder, target).bind(target)
 
 
 def describe(folder: Path) -> files.Description:
     """What the files say of the heads. Raises DrafterError."""
-    raw = files.raw_config(folder)
-    weights = renamed(files.stored_weights(folder, _files(folder)), raw)
-    given = {name: tuple(value.shape) for name, value in weights.items()}
-    config = MedusaConfig.of(raw, given, folder)
+    raw, weights = LAYOUT.weights(folder)
+    config = MedusaConfig.of(raw, shapes(weights), folder)
     one = {n: v for n, v in weights.items() if n.startswith(("heads.0.", "shared."))}
     facts = {
         "architecture": f"{config.heads} Medusa head{'s' * (config.heads > 1)}, "

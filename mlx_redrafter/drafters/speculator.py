@@ -32,7 +32,7 @@ from mlx_redrafter.drafters.levels import LevelDrafter
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.fuse import fuse
-from mlx_redrafter.models.weights import Shape
+from mlx_redrafter.models.weights import Shape, shapes
 from mlx_redrafter.tree.nodes import integers
 
 KIND = "speculator"
@@ -215,12 +215,9 @@ class Speculator(nn.Module, LevelDrafter):
         return [product + row for product, row in pairs]
 
 
-def is_one(folder: Path, raw: Mapping[str, Any]) -> bool:
-    """Do the names of a folder's tensors say that it holds a speculator?"""
-    try:
-        return looks_so(files.stored_shapes(folder), raw)
-    except DrafterError:
-        return False
+def is_one(folder: Path, raw: Mapping[str, Any], names: Mapping[str, Any]) -> bool:
+    """Do a folder's tensors' names say that it holds a speculator?"""
+    return looks_so(names, raw)
 
 
 def looks_so(stored: Mapping[str, Any], raw: Mapping[str, Any]) -> bool:
@@ -249,41 +246,27 @@ def renamed(stored: Mapping[str, T], raw: Mapping[str, Any]) -> dict[str, T]:
 
 
 def _module(
-    folder: Path, raw: Mapping[str, Any], given: Mapping[str, Shape], target: Decoder
+    raw: Mapping[str, Any], given: Mapping[str, Shape], target: Decoder, folder: Path
 ) -> Speculator:
     """A speculator of this shape, if it is for the target."""
     config = SpeculatorConfig.of(raw, given, folder)
     files.check_sizes(config.hidden_size, config.vocab_size, target, folder)
     files.check_rows(config.rows, config.vocab_size, config.draft_vocab_size, folder)
-    return files.quantised(Speculator(config), raw, given, folder)
+    return Speculator(config)
+
+
+LAYOUT = files.Layout(KIND, lambda folder: (), renamed, _module)
 
 
 def load(folder: Path, target: Decoder) -> Speculator:
-    """The speculator in a folder, bound to its target; see ``files.fill``.
-
-    Raises:
-        DrafterError: missing or broken files, or a speculator for another model.
-    """
-    raw = files.raw_config(folder)
-    weights = renamed(files.stored_weights(folder), raw)
-    given = {name: tuple(value.shape) for name, value in weights.items()}
-    module = _module(folder, raw, given, target)
-    return files.fill(module, weights, raw, target, folder, KIND).bind(target)
-
-
-def check(folder: Path, target: Decoder) -> None:
-    """Configuration, names and shapes. Raises DrafterError."""
-    raw = files.raw_config(folder)
-    given = renamed(files.stored_shapes(folder), raw)
-    files.check_tensors(_module(folder, raw, given, target), given, folder, KIND)
+    """The speculator in a folder, bound to its target; see ``files.Layout.load``."""
+    return LAYOUT.load(folder, target).bind(target)
 
 
 def describe(folder: Path) -> files.Description:
     """What the files say of a speculator. Raises DrafterError."""
-    raw = files.raw_config(folder)
-    weights = renamed(files.stored_weights(folder), raw)
-    given = {name: tuple(value.shape) for name, value in weights.items()}
-    config = SpeculatorConfig.of(raw, given, folder)
+    raw, weights = LAYOUT.weights(folder)
+    config = SpeculatorConfig.of(raw, shapes(weights), folder)
     later = 1 if config.tied or config.trained == 1 else 0
     # Of an embedding a level reads a row a beam. A level after the first is what counts.
     one = {

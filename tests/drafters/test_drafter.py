@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import D, V, engine_of, prompt_of, random_drafter, run
-from edits import POINTER, Edit, edit_config, edit_file, edit_weights, edits
+from edits import POINTER, Edit, edit_config, edit_entry, edit_file, edit_weights, edits
 
 from mlx_redrafter.drafters import beam
 from mlx_redrafter.drafters.loading import load_drafter, save_drafter
@@ -230,15 +229,6 @@ def folder(target: Decoder, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def with_entry(name: str, value: float) -> Callable[[dict[str, mx.array]], None]:
-    def change(weights: dict[str, mx.array]) -> None:
-        array = np.array(weights[name])
-        array.flat[0] = value
-        weights[name] = mx.array(array)
-
-    return change
-
-
 WEIGHTS = "model.safetensors"
 BROKEN: dict[str, tuple[Edit, str]] = {
     "hidden size": (edit_config(hidden_size=64), "hidden size 64.*32"),
@@ -274,8 +264,8 @@ BROKEN: dict[str, tuple[Edit, str]] = {
         edit_weights(lambda w: w.update({"rnn_w.weight": mx.zeros((8, 8))})),
         r"rnn_w.weight \(8, 8\) instead of \(32, 32\)",
     ),
-    "NaN": (edit_weights(with_entry("rnn_w.weight", np.nan)), "NaN.*rnn_w.weight"),
-    "infinity": (edit_weights(with_entry("context_proj.weight", np.inf)), "infinity.*context_proj"),
+    "NaN": (edit_entry("rnn_w.weight", np.nan), "NaN.*rnn_w.weight"),
+    "infinity": (edit_entry("context_proj.weight", np.inf), "infinity.*context_proj"),
     "truncated": (edit_file(WEIGHTS, lambda b: b[:-100]), "truncated"),
     "not safetensors": (edit_file(WEIGHTS, lambda b: b"PK" * 40), "not a safetensors"),
     "in LFS": (edit_file(WEIGHTS, lambda b: POINTER), "Git LFS pointer"),
@@ -283,8 +273,8 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "no config": (edit_file("config.json", lambda b: None), "config.json"),
     "broken config": (edit_file("config.json", lambda b: b"{"), "config.json"),
     "config of a list": (edit_file("config.json", lambda b: b"[]"), "config.json"),
-    "ids too large": (edit_weights(with_entry("draft_vocab", V)), "draft vocabulary|beyond"),
-    "ids negative": (edit_weights(with_entry("draft_vocab", -1)), "draft vocabulary|beyond"),
+    "ids too large": (edit_entry("draft_vocab", V), "draft vocabulary|beyond"),
+    "ids negative": (edit_entry("draft_vocab", -1), "draft vocabulary|beyond"),
 }  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,123 +13,30 @@ import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import D, V, engine_of, hidden_states, plainly, prompt_of, run, write_target
-from edits import Edit, edit_config, edit_file, edit_weights
-from tiny_heads import PARAMS, SHAPES, Weights, drafted, noise, quantise, said, write
+from conftest import D, V, engine_of, plainly, prompt_of, run, write_target
+from edits import Edit, edit_config, edit_entry, edit_file, edit_weights
+from tiny_heads import HIDDEN, IDS, PARAMS, SHAPES, drafted, quantise, said, write
+from tiny_medusa import (
+    BASE,
+    DIALECTS,
+    K,
+    blocks,
+    heads,
+    loaded,
+    medusa_1,
+    outputs,
+    reference,
+    vllm,
+)
 
-from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cli import info
 from mlx_redrafter.drafters import files
-from mlx_redrafter.drafters.loading import check_folder, load_drafter
+from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.drafters.medusa import Medusa
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.hub import kept
 from mlx_redrafter.models import Decoder, load_model
-from mlx_redrafter.stats import DraftStats
 from mlx_redrafter.tree.shape import TreeShape
-
-K = 3
-IDS = np.sort(np.random.default_rng(2).permutation(V)[:60]).astype(np.int64)
-Dialect = tuple[dict[str, Any], Weights, str]
-
-
-def heads(layers: int = 1, seed: int = 0) -> dict[str, Any]:
-    """W, b by head and block, U by head."""
-    rng = np.random.default_rng(seed)
-    return {
-        "W": [[noise(rng, D, D) for _ in range(layers)] for _ in range(K)],
-        "b": [[noise(rng, D, scale=1.0) for _ in range(layers)] for _ in range(K)],
-        "U": [noise(rng, V, D, scale=3.0) for _ in range(K)],
-    }
-
-
-def reference(h: dict[str, Any], hidden: np.ndarray) -> np.ndarray:
-    """Logits of all heads in float64: (K, V)."""
-    rows = []
-    for blocks, biases, output in zip(h["W"], h["b"], h["U"], strict=True):
-        x = hidden.astype(np.float64)
-        for w, b in zip(blocks, biases, strict=True):
-            z = w.astype(np.float64) @ x + b
-            x = x + z / (1 + np.exp(-z))
-        rows.append(output.astype(np.float64) @ x)
-    return np.stack(rows)
-
-
-def blocks(h: dict[str, Any], form: str) -> Weights:
-    return {
-        form.format(k, i, part): h[key][k][i]
-        for k in range(K)
-        for i in range(len(h["W"][0]))
-        for key, part in (("W", "weight"), ("b", "bias"))
-    }
-
-
-def outputs(h: dict[str, Any], form: str) -> Weights:
-    return {form.format(k, len(h["W"][0])): h["U"][k] for k in range(K)}
-
-
-BASE = {
-    "model.embed_tokens.weight": np.ones((V, D), np.float32),
-    "lm_head.weight": np.ones((V, D), np.float32),
-}
-
-
-def medusa_1(h: dict[str, Any]) -> Dialect:
-    """The uploaded files say 2 heads, whatever they hold."""
-    weights = blocks(h, "{}.{}.linear.{}") | outputs(h, "{}.{}.weight")
-    return {"medusa_num_heads": 2, "medusa_num_layers": 1}, weights, "medusa_lm_head.safetensors"
-
-
-def medusa_2(h: dict[str, Any]) -> Dialect:
-    """A whole model."""
-    form = "medusa_head.{}.{}."
-    weights = blocks(h, form + "linear.{}") | outputs(h, form + "weight") | BASE
-    config = {"model_type": "llama", "hidden_size": D, "vocab_size": V, "medusa_num_heads": K}
-    return config, weights, "model.safetensors"
-
-
-def modelopt(h: dict[str, Any]) -> Dialect:
-    form = "medusa_heads.{}.{}."
-    weights = blocks(h, form + "linear.{}") | outputs(h, form + "weight") | BASE
-    nested = {"num_medusa_heads": K, "num_medusa_layers": 1}
-    return {"model_type": "llama", "medusa": nested}, weights, "model.safetensors"
-
-
-def tensorrt(h: dict[str, Any]) -> Dialect:
-    weights = blocks(h, "medusa_heads.{}.medusa_layers.{}.linear.{}")
-    weights |= outputs(h, "medusa_heads.{}.lm_head.weight") | BASE
-    config = {"num_medusa_heads": K, "hidden_size": D, "vocab_size": V, "medusa_hidden_act": "silu"}
-    return config, weights, "rank0.safetensors"
-
-
-def vllm(h: dict[str, Any]) -> Dialect:
-    weights = blocks(h, "blocks.{}.layers.{}.{}") | outputs(h, "lm_heads.{}.weight")
-    config = {"model_type": "medusa", "hidden_size": D, "vocab_size": V, "num_heads": K}
-    return config, weights, "model.safetensors"
-
-
-def vllm_wrapped(h: dict[str, Any]) -> Dialect:
-    config, weights, file = vllm(h)
-    return config, {f"medusa_heads.{name}": value for name, value in weights.items()}, file
-
-
-def by_names_alone(h: dict[str, Any]) -> Dialect:
-    """Nothing but the names of the tensors says what it is."""
-    return {}, medusa_1(h)[1], "model.safetensors"
-
-
-DIALECTS: dict[str, Callable[[dict[str, Any]], Dialect]] = {
-    f.__name__: f
-    for f in (medusa_1, medusa_2, modelopt, tensorrt, vllm, vllm_wrapped, by_names_alone)
-}
-
-
-def loaded(folder: Path, dialect: Dialect, target: Decoder) -> Medusa:
-    config, weights, file = dialect
-    drafter = load_drafter(write(folder, config, weights, file), target)
-    check_folder(folder, target)
-    assert isinstance(drafter, Medusa)
-    return drafter
 
 
 def assert_says(drafter: Medusa, expected: np.ndarray, hidden: np.ndarray) -> None:
@@ -139,9 +45,6 @@ def assert_says(drafter: Medusa, expected: np.ndarray, hidden: np.ndarray) -> No
     assert np.abs(found - expected).max() <= 1e-5 * max(1.0, np.abs(expected).max())
     ids = np.array(drafter.vocabulary)
     assert drafted(drafter, hidden, 5, K) == ids[expected.argmax(-1)].tolist()
-
-
-HIDDEN = np.random.default_rng(8).standard_normal(D).astype(np.float32)
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -265,65 +168,6 @@ def test_the_text_is_the_same(
         assert run(engine, prompt, params, shape, 24) == plainly(target, prompt, 24, params)
 
 
-def good(target: Decoder, folder: Path, text: list[int], shift: int = 0) -> Medusa:
-    """Heads fitted to one text: blocks that do nothing, and the matrices that are right on it.
-
-    ``shift``: how many tokens farther than it should a head guesses.
-    """
-    h = heads()
-    h["W"] = [[np.zeros((D, D), np.float32)]] * K
-    h["b"] = [[np.zeros(D, np.float32)]] * K
-    states = hidden_states(target, text).astype(np.float64)
-    for k in range(K):
-        following = text[2 + k + shift :]
-        wanted = np.zeros((len(following), V))
-        wanted[np.arange(len(following)), following] = 100.0
-        found = np.linalg.lstsq(states[: len(following)], wanted, rcond=None)[0]
-        h["U"][k] = found.T.astype(np.float32)
-    return loaded(folder, medusa_1(h), target)
-
-
-PROMPT = prompt_of(3)
-
-
-@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
-@pytest.mark.parametrize("shape", [TreeShape.chain(3), TreeShape(3, 3, 8)], ids=str)
-def test_right_heads_are_accepted_and_wrong_ones_are_not(
-    target: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: TreeShape, params: Any
-) -> None:
-    """The text is the same in any case; the steps tell a shift, a stale state, a wrong level."""
-    answer = plainly(target, PROMPT, 25, params)
-
-    def steps(drafter: Medusa) -> int:
-        stats = DraftStats()
-        engine = engine_of(target, drafter, compiled=False)
-        assert run(engine, PROMPT, params, shape, 25, stats=stats) == answer
-        return stats.steps
-
-    right = good(target, tmp_path, PROMPT + answer)
-    assert steps(right) <= 8  # 25 tokens in steps of 4
-    assert steps(good(target, tmp_path, PROMPT + answer, shift=1)) > 12
-    with monkeypatch.context() as patch:
-        patch.setattr(Medusa, "commit", lambda self, state, done: state)
-        assert steps(right) > 12
-    level = Medusa.level
-    with monkeypatch.context() as patch:
-        patch.setattr(Medusa, "level", lambda self, i, *rest: level(self, (i + 1) % K, *rest))
-        assert steps(right) > 12
-
-
-def test_a_session_goes_on(target: Decoder, tmp_path: Path) -> None:
-    answer = plainly(target, PROMPT, 20)
-    drafter = good(target, tmp_path, PROMPT + answer)
-    engine, session = engine_of(target, drafter, compiled=False), Session()
-    first = run(engine, PROMPT, None, SHAPES[1], 12, session=session)
-    assert first == answer[:12]
-    longer = PROMPT + first
-    assert run(engine, longer, None, SHAPES[1], 8, session=session) == answer[12:]
-    other = [*PROMPT, *first[:5], 1, 2]  # the session is cut
-    assert run(engine, other, None, SHAPES[1], 8, session=session) == plainly(target, other, 8)
-
-
 def test_a_model_with_heads_is_read_without_them(tmp_path: Path) -> None:
     """Medusa-2 repositories are the base model and its heads at once."""
     folder = write_target(tmp_path / "both")
@@ -366,15 +210,6 @@ def test_info_and_the_check_of_kept_drafters(target_folder: Path, tmp_path: Path
     assert "hidden size 64" in str(kept.problem(folder, target_folder))
 
 
-def broken(name: str, value: float) -> Edit:
-    def change(weights: dict[str, mx.array]) -> None:
-        array = np.array(weights[name])
-        array.flat[0] = value
-        weights[name] = mx.array(array)
-
-    return edit_weights(change)
-
-
 BROKEN: dict[str, tuple[Edit, str]] = {
     "missing output": (edit_weights(lambda w: w.pop("lm_heads.1.weight")), r"lacks heads.1.out"),
     "missing bias": (edit_weights(lambda w: w.pop("blocks.0.layers.0.bias")), "lacks.*bias"),
@@ -406,10 +241,10 @@ BROKEN: dict[str, tuple[Edit, str]] = {
         ),
         "50 tokens; needed: 60 or 97",
     ),
-    "NaN": (broken("lm_heads.0.weight", np.nan), "NaN.*heads.0.out.weight"),
-    "ids too large": (broken("token_map", V), "beyond"),
-    "ids beyond 32 bits": (broken("token_map", 2**40), "beyond"),
-    "ids negative": (broken("token_map", -1), "beyond"),
+    "NaN": (edit_entry("lm_heads.0.weight", np.nan), "NaN.*heads.0.out.weight"),
+    "ids too large": (edit_entry("token_map", V), "beyond"),
+    "ids beyond 32 bits": (edit_entry("token_map", 2**40), "beyond"),
+    "ids negative": (edit_entry("token_map", -1), "beyond"),
     "ids of reals": (
         edit_weights(lambda w: w.update(token_map=w["token_map"].astype(mx.float32))), "beyond",
     ),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 Edit = Callable[[Path], None]
 # What a clone without Git LFS has in place of a large file, and what a wrong address answers.
@@ -43,6 +44,17 @@ def edit_weights(change: Callable[[dict[str, mx.array]], Any]) -> Edit:
         mx.save_safetensors(str(folder / "model.safetensors"), weights)
 
     return edit
+
+
+def edit_entry(name: str, value: float) -> Edit:
+    """The first entry of a tensor."""
+
+    def change(weights: dict[str, mx.array]) -> None:
+        array = np.array(weights[name])
+        array.flat[0] = value
+        weights[name] = mx.array(array)
+
+    return edit_weights(change)
 
 
 def edit_file(name: str, change: Callable[[bytes], bytes | None]) -> Edit:

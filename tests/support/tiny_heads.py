@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from conftest import D, V
 
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.drafters import Ask
@@ -19,6 +20,8 @@ from mlx_redrafter.tree.shape import TreeShape
 
 Weights = dict[str, np.ndarray]
 SHAPES = [TreeShape.chain(4), TreeShape(3, 4, 8), TreeShape(4, 5, 16), TreeShape(3, 3, 9, lookup=4)]
+IDS = np.sort(np.random.default_rng(2).permutation(V)[:60]).astype(np.int64)
+HIDDEN = np.random.default_rng(8).standard_normal(D).astype(np.float32)
 PARAMS = {"greedy": SamplingParams(), "sampled": SamplingParams(temp=0.8, seed=5)}
 
 
@@ -33,6 +36,13 @@ def write(
     (folder / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(folder / name), {key: mx.array(w) for key, w in weights.items()})
     return folder
+
+
+def fitted(rows: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+    """An output matrix (V, width) that says these tokens of rows (tokens, width)."""
+    wanted = np.zeros((len(tokens), V))
+    wanted[np.arange(len(tokens)), tokens] = 100.0
+    return np.linalg.lstsq(rows, wanted, rcond=None)[0].T.astype(np.float32)
 
 
 def quantise(weights: Weights, bits: int, only: Sequence[str]) -> tuple[Weights, Weights]:

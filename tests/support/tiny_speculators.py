@@ -17,8 +17,6 @@ from mlx_redrafter.drafters.speculator import GATES, Speculator
 from mlx_redrafter.models import Decoder
 
 N = 3
-IDS = np.sort(np.random.default_rng(2).permutation(V)[:60]).astype(np.int64)
-HIDDEN = np.random.default_rng(8).standard_normal(D).astype(np.float32)
 _erf = np.vectorize(math.erf)
 
 
