@@ -105,7 +105,7 @@ def convert(
     """
     from . import card
     from .base_files import name_turn_end
-    from .writer import check_output, output_folder
+    from .writer import output_folder
 
     options = _Options(to, str(target) if target else None, bits, group_size, dtype)
     if upload_repo and not dry_run:
@@ -118,7 +118,6 @@ def convert(
     out = user_path(out)
     if dry_run:
         return Summary(str(source), job.kind, to, None, job.mapping, notes=job.notes)
-    check_output(out, path, force)
     with output_folder(out, path, force) as folder:
         job.write(folder, progress or (lambda done, total: None))
         if not job.kind.is_drafter:
@@ -163,7 +162,7 @@ def _plan(path: Path, format: str, options: _Options) -> _Job:
         if format not in ("auto", Format.GGUF.value):
             raise ConvertError(f"{path} is a GGUF file; drop --format {format}")
         return _plan_gguf(files[0], options)
-    checkpoint = open_checkpoint(path, heads)
+    checkpoint = open_checkpoint(path, files)
     kind = recognise(checkpoint) if format == "auto" else Format(format)
     options.check(kind)
     if kind.is_head:
@@ -231,13 +230,15 @@ def _plan_base(checkpoint: Checkpoint, options: _Options) -> _Job:
     from .base import convert_base, plan_base
     from .formats import Format
 
+    plan = plan_base(checkpoint)
+
     def write(folder: OutputFolder, progress: Progress) -> None:
         convert_base(
-            checkpoint, folder, bits=options.bits, group_size=options.group_size,
+            plan, checkpoint, folder, bits=options.bits, group_size=options.group_size,
             dtype=options.mlx_dtype, progress=progress,
         )  # fmt: skip
 
-    return _Job(Format.BASE, plan_base(checkpoint), [], write)
+    return _Job(Format.BASE, plan.mappings(checkpoint.shape), [], write)
 
 
 def _plan_gguf(path: Path, options: _Options) -> _Job:

@@ -43,7 +43,7 @@ class _Piece:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class BasePlan:
     """Every source tensor is the source of pieces, or is dropped for a reason."""
 
     config: Config
@@ -59,12 +59,8 @@ class _Plan:
             yield from pieces
 
 
-def plan_base(checkpoint: Checkpoint) -> list[Mapping]:
-    """What convert_base would do with each tensor. Raises ConvertError."""
-    return _plan(checkpoint).mappings(checkpoint.shape)
-
-
 def convert_base(
+    plan: BasePlan,
     checkpoint: Checkpoint,
     out: OutputFolder,
     *,
@@ -72,10 +68,11 @@ def convert_base(
     group_size: int,
     dtype: mx.Dtype | None,
     progress: Progress,
-) -> list[Mapping]:
+) -> None:
     """Write a base model as an MLX folder that mlx_lm and this package load.
 
     Args:
+        plan: what becomes of the checkpoint's tensors.
         checkpoint: tensors and config.json of a supported model type.
         out: folder under construction; gets weights, config.json, tokenizer, generation config.
         bits, group_size: of the quantisation, as in mlx_lm.convert; bits None: none.
@@ -84,10 +81,8 @@ def convert_base(
         progress: called with source tensors done and in all.
 
     Raises:
-        ConvertError: unsupported or already quantised model; missing, left-over or misshapen
-            tensors.
+        ConvertError: a tensor or the tokenizer's files cannot be read.
     """
-    plan = _plan(checkpoint)
     names = [piece.target for piece in plan.all_pieces()]
     chosen = Quantisation(plan.config, names, bits, group_size)
     stored_as = dtype or _DTYPES.get(str(_config_dtype(plan.config)))
@@ -110,7 +105,6 @@ def convert_base(
     progress(len(plan.pieces), len(plan.pieces))
     write_config(_with_dtype(chosen.config, dtype), out)
     copy_tokenizer(checkpoint.folder, out)
-    return plan.mappings(checkpoint.shape)
 
 
 def expected_shapes(config: Config, names: Sequence[str]) -> dict[str, Shape]:
@@ -136,8 +130,13 @@ def check_fit(expected: dict[str, Shape], found: dict[str, Shape], where: Path) 
         )
 
 
-def _plan(checkpoint: Checkpoint) -> _Plan:
-    """Name every tensor as Decoder does, cut fused projections, and account for all of them."""
+def plan_base(checkpoint: Checkpoint) -> BasePlan:
+    """Name every tensor as Decoder does, cut fused projections, and account for all of them.
+
+    Raises:
+        ConvertError: unsupported or already quantised model; missing, left-over or misshapen
+            tensors.
+    """
     config = _config(checkpoint)
     pieces: dict[str, list[_Piece]] = {}
     dropped: dict[str, str] = {}
@@ -153,7 +152,7 @@ def _plan(checkpoint: Checkpoint) -> _Plan:
             dropped[name] = "tied to the embedding"
         else:
             pieces[name] = _cut(name, target, checkpoint.shape(name), shape)
-    plan = _Plan(config, pieces, dropped)
+    plan = BasePlan(config, pieces, dropped)
     found: dict[str, Shape] = {}
     for piece in plan.all_pieces():
         if piece.target in found:

@@ -54,24 +54,23 @@ def copy_tokenizer(folder: Path, out: OutputFolder) -> None:
         (out.path / templates.name).mkdir()
         for path in sorted(templates.glob("*.jinja")):
             shutil.copyfile(path, out.path / templates.name / path.name)
-    _keep_splitter(out.path)
-    _name_ends(folder, out.path / "generation_config.json")
+    _keep_splitter(out)
+    _name_ends(folder, out)
 
 
-def _name_ends(folder: Path, copy: Path) -> None:
+def _name_ends(folder: Path, out: OutputFolder) -> None:
     """In generation_config.json, which mlx-lm believes first, the same ends as in config.json."""
     try:
-        content = read_json(copy)
+        content = read_json(out.path / "generation_config.json")
     except ModelError:
         return
     if content.get("eos_token_id") is not None:
-        text = json.dumps(with_end_tokens(content, folder), indent=2, ensure_ascii=False)
-        copy.write_text(text + "\n", encoding="utf-8")
+        out.write_json("generation_config.json", with_end_tokens(content, folder))
 
 
-def _keep_splitter(folder: Path) -> None:
+def _keep_splitter(out: OutputFolder) -> None:
     """Name the class that takes tokenizer.json as it is, where the named one would not."""
-    config, tokenizer = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    config, tokenizer = out.path / "tokenizer_config.json", out.path / "tokenizer.json"
     if not (config.is_file() and tokenizer.is_file()):
         return
     try:
@@ -82,8 +81,7 @@ def _keep_splitter(folder: Path) -> None:
     name = content.get("tokenizer_class")
     if name in _REBUILT or (name in _REBUILT_UNLESS_BYTES and "ByteLevel" in splitter):
         content["tokenizer_class"] = "PreTrainedTokenizerFast"
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        config.write_text(text + "\n", encoding="utf-8")
+        out.write_json(config.name, content)
 
 
 def name_turn_end(out: OutputFolder) -> list[str]:

@@ -58,12 +58,6 @@ class Checkpoint:
         """Names and types of all tensors; None for a type that MLX does not have."""
         return {name: info.dtype for name, (_, info) in self._tensors.items()}
 
-    def nbytes(self, name: str) -> int:
-        size = self.dtype(name).size
-        for extent in self.shape(name):
-            size *= extent
-        return size
-
     def load(self, name: str) -> mx.array:
         """One tensor; from safetensors it is read when it is evaluated. Nothing is kept here."""
         self.dtype(name)

@@ -10,9 +10,11 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_redrafter.drafters import files
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import ConvertError
 from mlx_redrafter.models.weights import parameters, preview
+from mlx_redrafter.runtime.device import dtype_name
 
 from .checkpoint import Checkpoint
 from .formats import Format
@@ -71,8 +73,7 @@ def plan_drafter(checkpoint: Checkpoint, kind: Format) -> DrafterPlan:
     if kind is Format.MLX:
         raw = checkpoint.config
         config = ReDrafterConfig.from_dict(raw)
-        packed = any(name.endswith(".scales") for name in shapes)
-        quantization = raw.get("quantization") if packed else None
+        quantization = files.packed(raw, shapes)
         known = {"model_type", "quantization", *vars(config)}
         extra = {key: value for key, value in raw.items() if key not in known}
     else:
@@ -256,12 +257,12 @@ def write_tensors(
     for done, (ours, theirs) in enumerate(names.items()):
         value = _cast(checkpoint.load(theirs), dtype)
         if mx.issubdtype(value.dtype, mx.floating):
-            kinds.add(_name(value.dtype))
+            kinds.add(dtype_name(value.dtype))
         if bits and _is_packed(value.shape, group_size):
             if not mx.issubdtype(value.dtype, mx.floating):
                 raise ConvertError(
-                    f"{theirs} holds {_name(value.dtype)} and cannot be quantised: its numbers are "
-                    "no weights"
+                    f"{theirs} holds {dtype_name(value.dtype)} and cannot be quantised: its "
+                    "numbers are no weights"
                 )
             # As mlx_lm and nn.quantize do for a Linear layer.
             path = ours.removesuffix(".weight")
@@ -320,10 +321,6 @@ def _cast(value: mx.array, dtype: mx.Dtype | None) -> mx.array:
     if dtype is None or not mx.issubdtype(value.dtype, mx.floating):
         return value
     return value.astype(dtype)
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).rpartition(".")[2]
 
 
 def _describe(config: ReDrafterConfig) -> str:

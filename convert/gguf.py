@@ -11,6 +11,7 @@ from mlx_redrafter.hub.gguf.blocks import KEPT_BITS
 from mlx_redrafter.hub.gguf.file import GgufTensor
 from mlx_redrafter.hub.gguf.model import GgufModel, mlx_name
 from mlx_redrafter.hub.gguf.rope import ROPE_FACTORS
+from mlx_redrafter.runtime.device import dtype_name
 
 from .base import Quantisation, check_fit, expected_shapes
 from .base_files import write_config
@@ -58,7 +59,7 @@ class GgufPlan:
         rows = []
         for tensor in self.model.tensors:
             target, bits = _target(tensor), self._bits(tensor)
-            notes = [f"{tensor.kind}, {f'{bits} bits' if bits else _name(self.dtype)} in MLX"]
+            notes = [f"{tensor.kind}, {f'{bits} bits' if bits else dtype_name(self.dtype)} in MLX"]
             if self.model.reordered_heads(tensor):
                 notes.append("rows back in rotary order")
             rows.append(Mapping(tensor.name, target, tensor.shape, ", ".join(notes)))
@@ -76,7 +77,7 @@ class GgufPlan:
             grown = sum(math.prod(t.shape) * self.dtype.size for t in plain if t.kind in packed)
             return [
                 f"MLX has no equal of {', '.join(packed)}: these tensors become "
-                f"{_name(self.dtype)}, {size_text(grown)}; with -q they are quantised again"
+                f"{dtype_name(self.dtype)}, {size_text(grown)}; with -q they are quantised again"
             ]
         if self.bits is None:
             return []
@@ -88,8 +89,8 @@ class GgufPlan:
             )
         if plain:
             notes.append(
-                f"{len(plain)} matrices stay {_name(self.dtype)}: the length of their rows is no "
-                "multiple of --q-group-size"
+                f"{len(plain)} matrices stay {dtype_name(self.dtype)}: the length of their rows is "
+                "no multiple of --q-group-size"
             )
         return notes
 
@@ -123,7 +124,7 @@ class GgufPlan:
         return self.quantisation.bits(_target(tensor))
 
     def _write_files(self, out: OutputFolder) -> None:
-        config = {**self.quantisation.config, "dtype": _name(self.dtype)}
+        config = {**self.quantisation.config, "dtype": dtype_name(self.dtype)}
         if self.keep and (block := self.model.quantisation()):
             config["quantization"] = block
         write_config(config, out)
@@ -137,7 +138,3 @@ class GgufPlan:
 def _target(tensor: GgufTensor) -> str:
     base, _, part = tensor.name.rpartition(".")
     return f"{mlx_name(base)}.{part}"
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).rpartition(".")[2]

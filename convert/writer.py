@@ -47,15 +47,10 @@ class Written(NamedTuple):
 
 
 class OutputFolder:
-    """A folder under construction; what it becomes exists only when all went well.
+    """A folder under construction; ``path`` is where to put files now."""
 
-    Attributes:
-        path: where to put files now.
-        final: the folder it will be.
-    """
-
-    def __init__(self, path: Path, final: Path) -> None:
-        self.path, self.final = path, final
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """A JSON file with the keys in the order given."""
@@ -66,10 +61,8 @@ class OutputFolder:
         """Every file in it with size and SHA-256; reads all of them."""
         found = []
         for path in sorted(p for p in self.path.rglob("*") if p.is_file()):
-            digest = hashlib.sha256()
             with path.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
+                digest = hashlib.file_digest(stream, "sha256")
             name = path.relative_to(self.path).as_posix()
             found.append(Written(name, path.stat().st_size, digest.hexdigest()))
         return found
@@ -111,7 +104,7 @@ def output_folder(out: Path, source: Path, force: bool = False) -> Iterator[Outp
         # mkdtemp is private; a plain mkdir follows the umask.
         inside = work / "new"
         inside.mkdir()
-        yield OutputFolder(inside, out)
+        yield OutputFolder(inside)
         _publish(inside, out, work / "old")
         made = []
     except OSError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_redrafter.errors import DrafterError
+from mlx_redrafter.runtime.paths import ASSETS
 from mlx_redrafter.tree.shape import TreeShape
 
 FILE, OLD_FILE = "yields.json", "prospects.json"
@@ -71,9 +72,8 @@ def load(folder: Path | None) -> Yields:
     Raises:
         DrafterError: a file that cannot be read.
     """
-    usual = Path(__file__).parent.parent / "assets" / FILE
     own = [folder / name for name in (FILE, OLD_FILE)] if folder is not None else []
-    file = next((path for path in own if path.is_file()), usual)
+    file = next((path for path in own if path.is_file()), ASSETS / FILE)
     try:
         stored = json.loads(file.read_text())
         table = {

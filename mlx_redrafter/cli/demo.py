@@ -141,8 +141,7 @@ def verdict(results: Sequence[Result], dtype: str) -> list[str]:
         sum(len(view.pieces) for view in way) / sum(view.seconds for view in way)
         for way in ([r.plain for r in results], [r.drafted for r in results])
     )
-    pays = "" if drafted >= plain else ": here drafting does not pay"
-    lines = [f"With drafting: {drafted / plain:.2f}x the speed of plain decoding{pays}."]
+    lines = [contest.compared(drafted / plain)]
     for result in results:
         if result.parted is not None:
             about = contest.verdict(result.plain, result.drafted, dtype, contest.is_exact(dtype))

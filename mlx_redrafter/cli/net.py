@@ -22,7 +22,7 @@ from mlx_redrafter.errors import OptionError, RedrafterError
 from mlx_redrafter.terminal import console, modes
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + the signal, as a shell has it
-SHORT = 300  # characters that are shown of a name, or of an error that is not ours
+SHORT = 300  # characters that are shown of an error that is not ours
 
 _debugging = contextvars.ContextVar("debugging", default=False)
 # typer brings a copy of click, or uses click itself, by its version.
@@ -186,13 +186,6 @@ def describe(error: BaseException | None) -> str:
         )
         return f"{about}{_lower(error.strerror)}"
     return f"unexpected {type(error).__name__}{f': {text}' if text else ''} (--debug shows where)"
-
-
-def _about(file: Any) -> str:
-    if not isinstance(file, str | bytes):
-        return ""
-    name = os.fsdecode(file)
-    return f"{name if len(name) <= SHORT else name[:SHORT] + ' ...'}: "
 
 
 def _usage(error: Any) -> str:

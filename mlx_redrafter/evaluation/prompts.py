@@ -9,11 +9,10 @@ from pathlib import Path
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.runtime.paths import user_path
+from mlx_redrafter.runtime.paths import ASSETS, user_path
 from mlx_redrafter.text.template import prompt_ids
 
 MANUAL = "pydoc_data.topics"  # ships with every CPython, some 100,000 tokens
-ASSETS = Path(__file__).parents[1] / "assets"
 DEV, COPY = ASSETS / "prompts_dev.jsonl", ASSETS / "prompts_copy.jsonl"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -35,15 +35,13 @@ Path = tuple[int, ...]
 class Answer:
     """An answer and, for each of its tokens as the root's successor, all drafts.
 
-    ``drafts[i][w]`` are the candidates of beam width w (0: from the text) before token i;
-    ``blind`` the same drafted without the noise that the answer was drawn with (sampled only).
+    ``drafts[i][w]`` are the candidates of beam width w (0: from the text) before token i.
     """
 
     group: str
     sampled: bool
     tokens: list[int]
     drafts: list[dict[int, Arrays]]
-    blind: list[dict[int, Arrays]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._known: dict[tuple[int, TreeShape], int] = {}
@@ -63,10 +61,6 @@ class Answer:
         while at < len(self.tokens):
             at, count = at + self.yields(at, shape), count + 1
         return count
-
-    def blindly(self) -> Answer:
-        """The same answer with the drafts that knew nothing of the noise."""
-        return replace(self, drafts=self.blind)
 
     def candidates(self, at: int, shape: TreeShape) -> dict[Path, float]:
         """What beams and lookup cost, each path once (as ``tree.distinct``)."""
@@ -102,25 +96,22 @@ def record(
     prompts: Sequence[Prompt],
     max_tokens: int,
     seed: int = 0,
-    blind: bool = True,
 ) -> Iterator[Answer]:
-    """Write every answer, greedy and sampled, and draft before each of its tokens; if ``blind``,
-    sampled ones a second time without their noise."""
+    """Write every answer, greedy and sampled, and draft before each of its tokens."""
     for temp in TEMPERATURES:
-        noises = [True, False] if temp and blind else [temp > 0]
-        functions = [_draft_function(model, temp, noise) for noise in noises]
+        drafts_of = _draft_function(model, temp)
         for prompt in prompts:
             ids = list(prompt.encode(tokenizer))
             written = stream_generate(model, tokenizer, ids, max_tokens, temp=temp, seed=seed)
             answer = [response.token for response in written]
-            rows = [list(_drafts(model, ids, answer, seed, f)) for f in functions]
-            yield Answer(prompt.group, temp > 0, answer, *rows)
+            drafts = list(_drafts(model, ids, answer, seed, drafts_of))
+            yield Answer(prompt.group, temp > 0, answer, drafts)
 
 
 DraftFunction = Callable[..., list[Candidates]]
 
 
-def _draft_function(model: Model, temp: float, shared_noise: bool) -> DraftFunction:
+def _draft_function(model: Model, temp: float) -> DraftFunction:
     drafter = model.drafter
 
     @mx.compile
@@ -128,7 +119,7 @@ def _draft_function(model: Model, temp: float, shared_noise: bool) -> DraftFunct
         state: Any, root: mx.array, position: mx.array, history: mx.array, seed: mx.array
     ) -> list[Candidates]:
         draw = None
-        if shared_noise:
+        if temp:
             known = {"seed": seed, "temp": mx.array(temp)}
             draw = sampling.draw(known, position + 1, max(WIDTHS.values()))
         found = [lookup.search(history, position, LOOKUP, LOOKUP + 2)]

@@ -112,9 +112,7 @@ def _index_download(work: Path) -> Path:
 
 def _check(path: Path, expected: str) -> None:
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
+        digest = hashlib.file_digest(file, "sha256")
     if digest.hexdigest() != expected:
         raise Unavailable(
             f"{path.name} has SHA-256 {digest.hexdigest()[:12]}..., not the known one"

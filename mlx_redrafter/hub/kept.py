@@ -25,7 +25,7 @@ from mlx_redrafter.errors import DrafterError, HubError, ModelError, OptionError
 from mlx_redrafter.models import Decoder, decoder_config
 from mlx_redrafter.models.files import weight_files
 from mlx_redrafter.models.weights import read_header, read_json
-from mlx_redrafter.runtime.paths import data_dir, shipped_drafter
+from mlx_redrafter.runtime.paths import data_dir, json_or_nothing, shipped_drafter
 
 FILE = "kept.json"
 _SAMPLE = 64  # bytes, at the start, the middle and the end of every tensor
@@ -99,11 +99,7 @@ def all_of(model: Path) -> list[Path]:
 
 def facts(drafter: Path) -> dict[str, Any]:
     """What was written down of a kept drafter; nothing of any other."""
-    try:
-        content = json.loads((drafter / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return json_or_nothing(drafter / FILE)
 
 
 def candidates(model: Path, builtin: bool) -> Iterator[Path]:

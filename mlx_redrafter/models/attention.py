@@ -108,7 +108,7 @@ def _attend_unfused(
         seen = mx.arange(capacity) <= mx.arange(capacity - n, capacity)[:, None]  # (n, C)
     else:
         seen = mask.reshape(rows, 1, 1, n, capacity)
-    scores = _masked(softmax)(scores, seen)
+    scores = masked_softmax(scores, seen, softmax)
     out = scores.reshape(rows, kv_heads, repeats * n, capacity) @ values
     out = out.reshape(rows, kv_heads, repeats, n, dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(total, heads * dim)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.rope_utils import SuScaledRoPE, YarnRoPE, initialize_rope
@@ -45,33 +43,24 @@ class Rope:
             ) from error
         self.dims = config.dims
         self.traditional = config.traditional
-        self.base: float | None = None
         self.scale = 1.0
         self.mscale = 1.0
-        self.freqs: mx.array | None = None
         if isinstance(made, nn.RoPE):
-            self.base, self.scale = float(made.base), float(made.scale)
+            self.scale = float(made.scale)
+            self.inverse = _from_base(float(made.base), self.dims // 2)
         else:
-            self.freqs = made._freqs.astype(mx.float32)
-            if self.freqs.shape != (self.dims // 2,):
+            freqs = made._freqs.astype(mx.float32)
+            if freqs.shape != (self.dims // 2,):
                 raise ModelError(
-                    f"rope scaling of type '{kind}' gives {self.freqs.size} frequencies; "
+                    f"rope scaling of type '{kind}' gives {freqs.size} frequencies; "
                     f"needed: {self.dims // 2} (half of the rotated head size)"
                 )
+            self.inverse = mx.reciprocal(freqs)
         if isinstance(made, YarnRoPE):
             self.mscale = float(made.mscale)
         elif isinstance(made, SuScaledRoPE):
             self.mscale = float(made._scale)
-        self.inverse = self._inverse_frequencies()
         mx.eval(self.inverse)
-
-    def _inverse_frequencies(self) -> mx.array:
-        # The operations of the fallback in mlx/fast.cpp, so that float32 bits are mlx-lm's.
-        if self.base is None:
-            return mx.reciprocal(cast(mx.array, self.freqs))
-        half = self.dims // 2
-        step = mx.log(mx.array(self.base, mx.float32)) / half
-        return mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * step)
 
     def prepare(self, positions: mx.array, dtype: mx.Dtype) -> Rotation:
         """Cosines, and sines with their signs, of N positions; once per pass."""
@@ -112,3 +101,10 @@ class Rope:
     def _pairs(self, x: mx.array) -> mx.array:
         """(2 or 1, dims/2 or 1) as the two sides of a pair lie in a head."""
         return x.T if self.traditional else x
+
+
+def _from_base(base: float, half: int) -> mx.array:
+    """Inverse frequencies by the operations of the fallback in mlx/fast.cpp, so that float32 bits
+    are mlx-lm's."""
+    step = mx.log(mx.array(base, mx.float32)) / half
+    return mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * step)

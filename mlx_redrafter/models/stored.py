@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import ModelError
+from ..runtime.device import dtype_name
 
 _BLOCKS = ("quantization", "quantization_config", "compression_config")
 Types = Mapping[str, mx.Dtype | None]
@@ -67,4 +68,4 @@ def _without_blocks(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _type_name(kind: mx.Dtype | None) -> str:
-    return f"type {str(kind).removeprefix('mlx.core.')}" if kind else "a type that MLX lacks"
+    return f"type {dtype_name(kind)}" if kind else "a type that MLX lacks"

@@ -78,6 +78,11 @@ class TrainConfig:
     cache_gb: float = 20.0
     bits: int = 8
 
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the fit."""
+        return max(1, -(-self.positions // self.batch_positions))
+
     def check(self) -> None:
         """Refuse impossible values before anything is loaded; raises OptionError."""
         least = {

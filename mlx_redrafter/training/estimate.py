@@ -26,6 +26,7 @@ from mlx_redrafter.terminal import console
 from mlx_redrafter.training import imports, initialise, memory
 from mlx_redrafter.training.config import Evaluating, TrainConfig
 from mlx_redrafter.training.fit import Fit
+from mlx_redrafter.training.folder import checkpoint_file
 from mlx_redrafter.training.progress import duration
 from mlx_redrafter.training.shards import (
     answer_tokens,
@@ -120,7 +121,7 @@ def _stages(
     own = config.prompts is None
     tokens = taken + written + wanted
     cached = tokens * token_bytes <= config.cache_gb * 1e9
-    steps = max(1, -(-config.positions // config.batch_positions)) - fitted_steps(config.out)
+    steps = config.steps - fitted_steps(config.out)
     unread = 0 if any(config.out.glob(f"features/{imports.PREFIX}*")) else taken
     again = unread if cached else max(0, steps) * config.batch_positions
     questions = len(read_prompts(count=evaluating.prompts))
@@ -239,7 +240,7 @@ def _fitting(target: Decoder, config: TrainConfig, shape: ReDrafterConfig) -> tu
         many = replace(config, positions=64 * config.batch_positions)
         with contextlib.suppress(_EnoughError):
             Fit(target, many, place).run(on_step)
-        size = (place / "fit" / "checkpoint.safetensors").stat().st_size
+        size = checkpoint_file(place).stat().st_size
     spent = [b - a for a, b in itertools.pairwise(times[1:])]
     return float(np.median(spent)), size
 

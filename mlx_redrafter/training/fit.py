@@ -21,7 +21,7 @@ from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.batched import BatchedTarget
 from mlx_redrafter.training.config import TrainConfig
 from mlx_redrafter.training.data import Batch, Positions
-from mlx_redrafter.training.folder import checkpoint
+from mlx_redrafter.training.folder import checkpoint, checkpoint_file
 from mlx_redrafter.training.initialise import (
     Scales,
     drafter_config,
@@ -54,7 +54,7 @@ class Fit:
 
     def __init__(self, target: Decoder, config: TrainConfig, folder: Path) -> None:
         self.target, self.config, self.folder = target, config, folder
-        self.steps = max(1, -(-config.positions // config.batch_positions))
+        self.steps = config.steps
         shape = drafter_config(config, target)
         layers = feature_layers(target, shape)
         self.runs = max(1, config.batch_positions // config.segment)
@@ -307,7 +307,7 @@ class Fit:
 
     @property
     def _checkpoint(self) -> Path:
-        return self.folder / "fit" / "checkpoint.safetensors"
+        return checkpoint_file(self.folder)
 
     @property
     def log_file(self) -> Path:

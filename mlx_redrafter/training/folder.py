@@ -108,9 +108,14 @@ def decided(folder: Path) -> tuple[str, ...]:
     return (DATA if text else ()) + (FIT if fitting(folder) else ())
 
 
+def checkpoint_file(folder: Path) -> Path:
+    """What the fit goes on with."""
+    return folder / "fit" / "checkpoint.safetensors"
+
+
 def fitting(folder: Path) -> bool:
     """Has the fit begun?"""
-    return (folder / "fit" / "checkpoint.safetensors").is_file()
+    return checkpoint_file(folder).is_file()
 
 
 def checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, str]] | None:
@@ -121,7 +126,7 @@ def checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, str]] | None:
 
     if not fitting(folder):
         return None
-    file = folder / "fit" / "checkpoint.safetensors"
+    file = checkpoint_file(folder)
     with reading(file, f"delete {file.parent} to fit anew"):
         loaded: Any = mx.load(str(file), return_metadata=True)
         int(loaded[1]["step"])

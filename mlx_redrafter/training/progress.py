@@ -49,10 +49,10 @@ class Bar:
         elif error is None:
             console.note(f"{self.title}: {self._count()}, {duration(self._seconds)}")
 
-    def to(self, done: float, note: str = "", total: float | None = None) -> None:
+    def to(self, done: float, note: str = "") -> None:
         """So much is done."""
         self.done, self.note = done, note or self.note
-        self.total = max(total if total is not None else self.total, done)
+        self.total = max(self.total, done)
         if self.live:
             self.progress.update(
                 self.task, completed=done, total=self.total, count=self._count(), note=self.note

@@ -168,12 +168,12 @@ def answers(run: Run) -> None:
     """Answer prompts until there are enough tokens; more prompts are written if they run out."""
     config = run.config
     prompts(run)
-    imported = imports.tokens(config.out)[0]
+    imported, written = imports.tokens(config.out)
     if imported >= config.answer_tokens:
         return
-    target = _feature_writer(run)
+    target = _feature_writer(run, imported + written)
     tokens, done = imported, 0
-    with Bar("answers", config.answer_tokens, "tokens", sum(imports.tokens(config.out))) as bar:
+    with Bar("answers", config.answer_tokens, "tokens", imported + written) as bar:
         while True:
             for start, stop in run.supply.batches(config.batch):
                 if stop <= done:
@@ -214,9 +214,9 @@ def _answer_pool(
     return tokens
 
 
-def _feature_writer(run: Run) -> BatchedTarget:
+def _feature_writer(run: Run, tokens: int) -> BatchedTarget:
     """A target that keeps the features of its answers, if there is room for all of them."""
-    if not _cached(run):
+    if not _cached(run, tokens):
         return run.writer
     return BatchedTarget(run.target, _settled_layers(run))
 
@@ -232,9 +232,9 @@ def _settled_layers(run: Run) -> tuple[int, ...]:
     return run.layers
 
 
-def _cached(run: Run) -> bool:
-    """Do the features of all answers fit on the disk that may be used?"""
-    tokens = max(run.config.answer_tokens, sum(imports.tokens(run.config.out)))
+def _cached(run: Run, tokens: int) -> bool:
+    """Do the features of all answers, so many tokens so far, fit on the disk that may be used?"""
+    tokens = max(run.config.answer_tokens, tokens)
     size = feature_bytes(tokens, len(run.layers), run.target.config.hidden_size)
     return size <= run.config.cache_gb * 1e9
 
@@ -251,31 +251,32 @@ def fit(run: Run) -> None:
     from mlx_redrafter.training.fit import fit as fit_drafter
 
     agreement.warn(run.supply)
-    if _cached(run):
+    tokens = sum(imports.tokens(config.out))
+    if _cached(run, tokens):
         _read_features(run)
-    _note_new_answers(config.out)
-    steps = max(1, -(-config.positions // config.batch_positions))
-    with Bar("fit", steps, "steps", fitted_steps(config.out)) as bar:
+    _note_new_answers(config.out, tokens)
+    with Bar("fit", config.steps, "steps", fitted_steps(config.out)) as bar:
         fit_drafter(run.target, config, config.out, lambda row: bar.to(row["step"], _state(row)))
 
 
 def _read_features(run: Run) -> None:
     """Compute the features of answers that were taken in, where the progress can be seen."""
     layers = _settled_layers(run)
-    missing = [s for s in shards(run.config.out) if not s.features_file.is_file()]
+    every = shards(run.config.out)
+    missing = [(s, answer_tokens(s.file)) for s in every if not s.features_file.is_file()]
     if not missing:
         return
     reader = BatchedTarget(run.target, layers)
-    with Bar("reading answers", sum(answer_tokens(s.file) for s in missing), "tokens") as bar:
-        for shard in missing:
+    with Bar("reading answers", sum(tokens for _, tokens in missing), "tokens") as bar:
+        for shard, tokens in missing:
             compute_features(reader, layers, shard)
             mx.clear_cache()
-            bar.add(answer_tokens(shard.file))
+            bar.add(tokens)
 
 
-def _note_new_answers(out: Path) -> None:
+def _note_new_answers(out: Path, tokens: int) -> None:
     """Remember what the fit began with; say so if it goes on with more."""
-    file, now = out / "fit" / "answers.json", {"answer_tokens": sum(imports.tokens(out))}
+    file, now = out / "fit" / "answers.json", {"answer_tokens": tokens}
     if not folder.fitting(out) or not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(now) + "\n")
@@ -331,7 +332,7 @@ def evaluate(run: Run) -> None:
     some = chosen[: positions.RECORDED]
     with Bar("drafts", len(TEMPERATURES) * len(some), "answers") as bar:
         drafts = []
-        for answer in record(model, tokenizer, some, asked.max_tokens, blind=False):
+        for answer in record(model, tokenizer, some, asked.max_tokens):
             drafts.append(answer)
             bar.add()
     yields.save(place / yields.FILE, tabulate(drafts, drafter=True))

@@ -74,10 +74,13 @@ def hf_form(config, weights):
 
 def run(source, out, bits=None, group_size=64, dtype=None, progress=lambda done, total: None):
     with output_folder(out, source) as folder:
-        return convert_base(
-            open_checkpoint(source), folder, bits=bits, group_size=group_size, dtype=dtype,
+        checkpoint = open_checkpoint(source)
+        plan = plan_base(checkpoint)
+        convert_base(
+            plan, checkpoint, folder, bits=bits, group_size=group_size, dtype=dtype,
             progress=progress,
         )  # fmt: skip
+        return plan.mappings(checkpoint.shape)
 
 
 def assert_same(found, expected):
@@ -105,7 +108,8 @@ def test_sharded_checkpoints_of_every_type(tmp_path, monkeypatch, kind, torch):
     assert {m.source for m in mapping} == stored.keys()
     assert {m.source for m in mapping if not m.target} == superfluous
     assert seen[0][0] == 0 and seen[-1] == (len(weights), len(weights))
-    assert mapping == plan_base(open_checkpoint(source))
+    checkpoint = open_checkpoint(source)
+    assert mapping == plan_base(checkpoint).mappings(checkpoint.shape)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])

@@ -187,12 +187,9 @@ def rows(looks: Sequence[Look], methods: Sequence[Method]) -> list[dict[str, Any
 
 def _by_control(looks: Sequence[Look], names: Sequence[str]) -> dict[str, Any]:
     own = figures(one for one in looks if one.control == ITSELF)
-    others = {
-        name: {
-            key: figures(one for one in looks if one.control == name)[key]
-            for key in ("recall", "recall_p5", "error", "density")
-        }
-        for name in names
-        if name != ITSELF
-    }
+    others = {}
+    for name in names:
+        if name != ITSELF:
+            found = figures(one for one in looks if one.control == name)
+            others[name] = {k: found[k] for k in ("recall", "recall_p5", "error", "density")}
     return {**own, **others}

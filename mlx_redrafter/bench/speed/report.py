@@ -11,6 +11,7 @@ from mlx_redrafter.bench.speed.document import DIVERGENCE, SWEEP, Document
 from mlx_redrafter.bench.speed.summary import ALL
 from mlx_redrafter.bench.speed.sweep import best, cells
 from mlx_redrafter.bench.speed.ways import AUTOMATIC, PERFECT_NAME, PLAIN
+from mlx_redrafter.evaluation import figures
 from mlx_redrafter.terminal import console
 from mlx_redrafter.terminal.tables import show, table
 
@@ -56,7 +57,7 @@ def _speed(temp: float, rows: Sequence[Row]) -> None:
         for row in rows:
             if row["group"] == group and (group == ALL or PERFECT_NAME not in row["way"]):
                 filled.add_row(row["way"], *_cells(row))
-    show(f"Speed, {answers(temp)}", filled)
+    show(f"Speed, {figures.answers(temp)}", filled)
 
 
 def _cells(row: Row) -> list[str]:
@@ -121,11 +122,6 @@ def _cost(curve: Mapping[str, float]) -> None:
     filled.add_row("milliseconds", *(f"{1000 * seconds:.1f}" for seconds in curve.values()))
     filled.add_row("times one token", *(f"{seconds / first:.2f}" for seconds in curve.values()))
     Console(highlight=False).print(filled)
-
-
-def answers(temp: float) -> str:
-    """How answers of a temperature are called."""
-    return f"temperature {temp:g}" if temp else "greedy"
 
 
 def _number(value: float | None) -> str:

@@ -178,15 +178,19 @@ def difference(plain: Sequence[Piece], drafted: Sequence[Piece]) -> Difference |
     return Difference(at + 1, before, *after)
 
 
+def compared(ratio: float) -> str:
+    """What drafting brings; ``ratio``: its speed by that of plain decoding."""
+    pays = "" if ratio >= 1 else ": here drafting does not pay"
+    return f"With drafting: {ratio:.2f}x the speed of plain decoding{pays}."
+
+
 def verdict(plain: View, drafted: View, dtype: str, exact: bool) -> list[str]:
     """Whether the texts are the same, and which way was faster, in plain words.
 
     Args:
         exact: whether a row's logits here are the same in a pass over one token and over several.
     """
-    ratio = drafted.speed / plain.speed
-    pays = "" if ratio >= 1 else ": here drafting does not pay"
-    speed = f"With drafting: {ratio:.2f}x the speed of plain decoding{pays}."
+    speed = compared(drafted.speed / plain.speed)
     parted = difference(plain.pieces, drafted.pieces)
     if parted is None:
         return [f"Same text: yes, all {plain.tokens} tokens are identical.", speed]

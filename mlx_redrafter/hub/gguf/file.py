@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from mlx_redrafter.errors import ConvertError, ModelError
+from mlx_redrafter.errors import ConvertError, ModelError, one_line
 from mlx_redrafter.hub.gguf import values
 from mlx_redrafter.hub.gguf.blocks import BLOCKS
 
@@ -65,9 +65,8 @@ class GgufFile:
             reason = error.strerror or type(error).__name__
             raise ConvertError(f"{self.path} cannot be read ({reason})") from error
         except (ValueError, KeyError, OverflowError) as error:
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise ConvertError(
-                f"{self.path} is not a readable GGUF file ({reason}); download it again"
+                f"{self.path} is not a readable GGUF file ({one_line(error)}); download it again"
             ) from error
 
     def get(self, key: str, default: Any = None) -> Any:

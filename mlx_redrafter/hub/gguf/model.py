@@ -16,6 +16,7 @@ from mlx_redrafter.hub.gguf import rope
 from mlx_redrafter.hub.gguf.blocks import GROUP, KEPT_BITS, dequantise, repack
 from mlx_redrafter.hub.gguf.file import GgufFile, GgufTensor
 from mlx_redrafter.hub.gguf.tokenizer import GgufTokenizer
+from mlx_redrafter.runtime.device import dtype_name
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -185,7 +186,7 @@ class GgufModel:
             pieces.append(mx.array(values).astype(dtype))
             mx.eval(pieces[-1])
             if not mx.isfinite(mx.abs(pieces[-1]).max()).item() and np.isfinite(values).all():
-                name = str(dtype).rpartition(".")[2]
+                name = dtype_name(dtype)
                 raise ConvertError(
                     f"{tensor.name} has values beyond {name}; run again with --dtype bfloat16"
                 )
