@@ -8,7 +8,7 @@ extended and cut; the arrays themselves travel with the step's state. Everything
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 
@@ -21,10 +21,19 @@ Rows = Any
 class LayerCache(Protocol):
     """One kind of memory. ``N`` nodes are run in a pass, ``N'`` were run in the pass before."""
 
-    in_place: bool
-    """Does an accepted chain stand where it belongs as soon as it is written, without a commit?"""
     cuts_anywhere: bool
     """Can the sequence be cut behind every token? Else only where a snapshot was taken."""
+
+    @property
+    def in_place(self) -> bool:
+        """Does an accepted chain stand where it belongs as soon as it is written, without a
+        commit?"""
+        ...
+
+    @property
+    def ahead(self) -> int:
+        """Tokens behind a position that what is kept of it depends on."""
+        ...
 
     def empty(self, capacity: int, dtype: mx.Dtype, rows: int = 1) -> Kept:
         """Of ``rows`` sequences without a token, with room for so many tokens."""
@@ -83,25 +92,51 @@ class Pass:
         ancestors: mx.array | None = None,
         pending: tuple[Sequence[Rows], mx.array] | tuple[()] = (),
     ) -> None:
-        self._before = dict(enumerate(caches))
+        self._before, self._after = dict(enumerate(caches)), dict[int, Kept]()
+        self._rows = dict.fromkeys(self._before, cast(Rows, ()))
         self.position, self.ancestors, self.pending = position, ancestors, pending
-        self.caches: list[Kept] = []
-        self.rows: list[Rows] = []
+
+    @property
+    def caches(self) -> list[Kept]:
+        """Of the layers that were settled or extended, in order."""
+        return [self._after[i] for i in sorted(self._after)]
+
+    @property
+    def rows(self) -> list[Rows]:
+        """By layer, what waits for the next pass's commit."""
+        return list(self._rows.values())
 
     def capacity(self, kinds: Sequence[LayerCache]) -> int | None:
         """Tokens that all layers have room for; None without a limit. Before they are extended."""
         return capacity_of(kinds, list(self._before.values()))
 
+    def settled(self, layer: int, kind: LayerCache) -> Kept:
+        """A layer's arrays with the pass before in its place, for whoever only reads them."""
+        if layer in self._before:
+            kept = self._before.pop(layer)
+            if self.pending:
+                waiting, slots = self.pending
+                if not (isinstance(waiting[layer], tuple) and waiting[layer] == ()):
+                    kept = kind.commit(kept, waiting[layer], slots, self.position)
+            self._after[layer] = kept
+        return self._after[layer]
+
+    def settle(self, kinds: Sequence[LayerCache]) -> None:
+        """Put the pass before into its place in every layer that nobody asked."""
+        for layer in list(self._before):
+            self.settled(layer, kinds[layer])
+
     def extend(self, layer: int, kind: LayerCache, rows: Any) -> Any:
-        """Commit and extend a layer's cache, layer after layer; what the layer reads."""
-        kept = self._before.pop(layer)
-        if self.pending:
-            waiting, slots = self.pending
-            kept = kind.commit(kept, waiting[layer], slots, self.position)
-        kept, added, seen = kind.extend(kept, rows, self)
-        self.caches.append(kept)
-        self.rows.append(added)
+        """Commit and extend a layer's cache; what the layer reads."""
+        self.settled(layer, kind)
+        kept = self._after.pop(layer)
+        kept, self._rows[layer], seen = kind.extend(kept, rows, self)
+        self._after[layer] = kept
         return seen
+
+    def leave(self, layer: int, rows: Rows) -> None:
+        """What this pass adds to a layer that does not read it: it waits for the next one."""
+        self._rows[layer] = rows
 
 
 def new_caches(

@@ -36,17 +36,25 @@ class Session:
     stand: int = 0
     snapshots: dict[int, dict[int, Kept]] = field(default_factory=dict)
     _target: weakref.ref[object] | None = field(default=None, init=False, repr=False, compare=False)
+    _drafters: list[weakref.ref[object]] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
     _taken: bool = field(default=False, init=False, repr=False, compare=False)
 
     @contextlib.contextmanager
-    def taken(self, target: object) -> Iterator[None]:
-        """Within, the session is the request's that runs on ``target``.
+    def taken(self, target: object, drafters: Sequence[object] = ()) -> Iterator[None]:
+        """Within, the session is the request's that runs on ``target``, with the rows of
+        ``drafters`` that keep some; it is cleared if they are not those of before.
 
         Raises:
             OptionError: another request has it, or it holds what another model computed.
         """
         self.check(target)
-        self._target, self._taken = weakref.ref(target), True
+        before = [drafter() for drafter in self._drafters]
+        if [id(d) for d in before] != [id(d) for d in drafters]:
+            self.clear()
+        self._target, self._drafters = weakref.ref(target), [weakref.ref(d) for d in drafters]
+        self._taken = True
         try:
             yield
         finally:
@@ -115,8 +123,11 @@ class Session:
         limit = max(0, min(len(self.tokens), len(prompt) - 2))
         if self.tag not in ("", tag):
             limit = min(limit, self.sparse_from)
-        pairs = zip(self.tokens[:limit], prompt, strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), limit)
+        ahead = max((kind.ahead for kind in self.kinds), default=0)
+        known = len(self.tokens)
+        pairs = zip(self.tokens, prompt, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(known, len(prompt)))
+        return max(0, min(limit, same - ahead))
 
     def read_sparsely(self, tag: str, start: int) -> None:
         """Note that position ``start`` and what follows is about to be read so."""

@@ -32,16 +32,20 @@ class Slab:
     Args:
         heads: ``2*Hkv``.
         size: ``Dh``.
+        in_place, ahead: see `LayerCache`.
+        dtype: of the rows; None: what the model computes with.
     """
 
     heads: int
     size: int
-    in_place = True
+    in_place: bool = True
+    ahead: int = 0
+    dtype: mx.Dtype | None = None
     cuts_anywhere = True  # what lies behind the cut is masked, and written again
 
     def empty(self, capacity: int, dtype: mx.Dtype, rows: int = 1) -> mx.array:
         """Zeros: a masked slot still enters 0 x value."""
-        return mx.zeros((rows, self.heads, capacity, self.size), dtype)
+        return mx.zeros((rows, self.heads, capacity, self.size), self.dtype or dtype)
 
     def grow(self, kept: mx.array, capacity: int) -> mx.array:
         """A copy with zero rows added up to the capacity; no copy if it has that already."""

@@ -18,6 +18,8 @@ from mlx_redrafter.decoding.step import (
     State,
     StepFunction,
     StepSpec,
+    absorbing,
+    all_caches,
     make_step,
     nothing_pending,
     read_layers,
@@ -52,6 +54,7 @@ class Engine:
     ) -> None:
         self.target = target
         self.drafters = tuple(drafters)
+        self.kinds = all_caches(target, drafters)
         self.compiled = compiled
         self.traces = 0
         self.say: Callable[[str], None] = lambda text: None  # told what takes seconds, once
@@ -78,7 +81,8 @@ class Engine:
         room = request.room(self.target.config)
         policy = self._policy(request.shape)
         answer = _Answer(self, request, policy, room)
-        with request.session.taken(self.target):
+        keeping = [drafter for drafter in self.drafters if drafter.caches]
+        with request.session.taken(self.target, keeping):
             # The state goes straight through: a name for it here would keep the first slabs alive,
             # and the first step would have to copy them all.
             yield from answer.steps(self._prefill(request, policy.shapes))
@@ -99,10 +103,11 @@ class Engine:
         session.keep_shared(prompt, sparse.options.tag if sparse is not None else "")
         stats.prefill_tokens += len(prompt) - len(session.tokens)
         needed = capacity_for(len(prompt) + 2 * max(shape.nodes for shape in shapes))
-        session.open(self.target.caches, needed, self.target.dtype)
+        session.open(self.kinds, needed, self.target.dtype)
         last = read(
             self.target, prompt, session, request.step_size,
-            layers=read_layers(self.drafters), sparse=sparse, progress=request.progress,
+            layers=read_layers(self.drafters), absorb=absorbing(self.drafters), sparse=sparse,
+            progress=request.progress,
         )  # fmt: skip
         history: mx.array | tuple[()] = ()
         if request.sampling.windows or any(shape.lookup for shape in shapes):
@@ -122,7 +127,8 @@ class _Answer:
 
     def __init__(self, engine: Engine, request: Request, policy: Policy, room: int) -> None:
         self.engine, self.request, self.policy = engine, request, policy
-        self.kinds = engine.target.caches
+        self.kinds = engine.kinds
+        self.behind = any(drafter.caches for drafter in engine.drafters)
         self.arrays = request.sampling.arrays(engine.target.config.vocab_size)
         self.known = list(request.prompt)
         self.final = len(self.known) + room
@@ -156,7 +162,7 @@ class _Answer:
                 policy.record(shape, len(tokens), now - read if timed else None)
                 read, traces = now, engine.traces
                 known.extend(tokens)
-                if following is not None or shape.one_path:
+                if following is not None or (shape.one_path and not self.behind):
                     in_place = len(known) - 1
                 yield Emitted(tokens)
                 mark = time.perf_counter()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
@@ -17,7 +17,7 @@ from mlx_redrafter.decoding import sampling
 from mlx_redrafter.decoding.sampling import Arrays
 from mlx_redrafter.drafters import Ask, Drafter, Verified
 from mlx_redrafter.models import Target
-from mlx_redrafter.models.features import Features
+from mlx_redrafter.models.features import Chunk, Features
 from mlx_redrafter.tree.accept import accept
 from mlx_redrafter.tree.nodes import (
     DraftTree,
@@ -37,10 +37,10 @@ class State(NamedTuple):
 
     root (1,) int32     the last token: chosen, but not yet in the caches
     position (1,) int32 the root's
-    caches              what every layer remembers
+    caches              what every layer remembers, the target's before the drafters'
     drafts              every drafter's state
     history (C,) int32  the tokens by position, the root's included, where somebody reads them
-    pending             that step's own rows by layer, and the slots (N,) int32 where they belong.
+    pending             the last step's rows by layer, and the slots (N,) int32 where they belong.
                         The next step puts them there before its own. Moving them at once would read
                         and write a slab back to back, and MLX copies a buffer whose reader is still
                         in flight.
@@ -58,17 +58,20 @@ def nothing_pending(
     kinds: Sequence[LayerCache], caches: Sequence[Kept], shape: TreeShape
 ) -> tuple[list[Rows], mx.array] | tuple[()]:
     """What the first step of an answer finds pending: as after a step of its own shape."""
-    if not waits(kinds, shape):
+    rows = [
+        kind.nothing(kept, shape.nodes) if waits(kind, shape) else ()
+        for kind, kept in zip(kinds, caches, strict=True)
+    ]
+    if not any(waits(kind, shape) for kind in kinds):
         return ()
-    rows = [kind.nothing(kept, shape.nodes) for kind, kept in zip(kinds, caches, strict=True)]
     capacity = capacity_of(kinds, caches) or 1 << 30
     return rows, mx.full((shape.nodes,), capacity - 1, mx.int32)  # a slot that is not read yet
 
 
-def waits(kinds: Sequence[LayerCache], shape: TreeShape) -> bool:
-    """Does a step of this shape leave rows to be put into place? An accepted chain mostly is there
-    already."""
-    return not (shape.one_path and all(kind.in_place for kind in kinds))
+def waits(kind: LayerCache, shape: TreeShape) -> bool:
+    """Does a step of this shape leave a layer's rows to be put into place? An accepted chain mostly
+    is there already."""
+    return not (shape.one_path and kind.in_place)
 
 
 @dataclass(frozen=True)
@@ -102,16 +105,19 @@ def make_step(
         there on; the next state).
     """
     shape = spec.shape
-    layers = read_layers(drafters)
+    layers, kinds = read_layers(drafters), all_caches(target, drafters)
+    waiting = [waits(kind, shape) for kind in kinds]
 
     def step(state: State, arrays: Arrays) -> tuple[mx.array, State]:
         on_trace()
         root, position, caches, states, history, pending = state
         draw = sampling.draw(arrays, position + 1, shape.depth)
         text_so_far = None if isinstance(history, tuple) else history
-        tree = draft(drafters, states, Ask(root, position, text_so_far, shape, draw))
+        run, *others = passes([target, *drafters], caches, position, pending)
+        ask = Ask(root, position, text_so_far, shape, draw)
+        tree = draft(drafters, states, others, ask)
 
-        run = Pass(caches, position, tree.ancestors, pending)
+        run.ancestors = tree.ancestors
         read = verify(target, tree, run, layers)
 
         windows = {
@@ -122,16 +128,77 @@ def make_step(
         choices = sampling.sample(target.logits(read.hidden), tree, windows, arrays, position)
         last, count, text = accept(tree, choices)
 
-        done = Verified(tree, read, last, count, text)
-        drafts = tuple(d.commit(s, done) for d, s in zip(drafters, states, strict=True))
+        done = Verified(tree, read, last, count, text, choices, position)
+        drafts = tuple(
+            d.commit(s, done._replace(own=own))
+            for d, s, own in zip(drafters, states, others, strict=True)
+        )
         if not isinstance(history, tuple):
             history = mx.slice_update(history, text, position, (0,))
-        waiting = waits(target.caches, shape)
-        pending = (run.rows, row_slots(tree, last, count, position)) if waiting else ()
+        caches, rows = joined_passes([target, *drafters], [run, *others])
+        pending = ()
+        if any(waiting):
+            kept = [r if w else () for r, w in zip(rows, waiting, strict=True)]
+            pending = kept, row_slots(tree, last, count, position)
         root = mx.take(choices, last) if shape.drafts else choices
-        return text, State(root, position + count, run.caches, drafts, history, pending)
+        return text, State(root, position + count, caches, drafts, history, pending)
 
     return step
+
+
+class Remembering(Protocol):
+    """The target, or a drafter."""
+
+    @property
+    def caches(self) -> Sequence[LayerCache]: ...
+
+
+def all_caches(target: Target, drafters: Sequence[Drafter]) -> list[LayerCache]:
+    """What every layer remembers: the target's, then the drafters'."""
+    everyone: list[Remembering] = [target, *drafters]
+    return [kind for one in everyone for kind in one.caches]
+
+
+def passes(
+    those: Sequence[Remembering],
+    caches: Sequence[Kept],
+    position: mx.array,
+    pending: tuple[Sequence[Rows], mx.array] | tuple[()],
+) -> list[Pass]:
+    """A pass for each, with its share of the caches; position and pending: see `Pass`."""
+    result, start = [], 0
+    for one in those:
+        stop = start + len(one.caches)
+        mine = (pending[0][start:stop], pending[1]) if pending else ()
+        result.append(Pass(caches[start:stop], position, None, mine))
+        start = stop
+    return result
+
+
+def joined_passes(
+    those: Sequence[Remembering], runs: Sequence[Pass]
+) -> tuple[list[Kept], list[Rows]]:
+    """The caches after passes, and the rows that wait."""
+    for one, run in zip(those, runs, strict=True):
+        run.settle(one.caches)
+    return [kept for r in runs for kept in r.caches], [rows for r in runs for rows in r.rows]
+
+
+def absorbing(
+    drafters: Sequence[Drafter],
+) -> Callable[[Chunk, Sequence[Kept]], list[Kept]] | None:
+    """What adds a part of the prompt to the drafters' caches; None where they have none."""
+    keeping = [drafter for drafter in drafters if drafter.caches]
+    if not keeping:
+        return None
+
+    def absorb(chunk: Chunk, caches: Sequence[Kept]) -> list[Kept]:
+        runs = passes(keeping, caches, chunk.positions[:1], ())
+        for drafter, own in zip(keeping, runs, strict=True):
+            drafter.absorb(chunk, own)
+        return joined_passes(keeping, runs)[0]
+
+    return absorb
 
 
 def read_layers(drafters: Sequence[Drafter]) -> tuple[int, ...]:
@@ -140,13 +207,16 @@ def read_layers(drafters: Sequence[Drafter]) -> tuple[int, ...]:
     return tuple(sorted(wanted))
 
 
-def draft(drafters: Sequence[Drafter], states: Sequence[Any], ask: Ask) -> DraftTree:
+def draft(
+    drafters: Sequence[Drafter], states: Sequence[Any], passes: Sequence[Pass], ask: Ask
+) -> DraftTree:
     """The tree that the target will check."""
     shape = ask.shape
     if not shape.drafts:
         return root_only(ask.root)
-    asked = [(d, s) for d, s in zip(drafters, states, strict=True) if d.part in shape.parts]
-    found = [drafter.propose(state, ask) for drafter, state in asked]
+    every = zip(drafters, states, passes, strict=True)
+    asked = [(d, s, own) for d, s, own in every if d.part in shape.parts]
+    found = [drafter.propose(state, ask._replace(own=own)) for drafter, state, own in asked]
     if shape.one_path:
         return chain(found[0][0].paths.reshape(-1))
     first, *others = found
@@ -196,7 +266,8 @@ def blank_state(
     history: bool = True,
 ) -> State:
     """A state with nothing in it, as after a step of the same shape: for what measures steps."""
-    caches = new_caches(target.caches, capacity, target.dtype)
+    kinds = all_caches(target, drafters)
+    caches = new_caches(kinds, capacity, target.dtype)
     layers = read_layers(drafters)
     row = mx.zeros((1, target.config.hidden_size), target.dtype)
     read = Features(row, layers, (row,) * len(layers))
@@ -206,5 +277,5 @@ def blank_state(
         caches,
         tuple(drafter.begin(read) for drafter in drafters),
         mx.zeros((capacity,), mx.int32) if history else (),
-        nothing_pending(target.caches, caches, shape),
+        nothing_pending(kinds, caches, shape),
     )

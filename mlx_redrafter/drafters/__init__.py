@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
-from mlx_redrafter.models.features import Features
+from mlx_redrafter.cache.layer import LayerCache, Pass
+from mlx_redrafter.models.features import Chunk, Features
 from mlx_redrafter.tree.nodes import Candidates, DraftTree
 from mlx_redrafter.tree.shape import TreeShape
 
@@ -30,24 +31,30 @@ class Draw(Protocol):
 
 class Ask(NamedTuple):
     """What a drafter is asked: root (1,), its position (1,), the tokens by position (C,) where some
-    drafter of the model reads them, the tree's shape, and the draw (None: greedy)."""
+    drafter of the model reads them, the tree's shape, and the draw (None: greedy). own: the step's
+    pass over the drafter's own caches, if it has any."""
 
     root: mx.array
     position: mx.array
     history: mx.array | None
     shape: TreeShape
     draw: Draw | None
+    own: Pass | None = None
 
 
 class Verified(NamedTuple):
     """What became of a tree: the pass's features (N rows), the deepest accepted node (1,), how many
-    tokens came out (1,), and these, text (L+2,), from the root's on."""
+    tokens came out (1,), and these, text (L+2,), from the root's on; the target's own token after
+    every node, choices (N,), and the root's position (1,). own: as in `Ask`."""
 
     tree: DraftTree
     read: Features
     last: mx.array
     produced: mx.array
     text: mx.array
+    choices: mx.array
+    position: mx.array
+    own: Pass | None = None
 
 
 class Drafter(Protocol):
@@ -64,6 +71,16 @@ class Drafter(Protocol):
         """Layers of the target that it reads; none: the last hidden state. None: nothing."""
         ...
 
+    @property
+    def caches(self) -> Sequence[LayerCache]:
+        """What it keeps by position, layer by layer; most keep nothing. It travels with the
+        target's caches: put into place along the same paths, grown and cut with them."""
+        ...
+
+    def absorb(self, chunk: Chunk, own: Pass) -> None:
+        """Add a part of the prompt to its caches. Not asked of those that keep nothing."""
+        ...
+
     def begin(self, read: Features) -> Any:
         """The state after the prompt; ``read`` has the row of its last position but one."""
         ...
@@ -73,8 +90,17 @@ class Drafter(Protocol):
         ...
 
     def commit(self, state: Any, done: Verified) -> Any:
-        """The state of the next step."""
+        """The state of the next step. What it adds to its caches waits in ``done.own``."""
         ...
+
+
+class Forgetful:
+    """A drafter that keeps nothing by position."""
+
+    caches: Sequence[LayerCache] = ()
+
+    def absorb(self, chunk: Chunk, own: Pass) -> None:
+        pass
 
 
 class Cell(Protocol):
@@ -89,20 +115,19 @@ class Cell(Protocol):
         """What it reads of positions (M, *) -> (M, Dc)."""
         ...
 
-    def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
-        """(Dc,) -> recurrent state (1, S), and what stays the same for the whole draft."""
+    def start(self, context: mx.array) -> tuple[Any, mx.array]:
+        """(Dc,) -> recurrent state (1, S) or a tuple of such, and what stays the same for the whole
+        draft."""
         ...
 
-    def step(self, tokens: mx.array, state: mx.array, fixed: mx.array) -> tuple[mx.array, mx.array]:
+    def step(self, tokens: mx.array, state: Any, fixed: mx.array) -> tuple[mx.array, Any]:
         """Consume tokens (R,) of the target's vocabulary: logits (R, Vd), state (R, S).
 
         A state of one row, given or returned, is that of all beams.
         """
         ...
 
-    def follow(
-        self, picks: mx.array, state: mx.array, fixed: mx.array
-    ) -> tuple[mx.array, mx.array]:
+    def follow(self, picks: mx.array, state: Any, fixed: mx.array) -> tuple[mx.array, Any]:
         """The same for tokens (R,) of its own vocabulary."""
         ...
 

@@ -7,11 +7,11 @@ one too, and nothing has to be de-duplicated afterwards.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlx_redrafter.drafters import Ask, Cell, Draw, Verified
+from mlx_redrafter.drafters import Ask, Cell, Draw, Forgetful, Verified
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models.features import Features
 from mlx_redrafter.runtime.device import fused_kernels
@@ -111,15 +111,20 @@ def search(
             costs, picks = _likeliest(logits, costs)
         else:
             costs, parents, picks = _cheapest(logits, costs, width)
-            # One row is what all beams have in common, and needs no copies.
-            state, paths = (
-                mx.take(x, parents, axis=0) if x.shape[0] > 1 else x for x in (state, paths)
-            )
+            state, paths = chosen(state, parents), chosen(paths, parents)
         tokens = cell.token_ids(picks).reshape(-1, 1)
         paths = mx.where(place == integers([level + 1]), tokens, paths)
         levels.append(Candidates(paths, costs, (level + 1,) * width))
         above.append(parents)
     return _alive(levels, above) if shape.mode == "beams" else levels
+
+
+def chosen(state: Any, parents: mx.array) -> Any:
+    """Of an array, or a tuple of them, the rows of the beams that go on. One row is what all beams
+    have in common, and needs no copies."""
+    if isinstance(state, tuple):
+        return tuple(chosen(part, parents) for part in state)
+    return mx.take(state, parents, axis=0) if state.shape[0] > 1 else state
 
 
 def _likeliest(logits: mx.array, costs: mx.array) -> tuple[mx.array, mx.array]:
@@ -162,7 +167,7 @@ class SearchingCell(Cell, Protocol):
     def searched(self, depth: int) -> Cell: ...
 
 
-class BeamDrafter:
+class BeamDrafter(Forgetful):
     """A drafter that searches with a cell of its own. It keeps nothing between steps but what it
     reads of the position that predicted the root; see `drafters.Drafter`."""
 

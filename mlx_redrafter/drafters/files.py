@@ -245,3 +245,12 @@ def cut_rows(layer: nn.Module, ids: mx.array) -> None:
         if layer.get(name) is not None:
             layer[name] = mx.take(layer[name], ids, axis=0)
     mx.eval(layer.parameters())
+
+
+def target_logits(target: Decoder, drafted: mx.array | None) -> Any:
+    """The target's head as a function (M, D) -> (M, Vd)."""
+    if drafted is None:
+        return target.logits
+    rows = target.head_rows(drafted)
+    mx.eval(rows)
+    return lambda x: target.scaled(x @ rows.T)

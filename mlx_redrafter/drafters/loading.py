@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_redrafter.drafters import Drafter, files, medusa, speculator
+from mlx_redrafter.drafters import Drafter, eagle_files, files, medusa, speculator
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.models import Decoder
@@ -138,15 +138,19 @@ def save_drafter(folder: Path, drafter: ReDrafter, extra: dict[str, Any] | None 
 _RECURRENT = Kind(load_recurrent, check_recurrent, describe_recurrent)
 _MEDUSA = Kind(medusa.load, medusa.LAYOUT.check, medusa.describe)
 _SPECULATOR = Kind(speculator.load, speculator.LAYOUT.check, speculator.describe)
+_EAGLE = Kind(eagle_files.load, eagle_files.LAYOUT.check, eagle_files.describe)
 DRAFTERS: dict[str, Kind] = {
     "redrafter": _RECURRENT,
     "recurrent_drafting_drafter": _RECURRENT,  # Apple's
     "medusa": _MEDUSA,
     "mlp_speculator": _SPECULATOR,
+    "eagle3": _EAGLE,
+    "eagle": _EAGLE,
 }
 """By ``model_type`` of the drafter's config.json."""
 
 _SIGNS: tuple[tuple[Callable[[Path, Mapping[str, Any], Mapping[str, Any]], bool], Kind], ...] = (
     (medusa.is_one, _MEDUSA),
     (speculator.is_one, _SPECULATOR),
+    (eagle_files.is_one, _EAGLE),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_redrafter.drafters import Ask, Verified
+from mlx_redrafter.drafters import Ask, Forgetful, Verified
 from mlx_redrafter.models.features import Features
 from mlx_redrafter.tree.nodes import END, FILLER, Candidates, integers, prefixes
 from mlx_redrafter.tree.shape import TEXT
@@ -22,7 +22,7 @@ LONGEST = len(_FIRST)
 _FARTHEST = 1 << 28  # beyond every position; not the capacity, which would be in a kernel's source
 
 
-class Lookup:
+class Lookup(Forgetful):
     """Drafts from the text itself; a `drafters.Drafter` that every model has and that keeps
     nothing: the step's history is all it reads."""
 

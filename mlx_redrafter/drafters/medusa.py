@@ -172,7 +172,7 @@ class Medusa(nn.Module, LevelDrafter):
         every = integers(range(target.config.vocab_size))
         self._vocabulary = every if drafted is None else drafted
         if self.config.head == "target":
-            self._logits = _target_logits(target, drafted)
+            self._logits = files.target_logits(target, drafted)
         elif drafted is not None and self.config.rows != drafted.shape[0]:
             for layer in self._outputs():
                 files.cut_rows(layer, drafted)
@@ -201,15 +201,6 @@ class Medusa(nn.Module, LevelDrafter):
         """One row of logits for all beams."""
         size = self._vocabulary.shape[0]
         return state[:, index * size : (index + 1) * size], state
-
-
-def _target_logits(target: Decoder, drafted: mx.array | None) -> Any:
-    """The target's head as a function (M, D) -> (M, Vd)."""
-    if drafted is None:
-        return target.logits
-    rows = target.head_rows(drafted)
-    mx.eval(rows)
-    return lambda x: target.scaled(x @ rows.T)
 
 
 def is_one(folder: Path, raw: Mapping[str, Any], names: Mapping[str, Any]) -> bool:

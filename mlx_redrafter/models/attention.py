@@ -50,6 +50,32 @@ def attend(
     return _attend_unfused(q, slab, mask, scale, softcap, softmax)
 
 
+def attend_branches(
+    q: mx.array,
+    slab: mx.array,
+    seen: mx.array,
+    branches: mx.array,
+    above: mx.array,
+    scale: float,
+    softmax: Softmax = softmax,
+) -> mx.array:
+    """q (H, R, Dh) over a slab (1, 2*Hkv, C, Dh) and over rows that are not in it; (R, H*Dh).
+
+    A draft's own rows, branches (1, 2*Hkv, M, Dh), would have to be written between reads of the
+    slab, which MLX copies then. seen (R or 1, C) and above (R, M): what every query attends to.
+    """
+    heads, n, dim = q.shape
+    kv_heads, capacity = slab.shape[1] // 2, slab.shape[2]
+    q = (q * mx.array(scale, q.dtype)).reshape(kv_heads, heads // kv_heads * n, dim)
+    keys, values = zip(*((x[0, :kv_heads], x[0, kv_heads:]) for x in (slab, branches)), strict=True)
+    scores = mx.concatenate([q @ k.swapaxes(-1, -2) for k in keys], axis=-1)
+    scores = scores.reshape(kv_heads, heads // kv_heads, n, -1)
+    mask = mx.concatenate([mx.broadcast_to(seen, (n, capacity)), above], axis=1)
+    weights = masked_softmax(scores, mask, softmax).reshape(kv_heads, heads // kv_heads * n, -1)
+    out = weights[..., :capacity] @ values[0] + weights[..., capacity:] @ values[1]
+    return out.reshape(heads, n, dim).transpose(1, 0, 2).reshape(n, -1)
+
+
 Attend = Callable[[mx.array, mx.array, mx.array, float, float], mx.array]
 """How one layer of one pass attends; arguments and result as of `attend`."""
 

@@ -92,7 +92,7 @@ def _head_dim(raw: Raw) -> int:
     return hidden // heads
 
 
-def _rope(raw: Raw, dims: int, base: float, max_positions: int) -> RopeConfig:
+def rope_config(raw: Raw, dims: int, base: float, max_positions: int) -> RopeConfig:
     """The rotary embedding; transformers >= 5 nests its keys under rope_parameters."""
     nested = raw.get("rope_parameters") or {}
     theta = raw.get("rope_theta") or nested.get("rope_theta") or base
@@ -117,7 +117,7 @@ def _base(raw: Raw, *, max_positions: int, theta: float = 10000.0) -> DecoderCon
     _limit(raw)
     layers, head_dim = int(raw["num_hidden_layers"]), _head_dim(raw)
     limit = int(raw.get("max_position_embeddings") or max_positions)
-    rope = _rope(raw, head_dim, theta, limit)
+    rope = rope_config(raw, head_dim, theta, limit)
     return DecoderConfig(
         model_type=str(raw["model_type"]),
         hidden_size=int(raw["hidden_size"]),
@@ -254,7 +254,7 @@ def _gemma3_text(raw: Raw) -> DecoderConfig:
         # mlx-lm rounds this factor to bfloat16, as the model was trained.
         embedding_scale=cast(float, mx.array(config.hidden_size**0.5, mx.bfloat16).item()),
         ropes=(
-            _rope(flat, config.head_dim, 1e6, limit),
+            rope_config(flat, config.head_dim, 1e6, limit),
             RopeConfig(config.head_dim, float(local_base), max_positions=limit),
         ),
         layer_ropes=tuple(int(is_local) for is_local in local),

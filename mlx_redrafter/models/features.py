@@ -25,3 +25,13 @@ class Features(NamedTuple):
         if not layers:
             return self.hidden
         return mx.concatenate([self.outputs[self.layers.index(i)] for i in layers], axis=-1)
+
+
+class Chunk(NamedTuple):
+    """A part of a prompt: tokens (n,), the token behind each of them, following (n,), their
+    positions (n,), and what the target's pass left of them, read (n rows)."""
+
+    tokens: mx.array
+    following: mx.array
+    positions: mx.array
+    read: Features

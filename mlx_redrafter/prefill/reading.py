@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_redrafter.cache.layer import Pass, capacity_of
+from mlx_redrafter.cache.layer import Kept, Pass, capacity_of
 from mlx_redrafter.cache.session import BETWEEN_SNAPSHOTS, Session
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.models import Target
 from mlx_redrafter.models.decoder import Functions
-from mlx_redrafter.models.features import Features
+from mlx_redrafter.models.features import Chunk, Features
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.sparse import SparseAttention
 
 Progress = Callable[[int, int], None]
+Absorb = Callable[[Chunk, Sequence[Kept]], list[Kept]]
 USUAL = 512  # tokens of a pass
 
 
@@ -70,6 +71,7 @@ def read(
     step: int,
     *,
     layers: Sequence[int] = (),
+    absorb: Absorb | None = None,
     sparse: SparseAttention | None = None,
     progress: Progress | None = None,
 ) -> Features:
@@ -78,6 +80,7 @@ def read(
     Args:
         step: tokens of a pass.
         layers: indices of blocks whose output is wanted too.
+        absorb: adds a part to the caches behind the target's, if the session has more.
         sparse: None: everything is read densely.
         progress: called before each pass and at the end with (tokens read, tokens in the prompt).
 
@@ -90,8 +93,8 @@ def read(
     for part in parts(len(session.tokens), len(prompt), step, options):
         if progress is not None:
             progress(part.start, len(prompt))
-        chunk = list(prompt[part.start : part.stop])
-        found = _read(target, chunk, session, layers, None if part.dense else sparse)
+        chunk = list(prompt[part.start : part.stop + 1])
+        found = _read(target, chunk, session, layers, absorb, None if part.dense else sparse)
         if sparse is not None:
             sparse.count(part.start, part.stop, part.dense)
     if progress is not None:
@@ -115,28 +118,34 @@ def _read(
     chunk: list[int],
     session: Session,
     layers: Sequence[int],
+    absorb: Absorb | None,
     sparse: SparseAttention | None,
 ) -> Features:
-    """One pass. A selector evaluates its layer within it: a slab that had another owner would be
-    copied, so the session gives its caches away for a sparse one."""
+    """One pass over all but the last token. A selector evaluates its layer within it: a slab that
+    had another owner would be copied, so the session gives its caches away for a sparse one."""
     done = len(session.tokens)
     functions = Functions() if sparse is None else Functions(sparse.at(done))
-    inputs = _inputs(chunk, session)
+    inputs = _inputs(chunk[:-1], session)
     if sparse is not None:
         session.read_sparsely(sparse.options.tag, done)
     before = session.caches if sparse is None else session.take()
-    caches = Pass(before, mx.array([done], mx.int32))
+    own = len(target.caches)
+    caches, others = Pass(before[:own], mx.array([done], mx.int32)), before[own:]
     del before
     try:
         hidden, outputs = target(*inputs, caches, layers, functions)
+        if absorb is not None:
+            read = Features(hidden, tuple(layers), outputs)
+            following = mx.array(chunk[1:], mx.int32)
+            others = absorb(Chunk(inputs[0], following, inputs[1], read), others)
         found = Features(hidden[-1:], tuple(layers), tuple(x[-1:] for x in outputs))
-        session.caches = caches.caches  # before they are written: the old ones need no owner
+        session.caches = [*caches.caches, *others]  # before they are written: no other owner
         mx.eval(found.hidden, found.outputs, session.caches)
     except BaseException:
         if sparse is not None:
             session.clear()  # some of its slabs are gone
         raise
-    session.tokens.extend(chunk)
+    session.tokens.extend(chunk[:-1])
     session.stand = len(session.tokens)
     if session.stand % BETWEEN_SNAPSHOTS == 0:
         session.mark()

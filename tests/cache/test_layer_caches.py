@@ -33,6 +33,7 @@ class Recurrence:
 
     in_place = False
     cuts_anywhere = False
+    ahead = 0
 
     def empty(self, capacity: int, dtype: mx.Dtype, rows: int = 1) -> mx.array:
         return mx.zeros((1,), dtype)

@@ -13,7 +13,7 @@ import pytest
 from conftest import engine_of, plainly, prompt_of, run, write_target
 
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.drafters import Ask, Verified
+from mlx_redrafter.drafters import Ask, Forgetful, Verified
 from mlx_redrafter.drafters.loading import DRAFTERS, Kind, load_drafter
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.models import Decoder, load_model
@@ -23,7 +23,7 @@ from mlx_redrafter.tree.nodes import END, Candidates, integers, prefixes
 from mlx_redrafter.tree.shape import BEAMS, TreeShape
 
 
-class Counting:
+class Counting(Forgetful):
     """Drafts that every token is followed by the next number, and remembers the last bonus token:
     a state that is a tuple, and nothing read of the target."""
 
