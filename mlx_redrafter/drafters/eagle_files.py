@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
@@ -86,7 +86,7 @@ def renamed(stored: Mapping[str, T], raw: Raw) -> dict[str, T]:
         if bare == OFFSETS:
             bare = files.VOCABULARY
             if isinstance(value, mx.array):
-                value = _ids(value)
+                value = cast(T, _ids(value))
         result[bare] = value
     return result
 
@@ -144,7 +144,7 @@ def _layers_are(raw: Raw) -> str:
 
 def _layer_ids(raw: Raw) -> list[int]:
     flat = _flat(raw)
-    found = next((flat[key] for key in ("target_layer_ids", *_IDS) if flat.get(key)), [])
+    found: Any = next((flat[key] for key in ("target_layer_ids", *_IDS) if flat.get(key)), [])
     if not isinstance(found, list) or not all(isinstance(i, int) for i in found):
         raise DrafterError(f"the drafter's layer ids {found!r} are no list of numbers")
     return found
