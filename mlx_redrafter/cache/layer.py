@@ -106,6 +106,11 @@ class Pass:
         """By layer, what waits for the next pass's commit."""
         return list(self._rows.values())
 
+    @property
+    def fresh(self) -> bool:
+        """Has nobody asked for a layer yet?"""
+        return not self._after
+
     def capacity(self, kinds: Sequence[LayerCache]) -> int | None:
         """Tokens that all layers have room for; None without a limit. Before they are extended."""
         return capacity_of(kinds, list(self._before.values()))

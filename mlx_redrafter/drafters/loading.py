@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_redrafter.drafters import Drafter, eagle_files, files, medusa, speculator
+from mlx_redrafter.drafters import Drafter, eagle_files, files, medusa, model, speculator
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.models import Decoder
@@ -153,4 +153,5 @@ _SIGNS: tuple[tuple[Callable[[Path, Mapping[str, Any], Mapping[str, Any]], bool]
     (medusa.is_one, _MEDUSA),
     (speculator.is_one, _SPECULATOR),
     (eagle_files.is_one, _EAGLE),
+    (model.is_one, Kind(model.load, model.check, model.describe)),
 )

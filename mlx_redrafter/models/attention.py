@@ -57,7 +57,7 @@ def attend_branches(
     branches: mx.array,
     above: mx.array,
     scale: float,
-    softmax: Softmax = softmax,
+    softcap: float = 0.0,
 ) -> mx.array:
     """q (H, R, Dh) over a slab (1, 2*Hkv, C, Dh) and over rows that are not in it; (R, H*Dh).
 
@@ -69,9 +69,11 @@ def attend_branches(
     q = (q * mx.array(scale, q.dtype)).reshape(kv_heads, heads // kv_heads * n, dim)
     keys, values = zip(*((x[0, :kv_heads], x[0, kv_heads:]) for x in (slab, branches)), strict=True)
     scores = mx.concatenate([q @ k.swapaxes(-1, -2) for k in keys], axis=-1)
+    if softcap:
+        scores = mx.tanh(scores / softcap) * softcap
     scores = scores.reshape(kv_heads, heads // kv_heads, n, -1)
     mask = mx.concatenate([mx.broadcast_to(seen, (n, capacity)), above], axis=1)
-    weights = masked_softmax(scores, mask, softmax).reshape(kv_heads, heads // kv_heads * n, -1)
+    weights = masked_softmax(scores, mask).reshape(kv_heads, heads // kv_heads * n, -1)
     out = weights[..., :capacity] @ values[0] + weights[..., capacity:] @ values[1]
     return out.reshape(heads, n, dim).transpose(1, 0, 2).reshape(n, -1)
 
