@@ -24,6 +24,7 @@ from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.drafters.lookup import Lookup
+from mlx_redrafter.drafters.model import DraftModel
 from mlx_redrafter.hub import find_drafter, resolve
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.prefill.config import SparsePrefill
@@ -31,7 +32,7 @@ from mlx_redrafter.prefill.reading import Progress
 from mlx_redrafter.runtime import blas, checks, threads
 from mlx_redrafter.runtime.paths import BUILTIN, user_path
 from mlx_redrafter.text.answer import Answer, GenerationResponse
-from mlx_redrafter.text.tokenizer import load_tokenizer
+from mlx_redrafter.text.tokenizer import check_same, load_tokenizer
 from mlx_redrafter.tree.shape import TreeShape
 
 USUAL_LENGTH = 256  # tokens of an answer where nobody says it, as in mlx_lm
@@ -118,10 +119,13 @@ def load(
         drafter_folder = resolve(given) if given is not None else None
     target = load_model(folder, dtype)
     loaded = load_drafter(drafter_folder, target) if drafter_folder is not None else None
+    tokenizer = load_tokenizer(folder, tokenizer_config)
+    if isinstance(loaded, DraftModel) and drafter_folder is not None:
+        check_same(tokenizer, drafter_folder)
     model = Model.of(
         name, folder, target, loaded, drafter_folder, drafting=given is not None, compiled=compiled
     )
-    return model, load_tokenizer(folder, tokenizer_config)
+    return model, tokenizer
 
 
 def stream_generate(

@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from mlx_redrafter.cache.layer import Kept, Pass, new_caches
 from mlx_redrafter.cache.slabs import capacity_for
-from mlx_redrafter.decoding.step import State, StepSpec, blank_state
+from mlx_redrafter.decoding.step import State, StepSpec, blank_state, joined_passes, passes
 from mlx_redrafter.drafters import Ask, Drafter
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.runtime import clock
@@ -232,14 +232,31 @@ def _draft_levels(
     """What the drafters of beams propose for a shape of so many levels."""
     shape = TreeShape(width, depth, 1 + width * depth)
     asked = [drafter for drafter in drafters if drafter.part == BEAMS]
-    state = blank_state(target, asked, shape, NEAR, 1, history=False)
+    keep = any(drafter.caches for drafter in asked)
+    capacity = capacity_for(NEAR + shape.nodes) if keep else 1
+    state = blank_state(target, asked, shape, NEAR, capacity, history=False)
+    ask, own = Ask(state.root, state.position, None, shape, None), len(target.caches)
+    caches: list[Kept] = state.caches[own:]
+    waiting = state.pending
 
-    def propose(states: Any, root: mx.array, position: mx.array) -> Any:
-        ask = Ask(root, position, None, shape, None)
-        return [d.propose(s, ask) for d, s in zip(asked, states, strict=True)]
+    def propose(caches: list[Kept], states: Any, root: mx.array, position: mx.array) -> Any:
+        pending = (waiting[0][own:], waiting[1]) if waiting else ()
+        runs = passes(asked, caches, position, pending)
+        new = ask._replace(root=root, position=position)
+        found = [
+            drafter.propose(state, new._replace(own=run))
+            for drafter, state, run in zip(asked, states, runs, strict=True)
+        ]
+        return found, joined_passes(asked, runs)[0]
 
     run = build(propose)
-    return lambda: mx.eval(run(state.drafts, state.root, state.position))
+
+    def once() -> None:
+        nonlocal caches
+        found, caches = run(caches, state.drafts, state.root, state.position)
+        mx.eval(found, caches)
+
+    return once
 
 
 def _whole_step(

@@ -6,13 +6,14 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_redrafter.errors import HubError, ModelError, one_line
+from mlx_redrafter.errors import DrafterError, HubError, ModelError, one_line
 from mlx_redrafter.runtime.paths import json_or_nothing
 from mlx_redrafter.text import turn_ends
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+_OTHER_NAMES = 0.005  # of all tokens
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken")
 _BESIDE = (
     *_TOKENIZER_FILES, "tokenizer_config.json", "vocab.txt", "merges.txt", "added_tokens.json",
@@ -48,6 +49,28 @@ def load_tokenizer(
     for end in end_ids(folder, loaded):
         loaded.add_eos_token(str(end))
     return turn_ends.completed(loaded, folder) if complete else loaded
+
+
+def check_same(tokenizer: TokenizerWrapper, folder: Path) -> None:
+    """Does a model in a folder read and write the same tokens? A few may have other names, as
+    reserved ones of a family do: a token that is drafted in vain costs time only.
+
+    Raises:
+        DrafterError: it does not.
+    """
+    try:
+        theirs = load_tokenizer(folder, complete=False).get_vocab()
+    except HubError as error:
+        raise DrafterError(str(error)) from None
+    names = {number: name for name, number in theirs.items()}
+    ours = tokenizer.get_vocab()
+    wrong = [(name, n) for name, n in ours.items() if names.get(n, name) != name]
+    if len(wrong) > len(ours) * _OTHER_NAMES:
+        name, number = min(wrong, key=lambda pair: pair[1])
+        raise DrafterError(
+            f"the drafting model in {folder} has another tokenizer: token {number} is "
+            f"{names[number]!r} there and {name!r} here; use a small model of the same family"
+        )
 
 
 def refuse_stand_ins(folder: Path) -> None:
