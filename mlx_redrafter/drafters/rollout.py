@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
-from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.drafters.recurrent import ReDrafter
+from mlx_redrafter.models import Decoder, DecoderConfig
 from mlx_redrafter.models.features import Features
 
 
-def feature_layers(target: Decoder, config: ReDrafterConfig) -> tuple[int, ...]:
+def feature_layers(target: DecoderConfig, layers: Sequence[int]) -> tuple[int, ...]:
     """The layers whose outputs training needs: the drafter's and the last, in rising order."""
-    return tuple(sorted({*config.context_layers, target.config.num_layers - 1}))
+    return tuple(sorted({*layers, target.num_layers - 1}))
 
 
 def final_hidden(target: Decoder, features: mx.array) -> mx.array:
@@ -21,7 +23,7 @@ def final_hidden(target: Decoder, features: mx.array) -> mx.array:
 
 def contexts(drafter: ReDrafter, target: Decoder, features: mx.array) -> mx.array:
     """features (R, L, D) -> the drafter's contexts (R, D)."""
-    layers = feature_layers(target, drafter.config)
+    layers = feature_layers(target.config, drafter.features)
     inner = tuple(features[:, i].astype(target.dtype) for i in range(len(layers)))
     read = Features(final_hidden(target, features), layers, inner)
     return drafter.context(read.of(drafter.features))

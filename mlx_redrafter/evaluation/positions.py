@@ -219,7 +219,7 @@ def compare(
     temperature. Nothing but counts outlives a batch."""
     groups = [*dict.fromkeys(p.group for p in prompts), "all"]
     tallies = {(group, temp): _Tally(depth) for temp in temperatures for group in groups}
-    writer = BatchedTarget(target, rollout.feature_layers(target, drafter.config))
+    writer = BatchedTarget(target, rollout.feature_layers(target.config, drafter.features))
     ids = [list(p.encode(tokenizer)) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding
     for temp in temperatures:
