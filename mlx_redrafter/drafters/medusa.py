@@ -186,15 +186,18 @@ class Medusa(nn.Module, LevelDrafter):
         return self._vocabulary
 
     def first(self, context: mx.array, depth: int) -> mx.array:
-        """(1, D) -> the heads' logits side by side (1, depth * Vd): an output matrix that all
-        share is read once."""
+        """(R, D) -> the heads' logits side by side (R, depth * Vd): an output matrix that all
+        share is read once. A search has one row."""
         rows = [head(context) for head in self.heads[:depth]]
         if self.config.head == "own":
             parts = zip(self.heads, rows, strict=False)
             logits = mx.concatenate([head.out(x) for head, x in parts], axis=-1)
         else:
             output = self.shared if self.config.head == "shared" else self._logits
-            logits = output(mx.concatenate(rows)).reshape(1, -1)
+            logits = output(mx.concatenate(rows))  # (depth * R, Vd), head after head
+            if context.shape[0] > 1:
+                logits = logits.reshape(depth, -1, logits.shape[-1]).swapaxes(0, 1)
+            logits = logits.reshape(context.shape[0], -1)
         return logits if self.config.scale == 1.0 else logits * self.config.scale
 
     def level(self, index: int, tokens: mx.array, state: mx.array) -> tuple[mx.array, mx.array]:

@@ -18,8 +18,16 @@ from mlx_redrafter.drafters import medusa
 from mlx_redrafter.drafters.medusa import Medusa, MedusaConfig
 from mlx_redrafter.drafters.rollout import final_hidden
 from mlx_redrafter.models import Decoder, DecoderConfig
+from mlx_redrafter.models.weights import shapes
 from mlx_redrafter.training.config import TrainConfig
-from mlx_redrafter.training.kinds.trainee import Trainee, deviation, drafted, first_rows
+from mlx_redrafter.training.kinds.trainee import (
+    About,
+    Trainee,
+    counted,
+    deviation,
+    drafted,
+    first_rows,
+)
 
 
 class MedusaTrainee(Trainee):
@@ -52,6 +60,21 @@ class MedusaTrainee(Trainee):
     @staticmethod
     def load(folder: Path, target: Decoder) -> Medusa:
         return medusa.load(folder, target)
+
+    @staticmethod
+    def about(folder: Path) -> About:
+        """All heads are read at once."""
+        raw, weights = medusa.LAYOUT.weights(folder)
+        shape = MedusaConfig.of(raw, shapes(weights), folder)
+        stored = sum(counted(Medusa(shape)).values())
+        blocks = f"{shape.blocks} residual block{'s' * (shape.blocks > 1)}"
+        rows = [
+            ["heads", f"{shape.heads} Medusa heads, {blocks} in each"],
+            ["context", "the last hidden state"],
+            ["head", f"one output matrix for all heads, width {shape.hidden_size}"],
+            ["draft vocabulary", f"{shape.rows:,} of {shape.vocab_size:,} tokens"],
+        ]
+        return About(rows, stored, stored, 0)
 
     def begin(self, vocabulary: np.ndarray | None, sample: mx.array) -> None:
         self.scale = deviation(final_hidden(self.target, sample))

@@ -16,13 +16,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_redrafter.drafters.files import raw_config
 from mlx_redrafter.drafters.loading import load_recurrent, save_drafter
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.drafters.rollout import contexts, feature_layers, final_hidden, head_inputs
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, DecoderConfig
 from mlx_redrafter.training.config import TrainConfig
-from mlx_redrafter.training.kinds.trainee import Trainee, deviation, drafted, first_rows
+from mlx_redrafter.training.kinds.trainee import (
+    About,
+    Trainee,
+    counted,
+    deviation,
+    drafted,
+    first_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,25 @@ class ReDrafterTrainee(Trainee):
     @staticmethod
     def load(folder: Path, target: Decoder) -> ReDrafter:
         return load_recurrent(folder, target)
+
+    @staticmethod
+    def about(folder: Path) -> About:
+        shape = ReDrafterConfig.from_dict(raw_config(folder))
+        counts = counted(ReDrafter(shape))
+        once = sum(n for name, n in counts.items() if name.startswith("context_"))
+        if "input_proj.weight" in counts:  # the half of the context, and the bias
+            once += shape.hidden_size * shape.exit_dim + shape.exit_dim
+        stored = sum(counts.values())
+        target_rows = shape.output_size * shape.hidden_size if shape.head == "target" else 0
+        layers = ", ".join(map(str, shape.context_layers))
+        head = "own output matrix" if shape.head == "own" else "the target's output rows, frozen"
+        rows = [
+            ["cell", f"{shape.cell}, first state: {shape.initial_state}"],
+            ["context", f"layers {layers}" if layers else "the last hidden state"],
+            ["head", f"{head}, width {shape.exit_dim}, {shape.num_draft_layers} residual blocks"],
+            ["draft vocabulary", f"{shape.output_size:,} of {shape.vocab_size:,} tokens"],
+        ]
+        return About(rows, stored, once, stored - once + target_rows)
 
     def begin(self, vocabulary: np.ndarray | None, sample: mx.array) -> None:
         self.scales = measure_scales(self.shape, self.target, final_hidden(self.target, sample))

@@ -5,18 +5,29 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_redrafter.drafters.files import VOCABULARY
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, DecoderConfig
 from mlx_redrafter.models.weights import parameters
 from mlx_redrafter.training.config import TrainConfig
 
 FIRST_OUTPUT = 0.1  # size of the first logits, as a share of what the target's rows would give
+
+
+class About(NamedTuple):
+    """A drafter in a table: rows of two cells; parameters in its files, read once per draft, and
+    per draft step. The target's own rows are read but are not in the files."""
+
+    rows: list[list[str]]
+    stored: int
+    per_draft: int
+    per_step: int
 
 
 class Trainee(ABC):
@@ -72,6 +83,11 @@ class Trainee(ABC):
     @abstractmethod
     def load(folder: Path, target: Decoder) -> Any:
         """A drafter of this kind, in the units of inference. Raises DrafterError."""
+
+    @staticmethod
+    @abstractmethod
+    def about(folder: Path) -> About:
+        """What a model card says of a drafter in a folder; nothing is loaded."""
 
     # Weights
 
@@ -142,6 +158,11 @@ class Trainee(ABC):
         return drafter, {
             k: v.astype(mx.float32) for k, v in parameters(drafter).items() if v.dtype != mx.int32
         }
+
+
+def counted(module: nn.Module) -> dict[str, int]:
+    """Parameters by name; the lazy arrays' sizes are all that is asked for."""
+    return {name: v.size for name, v in parameters(module).items() if name != VOCABULARY}
 
 
 def drafted(config: TrainConfig, target: DecoderConfig) -> int | None:
