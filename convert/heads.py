@@ -65,8 +65,8 @@ def plan_head(checkpoint: Checkpoint, kind: Format) -> HeadPlan:
     if kind is Format.MEDUSA:
         shape = MedusaConfig.of(raw, given, path)
         module, title = Medusa(shape), medusa.KIND
-        config = _medusa_config(shape, raw)
-        names = {_written(name): source for name, source in theirs.items()}
+        config = {**medusa.stored_config(shape), **({_BASE: raw[_BASE]} if raw.get(_BASE) else {})}
+        names = {medusa.written(name): source for name, source in theirs.items()}
     else:
         shape = SpeculatorConfig.of(raw, given, path)
         module, title = Speculator(shape), speculator.KIND
@@ -80,32 +80,6 @@ def plan_head(checkpoint: Checkpoint, kind: Format) -> HeadPlan:
     if drafters.narrowed(names, checkpoint):
         notes.append("float32 weights become 16-bit ones, unless --dtype float32 is given")
     return HeadPlan(shape, config, names, dropped, quantization, notes)
-
-
-def _medusa_config(shape: MedusaConfig, raw: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "model_type": "medusa",
-        "hidden_size": shape.hidden_size,
-        **({"vocab_size": shape.vocab_size} if shape.vocab_size else {}),
-        "num_heads": shape.heads,
-        "num_hidden_layers": shape.blocks,
-        "medusa_fc_bias": shape.bias,
-        "original_lm_head": shape.head == "shared",
-        **({"logit_scale": shape.scale} if shape.scale != 1 else {}),
-        **({_BASE: raw[_BASE]} if raw.get(_BASE) else {}),
-    }
-
-
-def _written(name: str) -> str:
-    """A canonical name of a Medusa tensor -> the one that is written: vLLM's."""
-    parts = name.split(".")
-    if parts[0] == "shared":
-        return ".".join(["lm_head", *parts[1:]])
-    if parts[0] != "heads":
-        return name
-    if parts[2] == "out":
-        return ".".join(["lm_heads", parts[1], *parts[3:]])
-    return ".".join(["blocks", parts[1], "layers", parts[3], *parts[5:]])
 
 
 def _left_out(

@@ -15,7 +15,7 @@ from mlx_redrafter.errors import OptionError, RedrafterError
 from mlx_redrafter.runtime.paths import expanded
 from mlx_redrafter.terminal import console
 from mlx_redrafter.training import folder, lines
-from mlx_redrafter.training.config import Evaluating, TrainConfig
+from mlx_redrafter.training.config import KINDS, Evaluating, TrainConfig
 
 if TYPE_CHECKING:
     from mlx_redrafter.training.stages import Run
@@ -34,12 +34,13 @@ OPTIONS: dict[str, dict[str, str]] = {
         "seed": "Same seed, same data and same drafter.",
     },
     "Drafter": {
+        "kind": f"What to train: {', '.join(KINDS)}.",
         "cell": "Recurrent cell: gru, or sum or elman as in Apple's.",
         "initial_state": "Where the cell starts: context, or zero as in Apple's.",
         "context_layers": "Layers to read, as 2,15,29; auto takes three, '' the last state only.",
         "head": "Output matrix: own, or target to use the model's.",
         "exit_dim": "Width of the head; by default the model's hidden size.",
-        "num_draft_layers": "Residual blocks of the head.",
+        "num_draft_layers": "Residual blocks of the head; 1 in each of Medusa's.",
         "draft_vocab_size": "How many of the most frequent tokens can be drafted; 0: all.",
         "warm_start": "Drafter folder of the same shape to start from.",
     },
@@ -47,7 +48,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "positions": "Positions to train on; those seen twice count twice.",
         "batch_positions": "Positions in an optimiser step.",
         "segment": "Neighbouring positions that are read together.",
-        "rollout": "Draft steps to train per position.",
+        "rollout": "Draft steps to train per position; 4 Medusa heads.",
         "candidates": "Tokens whose logits are computed in a step.",
         "learning_rate": "Highest learning rate of the schedule.",
         "warmup": "Share of the steps before the highest learning rate.",

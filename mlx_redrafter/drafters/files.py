@@ -5,6 +5,7 @@ What is wrong with either is one DrafterError, whatever kind of drafter it is.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -229,6 +230,13 @@ def fill(
         module = cast(Module, dequantize_model(module))
         mx.eval(module.parameters())  # or every compiled step would do it again
     return module
+
+
+def save(folder: Path, config: Mapping[str, Any], weights: dict[str, mx.array]) -> None:
+    """Write ``config.json`` and ``model.safetensors``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
 
 
 def _vocabulary(ids: mx.array, target: Decoder, folder: Path) -> mx.array:

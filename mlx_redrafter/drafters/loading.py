@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import mlx.core as mx
 
 from mlx_redrafter.drafters import Drafter, eagle_files, files, medusa, model, speculator
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
@@ -128,11 +125,8 @@ def check_compatible(config: ReDrafterConfig, target: Decoder, folder: Path | st
 
 def save_drafter(folder: Path, drafter: ReDrafter, extra: dict[str, Any] | None = None) -> None:
     """Write ``config.json`` and ``model.safetensors`` in our layout; ``extra`` joins the config."""
-    folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": "redrafter", **vars(drafter.config), **(extra or {})}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    weights = parameters(drafter)
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    files.save(folder, config, parameters(drafter))
 
 
 _RECURRENT = Kind(load_recurrent, check_recurrent, describe_recurrent)

@@ -28,7 +28,7 @@ from mlx_redrafter.drafters.recurrent import ResBlock
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.files import HEADS
-from mlx_redrafter.models.weights import Shape, shapes
+from mlx_redrafter.models.weights import Shape, parameters, shapes
 from mlx_redrafter.tree.nodes import integers
 
 KIND = "Medusa head"
@@ -186,15 +186,18 @@ class Medusa(nn.Module, LevelDrafter):
         return self._vocabulary
 
     def first(self, context: mx.array, depth: int) -> mx.array:
-        """(1, D) -> the heads' logits side by side (1, depth * Vd): an output matrix that all
-        share is read once."""
+        """(R, D) -> the heads' logits side by side (R, depth * Vd): an output matrix that all
+        share is read once. A search has one row."""
         rows = [head(context) for head in self.heads[:depth]]
         if self.config.head == "own":
             parts = zip(self.heads, rows, strict=False)
             logits = mx.concatenate([head.out(x) for head, x in parts], axis=-1)
         else:
             output = self.shared if self.config.head == "shared" else self._logits
-            logits = output(mx.concatenate(rows)).reshape(1, -1)
+            logits = output(mx.concatenate(rows))  # (depth * R, Vd), head after head
+            if context.shape[0] > 1:
+                logits = logits.reshape(depth, -1, logits.shape[-1]).swapaxes(0, 1)
+            logits = logits.reshape(context.shape[0], -1)
         return logits if self.config.scale == 1.0 else logits * self.config.scale
 
     def level(self, index: int, tokens: mx.array, state: mx.array) -> tuple[mx.array, mx.array]:
@@ -216,6 +219,38 @@ def says_so(raw: Mapping[str, Any]) -> bool:
 def looks_so(stored: Mapping[str, Any], raw: Mapping[str, Any]) -> bool:
     """Are tensors named as those of Medusa heads are?"""
     return any(name.startswith("heads.0.blocks.0.") for name in renamed(stored, raw))
+
+
+def written(name: str) -> str:
+    """A canonical name of a tensor -> the one that is written: vLLM's."""
+    parts = name.split(".")
+    if parts[0] == "shared":
+        return ".".join(["lm_head", *parts[1:]])
+    if parts[0] != "heads":
+        return name
+    if parts[2] == "out":
+        return ".".join(["lm_heads", parts[1], *parts[3:]])
+    return ".".join(["blocks", parts[1], "layers", parts[3], *parts[5:]])
+
+
+def stored_config(shape: MedusaConfig) -> dict[str, Any]:
+    """The config.json of what is written."""
+    return {
+        "model_type": "medusa",
+        "hidden_size": shape.hidden_size,
+        **({"vocab_size": shape.vocab_size} if shape.vocab_size else {}),
+        "num_heads": shape.heads,
+        "num_hidden_layers": shape.blocks,
+        "medusa_fc_bias": shape.bias,
+        "original_lm_head": shape.head == "shared",
+        **({"logit_scale": shape.scale} if shape.scale != 1 else {}),
+    }
+
+
+def save(folder: Path, heads: Medusa, extra: Mapping[str, Any]) -> None:
+    """Write ``config.json`` and ``model.safetensors``; ``extra`` joins the config."""
+    weights = {written(name): value for name, value in parameters(heads).items()}
+    files.save(folder, {**stored_config(heads.config), **extra}, weights)
 
 
 def _files(folder: Path) -> list[Path]:

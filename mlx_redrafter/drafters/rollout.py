@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
-from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.drafters.levels import LevelDrafter
+from mlx_redrafter.drafters.recurrent import ReDrafter
+from mlx_redrafter.models import Decoder, DecoderConfig
 from mlx_redrafter.models.features import Features
 
+Followed = ReDrafter | LevelDrafter
+"""What can be followed along a text whose features are known."""
 
-def feature_layers(target: Decoder, config: ReDrafterConfig) -> tuple[int, ...]:
+
+def feature_layers(target: DecoderConfig, layers: Sequence[int]) -> tuple[int, ...]:
     """The layers whose outputs training needs: the drafter's and the last, in rising order."""
-    return tuple(sorted({*config.context_layers, target.config.num_layers - 1}))
+    return tuple(sorted({*layers, target.num_layers - 1}))
 
 
 def final_hidden(target: Decoder, features: mx.array) -> mx.array:
@@ -19,9 +25,9 @@ def final_hidden(target: Decoder, features: mx.array) -> mx.array:
     return target.model.norm(features[..., -1, :].astype(target.dtype))
 
 
-def contexts(drafter: ReDrafter, target: Decoder, features: mx.array) -> mx.array:
+def contexts(drafter: Followed, target: Decoder, features: mx.array) -> mx.array:
     """features (R, L, D) -> the drafter's contexts (R, D)."""
-    layers = feature_layers(target, drafter.config)
+    layers = feature_layers(target.config, drafter.features)
     inner = tuple(features[:, i].astype(target.dtype) for i in range(len(layers)))
     read = Features(final_hidden(target, features), layers, inner)
     return drafter.context(read.of(drafter.features))
@@ -61,13 +67,20 @@ def head_inputs(
     return result
 
 
-def logits(drafter: ReDrafter, context: mx.array, tokens: mx.array) -> list[mx.array]:
+def logits(drafter: Followed, context: mx.array, tokens: mx.array) -> list[mx.array]:
     """What a drafter as it is loaded says over true tokens.
 
-    context (R, D), tokens (R, K) -> K arrays (R, Vd): what follows the k-th token.
+    context (R, D), tokens (R, K) -> K arrays (R, Vd): what follows the k-th token. K is at most
+    the ``levels`` that it was made for.
     """
-    state, fixed = drafter.starts(context)
     result = []
+    if isinstance(drafter, LevelDrafter):
+        state = drafter.first(context, tokens.shape[1])
+        for k in range(tokens.shape[1]):
+            out, state = drafter.level(k, tokens[:, k], state)
+            result.append(out)
+        return result
+    state, fixed = drafter.starts(context)
     for k in range(tokens.shape[1]):
         out, state = drafter.step(tokens[:, k], state, fixed)
         result.append(out)

@@ -22,7 +22,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.api import Model
 from mlx_redrafter.drafters import rollout
-from mlx_redrafter.drafters.recurrent import ReDrafter
+from mlx_redrafter.drafters.levels import LevelDrafter
+from mlx_redrafter.drafters.rollout import Followed
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.evaluation import acceptance
 from mlx_redrafter.evaluation.prompts import Prompt
@@ -176,7 +177,7 @@ def evaluate(
     Raises:
         OptionError: no drafter, or no prompts.
     """
-    if not isinstance(model.drafter, ReDrafter):
+    if not isinstance(model.drafter, Followed):
         raise OptionError(f"there is no drafter to evaluate for {model.name}: train one")
     if not prompts:
         raise OptionError("there are no prompts to evaluate with: give at least one")
@@ -204,7 +205,7 @@ def answers(
 
 def compare(
     target: Decoder,
-    drafter: ReDrafter,
+    drafter: Followed,
     tokenizer: TokenizerWrapper,
     prompts: Sequence[Prompt],
     *,
@@ -216,10 +217,12 @@ def compare(
     on_answer: Callable[[], None] = lambda: None,
 ) -> list[Agreement]:
     """Follow the target's own answers with the drafter, by group ("all" is the last) and
-    temperature. Nothing but counts outlives a batch."""
+    temperature, as deep as its levels go. Nothing but counts outlives a batch."""
+    if isinstance(drafter, LevelDrafter):
+        depth = min(depth, drafter.levels or depth)
     groups = [*dict.fromkeys(p.group for p in prompts), "all"]
     tallies = {(group, temp): _Tally(depth) for temp in temperatures for group in groups}
-    writer = BatchedTarget(target, rollout.feature_layers(target, drafter.config))
+    writer = BatchedTarget(target, rollout.feature_layers(target.config, drafter.features))
     ids = [list(p.encode(tokenizer)) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding
     for temp in temperatures:
@@ -253,7 +256,7 @@ def windows(answer: Sequence[int], depth: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _follow(
-    drafter: ReDrafter,
+    drafter: Followed,
     target: Decoder,
     answer: Sequence[int],
     features: np.ndarray,
@@ -262,7 +265,7 @@ def _follow(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Probability, right or wrong, and counted or not, (R, K) each, for chunks of an answer."""
     consumed, right, within = windows(answer, depth)
-    rows = max(1, _FLOATS // (depth * drafter.config.output_size))
+    rows = max(1, _FLOATS // (depth * drafter.vocabulary.shape[0]))
     for start in range(0, len(consumed), rows):
         chunk = slice(start, min(start + rows, len(consumed)))
         picks, probability = _first_choices(drafter, target, features[chunk], consumed[chunk], temp)
@@ -270,7 +273,7 @@ def _follow(
 
 
 def _first_choices(
-    drafter: ReDrafter, target: Decoder, features: np.ndarray, tokens: np.ndarray, temp: float
+    drafter: Followed, target: Decoder, features: np.ndarray, tokens: np.ndarray, temp: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """features (R, L, D), tokens (R, K) -> token ids and probabilities (R, K) of the best drafts.
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.evaluation import positions
 from mlx_redrafter.hub.builtin import REPO
 from mlx_redrafter.models.files import weight_files
-from mlx_redrafter.models.weights import parameters, read_json
+from mlx_redrafter.models.weights import read_json
 from mlx_redrafter.runtime.paths import BUILTIN
-from mlx_redrafter.training import lines, plots
+from mlx_redrafter.training import kinds, lines, plots
 from mlx_redrafter.training.config import TrainConfig
+from mlx_redrafter.training.kinds.trainee import Trainee
 from mlx_redrafter.training.shards import Conversation
 
 FILE = "README.md"
@@ -48,33 +48,6 @@ class Recipe:
         return cls(len(prompts), dict(sorted(answers.items())), tokens, positions)
 
 
-@dataclass(frozen=True)
-class Size:
-    """Bytes of the weight files; parameters in them, read once per draft and per draft step.
-
-    With the target's own output rows as head, these rows are read but are not in the file.
-    """
-
-    file_bytes: int
-    stored: int
-    per_draft: int
-    per_step: int
-
-
-def size(folder: Path) -> Size:
-    """What a drafter takes, from its configuration and its files; nothing is loaded."""
-    config = ReDrafterConfig.from_dict(read_json(folder / "config.json"))
-    found = parameters(ReDrafter(config))  # lazy arrays: their sizes are all that is asked for
-    counts = {name: value.size for name, value in found.items() if name != "draft_vocab"}
-    once = sum(n for name, n in counts.items() if name.startswith("context_"))
-    if "input_proj.weight" in counts:  # the half of the context, and the bias
-        once += config.hidden_size * config.exit_dim + config.exit_dim
-    stored = sum(counts.values())
-    rows = config.output_size * config.hidden_size if config.head == "target" else 0
-    file_bytes = sum(file.stat().st_size for file in weight_files(folder))
-    return Size(file_bytes, stored, once, stored - once + rows)
-
-
 def render(
     folder: Path,
     config: TrainConfig,
@@ -95,14 +68,15 @@ def render(
         OptionError: the drafter was not evaluated.
     """
     found = positions.read(folder)
-    model, shown = positions.short_name(config.model), lines.Shown(config)
+    model, shown, kind = positions.short_name(config.model), lines.Shown(config), kinds.of(config)
     place = shown.path(config.out / "drafter")
     sections = [
-        _front_matter(config.model),
-        f"# ReDrafter for {model}\n\n{_summary(model, lines.use(shown.model, chats, place))}",
+        _front_matter(config.model, config.kind),
+        f"# {kind.title} for {model}\n\n"
+        + _summary(model, kind, lines.use(shown.model, chats, place)),
         f"## Tokens per step\n\n{_live(found, folder)}",
         f"## Draft by draft\n\n{_by_position(found, folder)}",
-        f"## Drafter\n\n{_drafter(folder)}",
+        f"## Drafter\n\n{_drafter(folder, kind)}",
         f"## Training\n\n{_training(config, recipe, folder)}",
         f"## Commands\n\nMade by\n\n{_code(made_by)}\n\nMeasured by\n\n{_code(measured_by)}\n\n"
         f"Paths on this page are relative to the folder in which this drafter is `{place}`.",
@@ -112,19 +86,19 @@ def render(
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(model: str) -> str:
+def _front_matter(model: str, kind: str = TrainConfig.kind) -> str:
     base = REPO if model == BUILTIN else model
     rows = ["---", "library_name: mlx"]
     # A path on somebody's disk is no model of the hub.
     if base.count("/") == 1 and positions.short_name(base) == base:
         rows.append(f"base_model: {base.partition('@')[0]}")
-    tags = ("mlx", "mlx-redrafter", "speculative-decoding", "redrafter")
+    tags = ("mlx", "mlx-redrafter", "speculative-decoding", kind)
     return "\n".join([*rows, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
 
-def _summary(model: str, use: str) -> str:
+def _summary(model: str, kind: type[Trainee], use: str) -> str:
     return (
-        f"A drafter for speculative decoding with {model} (ReDrafter, arXiv 2403.09919). It "
+        f"A drafter for speculative decoding with {model} ({kind.title}, {kind.paper}). It "
         f"proposes tokens that {model} checks, several in one pass. The text is that of {model} "
         f"alone, token for token; how good the drafter is decides only how fast it comes.\n\n"
         + _code(f"pip install mlx-redrafter\n{use}")
@@ -193,19 +167,15 @@ def _by_position(found: Mapping[str, Any], folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _drafter(folder: Path) -> str:
-    shape = ReDrafterConfig.from_dict(read_json(folder / "config.json"))
-    own = size(folder)
-    layers = ", ".join(map(str, shape.context_layers))
+def _drafter(folder: Path, kind: type[Trainee]) -> str:
+    """Nothing is loaded: sizes come from the configuration and the files."""
+    own = kind.about(folder)
     bits = (read_json(folder / "config.json").get("quantization") or {}).get("bits", "none")
-    head = "own output matrix" if shape.head == "own" else "the target's output rows, frozen"
+    size = sum(file.stat().st_size for file in weight_files(folder))
     rows = [
-        ["cell", f"{shape.cell}, first state: {shape.initial_state}"],
-        ["context", f"layers {layers}" if layers else "the last hidden state"],
-        ["head", f"{head}, width {shape.exit_dim}, {shape.num_draft_layers} residual blocks"],
-        ["draft vocabulary", f"{shape.output_size:,} of {shape.vocab_size:,} tokens"],
+        *own.rows,
         ["quantisation (bits)", str(bits)],
-        ["weights in the file", f"{own.file_bytes:,} bytes, {own.stored:,} parameters"],
+        ["weights in the file", f"{size:,} bytes, {own.stored:,} parameters"],
         ["read per draft step", f"{own.per_step:,} parameters"],
         ["read once per draft", f"{own.per_draft:,} parameters"],
     ]

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime.checks import at_least, checked_text
 from mlx_redrafter.runtime.paths import BUILTIN, user_path
+
+
+class Kind(NamedTuple):
+    """What a kind of drafter makes of the options: other defaults, and those that it lacks."""
+
+    defaults: dict[str, Any]
+    lacks: tuple[str, ...]
+
+
+KINDS = {
+    "redrafter": Kind({}, ()),
+    "medusa": Kind(
+        {"num_draft_layers": 1, "rollout": 4},
+        ("cell", "initial_state", "context_layers", "head", "exit_dim"),
+    ),
+}
+_UNKNOWN = Kind({}, ())
 
 
 @dataclass(frozen=True)
@@ -22,6 +40,7 @@ class TrainConfig:
         max_tokens: at most this many tokens per answer.
         batch: answers written at once.
     Drafter:
+        kind: one of ``KINDS``.
         cell, initial_state, context_layers, head, exit_dim, num_draft_layers, draft_vocab_size: see
             ``ReDrafterConfig``; context_layers "auto" takes three, exit_dim None is the target's
             hidden size, draft_vocab_size 0 is the whole vocabulary.
@@ -29,7 +48,7 @@ class TrainConfig:
     Fit:
         positions: positions processed, those seen twice count twice.
         batch_positions: positions per optimiser step, in runs of ``segment`` neighbours.
-        rollout: draft steps that are trained per position (K).
+        rollout: draft steps that are trained per position (K); so many Medusa heads there are.
         candidates: draft tokens whose logits are computed per step; a quarter is drawn at random.
         learning_rate, warmup: peak, and share of the steps until it; then cosine to a tenth.
         head_rate: learning rate of an own output matrix, as a share of the others'.
@@ -52,6 +71,7 @@ class TrainConfig:
     batch: int = 64
     seed: int = 0
 
+    kind: str = "redrafter"
     cell: str = "gru"
     initial_state: str = "context"
     context_layers: str = "auto"
@@ -85,10 +105,13 @@ class TrainConfig:
 
     def check(self) -> None:
         """Refuse impossible values before anything is loaded; raises OptionError."""
+        if self.kind not in KINDS:
+            raise OptionError(f"kind {self.kind!r} is not possible: use {', '.join(KINDS)}")
+        blocks = 1 if self.kind == "medusa" else 0
         least = {
             "answer_tokens": 1, "max_tokens": 2, "prompt_tokens": 4, "batch": 1, "positions": 1,
             "batch_positions": 1, "segment": 2, "rollout": 1, "candidates": 4,
-            "num_draft_layers": 0, "draft_vocab_size": 0, "seed": 0,
+            "num_draft_layers": blocks, "draft_vocab_size": 0, "seed": 0,
         }  # fmt: skip
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
@@ -124,6 +147,28 @@ class Evaluating:
         values: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         at_least(1, eval_prompts=given.get("prompts"), eval_tokens=given.get("max_tokens"))
         return cls(**values)
+
+
+def defaults(kind: str) -> TrainConfig:
+    """Of a kind of drafter; of an unknown one those of all."""
+    return TrainConfig(kind=kind, **KINDS.get(kind, _UNKNOWN).defaults)
+
+
+def options(kind: str) -> list[str]:
+    """The names of those that a kind of drafter has."""
+    lacks = KINDS.get(kind, _UNKNOWN).lacks
+    return [f.name for f in fields(TrainConfig) if f.name not in lacks]
+
+
+def refuse_lacking(kind: str, given: Iterable[str]) -> None:
+    """Raise OptionError for an option that this kind of drafter does not have."""
+    for name in given:
+        if name in KINDS.get(kind, _UNKNOWN).lacks:
+            others = [other for other, row in KINDS.items() if name not in row.lacks]
+            raise OptionError(
+                f"{name} was given, but a drafter of kind {kind} has none: leave it out, or "
+                f"train a {' or '.join(others)}"
+            )
 
 
 def from_mapping(values: dict[str, Any], source: str) -> TrainConfig:

@@ -14,8 +14,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mlx_redrafter.drafters.recurrent import ReDrafterConfig
-from mlx_redrafter.drafters.rollout import feature_layers
 from mlx_redrafter.evaluation.positions import RECORDED, SHAPES, TEMPERATURES
 from mlx_redrafter.evaluation.prompts import read_prompts
 from mlx_redrafter.hub import resolve
@@ -23,7 +21,7 @@ from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.models.batched import BatchedTarget, Request
 from mlx_redrafter.runtime.device import device
 from mlx_redrafter.terminal import console
-from mlx_redrafter.training import imports, initialise, memory
+from mlx_redrafter.training import imports, kinds, memory
 from mlx_redrafter.training.config import Evaluating, TrainConfig
 from mlx_redrafter.training.fit import Fit
 from mlx_redrafter.training.folder import checkpoint_file
@@ -84,14 +82,15 @@ class Speeds:
 def measure(config: TrainConfig, evaluating: Evaluating | None = None) -> Estimate:
     """Load the model and measure; nothing is written to the folder of the run."""
     target = load_model(resolve(config.model))
-    shape = initialise.drafter_config(config, target)
+    kind = kinds.of(config)
+    shape = kind.shape_of(config, target.config)
     weights, on_gpu = memory.weights_of(target), device() == "gpu"
     batch = memory.fitting_batch(
         config, target.config, shape, memory.usable_bytes(), weights=weights, on_gpu=on_gpu
     )
     asked, config = config.batch, replace(config, batch=batch)
     parts = memory.memory(config, target.config, shape, weights=weights, on_gpu=on_gpu)
-    layers = feature_layers(target, shape)
+    layers = kind.layers_of(shape, target.config)
     with Console(stderr=True).status("measuring: evaluation"):
         decoding = _decoding(target, config)
     with Console(stderr=True).status("measuring: writing"):
@@ -99,7 +98,7 @@ def measure(config: TrainConfig, evaluating: Evaluating | None = None) -> Estima
     with Console(stderr=True).status("measuring: reading"):
         reading = _reading(BatchedTarget(target, layers), config)
     with Console(stderr=True).status("measuring: fitting"):
-        step, checkpoint = _fitting(target, config, shape)
+        step, checkpoint = _fitting(target, config, layers)
     speeds = Speeds(writing, reading, step, decoding, checkpoint)
     token_bytes = feature_bytes(1, len(layers), target.config.hidden_size)
     stages = _stages(config, evaluating or Evaluating(), parts, token_bytes, speeds)
@@ -224,11 +223,11 @@ def _reading(target: BatchedTarget, config: TrainConfig) -> float:
     return _timed(passes, 1) * rows * length
 
 
-def _fitting(target: Decoder, config: TrainConfig, shape: ReDrafterConfig) -> tuple[float, int]:
+def _fitting(target: Decoder, config: TrainConfig, layers: tuple[int, ...]) -> tuple[float, int]:
     """Seconds of an optimiser step on random data, and bytes of a checkpoint."""
     with tempfile.TemporaryDirectory(prefix="redrafter-estimate-") as name:
         place = Path(name)
-        _random_answers(place, target, config, feature_layers(target, shape))
+        _random_answers(place, target, config, layers)
         times: list[float] = []
 
         def on_step(row: dict[str, object]) -> None:

@@ -1,4 +1,7 @@
-"""Fitting a drafter to its target: batches, loss, optimiser, checkpoints, result."""
+"""Fitting a drafter to its target: batches, loss, optimiser, checkpoints, result.
+
+What a kind of drafter brings to it is a ``kinds.Trainee``.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,14 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_redrafter.drafters.loading import save_drafter
-from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
-from mlx_redrafter.drafters.rollout import contexts, feature_layers, final_hidden, head_inputs
+from mlx_redrafter.drafters.rollout import final_hidden
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.batched import BatchedTarget
+from mlx_redrafter.training import kinds
 from mlx_redrafter.training.config import TrainConfig
 from mlx_redrafter.training.data import Batch, Positions
 from mlx_redrafter.training.folder import checkpoint, checkpoint_file
-from mlx_redrafter.training.initialise import (
-    Scales,
-    drafter_config,
-    fold,
-    frequent,
-    measure_scales,
-    new_drafter,
-    warm_start,
-)
+from mlx_redrafter.training.kinds.trainee import frequent
 from mlx_redrafter.training.losses import distillation, softmax
 from mlx_redrafter.training.shards import read_lines, reading
 
@@ -44,7 +38,7 @@ OnStep = Callable[[dict[str, Any]], None]
 
 
 class Fit:
-    """One training run; everything that changes is in ``drafter``, ``optimizer`` and ``step``.
+    """One training run; everything that changes is in ``trainee``, ``optimizer`` and ``step``.
 
     Args:
         target: frozen.
@@ -55,8 +49,8 @@ class Fit:
     def __init__(self, target: Decoder, config: TrainConfig, folder: Path) -> None:
         self.target, self.config, self.folder = target, config, folder
         self.steps = config.steps
-        shape = drafter_config(config, target)
-        layers = feature_layers(target, shape)
+        self.trainee = kinds.of(config)(target, config)
+        layers = self.trainee.layers_of(self.trainee.shape, target.config)
         self.runs = max(1, config.batch_positions // config.segment)
         self.data = Positions(
             folder, BatchedTarget(target, layers), config.segment, config.rollout,
@@ -65,50 +59,42 @@ class Fit:
         self.step, self.seconds = 0, 0.0
         saved = checkpoint(folder)
         if saved is None:
-            self._begin(shape)
+            self._begin()
         else:
             with reading(self._checkpoint, f"delete {self._checkpoint.parent} to fit anew"):
-                self._go_on(shape, *saved)
-        if shape.head == "target":
-            self.drafter.bind(target)
+                self._go_on(*saved)
         self._prepare_candidates()
         state = [self.drafter.state, self.optimizer.state]
         self._update = mx.compile(self._train_step, inputs=state, outputs=state)
         self._score = mx.compile(self._measure, inputs=[self.drafter.state])
 
-    def _begin(self, shape: ReDrafterConfig) -> None:
+    @property
+    def drafter(self) -> nn.Module:
+        """What is trained."""
+        return self.trainee.module
+
+    def _begin(self) -> None:
         """A new drafter, or the one of a warm start."""
-        config, target = self.config, self.target
         self.log_file.unlink(missing_ok=True)
-        counts = self.data.frequencies(shape.vocab_size)
-        self.support = frequent(counts, min(shape.draft_vocab_size or SUPPORT, shape.vocab_size))
-        vocabulary = self.support if shape.draft_vocab_size else None
-        hidden = final_hidden(target, mx.array(self.data.sample(2048)))
-        self.scales = measure_scales(shape, target, hidden)
-        if config.warm_start is None:
-            self.drafter = new_drafter(shape, target, vocabulary, config.seed)
-        else:
-            self.drafter = warm_start(config.warm_start, shape, target, vocabulary)
-            if vocabulary is not None:
-                self.support = np.array(self.drafter.draft_vocab)
-            fold(self.drafter, self.scales.inverse())
+        size, drafted = self.target.config.vocab_size, self.trainee.shape.draft_vocab_size
+        self.support = frequent(self.data.frequencies(size), min(drafted or SUPPORT, size))
+        vocabulary = self.support if drafted else None
+        self.trainee.begin(vocabulary, mx.array(self.data.sample(2048)))
+        if drafted:
+            self.support = np.array(self.drafter.draft_vocab)
         self.optimizer = self._optimizer()
         self.optimizer.init(self.drafter.trainable_parameters())
 
-    def _go_on(
-        self, shape: ReDrafterConfig, arrays: dict[str, mx.array], facts: dict[str, str]
-    ) -> None:
+    def _go_on(self, arrays: dict[str, mx.array], facts: dict[str, str]) -> None:
         """All as it was: also the draft vocabulary and the scales, were there more answers now."""
         self.step, self.seconds = int(facts["step"]), float(facts["seconds"])
-        self.scales = Scales(float(facts["embedding_scale"]), float(facts["context_scale"]))
         parts: dict[str, list[tuple[str, mx.array]]] = {"drafter": [], "optimizer": []}
         for name, value in arrays.items():
             part, _, rest = name.partition(".")
             if part in parts:
                 parts[part].append((rest, value))
         self.support = np.array(arrays["support"])
-        self.drafter = ReDrafter(shape)
-        self.drafter.update(tree_unflatten(parts["drafter"]))
+        self.trainee.go_on(tree_unflatten(parts["drafter"]), facts)
         self.optimizer = self._optimizer()
         self.optimizer.init(self.drafter.trainable_parameters())
         self.optimizer.state = tree_unflatten(parts["optimizer"])
@@ -122,8 +108,9 @@ class Fit:
 
     def _prepare_candidates(self) -> None:
         """Which output rows and token ids the candidates have: the support first, then the rest."""
-        rows = self.drafter.config.output_size
-        if self.drafter.config.draft_vocab_size:
+        drafted = self.trainee.shape.draft_vocab_size
+        rows = drafted or self.target.config.vocab_size
+        if drafted:
             order, ids = np.arange(rows), self.support
         else:
             others = np.setdiff1d(np.arange(rows), self.support)
@@ -163,7 +150,7 @@ class Fit:
         """Loss per position, acceptance and agreement of every draft step (K,)."""
         config, steps = self.config, self.config.rollout
         tokens, features, valid = batch["tokens"], batch["features"], batch["valid"]
-        runs, length = tokens.shape[0], self.config.segment
+        runs, length = tokens.shape[0], tokens.shape[1] - steps
 
         hidden = final_hidden(self.target, features[:, 1:]).reshape(-1, features.shape[-1])
         p = softmax(self.target.scaled(hidden @ self._target_rows.T).astype(mx.float32))
@@ -175,11 +162,8 @@ class Fit:
         p = p.reshape(runs, length + steps - 1, -1)
         ids = mx.take(self._id_of, chosen)
 
-        drafter = self.drafter
-        context = self._contexts(features[:, :length])
-        embeddings = self.target.embed(tokens[:, : length + steps - 1]) / self.scales.embedding
-        inputs = head_inputs(drafter, context, embeddings, steps)
-        rows = mx.take(drafter.output_rows(), mx.take(self._row_of, chosen), axis=0)
+        inputs = self.trainee.inputs(batch)
+        rows = mx.take(self.trainee.output_rows(), mx.take(self._row_of, chosen), axis=0)
 
         loss, total = mx.array(0.0), mx.array(0.0)
         accepted, agreed = [], []
@@ -197,14 +181,6 @@ class Fit:
             accepted.append(mx.sum(mx.stop_gradient(overlap) * weights) / count)
             agreed.append(mx.sum(same * weights) / count)
         return loss / mx.maximum(total, 1), mx.stack(accepted), mx.stack(agreed)
-
-    def _contexts(self, features: mx.array) -> mx.array:
-        """features (B, T, L, D) -> (B, T, D)."""
-        runs, length = features.shape[:2]
-        flat = contexts(self.drafter, self.target, features.reshape(-1, *features.shape[2:]))
-        if not self.drafter.config.context_layers:
-            flat = flat / self.scales.context
-        return flat.reshape(runs, length, -1)
 
     def _train_step(self, batch: dict[str, mx.array], acceptance: mx.array) -> Triple:
         def loss(*_: Any) -> Triple:
@@ -235,9 +211,9 @@ class Fit:
                 schedule(peak), betas=[0.9, 0.98], weight_decay=config.weight_decay,
             )  # fmt: skip
 
-        if self.drafter.config.head != "own":
+        output = self.trainee.output
+        if output is None:
             return adam(config.learning_rate)
-        output = f"lm_head.{self.drafter.config.num_draft_layers}."
         return optim.MultiOptimizer(
             [adam(config.learning_rate * config.head_rate), adam(config.learning_rate)],
             [lambda path, _: path.startswith(output)],
@@ -325,22 +301,13 @@ class Fit:
         self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
         partial = self._checkpoint.with_name("partial.safetensors")
         arrays["support"] = mx.array(self.support, mx.int32)
-        facts = {
-            "step": str(self.step), "seconds": str(self.seconds),
-            "embedding_scale": repr(self.scales.embedding),
-            "context_scale": repr(self.scales.context),
-        }  # fmt: skip
+        facts = {"step": str(self.step), "seconds": str(self.seconds), **self.trainee.facts}
         mx.save_safetensors(str(partial), arrays, metadata=facts)
         partial.replace(self._checkpoint)
 
     def export(self, folder: Path) -> Path:
         """Write the drafter as the decode loop reads it."""
-        config = self.drafter.config
-        drafter = ReDrafter(config)
-        drafter.update(self.drafter.parameters())
-        if "draft_vocab" in self.drafter:
-            drafter.draft_vocab = self.drafter.draft_vocab
-        fold(drafter, self.scales)
+        drafter = self.trainee.finished()
         drafter.set_dtype(mx.float16)
         extra: dict[str, Any] = {"target_model": self.config.model}
         if self.config.bits < 16:
@@ -348,7 +315,7 @@ class Fit:
             if group is not None:
                 nn.quantize(drafter, group, self.config.bits)
                 extra["quantization"] = {"group_size": group, "bits": self.config.bits}
-        save_drafter(folder, drafter, extra)
+        self.trainee.save(folder, drafter, extra)
         return folder
 
 
@@ -371,7 +338,7 @@ def _means(results: list[Triple]) -> dict[str, Any]:
     }
 
 
-def _divisible(drafter: ReDrafter, group: int) -> bool:
+def _divisible(drafter: nn.Module, group: int) -> bool:
     linear = [m for m in drafter.modules() if isinstance(m, nn.Linear)]
     return all(m.weight.shape[1] % group == 0 for m in linear)
 

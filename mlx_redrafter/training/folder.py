@@ -13,7 +13,13 @@ from typing import Any
 
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime.paths import user_path
-from mlx_redrafter.training.config import TrainConfig, from_mapping
+from mlx_redrafter.training.config import (
+    TrainConfig,
+    defaults,
+    from_mapping,
+    options,
+    refuse_lacking,
+)
 
 FILE = "train.yaml"
 _BEGAN = "began"  # in that file, beside the options: when it was written first
@@ -59,13 +65,19 @@ def settle(
     """The configuration of a run, and the one stored in its folder by an earlier start, if any.
 
     Flags win over the file, the file over what the folder was begun with, that over the defaults.
-    Raises OptionError: an unknown option, an impossible value, or a change of what is decided.
+    With another kind of drafter than before all but the data is the new kind's.
+    Raises OptionError: an unknown option, one that the kind does not have, an impossible value, or
+    a change of what is decided.
     """
     asked = {**(read_yaml(file) if file else {}), **flags}
     asked = _values(from_mapping(asked, str(file or "the command line")), asked)
     out = Path(asked.get("out", TrainConfig.out))
     before = stored(out)
-    config = from_mapping({**(_all(before) if before else {}), **asked, "out": str(out)}, "train")
+    kind = asked.get("kind", before.kind if before else TrainConfig.kind)
+    refuse_lacking(kind, asked)
+    kept = _values(before, DATA + FREE if before.kind != kind else _names()) if before else {}
+    values = {**_values(defaults(kind), _names()), **kept, **asked, "out": str(out)}
+    config = from_mapping(values, "train")
     config.check()
     if before is not None:
         # The batch may have been lowered to fit in memory: that is compared when this is known.
@@ -159,7 +171,7 @@ def write(config: TrainConfig) -> Path:
 
     import mlx_redrafter
 
-    values = _all(config)
+    values = _values(config, options(config.kind))
     del values["out"]  # the folder may be moved
     values[_BEGAN] = str(began(config.out))
     file = config.out / FILE
@@ -200,8 +212,8 @@ def alone(folder: Path) -> Iterator[None]:
                     place.rmdir()
 
 
-def _all(config: TrainConfig) -> dict[str, Any]:
-    return _values(config, [f.name for f in fields(config)])
+def _names() -> list[str]:
+    return [f.name for f in fields(TrainConfig)]
 
 
 def _values(config: TrainConfig, names: Any) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_redrafter.training.config import TrainConfig
+from mlx_redrafter.training.config import TrainConfig, defaults, options
 
 
 def line(*words: str, **options: Any) -> str:
@@ -64,16 +64,17 @@ class Shown:
 
     def values(self) -> dict[str, Any]:
         """All options, with paths as they are shown."""
-        found = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        found = {name: getattr(self.config, name) for name in options(self.config.kind)}
         found |= {k: self.path(v) for k, v in found.items() if isinstance(v, Path)}
         return {**found, "model": self.model}
 
     def made_by(self) -> str:
         """The command that makes the run."""
+        usual = replace(defaults(self.config.kind), kind=TrainConfig.kind)
         changed = {
-            f.name
-            for f in fields(self.config)
-            if f.name in ("model", "out") or getattr(self.config, f.name) != f.default
+            name
+            for name, value in vars(self.config).items()
+            if name in ("model", "out") or value != getattr(usual, name)
         }
         return line("train", **{k: v for k, v in self.values().items() if k in changed})
 

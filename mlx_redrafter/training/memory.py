@@ -7,12 +7,13 @@ positions of an optimiser step, K its draft steps, S candidates, L layers whose 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.models import Decoder, DecoderConfig
 from mlx_redrafter.models.batched import ROWS_PER_PASS
 from mlx_redrafter.models.weights import parameters
 from mlx_redrafter.runtime.device import machine
+from mlx_redrafter.training import kinds
 from mlx_redrafter.training.config import TrainConfig
 from mlx_redrafter.training.data import READ_TOKENS
 from mlx_redrafter.training.fit import SUPPORT
@@ -58,7 +59,7 @@ def longest_prompt(config: TrainConfig) -> int:
 def memory(
     config: TrainConfig,
     target: DecoderConfig,
-    shape: ReDrafterConfig,
+    shape: Any,
     *,
     weights: float,
     on_gpu: bool = True,
@@ -71,7 +72,8 @@ def memory(
         on_gpu: 16-bit activations and fused attention; on a CPU neither.
     """
     item, size, batch = (2 if on_gpu else 4), target.hidden_size, config.batch
-    layers = len({*shape.context_layers, target.num_layers - 1})
+    kind = kinds.of(config)
+    layers = len(kind.layers_of(shape, target))
     prompt = longest_prompt(config)
     per_token = target.num_layers * 2 * target.num_kv_heads * target.head_dim * item
     slots = prompt + config.max_tokens
@@ -80,7 +82,7 @@ def memory(
         most = max(most, wave(config) * prompt)
     # One layer's slab exists twice while finished answers are dropped.
     slabs = most * per_token * (1 + 1 / target.num_layers)
-    drafter = sum(p.size for p in parameters(ReDrafter(shape)).values())
+    drafter = sum(p.size for p in parameters(kind.build(shape)).values())
     rows = config.batch_positions * config.rollout
     support = shape.draft_vocab_size or min(SUPPORT, shape.vocab_size)
     reading = READ_TOKENS * per_token + _pass(target, layers, slots, on_gpu)
@@ -94,8 +96,8 @@ def memory(
         "features of a batch": batch * max(prompt, 2 * config.max_tokens) * layers * size * 2,
         "drafter": 4 * drafter,
         "gradients and Adam": 3 * 4 * drafter,
-        # Per draft step: gates, states and blocks; logits, both distributions, two gradients.
-        "optimiser step": rows * 4 * (10 * size + 4 * shape.exit_dim + 5 * config.candidates)
+        # Per draft step: the drafter; logits, both distributions, two gradients.
+        "optimiser step": rows * 4 * (kind.row_floats(shape) + 5 * config.candidates)
         + 2 * config.batch_positions * 4 * support
         + config.batch_positions * layers * size * (2 + 4) * 2,
         "target rows": support * size * item,
@@ -116,7 +118,7 @@ def peak(parts: dict[str, int]) -> int:
 def fitting_batch(
     config: TrainConfig,
     target: DecoderConfig,
-    shape: ReDrafterConfig,
+    shape: Any,
     available: float,
     *,
     weights: float,

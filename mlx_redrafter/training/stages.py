@@ -17,8 +17,6 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter.drafters.recurrent import ReDrafterConfig
-from mlx_redrafter.drafters.rollout import feature_layers
 from mlx_redrafter.errors import HubError, ModelError, OptionError
 from mlx_redrafter.hub import kept, resolve
 from mlx_redrafter.models import Decoder, load_model
@@ -26,7 +24,7 @@ from mlx_redrafter.models.batched import BatchedTarget, Request
 from mlx_redrafter.runtime.device import device
 from mlx_redrafter.terminal import console
 from mlx_redrafter.text.tokenizer import load_tokenizer
-from mlx_redrafter.training import agreement, dates, folder, imports, initialise, lines, memory
+from mlx_redrafter.training import agreement, dates, folder, imports, kinds, lines, memory
 from mlx_redrafter.training.answers import write_shard
 from mlx_redrafter.training.config import Evaluating, TrainConfig
 from mlx_redrafter.training.data import compute_features
@@ -66,9 +64,9 @@ class Run:
                 f"prompts of {config.prompt_tokens} and answers of {config.max_tokens} tokens do "
                 f"not fit in this model's context of {context}: lower max_tokens or prompt_tokens"
             )
-        self.shape: ReDrafterConfig = initialise.drafter_config(config, self.target)
+        self.trainee = kinds.of(config)(self.target, config)
         if config.warm_start is not None and not folder.fitting(config.out):
-            initialise.warm_start(config.warm_start, self.shape, self.target, None)
+            self.trainee.warm()
         self.chats: bool = self.tokenizer.has_chat_template
         self.writer = BatchedTarget(self.target, ())
         self._supply: Supply | None = None
@@ -81,14 +79,14 @@ class Run:
 
     def forget(self) -> None:
         """Give the memory of the model back; the run can do nothing more with it."""
-        del self.target, self.writer
+        del self.target, self.writer, self.trainee
         self._supply = None
         mx.clear_cache()
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers whose outputs the fit needs."""
-        return feature_layers(self.target, self.shape)
+        return self.trainee.layers_of(self.trainee.shape, self.target.config)
 
 
 def open_run(
@@ -112,7 +110,7 @@ def _batch(config: TrainConfig, before: TrainConfig | None, target: Decoder) -> 
     """
     if before is not None and before.batch == config.batch:
         return config.batch
-    shape, on_gpu = initialise.drafter_config(config, target), device() == "gpu"
+    shape, on_gpu = kinds.of(config).shape_of(config, target.config), device() == "gpu"
     available, weights = memory.usable_bytes(), memory.weights_of(target)
     fitting = memory.fitting_batch(
         config, target.config, shape, available, weights=weights, on_gpu=on_gpu

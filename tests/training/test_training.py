@@ -258,8 +258,8 @@ def test_the_written_drafter_computes_what_was_trained(
         live, _ = loaded.step(tokens[i], state, fixed)
         np.testing.assert_allclose(live, expected[i : i + 1], atol=2e-3)
     trained = run.drafter
-    embeddings = target.embed(tokens) / run.scales.embedding
-    inside = head_inputs(trained, (hidden / run.scales.context)[:, None], embeddings, 1)[0]
+    embeddings = target.embed(tokens) / run.trainee.scales.embedding
+    inside = head_inputs(trained, (hidden / run.trainee.scales.context)[:, None], embeddings, 1)[0]
     np.testing.assert_allclose(inside @ trained.output_rows().T, expected, atol=0.05)
 
 
@@ -303,7 +303,7 @@ def test_more_answers_later_change_neither_vocabulary_nor_scales(
     after = Fit(target, config, own)
     assert len(after.data.rows) == 2
     assert after.support.tolist() == before.support.tolist()
-    assert after.scales == before.scales
+    assert after.trainee.scales == before.trainee.scales
     assert after.score(batches) == before.score(batches)
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from mlx_redrafter.cli import main as cli
 from mlx_redrafter.models import DecoderConfig
-from mlx_redrafter.training import estimate, initialise, memory, stages
+from mlx_redrafter.training import estimate, kinds, memory, stages
 from mlx_redrafter.training.config import Evaluating, TrainConfig, from_mapping
 
 model = tiny_chat.model
@@ -36,7 +36,7 @@ def llama_3b() -> DecoderConfig:
 def reckon(config: TrainConfig) -> tuple[dict[str, int], int]:
     """Memory by part of a 4-bit 3B model, and the batch that fits in 16 GB."""
     target = llama_3b()
-    shape = initialise.drafter_config(config, cast(Any, SimpleNamespace(config=target)))
+    shape = kinds.of(config).shape_of(config, target)
     weights = memory.target_parameters(target) * 4.5 / 8
     parts = memory.memory(config, target, shape, weights=weights)
     room = memory.USABLE * 16 * 2**30
@@ -73,8 +73,8 @@ def test_the_drafter_is_counted_to_the_weight(model: Path, tmp_path: Path) -> No
     from mlx_redrafter.drafters.recurrent import ReDrafter
     from mlx_redrafter.models.weights import parameters
 
-    count = sum(p.size for p in parameters(ReDrafter(run.shape)).values())
-    parts = memory.memory(run.config, run.target.config, run.shape, weights=0)
+    count = sum(p.size for p in parameters(ReDrafter(run.trainee.shape)).values())
+    parts = memory.memory(run.config, run.target.config, run.trainee.shape, weights=0)
     assert parts["drafter"] == 4 * count
 
 

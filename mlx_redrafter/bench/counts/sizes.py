@@ -12,7 +12,7 @@ from mlx_redrafter.drafters.recurrent import ReDrafter
 from mlx_redrafter.models import Decoder, decoder_config
 from mlx_redrafter.models.weights import parameters
 from mlx_redrafter.training.config import TrainConfig
-from mlx_redrafter.training.initialise import drafter_config
+from mlx_redrafter.training.kinds.redrafter import drafter_config
 from mlx_redrafter.tree.shape import TreeShape
 
 # huggingface.co/meta-llama/Llama-3.1-8B-Instruct, config.json: sizes only.
@@ -91,7 +91,7 @@ def large_model(bits: int = 4, drafter_bits: int = 6) -> tuple[Decoder, ReDrafte
     target = Decoder(decoder_config(LLAMA_8B))
     target.set_dtype(mx.bfloat16)
     nn.quantize(target, 64, bits)
-    drafter = ReDrafter(drafter_config(TrainConfig(), target))
+    drafter = ReDrafter(drafter_config(TrainConfig(), target.config))
     drafter.set_dtype(mx.bfloat16)
     nn.quantize(drafter, 64, drafter_bits)
     return target, drafter
