@@ -12,20 +12,73 @@ from mlx_redrafter.cli import remarks
 from mlx_redrafter.drafters import published
 from mlx_redrafter.drafters.published import PUBLISHED, of_model
 
+ARCTIC = "Snowflake/Arctic-LSTM-Speculator-Llama-3.1-8B-Instruct"
 LLAMA = [
+    "lmsys/SGLang-EAGLE3-Llama-3.1-8B-Instruct-SpecForge",
+    "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B",
+    "RedHatAI/Llama-3.1-8B-Instruct-speculator.eagle3",
+    ARCTIC,
+    "yuhuili/EAGLE-LLaMA3.1-Instruct-8B",
     "philschmid/llama-3-1-8b-instruct-medusa",
-    "Snowflake/Arctic-LSTM-Speculator-Llama-3.1-8B-Instruct",
 ]
+KINDS = ("MEDUSA", "MLP", "LSTM", "EAGLE_3", "EAGLE_1", "DSPARK", "DFLASH")
+NONE = "no trained drafter for {} was found, so drafts come from the text itself; "
+
+
+def load_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every kind could be loaded."""
+    kinds = {published.SMALL, *(row.kind for row in PUBLISHED)}
+    monkeypatch.setattr(published, "LOADED_KINDS", frozenset(kinds))
 
 
 def test_the_rows() -> None:
     ids = [row.id for row in PUBLISHED]
     assert len(ids) == len(set(ids))
+    kinds = {getattr(published, name) for name in KINDS}
+    assert kinds - {published.SMALL} > published.LOADED_KINDS
     for row in PUBLISHED:
-        assert row.kind in (published.MEDUSA, published.MLP, published.LSTM)
+        assert row.kind in kinds
         assert row.bases and all(name.count("/") == 1 for name in (row.id, *row.bases))
         assert row.size >= 0 and row.source
         assert row in of_model(row.bases[0])
+
+
+def test_what_is_recommended_can_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for row in PUBLISHED:
+        best = published.recommended(row.bases[0])
+        assert best is None or best.kind in published.LOADED_KINDS
+        assert best is not None or row.kind not in published.LOADED_KINDS
+    assert published.recommended(LLAMA[0].replace("lmsys", "org")) is None
+    load_all(monkeypatch)
+    assert all(
+        published.recommended(row.bases[0]) == of_model(row.bases[0])[0] for row in PUBLISHED
+    )
+    assert remarks.no_drafter("org/Llama-3.1-8B-Instruct").startswith(
+        NONE.format("org/Llama-3.1-8B-Instruct")
+        + f"published for this model (EAGLE-3, 0.85 GB): --drafter {LLAMA[0]}; to train one: "
+    )
+
+
+def test_a_pickle_is_recommended_with_its_conversion() -> None:
+    name = "lmsys/vicuna-7b-v1.3"
+    assert remarks.no_drafter(name) == NONE.format(name) + (
+        "published for this model (Medusa, 1.48 GB): mlx-redrafter convert "
+        "FasterDecoding/medusa-vicuna-7b-v1.3 --out FOLDER, then --drafter FOLDER; to train one: "
+        "mlx-redrafter train -m lmsys/vicuna-7b-v1.3"
+    )
+
+
+def test_a_family_has_a_small_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, small = "mlx-community/Qwen3-30B-4bit", "Qwen/Qwen3-0.6B"
+    assert published.small_member(model) is None and small not in listed(model)
+    assert "--drafter Q" not in remarks.no_drafter(model)
+    load_all(monkeypatch)
+    assert f"a small model of its family can draft: --drafter {small}; " in remarks.no_drafter(
+        model
+    )
+    assert f"use a small model of its family (--drafter {small}) or one of your" in listed(model)
+    assert published.small_member("mlx-community/Qwen3-0.6B-8bit") is None
+    assert published.small_member("Qwen/Qwen2-7B") is None
 
 
 @pytest.mark.parametrize(
@@ -40,8 +93,10 @@ def test_the_rows() -> None:
 )
 def test_a_copy_of_the_model_counts(model: str) -> None:
     assert [row.id for row in of_model(model)] == LLAMA
-    text = remarks.no_drafter(model)
-    assert text.endswith(f"; published for this model: {LLAMA[0]} (Medusa heads)")
+    assert remarks.no_drafter(model) == NONE.format(model) + (
+        f"published for this model (LSTM, 2.37 GB): --drafter {ARCTIC}; to train one: "
+        f"mlx-redrafter train -m {model}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,17 +114,33 @@ def listed(*arguments: str) -> str:
 
 
 def test_the_command_lists_them() -> None:
-    assert all(row.id in listed() and row.kind in listed() for row in PUBLISHED)
+    lines = [line.split() for line in listed().splitlines()]
+    marked = {True: "", False: "*"}
+    for row in PUBLISHED:
+        kind = row.kind + marked[row.kind in published.LOADED_KINDS]
+        assert [row.id, kind, *([f"{row.size:g}", "GB"] if row.size else ["-"])] in lines
+        assert [row.bases[0]] in lines
     lines = listed("mlx-community/Llama-3.1-8B-Instruct-4bit").splitlines()
-    assert lines[0].split() == ["for", "drafter", "kind", "size", "licence", "facts", "from"]
-    found = [line.split()[:2] for line in lines[1:]]
-    assert found == [["meta-llama/Llama-3.1-8B-Instruct", name] for name in LLAMA]
+    assert lines[1].strip() == "meta-llama/Llama-3.1-8B-Instruct"
+    assert [line.split()[0] for line in lines if "GB" in line or " - " in line] == LLAMA
+    assert lines[3].strip() == "MT-bench 3.52, HumanEval 4.32, GSM8K 2.85; chain of 5"
+    assert lines[-1] == "* not loaded by this version of mlx-redrafter"
     rows = json.loads(listed("lmsys/vicuna-7b-v1.3", "--json"))["drafters"]
-    assert [(row["id"], row["kind"], row["size"], row["licence"]) for row in rows] == [
-        ("FasterDecoding/medusa-vicuna-7b-v1.3", "Medusa heads", 1.48, "as the base model")
+    assert [(r["id"], r["kind"], r["size"], r["pickled"], r["loaded"]) for r in rows] == [
+        ("yuhuili/EAGLE-Vicuna-7B-v1.3", "EAGLE-1", 0, True, False),
+        ("FasterDecoding/medusa-vicuna-7b-v1.3", "Medusa", 1.48, True, True),
     ]
 
 
+def test_eighty_columns_do() -> None:
+    for model in dict.fromkeys(row.bases[0] for row in PUBLISHED):
+        assert max(len(line.rstrip()) for line in listed(model).splitlines()) <= 80
+    assert max(len(line.rstrip()) for line in listed().splitlines()) <= 80
+
+
 def test_the_command_says_that_there_are_none() -> None:
-    assert listed("org/other").startswith("no published drafter for org/other is known here; ")
+    assert listed("org/other") == (
+        "no published drafter for org/other is known here: use one of your own (mlx-redrafter "
+        "train -m org/other); to see all that are: mlx-redrafter drafters\n"
+    )
     assert json.loads(listed("org/other", "--json")) == {"drafters": []}
