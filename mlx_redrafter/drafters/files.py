@@ -5,6 +5,7 @@ What is wrong with either is one DrafterError, whatever kind of drafter it is.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -15,7 +16,13 @@ from mlx_lm.utils import dequantize_model
 
 from mlx_redrafter.errors import DrafterError, ModelError
 from mlx_redrafter.models import Decoder
-from mlx_redrafter.models.files import weight_files
+from mlx_redrafter.models.files import (
+    SAFETENSORS,
+    TORCH,
+    heads_among,
+    pickles_among,
+    weight_files,
+)
 from mlx_redrafter.models.weights import (
     Shape,
     finite,
@@ -95,6 +102,18 @@ def raw_config(folder: Path) -> dict[str, Any]:
         return read_json(folder / "config.json")
     except ModelError as error:
         raise DrafterError(str(error)) from None
+
+
+def refuse_pickles(folder: Path) -> None:
+    """DrafterError, with what to run: the drafter in a folder is a PyTorch file."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    heads = heads_among(names, [kind.suffix for kind in (SAFETENSORS, *TORCH)])
+    found = heads or pickles_among(names, folder)
+    if found and not found[0].endswith(SAFETENSORS.suffix):
+        raise DrafterError(
+            f"the drafter in {folder} is a PyTorch file ({found[0]}); make a folder of it first: "
+            f"mlx-redrafter convert {shlex.quote(str(folder))} --out FOLDER"
+        )
 
 
 def stored_shapes(folder: Path, files: Sequence[Path] = ()) -> dict[str, Shape]:

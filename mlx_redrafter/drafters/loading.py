@@ -57,12 +57,20 @@ def kind_of(folder: Path) -> Kind:
     """The kind of the drafter in a folder. What nothing tells is left to the recurrent drafter,
     which says so. Raises DrafterError."""
     raw = files.raw_config(folder)
+    files.refuse_pickles(folder)
     if named := DRAFTERS.get(str(raw.get("model_type"))):
         return named
     names: Mapping[str, Any] = {}
     with contextlib.suppress(DrafterError):  # the kind that it is left to says so
         names = files.stored_shapes(folder)
     return next((kind for is_one, kind in _SIGNS if is_one(folder, raw, names)), _RECURRENT)
+
+
+def inside_model(folder: Path) -> bool:
+    """Do a model's own files hold a drafter for it? What cannot be read holds none."""
+    with contextlib.suppress(DrafterError, OSError):
+        return medusa.inside(folder)
+    return False
 
 
 def load_recurrent(folder: Path, target: Decoder) -> ReDrafter:
