@@ -5,6 +5,7 @@ What is wrong with either is one DrafterError, whatever kind of drafter it is.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -102,6 +103,11 @@ def raw_config(folder: Path) -> dict[str, Any]:
         return read_json(folder / "config.json")
     except ModelError as error:
         raise DrafterError(str(error)) from None
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """config.json of a drafter's folder."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def refuse_pickles(folder: Path) -> None:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_redrafter.drafters import Drafter, eagle_files, files, medusa, model, speculator
+from mlx_redrafter.drafters import (
+    Drafter,
+    eagle_files,
+    files,
+    medusa,
+    model,
+    rollout,
+    speculator,
+)
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.models import Decoder
+from mlx_redrafter.models.features import Features
 from mlx_redrafter.models.weights import parameters
 
 # Apple's trainer may leave a norm in the checkpoint that its forward pass never uses.
@@ -22,11 +30,18 @@ _UNUSED = ("emb_norm.weight",)
 
 class Kind(NamedTuple):
     """How a kind of drafter is read from a folder, what its files say before that, and what they
-    say to people. All raise DrafterError."""
+    say to people. All raise DrafterError.
+
+    alternatives: config.json -> what could be meant where it leaves something open, as keys that
+    override it; the first is what is loaded without a word. first_choices: see
+    ``rollout.first_choices``, which is for kinds that keep nothing between steps.
+    """
 
     load: Callable[[Path, Decoder], Drafter]
     check: Callable[[Path, Decoder], None]
     describe: Callable[[Path], files.Description] = lambda folder: files.Description({}, {}, {}, 0)
+    alternatives: Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any]]] = lambda raw: [{}]
+    first_choices: Callable[[Drafter, Features, mx.array], mx.array] = rollout.first_choices
 
 
 def load_drafter(folder: Path, target: Decoder) -> Drafter:
@@ -138,7 +153,7 @@ def save_drafter(folder: Path, drafter: ReDrafter, extra: dict[str, Any] | None 
     """Write ``config.json`` and ``model.safetensors`` in our layout; ``extra`` joins the config."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": "redrafter", **vars(drafter.config), **(extra or {})}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    files.write_config(folder, config)
     weights = parameters(drafter)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
 

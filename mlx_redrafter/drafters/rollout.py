@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_redrafter.drafters import Ask, Drafter
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.features import Features
+from mlx_redrafter.tree.shape import TreeShape
+
+_AT_ONCE = 32  # drafts whose logits exist at a time
 
 
 def feature_layers(target: Decoder, config: ReDrafterConfig) -> tuple[int, ...]:
@@ -59,6 +63,27 @@ def head_inputs(
             x = mx.concatenate([fixed, state], axis=-1)
         result.append(drafter.blocks(x))
     return result
+
+
+def first_choices(drafter: Drafter, read: Features, tokens: mx.array) -> mx.array:
+    """What a drafter that keeps nothing between steps would draft first along a text.
+
+    Args:
+        read: features of the positions of tokens (P,).
+
+    Returns:
+        (P-1,) int32: after position p and the true token p + 1 as the root, its token p + 2.
+    """
+    shape, found = TreeShape.chain(1), []
+    for p in range(tokens.shape[0] - 1):
+        row = Features(
+            read.hidden[p : p + 1], read.layers, tuple(x[p : p + 1] for x in read.outputs)
+        )
+        ask = Ask(tokens[p + 1 : p + 2], mx.array([p + 1], mx.int32), None, shape, None)
+        found.append(drafter.propose(drafter.begin(row), ask)[-1].paths[-1, 1])
+        if p % _AT_ONCE == 0:
+            mx.eval(found)
+    return mx.stack(found)
 
 
 def logits(drafter: ReDrafter, context: mx.array, tokens: mx.array) -> list[mx.array]:
