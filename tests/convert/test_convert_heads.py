@@ -200,7 +200,8 @@ def test_heads_get_four_bits_on_a_mac(tmp_path: Path, monkeypatch: pytest.Monkey
         assert "quantization" not in config_of(tmp_path / str(number))
     convert(source, tmp_path / "eight", bits=8)
     assert config_of(tmp_path / "eight")["quantization"]["bits"] == 8
-    assert convert(tmp_path / "mac", tmp_path / "again")  # packed already
+    again = convert(tmp_path / "mac", tmp_path / "again")  # packed already
+    assert not any("--q-bits 16" in note for note in again.notes)
     tiny.assert_same_bits(tiny.read(tmp_path / "again"), tiny.read(tmp_path / "mac"))
     apple = tiny.write(tmp_path / "apple", tiny.apple_weights("elman-8-1"),
                        tiny.apple_config("elman-8-1"))  # fmt: skip

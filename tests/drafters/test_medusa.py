@@ -287,6 +287,9 @@ def test_a_pickle_is_refused_by_name(target: Decoder, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 5}))
     with pytest.raises(DrafterError, match=r"no \*\.safetensors file"):
         load_drafter(tmp_path, target)
+    config, weights, file = vllm(heads())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")  # the same once more
+    assert load_drafter(write(tmp_path, config, weights, file), target)
     write(tmp_path, {}, BASE)  # heads beside a model
     (tmp_path / "medusa_lm_head.pt").write_bytes(b"PK")
     with pytest.raises(DrafterError, match=said.format("medusa_lm_head.pt")):
