@@ -36,8 +36,7 @@ def command(
 
     rows = list(published.PUBLISHED if model is None else published.of_model(model))
     if as_json:
-        loaded = published.LOADED_KINDS
-        listed = [{**row._asdict(), "loaded": row.kind in loaded} for row in rows]
+        listed = [{**row._asdict(), "usable": row.usable} for row in rows]
         typer.echo(json.dumps({"drafters": listed}))
     elif rows:
         _show(rows, in_full=model is not None)
@@ -53,8 +52,6 @@ def command(
 
 def _show(rows: Sequence[Published], in_full: bool) -> None:
     """One line a drafter under its model; in full, also what is known of it. 80 columns do."""
-    from mlx_redrafter.drafters.published import LOADED_KINDS
-
     listed = Table(box=None, pad_edge=False, header_style="dim")
     first = "drafter, and its tokens per step as published" if in_full else "drafter"
     for title in (first, "kind", "size"):
@@ -64,7 +61,7 @@ def _show(rows: Sequence[Published], in_full: bool) -> None:
         if row.bases[0] != base:
             base = row.bases[0]
             listed.add_row(base, style="bold")
-        kind = row.kind + "*" * (row.kind not in LOADED_KINDS)
+        kind = row.kind + "*" * (not row.usable)
         listed.add_row(f"  {row.id}", kind, f"{row.size:g} GB" if row.size else "-")
         if in_full:
             known = f"facts from {row.source}"
@@ -75,5 +72,5 @@ def _show(rows: Sequence[Published], in_full: bool) -> None:
                 listed.add_row("    a PyTorch file: convert it first", style="dim")
     width = None if sys.stdout.isatty() else 1000
     Console(width=width, markup=False, highlight=False).print(listed)
-    if any(row.kind not in LOADED_KINDS for row in rows):
-        console.show("* not loaded by this version of mlx-redrafter")
+    if not all(row.usable for row in rows):
+        console.show("* not read by this version of mlx-redrafter")

@@ -9,19 +9,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_redrafter.drafters import (
-    Drafter,
-    eagle_files,
-    files,
-    medusa,
-    model,
-    rollout,
-    speculator,
-)
+from mlx_redrafter.drafters import Drafter, eagle_files, files, medusa, model, speculator
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.models import Decoder
-from mlx_redrafter.models.features import Features
 from mlx_redrafter.models.weights import parameters
 
 # Apple's trainer may leave a norm in the checkpoint that its forward pass never uses.
@@ -33,15 +24,13 @@ class Kind(NamedTuple):
     say to people. All raise DrafterError.
 
     alternatives: config.json -> what could be meant where it leaves something open, as keys that
-    override it; the first is what is loaded without a word. first_choices: see
-    ``rollout.first_choices``, which is for kinds that keep nothing between steps.
+    override it, the likeliest first.
     """
 
     load: Callable[[Path, Decoder], Drafter]
     check: Callable[[Path, Decoder], None]
     describe: Callable[[Path], files.Description] = lambda folder: files.Description({}, {}, {}, 0)
     alternatives: Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any]]] = lambda raw: [{}]
-    first_choices: Callable[[Drafter, Features, mx.array], mx.array] = rollout.first_choices
 
 
 def load_drafter(folder: Path, target: Decoder) -> Drafter:
@@ -161,7 +150,9 @@ def save_drafter(folder: Path, drafter: ReDrafter, extra: dict[str, Any] | None 
 _RECURRENT = Kind(load_recurrent, check_recurrent, describe_recurrent)
 _MEDUSA = Kind(medusa.load, medusa.LAYOUT.check, medusa.describe)
 _SPECULATOR = Kind(speculator.load, speculator.LAYOUT.check, speculator.describe)
-_EAGLE = Kind(eagle_files.load, eagle_files.LAYOUT.check, eagle_files.describe)
+_EAGLE = Kind(
+    eagle_files.load, eagle_files.LAYOUT.check, eagle_files.describe, eagle_files.alternatives
+)
 DRAFTERS: dict[str, Kind] = {
     "redrafter": _RECURRENT,
     "recurrent_drafting_drafter": _RECURRENT,  # Apple's

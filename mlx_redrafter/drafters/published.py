@@ -12,8 +12,10 @@ from typing import NamedTuple
 MEDUSA, MLP, LSTM = "Medusa", "MLP", "LSTM"
 EAGLE_3, EAGLE_1, DSPARK, DFLASH, SMALL = "EAGLE-3", "EAGLE-1", "DSpark", "DFlash", "small model"
 
-LOADED_KINDS = frozenset({MEDUSA, MLP, LSTM})
+LOADED_KINDS = frozenset({MEDUSA, MLP, LSTM, EAGLE_3, EAGLE_1, SMALL})
 """What --drafter takes; the others are listed, and recommended nowhere."""
+CONVERTED_KINDS = frozenset({MEDUSA, MLP, LSTM})
+"""Of these, what convert reads from PyTorch files."""
 
 
 class Published(NamedTuple):
@@ -38,6 +40,11 @@ class Published(NamedTuple):
     source: str
     figures: str = ""
     pickled: bool = False
+
+    @property
+    def usable(self) -> bool:
+        """Can it be used, once it was converted if that is needed?"""
+        return self.kind in LOADED_KINDS and (not self.pickled or self.kind in CONVERTED_KINDS)
 
 
 _BASES, _MIT = "as the base model", "MIT"
@@ -296,15 +303,17 @@ def of_model(model: str) -> list[Published]:
 
 
 def recommended(model: str) -> Published | None:
-    """The best published drafter of a model among those that are loaded here."""
-    return next((row for row in of_model(model) if row.kind in LOADED_KINDS), None)
+    """The best published drafter of a model among those that can be used here."""
+    return next((row for row in of_model(model) if row.usable), None)
 
 
 def small_member(model: str) -> str | None:
-    """A small model of a model's family that can draft for it, once such drafters are loaded."""
+    """A small model of a model's family that can draft for it."""
     name = _bare(model)
     member = next((small for start, small in _FAMILIES if name.startswith(start)), None)
-    return member if SMALL in LOADED_KINDS and member and _bare(member) != name else None
+    if SMALL not in LOADED_KINDS or member is None or _bare(member).startswith(name):
+        return None
+    return member
 
 
 def _bare(model: str) -> str:

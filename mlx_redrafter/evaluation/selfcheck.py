@@ -22,6 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_redrafter.cache.layer import Pass, new_caches
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.drafters import Drafter, files, loading
+from mlx_redrafter.drafters.rollout import first_choices
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.features import Features
@@ -119,7 +120,7 @@ def check(folder: Path, along: Along) -> Fit:
         DrafterError: missing or broken files, or a drafter for another model.
     """
     kind = loading.kind_of(folder)
-    return _measured(kind, kind.load(folder, along.target), along)
+    return _measured(kind.load(folder, along.target), along)
 
 
 def settle(folder: Path, along: Along) -> Fit:
@@ -137,7 +138,7 @@ def settle(folder: Path, along: Along) -> Fit:
     for keys in alternatives:
         files.write_config(folder, {**raw, **keys})
         try:
-            fit = _measured(kind, kind.load(folder, along.target), along)
+            fit = _measured(kind.load(folder, along.target), along)
         except DrafterError as error:
             problem = problem or error
         else:
@@ -149,13 +150,12 @@ def settle(folder: Path, along: Along) -> Fit:
     return best
 
 
-def _measured(kind: loading.Kind, drafter: Drafter, along: Along) -> Fit:
-    reading = along.read(drafter.features or ())
-    return Fit(*agreement(kind, drafter, reading))
+def _measured(drafter: Drafter, along: Along) -> Fit:
+    return Fit(*agreement(drafter, along.read(drafter.features or ())))
 
 
-def agreement(kind: loading.Kind, drafter: Drafter, reading: Reading) -> tuple[float, int]:
+def agreement(drafter: Drafter, reading: Reading) -> tuple[float, int]:
     """The share of positions at which drafter and model say the same, and their number."""
-    drafts = kind.first_choices(drafter, reading.read, reading.tokens)  # (P-1,)
+    drafts = first_choices(drafter, reading.read, reading.tokens)  # (P-1,)
     same = (drafts == reading.choices[1:])[reading.start - 1 :]
     return same.astype(mx.float32).mean().item(), same.size  # type: ignore[return-value]

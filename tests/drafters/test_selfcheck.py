@@ -12,25 +12,25 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
-from conftest import D, Oracle, hidden_states, plainly, prompt_of, random_drafter
+from conftest import D, Oracle, V, hidden_states, plainly, prompt_of, random_drafter
 from tiny_chat import WORDS, write_chat_model
+from tiny_heads import fitted as fit_rows
 from tiny_heads import write
 from typer.testing import CliRunner
 
 from mlx_redrafter.cli import main as cli
 from mlx_redrafter.drafters import loading, rollout
+from mlx_redrafter.drafters.eagle import Eagle, EagleConfig
 from mlx_redrafter.drafters.loading import Kind
+from mlx_redrafter.drafters.model import DraftModel
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.evaluation import selfcheck
 from mlx_redrafter.evaluation.selfcheck import Along, Reading, agreement, read, settle
-from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.models import Decoder, RopeConfig, load_model
+from mlx_redrafter.models.weights import parameters
 from mlx_redrafter.text.tokenizer import load_tokenizer
 
 START = 9
-
-
-def kind(load: Callable[[Path, Decoder], Any] = lambda folder, target: None, **more: Any) -> Kind:
-    return Kind(load, lambda folder, target: None, **more)
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +51,22 @@ def test_who_knows_the_answer_agrees_everywhere(
 ) -> None:
     assert reading.choices[START - 1 :].tolist() == text[START:]
     for ranks, share in [((0,), 1.0), ((0, 1), 0.5), ((1,), 0.0), ((9,), 0.0)]:
-        found = agreement(kind(), Oracle(target, [text], ranks), reading)
+        found = agreement(Oracle(target, [text], ranks), reading)
         assert found == (share, len(text) - 1 - START)
 
 
 def test_the_prompt_does_not_count(target: Decoder, text: list[int], reading: Reading) -> None:
     """It is not what the model would have written."""
     knowing = Oracle(target, [text])
-    assert agreement(kind(), knowing, reading._replace(start=1))[0] < 1
-    assert agreement(kind(), knowing, reading)[0] == 1
+    assert agreement(knowing, reading._replace(start=1))[0] < 1
+    assert agreement(knowing, reading)[0] == 1
 
 
 def test_a_position_off_is_no_agreement(target: Decoder, text: list[int], reading: Reading) -> None:
     """A drafter that drafts the root itself, and a comparison with the token before."""
-    assert agreement(kind(), Late(target, [text]), reading)[0] < 0.2
+    assert agreement(Late(target, [text]), reading)[0] < 0.2
     moved = mx.concatenate([reading.choices[:1], reading.choices[:-1]])
-    assert agreement(kind(), Oracle(target, [text]), reading._replace(choices=moved))[0] < 0.2
+    assert agreement(Oracle(target, [text]), reading._replace(choices=moved))[0] < 0.2
 
 
 class Late(Oracle):
@@ -91,21 +91,48 @@ def test_first_choices_are_those_of_one_pass(
     assert len(set(found.tolist())) > 5
 
 
+def test_a_drafter_with_rows_per_position_sees_nothing_behind_its_root(
+    target: Decoder, target_folder: Path, reading: Reading
+) -> None:
+    """The target itself as the drafter is always right; a head says what it says of a prompt."""
+    itself = loading.load_drafter(target_folder, target)
+    assert isinstance(itself, DraftModel)
+    assert agreement(itself, reading)[0] == 1
+    assert agreement(itself, read(target, prompt_of(200), start=1))[0] == 1
+    layers = (0, 2)
+    head = eagle(layers).bind(target)
+    tokens = prompt_of(40)
+    whole = read(target, tokens, layers)
+    found = rollout.first_choices(head, whole.read, whole.tokens).tolist()
+    alone = [
+        rollout.first_choices(head, part.read, part.tokens).tolist()[-1]
+        for part in (read(target, tokens[:n], layers) for n in range(2, 41))
+    ]
+    assert found == alone and len(set(found)) > 5
+
+
+def eagle(layers: tuple[int, ...], **more: Any) -> Eagle:
+    """A random EAGLE-3 head that has the target's output rows, once it is bound."""
+    mx.random.seed(3)
+    head = Eagle(EagleConfig(D, D, V, layers, 4, 2, 8, 48, 1e-5, RopeConfig(dims=8), **more))
+    head.midlayer.hidden_norm.weight = mx.random.normal((D,))
+    return head
+
+
 class Stored:
     """An `Along` of a text of the test's own."""
 
-    def __init__(self, target: Decoder, reading: Reading) -> None:
-        self.target, self._reading = target, reading
+    def __init__(self, target: Decoder, text: Sequence[int]) -> None:
+        self.target, self._text = target, text
 
     def read(self, layers: Sequence[int]) -> Reading:
-        return self._reading
+        return read(self.target, self._text, layers, START)
 
 
 @pytest.fixture
 def settled(
-    target: Decoder, text: list[int], reading: Reading, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., Any]:  # fmt: skip
+    target: Decoder, text: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
     """Settle a folder whose drafter is as good as its config.json says; the config afterwards."""
 
     def load(folder: Path, target: Decoder) -> Oracle:
@@ -115,10 +142,10 @@ def settled(
         return Oracle(target, [text], ranks)
 
     def settled(alternatives: list[Mapping[str, Any]]) -> tuple[selfcheck.Fit, dict[str, Any]]:
-        known = kind(load, alternatives=lambda raw: alternatives)
+        known = Kind(load, lambda *_: None, alternatives=lambda raw: alternatives)
         monkeypatch.setitem(loading.DRAFTERS, "mine", known)
         write(tmp_path, {"model_type": "mine", "more": 1}, {"x": np.ones(1)})
-        fit = settle(tmp_path, Stored(target, reading))  # type: ignore[arg-type]
+        fit = settle(tmp_path, Stored(target, text[:-1]))  # type: ignore[arg-type]
         return fit, json.loads((tmp_path / "config.json").read_text())
 
     return settled
@@ -137,6 +164,41 @@ def test_the_best_reading_of_the_files_is_kept(settled: Callable[..., Any]) -> N
     assert str(fit) == "the drafter's first choice is the model's next token at 0% of 40 positions"
     with pytest.raises(DrafterError, match="no such layer"):
         settled([{"ranks": []}, {"ranks": []}])
+
+
+def test_what_an_eagle_head_leaves_open_is_settled(
+    target: Decoder, text: list[int], tmp_path: Path
+) -> None:
+    """Its files say neither what its layers' numbers count nor which norm comes first."""
+    block = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = {
+        "architectures": ["LlamaForCausalLMEagle3"], "hidden_size": D, "vocab_size": V, **block,
+        "intermediate_size": 48, "rms_norm_eps": 1e-5,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2]},
+    }  # fmt: skip
+    along = Stored(target, text[: START + 25])
+    head = eagle((0, 1), norm_before_residual=True)
+    weights = {name: np.array(w) for name, w in parameters(head).items()}
+    head.bind(target)
+    reading = along.read((0, 1))
+    rows: list[np.ndarray] = []
+
+    def record(x: mx.array) -> mx.array:
+        rows.append(np.array(x)[0])
+        return mx.zeros((1, V))
+
+    head._output = record
+    rollout.first_choices(head, reading.read, reading.tokens)
+    tokens = reading.choices[START:].tolist()
+    weights["lm_head.weight"] = fit_rows(np.stack(rows)[START - 1 :], tokens)
+    folder = write(tmp_path / "head", config, weights)
+    as_it_stands = selfcheck.check(folder, along)  # type: ignore[arg-type]
+    fit = settle(folder, along)  # type: ignore[arg-type]
+    assert fit.tried == 4 and fit.agreement == 1 > as_it_stands.agreement
+    chosen = {"feature_layers_are": "inputs", "norm_before_residual": True}
+    assert fit.chosen == chosen
+    assert json.loads((folder / "config.json").read_text()) == {**config, **chosen}
+    assert selfcheck.check(folder, along).agreement == 1  # type: ignore[arg-type]
 
 
 @pytest.fixture
