@@ -18,8 +18,11 @@ from tiny_heads import fitted as fit_rows
 from tiny_heads import write
 from typer.testing import CliRunner
 
+from mlx_redrafter.cache.layer import Pass
+from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cli import main as cli
-from mlx_redrafter.drafters import loading, rollout
+from mlx_redrafter.decoding import step
+from mlx_redrafter.drafters import Ask, loading, rollout
 from mlx_redrafter.drafters.eagle import Eagle, EagleConfig
 from mlx_redrafter.drafters.loading import Kind
 from mlx_redrafter.drafters.model import DraftModel
@@ -28,7 +31,9 @@ from mlx_redrafter.evaluation import selfcheck
 from mlx_redrafter.evaluation.selfcheck import Along, Reading, agreement, read, settle
 from mlx_redrafter.models import Decoder, RopeConfig, load_model
 from mlx_redrafter.models.weights import parameters
+from mlx_redrafter.prefill.reading import read as prefill
 from mlx_redrafter.text.tokenizer import load_tokenizer
+from mlx_redrafter.tree.shape import TreeShape
 
 START = 9
 
@@ -109,6 +114,18 @@ def test_a_drafter_with_rows_per_position_sees_nothing_behind_its_root(
         for part in (read(target, tokens[:n], layers) for n in range(2, 41))
     ]
     assert found == alone and len(set(found)) > 5
+    assert [drafted(target, head, tokens[:n]) for n in range(2, 41)] == found
+
+
+def drafted(target: Decoder, head: Eagle, tokens: list[int]) -> int:
+    """What it drafts when a prompt was read as for an answer."""
+    session = Session().open([*target.caches, *head.caches], 128, target.dtype)
+    absorb = step.absorbing([head])
+    seen = prefill(target, tokens, session, 16, layers=head.features, absorb=absorb)
+    at = mx.array([len(tokens) - 1], mx.int32)
+    own = Pass(session.caches[len(target.caches) :], at)
+    ask = Ask(mx.array(tokens[-1:], mx.int32), at, None, TreeShape.chain(1), None, own)
+    return int(head.propose(head.begin(seen), ask)[-1].paths[-1, 1].item())
 
 
 def eagle(layers: tuple[int, ...], **more: Any) -> Eagle:
