@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_redrafter.errors import ConvertError, OptionError
+from mlx_redrafter.errors import ConvertError, OptionError, RedrafterError
 from mlx_redrafter.runtime.paths import user_path
 
 from .summary import Summary
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ConvertError", "Summary", "convert"]
 
-BITS, GROUP_SIZES, DTYPES = (4, 8), (32, 64, 128), ("float16", "bfloat16", "float32")
+BITS, GROUP_SIZES, DTYPES = (4, 8, 16), (32, 64, 128), ("float16", "bfloat16", "float32")
 LAYOUTS = ("mlx", "apple", "tensorrt-llm")
 
 
@@ -39,23 +39,31 @@ class _Options:
     bits: int | None
     group_size: int
     dtype: str | None
+    self_check: bool = True
+
+    @property
+    def packed_bits(self) -> int | None:
+        """Bits to quantise to; None: not at all."""
+        return None if self.bits == 16 else self.bits
 
     def check(self, kind: Format) -> None:
         """Refuse combinations that mean nothing for this source."""
         if self.to not in LAYOUTS:
             raise OptionError(f"--to {self.to!r} is unknown; needed: {', '.join(LAYOUTS)}")
         if self.bits is not None and self.bits not in BITS:
-            raise OptionError(f"--q-bits {self.bits} is not possible; needed: 4 or 8")
+            raise OptionError(f"--q-bits {self.bits} is not possible; needed: 4, 8 or 16")
         if self.group_size not in GROUP_SIZES:
             raise OptionError(
                 f"--q-group-size {self.group_size} is not possible; needed: 32, 64 or 128"
             )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise OptionError(f"--dtype {self.dtype!r} is unknown; needed: {', '.join(DTYPES)}")
-        if self.bits and self.to != "mlx":
+        if self.packed_bits and self.to != "mlx":
             raise OptionError(f"{self.to} has no quantised drafters; drop -q, or --to {self.to}")
         if kind.is_head and self.to != "mlx":
             raise OptionError(f"--to {self.to} is for ReDrafters, and this is a {kind.label}")
+        if not kind.is_drafter and self.bits == 16:
+            raise OptionError("--q-bits 16 is for drafters; for a model say --dtype float16")
         if not kind.is_drafter and self.to != "mlx":
             raise OptionError(f"--to {self.to} is for drafters, and this is a {kind.label}")
         if not kind.is_drafter and self.target:
@@ -78,6 +86,7 @@ def convert(
     bits: int | None = None,
     group_size: int = 64,
     dtype: str | None = None,
+    self_check: bool = True,
     dry_run: bool = False,
     force: bool = False,
     upload_repo: str | None = None,
@@ -92,9 +101,12 @@ def convert(
             speculator | base | gguf.
         to: layout of the output: mlx | apple | tensorrt-llm (the last two for drafters).
         target: base model that a drafter must fit: folder, hub id or built-in name.
-        bits: quantise to 4 or 8 bits, in groups of ``group_size``. None: no quantisation, but
-            a GGUF file's own 4 and 8 bits are kept unless a dtype is given.
+        bits: quantise to 4 or 8 bits, in groups of ``group_size``; 16: no quantisation. None: none
+            either, but a GGUF file's own 4 and 8 bits are kept unless a dtype is given, and on a
+            Mac with Metal Medusa heads and speculators get 4 bits unless one is given.
         dtype: float16 | bfloat16 | float32; None: as stored.
+        self_check: load the target too and count how often the drafter's first choice is its next
+            token; what the source's files leave open is settled by that.
         dry_run: read headers and account for every tensor, write nothing.
         force: replace a model folder that exists.
         upload_repo: Hugging Face repository to upload the result to, with a model card.
@@ -107,7 +119,7 @@ def convert(
     from .base_files import name_turn_end
     from .writer import output_folder
 
-    options = _Options(to, str(target) if target else None, bits, group_size, dtype)
+    options = _Options(to, str(target) if target else None, bits, group_size, dtype, self_check)
     if upload_repo and not dry_run:
         card.check_upload(upload_repo)
     path = _locate(str(source))
@@ -122,6 +134,8 @@ def convert(
         job.write(folder, progress or (lambda done, total: None))
         if not job.kind.is_drafter:
             job.notes.extend(name_turn_end(folder))
+        elif options.target and self_check and to == "mlx":
+            job.notes.append(_compared(folder.path, options.target))
         files = folder.files()
         summary = Summary(str(source), job.kind, to, out, job.mapping, files, job.notes)
         if upload_repo:
@@ -182,11 +196,12 @@ def _plan_drafter(checkpoint: Checkpoint, kind: Format, options: _Options) -> _J
     to = Format(options.to)
     if to is not Format.MLX:
         drafters.check_layout(plan, to)
-    if options.bits and plan.quantization:
+    bits = options.packed_bits
+    if bits and plan.quantization:
         raise OptionError(f"{checkpoint.path} is quantised already; drop -q")
     if options.target:
         _check_fit(plan.config, options.target, checkpoint.path)
-    table = drafters.mappings(plan, checkpoint, options.bits, options.group_size)
+    table = drafters.mappings(plan, checkpoint, bits, options.group_size)
     notes = [*plan.notes]
     if to is not Format.MLX or kind is not Format.MLX:
         notes.append(
@@ -196,7 +211,7 @@ def _plan_drafter(checkpoint: Checkpoint, kind: Format, options: _Options) -> _J
 
     def write(folder: OutputFolder, progress: Progress) -> None:
         drafters.write_drafter(
-            plan, checkpoint, folder, to=to, bits=options.bits, group_size=options.group_size,
+            plan, checkpoint, folder, to=to, bits=bits, group_size=options.group_size,
             dtype=options.mlx_dtype, progress=progress,
         )  # fmt: skip
 
@@ -204,23 +219,32 @@ def _plan_drafter(checkpoint: Checkpoint, kind: Format, options: _Options) -> _J
 
 
 def _plan_head(checkpoint: Checkpoint, kind: Format, options: _Options) -> _Job:
+    import mlx.core as mx
+
     from . import drafters, heads
     from .checkpoint import model_beside
 
     plan = heads.plan_head(checkpoint, kind)
-    if options.bits and plan.quantization:
+    bits = options.packed_bits
+    if bits and plan.quantization:
         raise OptionError(f"{checkpoint.path} is quantised already; drop -q")
+    if not (options.bits or options.dtype or plan.quantization) and mx.metal.is_available():
+        bits = 4
+        plan.notes.append(
+            f"4 bits in groups of {options.group_size}, as this Mac drafts fastest; --q-bits 16 "
+            "keeps what is stored"
+        )
     if options.target:
         heads.check_fit(plan, _sizes_of(options.target), checkpoint.path)
     dtype = options.mlx_dtype or drafters.narrowed(plan.names, checkpoint)
-    table = drafters.mappings(plan, checkpoint, options.bits, options.group_size)
+    table = drafters.mappings(plan, checkpoint, bits, options.group_size)
     if model_beside(checkpoint):
         plan.notes.append("a model lies beside these heads; --format base converts that one")
 
     def write(folder: OutputFolder, progress: Progress) -> None:
         heads.write_head(
-            plan, checkpoint, folder, bits=options.bits, group_size=options.group_size,
-            dtype=dtype, progress=progress,
+            plan, checkpoint, folder, bits=bits, group_size=options.group_size, dtype=dtype,
+            progress=progress,
         )  # fmt: skip
 
     return _Job(kind, table, plan.notes, write)
@@ -234,7 +258,7 @@ def _plan_base(checkpoint: Checkpoint, options: _Options) -> _Job:
 
     def write(folder: OutputFolder, progress: Progress) -> None:
         convert_base(
-            plan, checkpoint, folder, bits=options.bits, group_size=options.group_size,
+            plan, checkpoint, folder, bits=options.packed_bits, group_size=options.group_size,
             dtype=options.mlx_dtype, progress=progress,
         )  # fmt: skip
 
@@ -266,6 +290,24 @@ def _check_fit(config: object, target: str, path: Path) -> None:
     from mlx_redrafter.drafters.loading import check_compatible
 
     check_compatible(cast(Any, config), _sizes_of(target), path)
+
+
+def _compared(folder: Path, target: str) -> str:
+    """Settle what the source left open, and say how well the drafter fits the target."""
+    from mlx_redrafter.evaluation import selfcheck
+    from mlx_redrafter.hub import resolve
+    from mlx_redrafter.models import load_model
+    from mlx_redrafter.text.tokenizer import load_tokenizer
+
+    try:
+        base = resolve(target)
+        tokenizer = load_tokenizer(base)  # what fails at once goes first
+        along = selfcheck.Along(load_model(base), tokenizer)
+        fit = selfcheck.settle(folder, along)
+    except RedrafterError as error:
+        return f"the drafter was not compared with {target}: {error}"
+    fit.warn(target)
+    return str(fit)
 
 
 def _sizes_of(target: str) -> Any:

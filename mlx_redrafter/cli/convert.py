@@ -46,11 +46,28 @@ def command(
     target: Annotated[
         str | None, typer.Option(help="Model that the drafter is for, to check that they fit.")
     ] = None,
+    self_check: Annotated[
+        bool,
+        typer.Option(
+            help="With --target, also load it and count how often the drafter's first choice is "
+            "its next token."
+        ),
+    ] = True,
     quantize: Annotated[
-        bool, typer.Option("--quantize", "-q", help="Quantise the weights.")
+        bool,
+        typer.Option(
+            "--quantize",
+            "-q",
+            help="Quantise the weights. On a Mac with Metal, Medusa heads and speculators always "
+            "are, unless --dtype or --q-bits 16 is given.",
+        ),
     ] = False,
     q_bits: Annotated[
-        int | None, typer.Option(help="Bits of a quantised weight: 4 or 8.", show_default=str(BITS))
+        int | None,
+        typer.Option(
+            help="Bits of a quantised weight: 4 or 8; 16 leaves a drafter as it is.",
+            show_default=str(BITS),
+        ),
     ] = None,
     q_group_size: Annotated[
         int | None,
@@ -80,7 +97,7 @@ def command(
 
     The format of SRC is told from its tensor names and config.json.
     """
-    if not quantize and (q_bits is not None or q_group_size is not None):
+    if not quantize and (q_bits not in (None, 16) or q_group_size is not None):
         raise OptionError("--q-bits and --q-group-size say how to quantise; add -q")
     with _progress_bar() as progress:
         summary = convert_checkpoint(
@@ -89,9 +106,10 @@ def command(
             format=format,
             to=to,
             target=target,
-            bits=(q_bits or BITS) if quantize else None,
+            bits=(q_bits or BITS) if quantize else q_bits,
             group_size=q_group_size or GROUP_SIZE,
             dtype=dtype,
+            self_check=self_check,
             dry_run=dry_run,
             force=force,
             upload_repo=upload_repo,

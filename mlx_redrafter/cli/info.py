@@ -32,11 +32,18 @@ def command(
             help="Length in tokens to size the cache for.", show_default="the model's longest"
         ),
     ] = None,
+    self_check: Annotated[
+        bool,
+        typer.Option(
+            "--self-check",
+            help="Load both and count how often the drafter's first choice is the model's own.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show a model and its drafter, whether they fit, and the memory they need."""
     at_least(1, context=context)
-    facts = collect(model, drafter, revision, context)
+    facts = collect(model, drafter, revision, context, self_check)
     if as_json:
         typer.echo(json.dumps(facts))
     else:
@@ -44,9 +51,13 @@ def command(
 
 
 def collect(
-    name: str, drafter: str = "auto", revision: str | None = None, context: int | None = None
+    name: str,
+    drafter: str = "auto",
+    revision: str | None = None,
+    context: int | None = None,
+    self_check: bool = False,
 ) -> dict[str, Any]:
-    """All facts, as plain values; weights are looked at, not loaded.
+    """All facts, as plain values; without the self-check weights are looked at, not loaded.
 
     Raises HubError, ModelError. A drafter that does not fit is a fact, not an error.
     """
@@ -57,11 +68,14 @@ def collect(
     refuse_stand_ins(folder)
     model = _model(folder, context)
     found = find_drafter(name, folder) if drafter == "auto" else resolve(drafter)
+    known = _drafter(found, folder, model["vocabulary"]) if found is not None else None
+    if self_check and found is not None and known is not None and known["fits"]:
+        known |= _compared(found, folder, name)
     return {
         "name": name,
         "folder": str(folder),
         "model": model,
-        "drafter": _drafter(found, folder, model["vocabulary"]) if found is not None else None,
+        "drafter": known,
         "machine": machine(),
     }
 
@@ -120,6 +134,17 @@ def _drafter(found: Path, folder: Path, vocabulary: int) -> dict[str, Any]:
     except (DrafterError, ModelError) as error:
         facts["problem"] = str(error)
     return facts
+
+
+def _compared(found: Path, folder: Path, name: str) -> dict[str, Any]:
+    """How often the drafter's first choice is the model's next token; see evaluation/selfcheck."""
+    from mlx_redrafter.evaluation import selfcheck
+    from mlx_redrafter.models import load_model
+    from mlx_redrafter.text.tokenizer import load_tokenizer
+
+    fit = selfcheck.check(found, selfcheck.Along(load_model(folder), load_tokenizer(folder)))
+    fit.warn(name)
+    return {"agreement": round(fit.agreement, 4), "self_check": str(fit)}
 
 
 def _sizes(weights: Mapping[str, Any]) -> tuple[int, int]:
@@ -188,7 +213,10 @@ def _drafter_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("head", f"{drafter['head']}, {drafter['draft_vocabulary']:,} tokens"),
             ("reads", f"{_megabytes(drafter['bytes_per_draft_step'])} for each drafted level"),
         ]
-    return [*rows, ("fits", "yes" if drafter["fits"] else f"no: {drafter['problem']}")]
+    rows.append(("fits", "yes" if drafter["fits"] else f"no: {drafter['problem']}"))
+    if "self_check" in drafter:
+        rows.append(("self-check", drafter["self_check"]))
+    return rows
 
 
 def _megabytes(size: int) -> str:

@@ -39,13 +39,20 @@ def no_drafter(model: str) -> str:
     """What to say once of a model for which no trained drafter was found."""
     from mlx_redrafter.drafters import published
 
-    known = published.of_model(model)
-    others = f"; published for this model: {known[0].id} ({known[0].kind})" if known else ""
-    return (
-        f"no trained drafter for {model} was found, so drafts come from the text itself; to train "
-        f"one: mlx-redrafter train -m {shlex.quote(model)}, to use one: --drafter FOLDER-OR-ID"
-        f"{others}"
-    )
+    text = f"no trained drafter for {model} was found, so drafts come from the text itself; "
+    train = f"to train one: mlx-redrafter train -m {shlex.quote(model)}"
+    if (row := published.recommended(model)) is None:
+        small = published.small_member(model)
+        member = f"a small model of its family can draft: --drafter {small}; " if small else ""
+        return f"{text}{member}{train}, to use one: --drafter FOLDER-OR-ID"
+    size = f", {row.size:g} GB" if row.size else ""
+    what = f"published for this model ({row.kind}{size})"
+    if row.pickled:
+        return (
+            f"{text}{what}: mlx-redrafter convert {row.id} --out FOLDER, then --drafter FOLDER; "
+            f"{train}"
+        )
+    return f"{text}{what}: --drafter {row.id}; {train}"
 
 
 def no_template(model: str, system_prompt: str | None = None) -> str:

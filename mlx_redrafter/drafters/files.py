@@ -6,6 +6,7 @@ What is wrong with either is one DrafterError, whatever kind of drafter it is.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -16,7 +17,13 @@ from mlx_lm.utils import dequantize_model
 
 from mlx_redrafter.errors import DrafterError, ModelError
 from mlx_redrafter.models import Decoder
-from mlx_redrafter.models.files import weight_files
+from mlx_redrafter.models.files import (
+    SAFETENSORS,
+    TORCH,
+    heads_among,
+    pickles_among,
+    weight_files,
+)
 from mlx_redrafter.models.weights import (
     Shape,
     finite,
@@ -96,6 +103,23 @@ def raw_config(folder: Path) -> dict[str, Any]:
         return read_json(folder / "config.json")
     except ModelError as error:
         raise DrafterError(str(error)) from None
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """config.json of a drafter's folder."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def refuse_pickles(folder: Path) -> None:
+    """DrafterError, with what to run: the drafter in a folder is a PyTorch file."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    heads = heads_among(names, [kind.suffix for kind in (SAFETENSORS, *TORCH)])
+    found = heads or pickles_among(names, folder)
+    if found and not found[0].endswith(SAFETENSORS.suffix):
+        raise DrafterError(
+            f"the drafter in {folder} is a PyTorch file ({found[0]}); make a folder of it first: "
+            f"mlx-redrafter convert {shlex.quote(str(folder))} --out FOLDER"
+        )
 
 
 def stored_shapes(folder: Path, files: Sequence[Path] = ()) -> dict[str, Shape]:
@@ -235,7 +259,7 @@ def fill(
 def save(folder: Path, config: Mapping[str, Any], weights: dict[str, mx.array]) -> None:
     """Write ``config.json`` and ``model.safetensors``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_config(folder, config)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
 
 

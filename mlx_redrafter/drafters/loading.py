@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +19,16 @@ _UNUSED = ("emb_norm.weight",)
 
 class Kind(NamedTuple):
     """How a kind of drafter is read from a folder, what its files say before that, and what they
-    say to people. All raise DrafterError."""
+    say to people. All raise DrafterError.
+
+    alternatives: config.json -> what could be meant where it leaves something open, as keys that
+    override it, the likeliest first.
+    """
 
     load: Callable[[Path, Decoder], Drafter]
     check: Callable[[Path, Decoder], None]
     describe: Callable[[Path], files.Description] = lambda folder: files.Description({}, {}, {}, 0)
+    alternatives: Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any]]] = lambda raw: [{}]
 
 
 def load_drafter(folder: Path, target: Decoder) -> Drafter:
@@ -54,12 +59,20 @@ def kind_of(folder: Path) -> Kind:
     """The kind of the drafter in a folder. What nothing tells is left to the recurrent drafter,
     which says so. Raises DrafterError."""
     raw = files.raw_config(folder)
+    files.refuse_pickles(folder)
     if named := DRAFTERS.get(str(raw.get("model_type"))):
         return named
     names: Mapping[str, Any] = {}
     with contextlib.suppress(DrafterError):  # the kind that it is left to says so
         names = files.stored_shapes(folder)
     return next((kind for is_one, kind in _SIGNS if is_one(folder, raw, names)), _RECURRENT)
+
+
+def inside_model(folder: Path) -> bool:
+    """Do a model's own files hold a drafter for it? What cannot be read holds none."""
+    with contextlib.suppress(DrafterError, OSError):
+        return medusa.inside(folder)
+    return False
 
 
 def load_recurrent(folder: Path, target: Decoder) -> ReDrafter:
@@ -132,7 +145,9 @@ def save_drafter(folder: Path, drafter: ReDrafter, extra: dict[str, Any] | None 
 _RECURRENT = Kind(load_recurrent, check_recurrent, describe_recurrent)
 _MEDUSA = Kind(medusa.load, medusa.LAYOUT.check, medusa.describe)
 _SPECULATOR = Kind(speculator.load, speculator.LAYOUT.check, speculator.describe)
-_EAGLE = Kind(eagle_files.load, eagle_files.LAYOUT.check, eagle_files.describe)
+_EAGLE = Kind(
+    eagle_files.load, eagle_files.LAYOUT.check, eagle_files.describe, eagle_files.alternatives
+)
 DRAFTERS: dict[str, Kind] = {
     "redrafter": _RECURRENT,
     "recurrent_drafting_drafter": _RECURRENT,  # Apple's

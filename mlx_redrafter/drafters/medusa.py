@@ -49,7 +49,6 @@ _NAMES = [
     )
 ]
 _FILE = HEADS.stem
-PICKLES = (".pt", ".bin", ".pth")
 _COUNTS = ("medusa_num_heads", "num_medusa_heads")
 
 
@@ -253,17 +252,15 @@ def save(folder: Path, heads: Medusa, extra: Mapping[str, Any]) -> None:
     files.save(folder, {**stored_config(heads.config), **extra}, weights)
 
 
+def inside(folder: Path) -> bool:
+    """Do a model's own files hold heads for it, as those of Medusa-2 do? Raises DrafterError."""
+    found = _files(folder)
+    return bool(found) or looks_so(files.stored_shapes(folder), files.raw_config(folder))
+
+
 def _files(folder: Path) -> list[Path]:
     """The heads' own file where one lies beside a model's; otherwise the model is read."""
-    found = sorted(folder.glob(f"{_FILE}*.safetensors"))
-    if not found and not list(folder.glob("*.safetensors")):
-        pickles = sorted(p.name for p in folder.glob(f"{_FILE}*") if p.suffix in PICKLES)
-        what = f"is a PyTorch file ({pickles[0]})" if pickles else "has no *.safetensors file"
-        raise DrafterError(
-            f"the drafter in {folder} {what}; heads in PyTorch files become a drafter folder with "
-            "mlx-redrafter convert FOLDER-OR-ID --out FOLDER"
-        )
-    return found
+    return sorted(folder.glob(f"{_FILE}*.safetensors"))
 
 
 def renamed(stored: Mapping[str, T], raw: Mapping[str, Any]) -> dict[str, T]:

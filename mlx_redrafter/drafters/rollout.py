@@ -6,10 +6,16 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from mlx_redrafter.cache.layer import Pass, new_caches
+from mlx_redrafter.cache.slabs import capacity_for
+from mlx_redrafter.drafters import Ask, Drafter
 from mlx_redrafter.drafters.levels import LevelDrafter
 from mlx_redrafter.drafters.recurrent import ReDrafter
 from mlx_redrafter.models import Decoder, DecoderConfig
-from mlx_redrafter.models.features import Features
+from mlx_redrafter.models.features import Chunk, Features
+from mlx_redrafter.tree.shape import TreeShape
+
+_AT_ONCE = 32  # drafts whose logits exist at a time
 
 Followed = ReDrafter | LevelDrafter
 """What can be followed along a text whose features are known."""
@@ -65,6 +71,41 @@ def head_inputs(
             x = mx.concatenate([fixed, state], axis=-1)
         result.append(drafter.blocks(x))
     return result
+
+
+def first_choices(drafter: Drafter, read: Features, tokens: mx.array) -> mx.array:
+    """What a drafter would draft first at every position of a text.
+
+    What it keeps by position is made of the whole text at once: a draft sees nothing behind its
+    root.
+
+    Args:
+        read: features of the positions of tokens (P,).
+
+    Returns:
+        (P-1,) int32: after position p and the true token p + 1 as the root, its token p + 2.
+    """
+    last, shape = tokens.shape[0] - 1, TreeShape.chain(1)
+    caches = new_caches(drafter.caches, capacity_for(last + 1), read.hidden.dtype)
+    if caches:
+        positions = mx.arange(last, dtype=mx.int32)
+        own = Pass(caches, positions[:1])
+        drafter.absorb(Chunk(tokens[:-1], tokens[1:], positions, _rows(read, 0, last)), own)
+        caches = own.caches
+    found = []
+    for p in range(last):
+        at = mx.array([p + 1], mx.int32)
+        ask = Ask(tokens[p + 1 : p + 2], at, None, shape, None, Pass(caches, at))
+        state = drafter.begin(_rows(read, p, p + 1))
+        found.append(drafter.propose(state, ask)[-1].paths[-1, 1])
+        if p % _AT_ONCE == 0:
+            mx.eval(found)
+    return mx.stack(found)
+
+
+def _rows(read: Features, start: int, stop: int) -> Features:
+    outputs = tuple(x[start:stop] for x in read.outputs)
+    return Features(read.hidden[start:stop], read.layers, outputs)
 
 
 def logits(drafter: Followed, context: mx.array, tokens: mx.array) -> list[mx.array]:

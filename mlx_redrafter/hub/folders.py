@@ -49,7 +49,8 @@ def resolve(name: str, revision: str | None = None, also: Sequence[str] = ()) ->
 
 
 def find_drafter(model_name: str, folder: Path) -> Path | None:
-    """The drafter of a model: beside it, trained for it here, or shipped with the built-in one.
+    """The drafter of a model: beside it, trained for it here, in its own files, or shipped with
+    the built-in one.
 
     One that does not fit the model is left out with a warning.
     """
@@ -98,6 +99,7 @@ def _snapshot(repo: str, revision: str | None, also: Sequence[str]) -> Path:
     """The small files first: they say offline too, and at once, whether the repository is there."""
     from huggingface_hub import snapshot_download
 
+    listed: Sequence[str] = ()
     try:
         # In folders lie other forms of a model: original/, onnx/, fp16/.
         folder = Path(
@@ -106,7 +108,8 @@ def _snapshot(repo: str, revision: str | None, also: Sequence[str]) -> Path:
             )
         )
         if (folder / "config.json").is_file():
-            wanted = _wanted(_listing(repo, revision, folder, also), also, folder)
+            listed = _listing(repo, revision, folder, also)
+            wanted = _wanted(listed, also, folder)
             if not all((folder / name).is_file() for name in wanted):
                 patterns = [glob.escape(name) for name in wanted]
                 snapshot_download(repo, revision=revision, allow_patterns=patterns)
@@ -117,7 +120,20 @@ def _snapshot(repo: str, revision: str | None, also: Sequence[str]) -> Path:
             f"{repo} has no config.json: it is not a model in Hugging Face layout; choose its "
             "safetensors version"
         )
+    if not _weights(listed, also, folder):
+        _refuse_pickles(f"{repo}@{revision}" if revision else repo, listed, folder)
     return folder
+
+
+def _refuse_pickles(name: str, listed: Sequence[str], folder: Path) -> None:
+    """Say what to run where a repository's weights are PyTorch files alone. Raises HubError."""
+    from mlx_redrafter.models.files import pickles_among
+
+    if pickles := pickles_among([file for file in listed if "/" not in file], folder):
+        raise HubError(
+            f"the weights of {name} are a PyTorch file ({pickles[0]}); make a folder of them "
+            f"first: mlx-redrafter convert {shlex.quote(name)} --out FOLDER"
+        )
 
 
 def _listing(repo: str, revision: str | None, folder: Path, also: Sequence[str]) -> list[str]:

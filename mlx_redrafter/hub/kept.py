@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from mlx_redrafter.drafters.loading import check_folder
+from mlx_redrafter.drafters.loading import check_folder, inside_model
 from mlx_redrafter.errors import DrafterError, HubError, ModelError, OptionError, one_line
 from mlx_redrafter.models import Decoder, decoder_config
 from mlx_redrafter.models.files import weight_files
@@ -105,8 +105,9 @@ def facts(drafter: Path) -> dict[str, Any]:
 def candidates(model: Path, builtin: bool) -> Iterator[Path]:
     """Where the drafter of a model may be, the one to prefer first.
 
-    The one beside the model, then those trained for it, the newest first. For the built-in model
-    the one in the package comes before those that were measured to be no better.
+    The one beside the model, then those trained for it, the newest first, then the heads that lie
+    in the model's own files. For the built-in model the one in the package comes before those that
+    were measured to be no better.
     """
     yield model / "drafter"
     trained = all_of(model)
@@ -118,6 +119,8 @@ def candidates(model: Path, builtin: bool) -> Iterator[Path]:
         yield shipped
         trained = [place for place in trained if place not in ahead]
     yield from trained
+    if inside_model(model):
+        yield model
 
 
 def problem(drafter: Path, model: Path) -> str | None:
@@ -137,6 +140,8 @@ def origin(drafter: Path, model: Path) -> str:
     """Where a drafter came from, in a few words."""
     if drafter == model / "drafter":
         return "beside the model"
+    if drafter == model:
+        return "in the model's own files"
     if drafter == shipped_drafter():
         return "shipped with mlx-redrafter"
     known = facts(drafter)

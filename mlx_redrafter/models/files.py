@@ -77,6 +77,15 @@ def heads_among(names: Collection[str], suffixes: Collection[str]) -> list[str]:
     return []
 
 
+def pickles_among(names: Collection[str], folder: Path) -> list[str]:
+    """The PyTorch files of a folder that hold its weights, if no safetensors file does."""
+    if any(name.endswith(SAFETENSORS.suffix) for name in names):
+        return []
+    if heads := heads_among(names, [kind.suffix for kind in TORCH]):
+        return heads
+    return next(filter(None, (weights_among(names, kind, folder) for kind in TORCH)), [])
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the model in a folder.
 

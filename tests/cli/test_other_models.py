@@ -12,6 +12,7 @@ from mlx_redrafter.cli import chat, remarks
 from mlx_redrafter.cli import main as cli
 from mlx_redrafter.cli.conversation import Conversation
 from mlx_redrafter.cli.options import DecodeOptions
+from mlx_redrafter.drafters import published
 
 ASKED = "[user]Capital?[assistant]"
 
@@ -127,6 +128,9 @@ def test_a_model_without_a_trained_drafter_says_so_once_and_what_to_run(
     assert (result.stdout, result.stderr) == ("Paris.\nParis.\n", said + SUMMARY * 2)
     for arguments in (["generate", "-q", "Hi"], ["generate", "--json", "Hi"], ["chat", "-q"]):
         assert runner.invoke(cli.app, arguments, input="Hi\n").stderr == ""
+    model.name = "mlx-community/Llama-3.1-8B-Instruct-4bit"  # others have published some for it
+    head = f"--drafter {published.recommended(model.name).id}; "  # type: ignore[union-attr]
+    assert head in runner.invoke(cli.app, ["chat"], input="One?\nTwo?\n").stderr.splitlines()[0]
     model.drafting = False  # --no-draft
     assert runner.invoke(cli.app, ["generate", "Capital?"]).stderr == SUMMARY
 

@@ -67,7 +67,8 @@ def test_the_summary_has_sizes_and_hashes(runner: CliRunner, tmp_path: Path) -> 
     ("more", "line"),
     [
         (["--q-bits", "4"], "error: --q-bits and --q-group-size say how to quantise; add -q"),
-        (["-q", "--q-bits", "3"], "error: --q-bits 3 is not possible; needed: 4 or 8"),
+        (["-q", "--q-bits", "3"], "error: --q-bits 3 is not possible; needed: 4, 8 or 16"),
+        (["--format", "base", "--q-bits", "16"], "error: --q-bits 16 is for drafters; for a model"),
         (["--dtype", "int8"], "error: --dtype 'int8' is unknown; needed: float16, bfloat16"),
         (["--format", "onnx"], "error: --format 'onnx' is unknown; needed: auto, apple, mlx"),
         (["--to", "onnx"], "error: --to 'onnx' is unknown; needed: mlx, apple, tensorrt-llm"),

@@ -136,6 +136,12 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
+@pytest.fixture(autouse=True)
+def no_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a Mac nothing else than elsewhere is written, but where a test says that it is one."""
+    monkeypatch.setattr("mlx.core.metal.is_available", lambda: False)
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_what_is_written_says_what_the_source_says(
     target: Decoder, target_folder: Path, tmp_path: Path, name: str
@@ -175,6 +181,35 @@ def test_sixteen_bits_and_fewer(
             convert(out, tmp_path / "more", bits=4)
         assert convert(out, tmp_path / "copy").format
         tiny.assert_same_bits(tiny.read(tmp_path / "copy"), weights)
+
+
+def test_heads_get_four_bits_on_a_mac(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = written(tmp_path / "source", "arctic")
+    plain = convert(source, tmp_path / "cpu")
+    assert "quantization" not in config_of(tmp_path / "cpu")
+    monkeypatch.setattr("mlx.core.metal.is_available", lambda: True)
+    summary = convert(source, tmp_path / "mac")
+    packed = {"group_size": 64, "bits": 4}
+    assert config_of(tmp_path / "mac")["quantization"] == packed
+    assert summary.size < plain.size and any("--q-bits 16 keeps" in n for n in summary.notes)
+    assert not any("--q-bits 16" in note for note in plain.notes)
+    rows = {row.target: row.note for row in convert(source, tmp_path / "o", dry_run=True).mapping}
+    assert rows["head.0.weight"] == "4 bits in groups of 64"
+    for number, other in enumerate(({"bits": 16}, {"dtype": "float16"})):
+        convert(source, tmp_path / str(number), **other)  # type: ignore[arg-type]
+        assert "quantization" not in config_of(tmp_path / str(number))
+    convert(source, tmp_path / "eight", bits=8)
+    assert config_of(tmp_path / "eight")["quantization"]["bits"] == 8
+    again = convert(tmp_path / "mac", tmp_path / "again")  # packed already
+    assert not any("--q-bits 16" in note for note in again.notes)
+    tiny.assert_same_bits(tiny.read(tmp_path / "again"), tiny.read(tmp_path / "mac"))
+    apple = tiny.write(tmp_path / "apple", tiny.apple_weights("elman-8-1"),
+                       tiny.apple_config("elman-8-1"))  # fmt: skip
+    convert(apple, tmp_path / "redrafter")
+    assert "quantization" not in config_of(tmp_path / "redrafter")
+    arguments = ["convert", str(source), "--out", str(tmp_path / "cli"), "--q-bits", "16"]
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 0
+    assert "quantization" not in config_of(tmp_path / "cli")
 
 
 def test_what_has_sixteen_bits_stays_as_it_is(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from tiny_medusa import (
 
 from mlx_redrafter.cli import info
 from mlx_redrafter.drafters import files
-from mlx_redrafter.drafters.loading import load_drafter
+from mlx_redrafter.drafters.loading import check_folder, load_drafter
 from mlx_redrafter.drafters.medusa import Medusa
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.hub import kept
@@ -276,10 +276,23 @@ def test_what_can_be_wrong_with_a_folder(target: Decoder, tmp_path: Path, case: 
 
 def test_a_pickle_is_refused_by_name(target: Decoder, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({}))
-    (tmp_path / "medusa_lm_head.pt").write_bytes(b"PK")
-    with pytest.raises(DrafterError, match=r"medusa_lm_head\.pt.*mlx-redrafter convert"):
-        load_drafter(tmp_path, target)
+    said = rf"is a PyTorch file \({{}}\); .*: mlx-redrafter convert {tmp_path} --out FOLDER"
+    for name in ("medusa_lm_head.pt", "pytorch_model.bin"):
+        file = tmp_path / name
+        file.write_bytes(b"PK")
+        for asked in (load_drafter, check_folder):
+            with pytest.raises(DrafterError, match=said.format(name)):
+                asked(tmp_path, target)
+        file.unlink()
     (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 5}))
-    (tmp_path / "medusa_lm_head.pt").unlink()  # as what a hub id without safetensors leaves
-    with pytest.raises(DrafterError, match=r"no \*\.safetensors file; .*mlx-redrafter convert"):
+    with pytest.raises(DrafterError, match=r"no \*\.safetensors file"):
         load_drafter(tmp_path, target)
+    config, weights, file = vllm(heads())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")  # the same once more
+    assert load_drafter(write(tmp_path, config, weights, file), target)
+    write(tmp_path, {}, BASE)  # heads beside a model
+    (tmp_path / "medusa_lm_head.pt").write_bytes(b"PK")
+    with pytest.raises(DrafterError, match=said.format("medusa_lm_head.pt")):
+        load_drafter(tmp_path, target)
+    write(tmp_path, *medusa_1(heads()))
+    assert load_drafter(tmp_path, target)

@@ -220,6 +220,21 @@ def test_only_the_files_of_one_model_are_downloaded(monkeypatch, tmp_path, name)
     assert asked == {*wanted, *SMALL[:3]}
 
 
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "medusa_lm_head.pt"])
+def test_pickles_are_told_what_to_run(monkeypatch, tmp_path, file):
+    folder, files = model_folder(tmp_path), ["config.json", "README.md", file]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(folder))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: files)
+    assert message("org/name") == (
+        f"the weights of org/name are a PyTorch file ({file}); make a folder of them first: "
+        "mlx-redrafter convert org/name --out FOLDER"
+    )
+    assert "convert org/name@v1 --out" in message("org/name", "v1")
+    assert resolve("org/name", also=["*.bin", "*.pt"]) == folder
+    files += ["model.safetensors"]
+    assert resolve("org/name") == folder
+
+
 def test_two_different_revisions():
     assert "give one" in message("org/name@v1", "v2")
 

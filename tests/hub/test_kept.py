@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 from datetime import datetime
 from pathlib import Path
 
@@ -13,12 +14,16 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 import mlx.core as mx  # isort: skip
 import pytest
 from conftest import random_drafter, write_target
+from edits import edit_config, edit_weights
+from tiny_chat import write_chat_model
+from tiny_medusa import K, blocks, heads
 from typer.testing import CliRunner
 
 from mlx_redrafter.api import load
 from mlx_redrafter.cli import info
 from mlx_redrafter.cli import main as cli
 from mlx_redrafter.drafters.loading import save_drafter
+from mlx_redrafter.drafters.medusa import Medusa
 from mlx_redrafter.errors import HubError
 from mlx_redrafter.hub import find_drafter, kept
 from mlx_redrafter.models import Decoder
@@ -147,8 +152,6 @@ def test_what_no_longer_fits_is_left_out_with_a_line(
 def test_a_misfit_beside_the_model_does_not_keep_it_from_loading(
     tmp_path: Path, target: Decoder
 ) -> None:
-    from tiny_chat import write_chat_model
-
     model = write_chat_model(tmp_path / "chat")
     trained(model, target)  # for another vocabulary
     with pytest.warns(UserWarning, match="a drafter is left out: .*vocabulary size"):
@@ -157,6 +160,34 @@ def test_a_misfit_beside_the_model_does_not_keep_it_from_loading(
     result = CliRunner().invoke(cli.app, ["info", str(model)], env={"COLUMNS": "300"})
     assert (result.exit_code, result.stderr.count("\n")) == (0, 1)
     assert result.stderr.startswith("warning: a drafter is left out: ")
+
+
+def test_heads_among_the_models_own_tensors_are_its_drafter(tmp_path: Path) -> None:
+    """Medusa-2: `--drafter auto` finds them, after what was trained or lies beside the model."""
+    model = write_chat_model(tmp_path / "chat")
+    assert find_drafter("m", model) is None
+    more = blocks(heads(), "medusa_head.{}.{}.linear.{}")
+    edit_weights(lambda w: w.update({name: mx.array(value) for name, value in more.items()}))(model)
+    edit_config(medusa_num_heads=K)(model)
+    loaded, _ = load(str(model))
+    assert isinstance(loaded.drafter, Medusa) and loaded.drafter_folder == model
+    assert loaded.drafter.levels == K
+    facts = info.collect(str(model))["drafter"]
+    assert (facts["fits"], facts["origin"]) == (True, "in the model's own files")
+    place = keep(trained(tmp_path / "run", loaded.target), model)
+    assert find_drafter("m", model) == place
+    trained(model, loaded.target)
+    assert find_drafter("m", model) == model / "drafter"
+
+
+def test_a_word_of_heads_without_their_tensors_finds_none(model: Path) -> None:
+    """As other programs leave it that convert such a model."""
+    edit_config(medusa_num_heads=K)(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_drafter("m", model) is None
+    (model / "model.safetensors").write_bytes(b"broken")
+    assert find_drafter("m", model) is None
 
 
 @pytest.mark.parametrize(("live", "wins"), [(None, False), (1.2, False), (2.5, True)])
