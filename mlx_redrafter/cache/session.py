@@ -25,7 +25,8 @@ class Session:
 
     ``tag`` names the sparse prefill that read it from position ``sparse_from`` on; it is empty
     where everything was read densely. ``stand`` is how many tokens the layers that cannot be cut
-    anywhere hold, and ``snapshots`` are those layers' arrays at earlier stands.
+    anywhere hold, and ``snapshots`` are those layers' arrays at earlier stands. ``covered`` is how
+    many tokens the rows of drafters are there for: an answer may have done without them.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -35,6 +36,7 @@ class Session:
     kinds: Sequence[LayerCache] = ()
     stand: int = 0
     snapshots: dict[int, dict[int, Kept]] = field(default_factory=dict)
+    covered: int = 0
     _target: weakref.ref[object] | None = field(default=None, init=False, repr=False, compare=False)
     _drafters: list[weakref.ref[object]] = field(
         default_factory=list, init=False, repr=False, compare=False
@@ -87,9 +89,13 @@ class Session:
         caches, self.caches = self.caches, []
         return caches
 
-    def holds(self, tokens: Sequence[int], caches: list[Kept], stand: int) -> None:
-        """What an answer left behind, which is cut to what every layer can give."""
+    def holds(
+        self, tokens: Sequence[int], caches: list[Kept], stand: int, covered: int | None = None
+    ) -> None:
+        """What an answer left behind, which is cut to what every layer can give. covered: None:
+        all of it."""
         self.tokens[:], self.caches, self.stand = tokens, caches, stand
+        self.covered = len(tokens) if covered is None else covered
         self.trim(len(tokens))
         self.mark()
 
@@ -104,26 +110,31 @@ class Session:
         a snapshot."""
         length = self._stand_at(min(length, len(self.tokens)))
         del self.tokens[length:]
+        self.covered = min(self.covered, length)
         if length <= self.sparse_from:
             self.tag, self.sparse_from = "", 0
 
     def clear(self) -> None:
         self.tokens.clear()
-        self.caches, self.snapshots, self.stand = [], {}, 0
+        self.caches, self.snapshots, self.stand, self.covered = [], {}, 0, 0
         self.tag, self.sparse_from = "", 0
 
-    def keep_shared(self, prompt: Sequence[int], tag: str) -> None:
+    def keep_shared(self, prompt: Sequence[int], tag: str, drafted: bool = False) -> None:
         """Forget what does not serve a request."""
-        self.trim(self.shared(prompt, tag))
+        self.trim(self.shared(prompt, tag, drafted))
 
-    def shared(self, prompt: Sequence[int], tag: str) -> int:
-        """Tokens that serve a request: the prompt begins with them, and they were not read by
-        another sparse prefill. What was read densely serves every request."""
+    def shared(self, prompt: Sequence[int], tag: str, drafted: bool = False) -> int:
+        """Tokens that serve a request: the prompt begins with them, they were not read by another
+        sparse prefill, and if drafters' rows are needed these are there. What was read densely
+        serves every request."""
         # The drafter needs the hidden state before the root: one token is always read.
         limit = max(0, min(len(self.tokens), len(prompt) - 2))
         if self.tag not in ("", tag):
             limit = min(limit, self.sparse_from)
-        ahead = max((kind.ahead for kind in self.kinds), default=0)
+        ahead = 0
+        if drafted:
+            ahead = max((kind.ahead for kind in self.kinds), default=0)
+            limit = min(limit, self.covered)
         known = len(self.tokens)
         pairs = zip(self.tokens, prompt, strict=False)
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(known, len(prompt)))

@@ -9,7 +9,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_redrafter.cache.layer import capacity_of, grown
+from mlx_redrafter.cache.layer import Kept, LayerCache, capacity_of, grown
 from mlx_redrafter.cache.session import UNKNOWN
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.decoding.policy import Fixed, Policy
@@ -31,6 +31,8 @@ from mlx_redrafter.prefill.sparse import SparseAttention
 from mlx_redrafter.stats import PrefillStats
 from mlx_redrafter.tree.nodes import END
 from mlx_redrafter.tree.shape import TreeShape
+
+_PATIENCE = 32  # steps that keep the rows of drafters whom nobody asks
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Engine:
         self.target = target
         self.drafters = tuple(drafters)
         self.kinds = all_caches(target, drafters)
+        self.keeping = [drafter for drafter in drafters if drafter.caches]
         self.compiled = compiled
         self.traces = 0
         self.say: Callable[[str], None] = lambda text: None  # told what takes seconds, once
@@ -63,9 +66,18 @@ class Engine:
     def step_function(self, spec: StepSpec) -> StepFunction:
         """The compiled step of a bucket, made on first use."""
         if spec not in self._steps:
-            step = make_step(self.target, self.drafters, spec, self._count_trace)
+            step = make_step(self.target, self.taking_part(spec.awake), spec, self._count_trace)
             self._steps[spec] = mx.compile(step) if self.compiled else step
         return self._steps[spec]
+
+    def taking_part(self, awake: bool) -> tuple[Drafter, ...]:
+        """The drafters: all, or those that keep no rows."""
+        return tuple(drafter for drafter in self.drafters if awake or not drafter.caches)
+
+    def _awake(self, policy: Policy) -> bool:
+        """May a drafter that keeps rows be asked? Where none is, its rows are not made either."""
+        parts = {part for shape in policy.shapes for part in shape.parts}
+        return not self.keeping or any(drafter.part in parts for drafter in self.keeping)
 
     def _count_trace(self) -> None:
         self.traces += 1
@@ -80,33 +92,34 @@ class Engine:
         """
         room = request.room(self.target.config)
         policy = self._policy(request.shape)
-        answer = _Answer(self, request, policy, room)
-        keeping = [drafter for drafter in self.drafters if drafter.caches]
-        with request.session.taken(self.target, keeping):
+        awake = self._awake(policy)
+        answer = _Answer(self, request, policy, room, awake)
+        with request.session.taken(self.target, self.keeping):
             # The state goes straight through: a name for it here would keep the first slabs alive,
             # and the first step would have to copy them all.
-            yield from answer.steps(self._prefill(request, policy.shapes))
+            yield from answer.steps(self._prefill(request, policy.shapes, awake))
 
     def _policy(self, shape: TreeShape | Policy) -> Policy:
         if not isinstance(shape, TreeShape):
             return shape
         return Fixed(shape.only(drafter.part for drafter in self.drafters))
 
-    def _prefill(self, request: Request, shapes: Sequence[TreeShape]) -> State:
+    def _prefill(self, request: Request, shapes: Sequence[TreeShape], awake: bool) -> State:
         """Read what the session lacks of all but the last prompt token, which is the first root."""
         start = time.perf_counter()
         prompt, session, stats = request.prompt, request.session, request.stats
+        drafters = self.taking_part(awake)
         sparse, options = None, request.sparse_prefill
         if options is not None and options.mode != "off":
             stats.sparse_prefill = PrefillStats(options.mode)
             sparse = SparseAttention(options, self.target.config, stats.sparse_prefill)
-        session.keep_shared(prompt, sparse.options.tag if sparse is not None else "")
+        session.keep_shared(prompt, sparse.options.tag if sparse is not None else "", awake)
         stats.prefill_tokens += len(prompt) - len(session.tokens)
         needed = capacity_for(len(prompt) + 2 * max(shape.nodes for shape in shapes))
         session.open(self.kinds, needed, self.target.dtype)
         last = read(
             self.target, prompt, session, request.step_size,
-            layers=read_layers(self.drafters), absorb=absorbing(self.drafters), sparse=sparse,
+            layers=read_layers(drafters), absorb=absorbing(drafters), sparse=sparse,
             progress=request.progress,
         )  # fmt: skip
         history: mx.array | tuple[()] = ()
@@ -115,7 +128,7 @@ class Engine:
             history = mx.array([*prompt, *[0] * (room - len(prompt))], mx.int32)
         stats.prefill_seconds += time.perf_counter() - start
         root, position = mx.array([prompt[-1]], mx.int32), mx.array([len(prompt) - 1], mx.int32)
-        drafts = tuple(drafter.begin(last) for drafter in self.drafters)
+        drafts = tuple(drafter.begin(last) for drafter in drafters)
         return State(root, position, session.take(), drafts, history)
 
 
@@ -125,10 +138,13 @@ class _Answer:
     ``known`` holds the prompt and every token produced so far.
     """
 
-    def __init__(self, engine: Engine, request: Request, policy: Policy, room: int) -> None:
+    def __init__(
+        self, engine: Engine, request: Request, policy: Policy, room: int, awake: bool
+    ) -> None:
         self.engine, self.request, self.policy = engine, request, policy
-        self.kinds = engine.kinds
-        self.behind = any(drafter.caches for drafter in engine.drafters)
+        self.awake, self.unasked = awake, 0
+        self.asleep: list[Kept] = []  # caches of drafters that do not take part
+        self.covered: int | None = None  # tokens that these have rows of
         self.arrays = request.sampling.arrays(engine.target.config.vocab_size)
         self.known = list(request.prompt)
         self.final = len(self.known) + room
@@ -139,6 +155,8 @@ class _Answer:
         stats, policy, engine, known = self.request.stats, self.policy, self.engine, self.known
         self.state = state
         del state
+        if not self.awake:
+            self._let_go(self.request.session.covered)
         # Tokens whose rows are in the slabs where they belong, and those that are committed.
         in_place, stand = len(known) - 1, len(known) - 1
         mark = read = time.perf_counter()
@@ -173,11 +191,12 @@ class _Answer:
         finally:
             # A step launched ahead has put the rows that were accepted before it into place, and
             # its own behind them; without one, the last tree's rows are still in tree order.
-            self.request.session.holds(known[:in_place], self.state.caches, stand)
+            caches = [*self.state.caches, *self.asleep]
+            self.request.session.holds(known[:in_place], caches, stand, self.covered)
 
     def _launch(self, furthest: int) -> tuple[TreeShape, mx.array]:
         """Start a step whose root is at position ``furthest`` at most."""
-        shape = self.policy.choose(len(self.known))
+        shape = self._shape()
         self._grow(furthest + self.longest + self.widest)
         pending = self.state.pending
         if not pending and len(self.policy.shapes) == 1:
@@ -185,11 +204,42 @@ class _Answer:
             self.state = self.state._replace(pending=pending)
         waiting = pending[1].shape[0] if pending else 0
         sampling = self.request.sampling
-        spec = StepSpec(shape, sampling.features, sampling.windows, waiting)
+        spec = StepSpec(shape, sampling.features, sampling.windows, waiting, self.awake)
         text, after = self.engine.step_function(spec)(self.state, self.arrays)
         self.state = State(*after)
         mx.async_eval(text, self.state)
         return shape, text
+
+    @property
+    def kinds(self) -> Sequence[LayerCache]:
+        """What the state's caches are."""
+        return self.engine.kinds if self.awake else self.engine.target.caches
+
+    @property
+    def behind(self) -> bool:
+        """Do rows of the last step wait, whatever its shape?"""
+        return self.awake and bool(self.engine.keeping)
+
+    def _shape(self) -> TreeShape:
+        """Of the next step. Drafters that keep rows are let go of where nobody asks them any more:
+        a step that does not draft must cost what plain decoding costs."""
+        shape = self.policy.choose(len(self.known))
+        if self.behind:
+            asked = any(drafter.part in shape.parts for drafter in self.engine.keeping)
+            self.unasked = 0 if asked else self.unasked + 1
+            if self.unasked > _PATIENCE:
+                pairs = zip(self.engine.drafters, self.state.drafts, strict=True)
+                drafts = tuple(kept for drafter, kept in pairs if not drafter.caches)
+                self.state = self.state._replace(drafts=drafts)
+                self._let_go(len(self.known) - 1)
+        return shape if self.awake else shape.only(d.part for d in self.engine.taking_part(False))
+
+    def _let_go(self, covered: int) -> None:
+        """Put aside what drafters keep; it is there for so many tokens."""
+        own, state = len(self.engine.target.caches), self.state
+        self.asleep, self.covered, self.awake = state.caches[own:], covered, False
+        pending = (state.pending[0][:own], state.pending[1]) if state.pending else ()
+        self.state = state._replace(caches=state.caches[:own], pending=pending)
 
     def _grow(self, needed: int) -> None:
         """More room in the caches and the history, where a step could need it."""

@@ -78,13 +78,15 @@ def waits(kind: LayerCache, shape: TreeShape) -> bool:
 class StepSpec:
     """What a compiled step is specialised for (the capacity comes with the state's shapes).
 
-    ``pending``: nodes of the step before, if its rows still have to be put into place.
+    ``pending``: nodes of the step before, if its rows still have to be put into place. ``awake``:
+    do drafters that keep rows take part?
     """
 
     shape: TreeShape
     features: frozenset[str]
     windows: tuple[tuple[str, int], ...]
     pending: int = 0
+    awake: bool = True
 
 
 StepFunction = Callable[[State, Arrays], tuple[mx.array, State]]

@@ -147,6 +147,8 @@ def _read(
         raise
     session.tokens.extend(chunk[:-1])
     session.stand = len(session.tokens)
+    if absorb is not None:
+        session.covered = session.stand
     if session.stand % BETWEEN_SNAPSHOTS == 0:
         session.mark()
     return found

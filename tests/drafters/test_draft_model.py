@@ -105,7 +105,7 @@ def same(found: list[np.ndarray], wanted: list[np.ndarray]) -> bool:
 
 
 @pytest.mark.bits
-@pytest.mark.parametrize("shape", [*SHAPES, TreeShape.plain()], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_its_rows_are_those_of_one_pass(
     target: Decoder, itself: DraftModel, shape: TreeShape
 ) -> None:
