@@ -1,8 +1,8 @@
 """What a step of a shape yields on average text: tokens per step, recorded with a drafter.
 
 The table is made by replaying drafts along the model's own answers (``evaluation.yields_record``);
-training writes one beside every drafter. A drafter without one is reckoned with the built-in
-model's: the policy learns the difference.
+training writes one beside every drafter, and `bench acceptance --record` beside one from elsewhere.
+A drafter without one is reckoned with the built-in model's: the policy learns the difference.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def load(folder: Path | None) -> Yields:
         }
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise DrafterError(
-            f"{file} cannot be read ({type(error).__name__}): delete it, or evaluate the drafter "
-            "again (mlx-redrafter train evaluate)"
+            f"{file} cannot be read ({type(error).__name__}): delete it, or record it again "
+            "(mlx-redrafter bench acceptance --record --drafter DIR)"
         ) from None
     return Yields(table)
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter.api import Model, load, stream_generate
+from mlx_redrafter.api import Model, stream_generate
 from mlx_redrafter.cache.session import Session
-from mlx_redrafter.errors import OptionError
-from mlx_redrafter.evaluation import conditions
-from mlx_redrafter.evaluation.prompts import DEV, Prompt, read_prompts
-from mlx_redrafter.runtime.checks import at_least
+from mlx_redrafter.evaluation.prompts import Prompt
 from mlx_redrafter.stats import DraftStats
-from mlx_redrafter.terminal import tables
 from mlx_redrafter.tree.shape import DEFAULT, TreeShape
 
 SHAPES = (TreeShape.chain(4), TreeShape(3, 4, 8), TreeShape(4, 5, 16), DEFAULT)
@@ -75,34 +69,3 @@ def measure(
                     rows[shape, temp, group].stats.add(last.stats)
                 on_answer()
     return list(rows.values())
-
-
-def run(
-    model: str,
-    drafter: str,
-    prompts: Path | None,
-    count: int | None,
-    max_tokens: int,
-    as_json: bool,
-) -> None:
-    """Show tokens per step by tree, temperature and prompt group; raises OptionError."""
-    at_least(1, count=count, max_tokens=max_tokens)
-    loaded, tokenizer = load(model, drafter)
-    if loaded.drafter is None:
-        raise OptionError(f"there is no drafter for {model}: give one with --drafter")
-    chosen = read_prompts(prompts or DEV, count)
-    total = len(chosen) * len(SHAPES) * len(TEMPERATURES)
-    with tables.progress(total) as step:
-        rows = measure(loaded, tokenizer, chosen, max_tokens=max_tokens, on_answer=step)
-    facts = {**conditions.of(loaded, chosen), "max_tokens": max_tokens}
-    if as_json:
-        print(json.dumps({"rows": [row.as_dict() for row in rows], **facts}))
-        return
-    groups = list(dict.fromkeys(row.group for row in rows))
-    rates = tables.table("tree", "temperature", *groups, "accepted of checked")
-    for i in range(0, len(rows), len(groups)):
-        part = rows[i : i + len(groups)]
-        cells = [f"{row.stats.tokens_per_step:.2f}" for row in part]
-        share = f"{part[-1].stats.acceptance_rate:.0%}"
-        rates.add_row(str(part[0].shape), f"{part[0].temp:g}", *cells, share)
-    tables.show("Tokens per step", rates, facts)

@@ -1,4 +1,4 @@
-"""Answers with the drafts that would have been made before each of their tokens."""
+"""Answers with the drafts that would have been made before each of their tokens, by any drafter."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_redrafter.api import Model, stream_generate
 from mlx_redrafter.budget import yields
 from mlx_redrafter.budget.yields import KINDS, LOOKUP, Yields, beam_of
-from mlx_redrafter.cache.layer import Pass, new_caches
-from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.decoding import sampling
-from mlx_redrafter.decoding.step import read_layers
+from mlx_redrafter.decoding.sampling import SamplingParams
+from mlx_redrafter.decoding.step import State
 from mlx_redrafter.drafters import Ask, lookup
 from mlx_redrafter.evaluation.prompts import Prompt
-from mlx_redrafter.models.features import Features
+from mlx_redrafter.evaluation.walk import DEPTH, Said, Watched, first_choices, windows
 from mlx_redrafter.tree.nodes import END, Candidates, joined, rising
 from mlx_redrafter.tree.shape import TreeShape
 
@@ -35,16 +34,22 @@ Path = tuple[int, ...]
 class Answer:
     """An answer and, for each of its tokens as the root's successor, all drafts.
 
-    ``drafts[i][w]`` are the candidates of beam width w (0: from the text) before token i.
+    ``drafts[i][w]`` are the candidates of beam width w (0: from the text) before token i; ``said``
+    has the drafter's first choices there.
     """
 
     group: str
-    sampled: bool
+    temp: float
     tokens: list[int]
     drafts: list[dict[int, Arrays]]
+    said: Said
 
     def __post_init__(self) -> None:
         self._known: dict[tuple[int, TreeShape], int] = {}
+
+    @property
+    def sampled(self) -> bool:
+        return self.temp > 0
 
     def yields(self, at: int, shape: TreeShape) -> int:
         """Tokens that a step of this shape produces before token ``at``."""
@@ -96,70 +101,88 @@ def record(
     prompts: Sequence[Prompt],
     max_tokens: int,
     seed: int = 0,
+    depth: int = DEPTH,
 ) -> Iterator[Answer]:
-    """Write every answer, greedy and sampled, and draft before each of its tokens."""
+    """Write every answer, greedy and sampled, and draft before each of its tokens.
+
+    Args:
+        depth: of the chains that tell the drafter's first choices.
+    """
+    engine = Watched(model.engine)
     for temp in TEMPERATURES:
-        drafts_of = _draft_function(model, temp)
+        drafts_of, params = _draft_function(model, temp), SamplingParams(temp=temp, seed=seed)
         for prompt in prompts:
             ids = list(prompt.encode(tokenizer))
             written = stream_generate(model, tokenizer, ids, max_tokens, temp=temp, seed=seed)
-            answer = [response.token for response in written]
-            drafts = list(_drafts(model, ids, answer, seed, drafts_of))
-            yield Answer(prompt.group, temp > 0, answer, drafts)
+            tokens = [response.token for response in written]
+            found = _Drafts(drafts_of, [*ids, *tokens], windows(tokens, depth), seed)
+            engine.on_state = found.add
+            tokens = engine.along(ids, tokens, params)
+            yield found.answer(prompt.group, temp, tokens)
 
 
-DraftFunction = Callable[..., list[Candidates]]
+Drafted = tuple[list[Candidates], tuple[mx.array, ...]]
+DraftFunction = Callable[..., Drafted]
 
 
 def _draft_function(model: Model, temp: float) -> DraftFunction:
+    """What is drafted from a state in all widths and from the text, and the first choices."""
     drafter = model.drafter
+    assert drafter is not None, "whoever records has one"
+    which = model.engine.drafters.index(drafter)
 
-    @mx.compile
     def drafts(
-        state: Any, root: mx.array, position: mx.array, history: mx.array, seed: mx.array
-    ) -> list[Candidates]:
+        states: tuple[Any, ...], root: mx.array, position: mx.array, history: mx.array,
+        seed: mx.array, text: mx.array,
+    ) -> Drafted:  # fmt: skip
         draw = None
         if temp:
             known = {"seed": seed, "temp": mx.array(temp)}
             draw = sampling.draw(known, position + 1, max(WIDTHS.values()))
         found = [lookup.search(history, position, LOOKUP, LOOKUP + 2)]
+        ask = Ask(root, position, history, TreeShape.plain(), draw)
         for width, depth in WIDTHS.items():
-            if drafter is None:
-                break
             shape = TreeShape(width, depth, 1 + width * depth, lookup=1)  # of more than one path
-            found.append(joined(drafter.propose(state, Ask(root, position, history, shape, draw))))
-        return found
+            found.append(joined(drafter.propose(states[which], ask._replace(shape=shape))))
+        return found, first_choices(drafter, states[which], ask, text, temp)
 
-    return drafts
+    return mx.compile(drafts) if model.engine.compiled else drafts
 
 
-def _drafts(
-    model: Model, ids: list[int], answer: list[int], seed: int, drafts_of: DraftFunction
-) -> Iterator[dict[int, Arrays]]:
-    target, drafter, text = model.target, model.drafter, [*ids, *answer]
-    n = len(text)
-    run = Pass(new_caches(target.caches, capacity_for(n), target.dtype), mx.array([0]))
-    slots, positions = mx.arange(capacity_for(n)), mx.arange(n)
-    layers = read_layers([drafter] if drafter is not None else [])
-    hidden, outputs = target(
-        mx.array(text), positions, slots[None] <= positions[:, None], slots, run, layers
-    )
-    # One capacity for all answers of a length class, or every answer would be traced again.
-    history = mx.array([*text, *[0] * (-n % 1024)], mx.int32)
-    key = mx.array([seed], mx.uint32)
-    for root in range(len(ids) - 1, n - 1):
-        row = slice(root - 1, root)
-        read = Features(hidden[row], layers, tuple(x[row] for x in outputs))
-        state = drafter.begin(read) if drafter is not None else ()
-        found = drafts_of(state, mx.array([text[root]]), mx.array([root]), history, key)
-        mx.eval(found)
+class _Drafts:
+    """Collects what is drafted along an answer. text: with the prompt; right (n, K)."""
+
+    def __init__(
+        self, drafts_of: DraftFunction, text: list[int], right: np.ndarray, seed: int
+    ) -> None:
+        self._drafts_of, self._right = drafts_of, mx.array(right)
+        # One capacity for all answers of a length class, or every answer would be traced again.
+        self._history = mx.array([*text, *[0] * (-len(text) % 1024)], mx.int32)
+        self._seed = mx.array([seed], mx.uint32)
+        self._drafts: list[dict[int, Arrays]] = []
+        self._said: list[list[np.ndarray]] = []
+
+    def add(self, state: State) -> None:
+        text = self._right[len(self._drafts)]
+        found, said = self._drafts_of(
+            state.drafts, state.root, state.position, self._history, self._seed, text
+        )
+        mx.eval(found, said)
         arrays = [(np.array(c.paths)[:, 1:], np.array(c.costs)) for c in found]
-        yield dict(zip((0, *WIDTHS), arrays, strict=False))
+        self._drafts.append(dict(zip((0, *WIDTHS), arrays, strict=True)))
+        self._said.append([np.array(part) for part in said])
+
+    def answer(self, group: str, temp: float, tokens: list[int]) -> Answer:
+        picks, surprise, led = (
+            np.stack(rows) for rows in zip(*self._said[: len(tokens)], strict=True)
+        )
+        said = Said(picks, np.exp(-surprise), led)
+        return Answer(group, temp, tokens, self._drafts[: len(tokens)], said)
 
 
-def tabulate(answers: Sequence[Answer], drafter: bool) -> Yields:
-    """Tokens per step of answers decoded with every shape; ``drafter``: also those with beams."""
-    shapes = {*yields.shapes(drafter), *yields.shapes(drafter=False)}
+def tabulate(answers: Sequence[Answer]) -> Yields:
+    """Tokens per step of answers decoded with every shape, with beams and without."""
+    shapes = {*yields.shapes(drafter=True), *yields.shapes(drafter=False)}
     table: dict[bool, dict[tuple[int, int], dict[int, float]]] = {False: {}, True: {}}
     for shape in shapes:
         if not shape.drafts:

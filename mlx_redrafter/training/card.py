@@ -155,11 +155,11 @@ def _by_position(found: Mapping[str, Any], folder: Path) -> str:
         if row["group"] == "all"
     ]
     parts = [
-        f"Along the model's own answers to {_prompts(found['conditions'])}: the share of the "
-        "drafter's first choices that are the answer's token, all earlier tokens being true; "
-        "conditional: where its earlier choices were right too. ECE is the expected calibration "
-        "error of the first choice's probability (10 bins, weighted over the positions). The "
-        f"tables behind it are in `{positions.FILE}`.",
+        f"Along the model's own answers to {found['conditions']['recorded']} of these prompts: the "
+        "share of the drafter's first choices that are the answer's token, all earlier tokens "
+        "being true; conditional: where its earlier choices were right too. ECE is the expected "
+        "calibration error of the first choice's probability (10 bins, weighted over the "
+        f"positions). The tables behind it are in `{positions.FILE}`.",
         _table(titles, body),
         f"ECE by draft position, {'; '.join(ece)}.",
         *_pictures(folder, {"Calibration": plots.CALIBRATION}),

@@ -125,8 +125,8 @@ def _stages(
     again = unread if cached else max(0, steps) * config.batch_positions
     questions = len(read_prompts(count=evaluating.prompts))
     live = questions * len(SHAPES) / _TOKENS_PER_STEP
-    # An answer along which drafts are recorded takes about as long as its tokens one by one.
-    recorded = min(RECORDED, questions)
+    # An answer along which drafts are recorded is written, and then decoded again token by token.
+    recorded = (1 + 1 / _TOKENS_PER_STEP) * min(RECORDED, questions)
     decoded = (live + recorded) * len(TEMPERATURES) * evaluating.max_tokens
     write, fit = (memory.of_stage(parts, names) for names in (memory.WRITING, memory.FITTING))
     text = round(tokens * 7 + count * 60 * 6)  # JSON takes about so much of a token

@@ -304,10 +304,8 @@ def evaluate(run: Run) -> None:
     """Measure the drafter live on prompts kept out of training; write plots, its model card, and
     the table of what every shape of a step yields."""
     from mlx_redrafter.api import load
-    from mlx_redrafter.budget import yields
     from mlx_redrafter.evaluation import positions
     from mlx_redrafter.evaluation.prompts import read_prompts
-    from mlx_redrafter.evaluation.yields_record import TEMPERATURES, record, tabulate
     from mlx_redrafter.training import card, plots
 
     config, asked = run.config, run.evaluating
@@ -327,13 +325,6 @@ def evaluate(run: Run) -> None:
             model, tokenizer, chosen, max_tokens=asked.max_tokens, on_answer=bar.add
         )
     positions.write(place, result)
-    some = chosen[: positions.RECORDED]
-    with Bar("drafts", len(TEMPERATURES) * len(some), "answers") as bar:
-        drafts = []
-        for answer in record(model, tokenizer, some, asked.max_tokens):
-            drafts.append(answer)
-            bar.add()
-    yields.save(place / yields.FILE, tabulate(drafts, drafter=True))
     plots.write_all(place, config.out / "fit" / "log.jsonl")
     conversations = [c for s in shards(config.out) for c in s.conversations()]
     seen = fitted_steps(config.out) * config.batch_positions

@@ -21,9 +21,17 @@ def command(
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    record: Annotated[
+        bool,
+        typer.Option(
+            "--record",
+            help="Measure every draft too, and write into the drafter's folder what it yields: "
+            "how much is drafted is chosen by that.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure a drafter's tokens per step, by prompt group, tree and temperature."""
-    from mlx_redrafter.evaluation import acceptance
+    from mlx_redrafter.evaluation import report
 
-    acceptance.run(model, drafter, prompts, count, max_tokens, as_json)
+    report.run(model, drafter, prompts, count, max_tokens, record, as_json)

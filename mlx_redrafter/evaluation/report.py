@@ -1,0 +1,85 @@
+"""`bench acceptance`: how good a drafter is, as tables or JSON, and recorded beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_redrafter.api import load
+from mlx_redrafter.budget import yields
+from mlx_redrafter.errors import OptionError
+from mlx_redrafter.evaluation import acceptance, conditions, positions
+from mlx_redrafter.evaluation.agreement import Agreement
+from mlx_redrafter.evaluation.prompts import DEV, read_prompts
+from mlx_redrafter.runtime.checks import at_least
+from mlx_redrafter.terminal import console, tables
+
+
+def run(
+    model: str,
+    drafter: str,
+    prompts: Path | None,
+    count: int | None,
+    max_tokens: int,
+    record: bool,
+    as_json: bool,
+) -> None:
+    """Show tokens per step by tree, temperature and prompt group. ``record``: agreement by draft
+    position too, and write what the policy reads into the drafter's folder. Raises OptionError."""
+    at_least(1, count=count, max_tokens=max_tokens)
+    if record and drafter == "auto":
+        raise OptionError("--record writes into the drafter's folder: name it with --drafter DIR")
+    loaded, tokenizer = load(model, drafter)
+    if loaded.drafter is None or loaded.drafter_folder is None:
+        raise OptionError(f"there is no drafter for {model}: give one with --drafter")
+    place, chosen = loaded.drafter_folder, read_prompts(prompts or DEV, count)
+    if record and not os.access(place, os.W_OK):
+        raise OptionError(f"nothing can be written into {place}: give a copy of it to --drafter")
+    shapes, agreement = acceptance.SHAPES, tuple[Agreement, ...]()
+    facts = {**conditions.of(loaded, chosen), "max_tokens": max_tokens}
+    if record:
+        with tables.progress(positions.answers(len(chosen), shapes)) as step:
+            found = positions.evaluate(
+                loaded, tokenizer, chosen, shapes=shapes, max_tokens=max_tokens, on_answer=step
+            )
+        positions.write(place, found)
+        rows, agreement = list(found.live), found.agreement
+    else:
+        with tables.progress(len(chosen) * len(shapes) * len(acceptance.TEMPERATURES)) as step:
+            rows = acceptance.measure(
+                loaded, tokenizer, chosen, max_tokens=max_tokens, on_answer=step
+            )
+    if as_json:
+        along = {"teacher_forced": [row.as_dict() for row in agreement]} if record else {}
+        print(json.dumps({"rows": [row.as_dict() for row in rows], **along, **facts}))
+        return
+    _live(rows, facts)
+    if record:
+        _along(agreement)
+        console.note(f"wrote {positions.FILE} and {yields.FILE} into {place}")
+
+
+def _live(rows: Sequence[acceptance.Row], facts: dict[str, object]) -> None:
+    groups = list(dict.fromkeys(row.group for row in rows))
+    rates = tables.table("tree", "temperature", *groups, "accepted of checked")
+    for i in range(0, len(rows), len(groups)):
+        part = rows[i : i + len(groups)]
+        cells = [f"{row.stats.tokens_per_step:.2f}" for row in part]
+        share = f"{part[-1].stats.acceptance_rate:.0%}"
+        rates.add_row(str(part[0].shape), f"{part[0].temp:g}", *cells, share)
+    tables.show("Tokens per step", rates, facts)
+
+
+def _along(rows: Sequence[Agreement]) -> None:
+    depths = [f"draft {d.depth}" for d in rows[0].depths]
+    shares = tables.table("answers", "temperature", *depths, "ECE")
+    for row in rows:
+        cells = [_share(d.calibration.agreement, "{:.0%}") for d in row.depths]
+        shares.add_row(row.group, f"{row.temp:g}", *cells, _share(row.error, "{:.3f}"))
+    tables.show("First choices that are right, all earlier tokens being true", shares)
+
+
+def _share(value: float, form: str) -> str:
+    return "-" if value != value else form.format(value)

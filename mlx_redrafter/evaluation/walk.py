@@ -1,0 +1,115 @@
+"""What a drafter says before every token of an answer, whatever kind of drafter it is.
+
+The answer is decoded once more, plainly, so that every state is one of decoding, and the drafter is
+asked what every drafter can be asked: to propose. What its k-th draft is where all earlier tokens
+are true, a chain tells that is led along the answer by its draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_redrafter.decoding.engine import Engine
+from mlx_redrafter.decoding.request import Request
+from mlx_redrafter.decoding.sampling import Arrays, SamplingParams
+from mlx_redrafter.decoding.step import State, StepFunction, StepSpec
+from mlx_redrafter.drafters import Ask, Drafter
+from mlx_redrafter.tree.nodes import END
+from mlx_redrafter.tree.shape import TreeShape
+
+DEPTH = 5  # K, draft positions that are compared
+_FAR = 1e6  # above every difference of logits
+
+
+class Said(NamedTuple):
+    """The first choices of n chains at their positions 1..K: token ids, their probabilities, and
+    whether all earlier tokens were the answer's; (n, K) each.
+
+    The probability is among the tokens that can be drafted, at the answer's temperature, without
+    the noise that sampled drafts share with the target.
+    """
+
+    picks: np.ndarray
+    probability: np.ndarray
+    led: np.ndarray
+
+    def against(self, answer: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Probability, right or wrong, and to be counted or not, where n chains start before each
+        of the answer's tokens.
+
+        A token that cannot be drafted is never the choice, which counts as wrong; no chain goes
+        along it, so what is said behind it does not count.
+        """
+        right = windows(answer, self.picks.shape[1])
+        return self.probability, self.picks == right, self.led & (right != END)
+
+
+def windows(answer: Sequence[int], depth: int) -> np.ndarray:
+    """What is right at every position of a chain before each token of an answer: (n, K) int32, END
+    behind the answer."""
+    padded = np.pad(np.asarray(answer, np.int32), (0, depth), constant_values=END)
+    return padded[np.arange(len(answer))[:, None] + np.arange(depth)]
+
+
+class Led:
+    """The draw of a chain that goes along a text (K,) and is free at one position; a
+    `drafters.Draw`."""
+
+    def __init__(self, text: mx.array, free: int, temp: float) -> None:
+        self.temperature = mx.array(temp or 1.0)
+        self._text, self._free = text, free
+
+    def noise(self, ahead: int, tokens: mx.array) -> mx.array:
+        """(M,) -> (1, M)."""
+        wanted = tokens == self._text[ahead : ahead + 1]
+        return mx.where(wanted, 0.0 if ahead == self._free else _FAR, 0.0)[None]
+
+
+def first_choices(
+    drafter: Drafter, state: Any, ask: Ask, text: mx.array, temp: float
+) -> tuple[mx.array, mx.array, mx.array]:
+    """A drafter's choice at every position of a chain along text (K,), in one graph.
+
+    Returns:
+        token ids, negative log-probabilities, led or not: (K,) each.
+    """
+    tokens, surprises, led = [], [], []
+    for k in range(text.shape[0]):
+        asked = ask._replace(shape=TreeShape.chain(k + 1), draw=Led(text, k, temp))
+        chain = drafter.propose(state, asked)[0]
+        path = chain.paths.reshape(-1)
+        tokens.append(path[k + 1 : k + 2])
+        # What it is led along is certain: the cost is the last token's alone.
+        surprises.append(chain.costs.reshape(-1))
+        led.append(mx.all(path[1 : k + 1] == text[:k], keepdims=True))
+    return mx.concatenate(tokens), mx.concatenate(surprises), mx.concatenate(led)
+
+
+class Watched(Engine):
+    """Runs as another engine does, and shows every state before the step that starts from it."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine.target, engine.drafters, engine.compiled)
+        self.on_state: Callable[[State], None] = lambda state: None
+
+    def step_function(self, spec: StepSpec) -> StepFunction:
+        step = super().step_function(spec)
+
+        def watched(state: State, arrays: Arrays) -> tuple[mx.array, State]:
+            self.on_state(state)
+            return step(state, arrays)
+
+        return watched
+
+    def along(
+        self, prompt: Sequence[int], answer: Sequence[int], sampling: SamplingParams
+    ) -> list[int]:
+        """Decode an answer again, plainly; its tokens, up to where rounding made another of it."""
+        request = Request(prompt, sampling, TreeShape.plain(), len(answer))
+        again = [token for step in self.generate(request) for token in step.tokens]
+        same = np.array(again) == np.array(answer[: len(again)])
+        return again if same.all() else again[: int(same.argmin())]
