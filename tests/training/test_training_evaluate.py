@@ -14,12 +14,15 @@ import pytest
 from conftest import ByteTokenizer, write_target
 
 from mlx_redrafter.api import Model
+from mlx_redrafter.budget import yields
 from mlx_redrafter.drafters.loading import save_drafter
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.evaluation import figures
+from mlx_redrafter.evaluation import figures, walk
 from mlx_redrafter.evaluation import positions as evaluate
+from mlx_redrafter.evaluation.agreement import Agreement, Calibration, Depth, Tally, of_answers
 from mlx_redrafter.evaluation.prompts import Prompt
+from mlx_redrafter.evaluation.yields_record import record
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.training import card, plots
 from mlx_redrafter.training.config import TrainConfig
@@ -90,13 +93,12 @@ def perfect(target: Decoder) -> ReDrafter:
     return drafter_of(target, follow(NEXT))
 
 
-def compared(target: Decoder, drafter: ReDrafter, **more: Any) -> list[evaluate.Agreement]:
-    return evaluate.compare(
-        target, drafter, Tokenizer(), PROMPTS, max_tokens=LENGTH, depth=3, batch=2, **more
-    )
+def compared(target: Decoder, drafter: ReDrafter) -> list[Agreement]:
+    model = Model.of("cycle", Path(), target, drafter, compiled=False)
+    return of_answers(list(record(model, Tokenizer(), PROMPTS, LENGTH, depth=3)))  # type: ignore[arg-type]
 
 
-def shares(row: evaluate.Agreement) -> list[float]:
+def shares(row: Agreement) -> list[float]:
     return [d.calibration.agreement for d in row.depths]
 
 
@@ -120,73 +122,70 @@ def test_a_drafter_that_is_right_agrees_everywhere(target: Decoder) -> None:
         answers = {"chat": 2, "code": 1, "all": 3}[row.group]
         assert shares(row) == [1, 1, 1]
         assert [d.conditional for d in row.depths] == [1, 1, 1]
-        # Of n tokens the k-th draft can be compared at n - k places.
+        # Of n tokens the k-th draft can be compared at n + 1 - k places.
         assert [d.calibration.count for d in row.depths] == [
-            answers * (LENGTH - k) for k in (1, 2, 3)
+            answers * (LENGTH + 1 - k) for k in (1, 2, 3)
         ]
         assert row.error < 1e-3
 
 
-def test_a_drafter_that_is_one_token_ahead_never_agrees(target: Decoder) -> None:
-    ahead = [NEXT[t] for t in NEXT]
-    row = compared(target, drafter_of(target, follow(ahead)))[-1]
+def test_a_drafter_that_is_one_token_ahead_never_agrees(
+    target: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter = drafter_of(target, follow([NEXT[t] for t in NEXT]))
+    row = compared(target, drafter)[-1]
     assert shares(row) == [0, 0, 0]
     assert row.error > 0.99  # it is sure of itself, and wrong
+    # It is led along the answers all the same, unless nothing leads it.
+    assert [d.calibration.count for d in row.depths] == [3 * (LENGTH + 1 - k) for k in (1, 2, 3)]
+    monkeypatch.setattr(walk, "_FAR", 0.0)
+    astray = compared(target, drafter)[-1]
+    assert [d.calibration.count for d in astray.depths] == [3 * LENGTH, 0, 0]
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_comparing_with_shifted_targets_is_noticed(
     target: Decoder, monkeypatch: pytest.MonkeyPatch, shift: int
 ) -> None:
-    windows = evaluate.windows
-
-    def mutated(answer: list[int], depth: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        consumed, right, within = windows(answer, depth)
-        return consumed, np.roll(right, shift, axis=0), within
-
-    monkeypatch.setattr(evaluate, "windows", mutated)
+    right = walk.windows
+    monkeypatch.setattr(walk, "windows", lambda *given: np.roll(right(*given), shift, axis=0))
     assert max(shares(compared(target, perfect(target))[-1])) == 0
 
 
 def test_features_belong_to_the_token_they_predicted(target: Decoder) -> None:
-    """A drafter that knows only its context is right once: two tokens after what it saw."""
+    """A drafter that knows only its context is right once: two tokens after what it saw. What it
+    saw in a prompt is no part of the cycle."""
     after_next = follow([NEXT[t] for t in NEXT])
     drafter = drafter_of(target, mx.zeros((V, V)), by_context=after_next)
     row = compared(target, drafter)[-1]
-    assert shares(row) == [1, 0, 0]
+    assert shares(row) == [pytest.approx((LENGTH - 1) / LENGTH), 0, 0]
     assert row.depths[1].conditional == 0
 
 
-def test_a_token_outside_the_draft_vocabulary_is_wrong(
-    target: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ids = np.arange(0, V, 2)
+def test_a_token_outside_the_draft_vocabulary_is_wrong(target: Decoder) -> None:
+    """And what would be said behind it does not count."""
+    ids = np.array([t for t in range(V) if t % 4])
     rows = follow(NEXT)[mx.array(ids)]
     drafter = drafter_of(target, rows, draft_vocab_size=len(ids))
     drafter.draft_vocab = mx.array(ids.astype(np.int32))
-    right = [[t % 2 == 0 for t in text] for text in texts()]
-    row = compared(target, drafter)[-1]
+    known = [[t % 4 != 0 for t in text] for text in texts()]
+    row = compared(target, drafter.bind(target))[-1]
     for k in (1, 2, 3):
-        hits = [line[i + k] for line in right for i in range(LENGTH - k)]
-        runs = [line[i + 1 : i + k] for line in right for i in range(LENGTH - k)]
-        given = [hit for hit, run in zip(hits, runs, strict=True) if all(run)]
+        runs = [line[i : i + k] for line in known for i in range(LENGTH + 1 - k)]
+        hits = [run[-1] for run in runs if all(run[:-1])]
+        assert 0 < np.mean(hits) < 1 and row.depths[k - 1].calibration.count == len(hits)
         assert shares(row)[k - 1] == pytest.approx(np.mean(hits))
-        assert row.depths[k - 1].conditional == pytest.approx(np.mean(given))
-    monkeypatch.setattr(evaluate, "_FLOATS", 1)  # a row at a time gives the same
-    assert compared(target, drafter)[-1] == row
+        assert row.depths[k - 1].conditional == pytest.approx(np.mean(hits))
 
 
 def test_windows() -> None:
-    consumed, right, within = evaluate.windows([5, 6, 7], 3)
-    assert consumed.tolist() == [[5, 6, 7], [6, 7, 0]]
-    assert right.tolist() == [[6, 7, 0], [7, 0, 0]]
-    assert within.tolist() == [[True, True, False], [True, False, False]]
-    assert [part.shape for part in evaluate.windows([5], 3)] == [(0, 3)] * 3
+    assert walk.windows([5, 6, 7], 3).tolist() == [[5, 6, 7], [6, 7, -1], [7, -1, -1]]
+    assert walk.windows([5], 2).tolist() == [[5, -1]]
 
 
 def test_calibration_of_a_known_table() -> None:
     """Bin 2: 10 of mean 0.25, 4 right. Bin 9: 30 of mean 0.9, 24 right."""
-    table = evaluate.Calibration(
+    table = Calibration(
         (0, 0, 10, 0, 0, 0, 0, 0, 0, 30), (0, 0, 2.5, 0, 0, 0, 0, 0, 0, 27.0),
         (0, 0, 4, 0, 0, 0, 0, 0, 0, 24),
     )  # fmt: skip
@@ -196,14 +195,14 @@ def test_calibration_of_a_known_table() -> None:
     assert values["probability"][2] == 0.25 and values["agreed"][9] == 0.8
     assert values["probability"][0] is None
     # Another depth that errs the other way does not make up for it.
-    opposite = evaluate.Calibration(table.counts, table.mass, (0, 0, 1, 0, 0, 0, 0, 0, 0, 30))
-    depths = tuple(evaluate.Depth(k, 1, 1, c) for k, c in ((1, table), (2, opposite)))
-    both = evaluate.Agreement("all", 0.0, depths)
+    opposite = Calibration(table.counts, table.mass, (0, 0, 1, 0, 0, 0, 0, 0, 0, 30))
+    depths = tuple(Depth(k, 1, 1, c) for k, c in ((1, table), (2, opposite)))
+    both = Agreement("all", 0.0, depths)
     assert both.error == pytest.approx((table.error + opposite.error) / 2)
 
 
 def test_probabilities_go_to_their_bins() -> None:
-    tally = evaluate._Tally(1)
+    tally = Tally(1)
     probability = np.array([[0.05], [0.11], [0.19], [1.0], [0.5]])
     agreed = np.array([[True], [False], [True], [True], [True]])
     tally.add(probability, agreed, np.array([[True]] * 4 + [[False]]))
@@ -255,6 +254,9 @@ def test_the_live_result_of_a_perfect_drafter(evaluated: Path) -> None:
     assert [d["depth"] for d in found["calibration"]["tables"][0]["depths"]] == [1, 2, 3, 4, 5]
     assert found["conditions"]["prompts"] == {"chat": 2, "code": 1}
     assert {"dtype", "blas", "mlx", "max_tokens"} <= found["conditions"].keys()
+    assert found["conditions"]["recorded"] == 3
+    for sampled in (False, True):
+        assert yields.load(evaluated).tokens(TreeShape(1, 3, 4, lookup=yields.LOOKUP), sampled) == 4
 
 
 def test_plots_are_pictures(evaluated: Path) -> None:
@@ -286,7 +288,7 @@ def test_the_card_has_all_its_parts(evaluated: Path) -> None:
     weights = 2 * V * V + V + V * 2 * V  # two matrices of the cell and a bias, and the output
     for part in (
         "\n# ReDrafter for org/model\n", "| chain of 4 | 0.8 |", "| beam 3x4, 8 nodes | 0 |",
-        "depth 4", "| chat | 0 | 22 | 1.00 |", "ECE by draft position", f"{size:,} bytes",
+        "depth 4", "| chat | 0 | 24 | 1.00 |", "ECE by draft position", f"{size:,} bytes",
         f"| read per draft step | {weights:,} parameters |", "12,345,678", "0.8 (67%)",
         "learning_rate: 0.001", 'out: "my-drafter"', f"```\n{made}\n```", f"```\n{measured}\n```",
         "## Limits", "chat template", "| dtype | float32 |", "3 prompts (2 chat, 1 code)",

@@ -1,0 +1,205 @@
+"""Every kind of drafter is evaluated: against what it says over given tokens, and live."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_medusa
+import tiny_speculators
+from conftest import (
+    ByteTokenizer,
+    V,
+    engine_of,
+    hidden_states,
+    plainly,
+    random_drafter,
+    run,
+    write_target,
+)
+from fitted_drafters import heads, speculator
+from tiny_chat import write_tokenizer
+from tiny_heads import said
+from typer.testing import CliRunner
+
+import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
+from mlx_redrafter.api import Model
+from mlx_redrafter.budget import yields
+from mlx_redrafter.cli import main as cli
+from mlx_redrafter.decoding.sampling import SamplingParams
+from mlx_redrafter.drafters import Drafter
+from mlx_redrafter.evaluation import positions, walk
+from mlx_redrafter.evaluation.prompts import Prompt
+from mlx_redrafter.evaluation.yields_record import TEMPERATURES, Answer, record, tabulate
+from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.stats import DraftStats
+from mlx_redrafter.tree.shape import TreeShape
+
+LENGTH, DEPTH = 14, 3  # as many levels as the tiny heads have
+PROMPT = Prompt("a few words", "chat")
+
+
+class Tokenizer(ByteTokenizer):
+    """Bytes modulo the tiny vocabulary."""
+
+    has_chat_template = False
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [byte % V for byte in text.encode()]
+
+
+IDS = Tokenizer().encode(PROMPT.text)
+
+
+def medusa(target: Decoder, folder: Path) -> Any:
+    return tiny_medusa.loaded(folder, tiny_medusa.medusa_1(tiny_medusa.heads()), target)
+
+
+def medusa_of_one_matrix(target: Decoder, folder: Path) -> Any:
+    """TGI's: the target's own."""
+    h = tiny_medusa.heads()
+    config, _, file = tiny_medusa.medusa_1(h)
+    return tiny_medusa.loaded(
+        folder, (config, tiny_medusa.blocks(h, "{}.{}.linear.{}"), file), target
+    )
+
+
+def speculator_of(dialect: str) -> Callable[[Decoder, Path], Any]:
+    return lambda target, folder: tiny_speculators.loaded(
+        folder, *tiny_speculators.DIALECTS[dialect], target
+    )
+
+
+KINDS: dict[str, Callable[[Decoder, Path], Any]] = {
+    "redrafter": lambda target, folder: random_drafter(target, cell="gru"),
+    "medusa": medusa,
+    "medusa-target": medusa_of_one_matrix,
+    "mlp": speculator_of("ibm"),
+    "mlp-tied": speculator_of("ibm-tied"),
+    "lstm": speculator_of("arctic-lstm"),
+}
+
+
+def model_of(target: Decoder, drafter: Drafter, folder: Path | None = None) -> Model:
+    folder = folder or Path("somewhere")
+    return Model.of("tiny", folder, target, drafter, folder, compiled=False)
+
+
+def answers_of(target: Decoder, drafter: Drafter, depth: int = DEPTH) -> list[Answer]:
+    tokenizer: Any = Tokenizer()
+    found = list(record(model_of(target, drafter), tokenizer, [PROMPT], LENGTH, depth=depth))
+    assert [answer.temp for answer in found] == list(TEMPERATURES)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_choices_are_those_over_true_tokens(
+    target: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    drafter = KINDS[kind](target, tmp_path)
+
+    def right(answer: Answer) -> bool:
+        text = [*IDS, *answer.tokens]
+        hidden = hidden_states(target, text)
+        for i in range(LENGTH - DEPTH):
+            root = len(IDS) - 1 + i
+            logits = said(drafter, hidden[root - 1], text[root : root + DEPTH])
+            scaled = logits.astype(np.float64) / (answer.temp or 1.0)
+            likely = np.exp(scaled - scaled.max(-1, keepdims=True))
+            best = (likely / likely.sum(-1, keepdims=True)).max(-1)
+            if answer.said.picks[i].tolist() != logits.argmax(-1).tolist():
+                return False
+            if not np.allclose(answer.said.probability[i], best, atol=1e-4):
+                return False
+        return bool(answer.said.led[: LENGTH - DEPTH].all())
+
+    assert all(map(right, answers_of(target, drafter)))
+    if kind != "redrafter":
+        return  # the mistakes are the same for all
+    with monkeypatch.context() as patch:
+        patch.setattr(walk, "_FAR", 0.0)
+        assert not any(map(right, answers_of(target, drafter)))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(drafter), "commit", lambda self, state, done: state)
+        assert not any(map(right, answers_of(target, drafter)))
+
+
+@pytest.mark.parametrize("make", [heads, speculator("mlp"), speculator("lstm")])
+def test_recorded_steps_are_those_of_decoding(
+    target: Decoder, tmp_path: Path, make: Callable[..., Drafter]
+) -> None:
+    text = plainly(target, IDS, LENGTH + 5)
+    drafter = make(target, tmp_path, IDS + text)
+    engine = engine_of(target, drafter, compiled=False)
+    answers = answers_of(target, drafter)
+    for answer in answers:
+        for shape in (TreeShape(1, 3, 4, lookup=7), TreeShape(3, 3, 8, lookup=7)):
+            stats = DraftStats()
+            params = SamplingParams(temp=answer.temp)
+            again = run(engine, IDS, params, shape, LENGTH, stats=stats)
+            assert again == answer.tokens and answer.steps(shape) == stats.steps
+    assert answers[0].steps(TreeShape(1, 3, 4, lookup=7)) <= LENGTH / 3, "the drafts are right"
+    assert tabulate(answers).tokens(TreeShape(1, 3, 4, lookup=7), sampled=False) > 3
+
+
+def test_levels_that_a_drafter_does_not_have_are_never_right(
+    target: Decoder, tmp_path: Path
+) -> None:
+    text = plainly(target, IDS, LENGTH + 5)
+    model = model_of(target, heads(target, tmp_path, IDS + text), tmp_path)
+    found = positions.evaluate(model, Tokenizer(), [PROMPT], max_tokens=LENGTH)  # type: ignore[arg-type]
+    greedy = next(row for row in found.agreement if row.temp == 0)
+    shares = [d.calibration.agreement for d in greedy.depths]
+    assert shares[:3] == [1, 1, 1] and max(shares[3:]) < 0.5
+
+
+@pytest.mark.parametrize("kind", ["medusa", "lstm"])
+def test_the_command_records(tmp_path: Path, kind: str) -> None:
+    """Live and along answers, for any kind; and the policy reads what was recorded."""
+    model, place = write_target(tmp_path / "model"), tmp_path / "heads"
+    write_tokenizer(model)
+    KINDS[kind](load_model(model), place)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "ba be", "category": "chat"}))
+
+    def invoke(*more: str) -> Any:
+        given = ["bench", "acceptance", "-m", str(model), "--max-tokens", "6"]
+        given += ["--prompts", str(tmp_path / "prompts.jsonl"), *more]
+        return CliRunner().invoke(cli.app, given)
+
+    refused = invoke("--record")
+    assert refused.exit_code == 1 and "name it with --drafter" in refused.stderr
+    live = invoke("-d", str(place), "--json")
+    assert live.exit_code == 0, live.output
+    assert "teacher_forced" not in json.loads(live.stdout)
+    assert not (place / yields.FILE).exists()
+    recorded = invoke("-d", str(place), "--record", "--json")
+    assert recorded.exit_code == 0, recorded.output
+    found = json.loads(recorded.stdout)
+    assert [row["tokens"] for row in found["rows"]] == [
+        row["tokens"] for row in json.loads(live.stdout)["rows"]
+    ]
+    assert {row["temp"] for row in found["teacher_forced"]} == {0.0, 0.8}
+    written = positions.read(place)
+    assert written["teacher_forced"] == found["teacher_forced"]
+    assert yields.load(place).table.keys() == {False, True}
+    assert json.loads((place / yields.FILE).read_text())["greedy"].keys() == {
+        f"{width}x{depth}" for width, depth in yields.BEAMS
+    }
+    shown = invoke("-d", str(place), "--record")
+    assert "First choices that are right" in shown.stdout and yields.FILE in shown.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, place = write_target(tmp_path / "model"), tmp_path / "heads"
+    write_tokenizer(model)
+    medusa(load_model(model), place)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != place)
+    given = ["bench", "acceptance", "-m", str(model), "-d", str(place), "--record"]
+    refused = CliRunner().invoke(cli.app, given)
+    assert refused.exit_code == 1 and "nothing can be written into" in refused.stderr
