@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +14,7 @@ from mlx_redrafter.budget import yields
 from mlx_redrafter.budget.yields import KINDS, LOOKUP, Yields, beam_of
 from mlx_redrafter.decoding import sampling
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.step import State
+from mlx_redrafter.decoding.step import State, passes
 from mlx_redrafter.drafters import Ask, lookup
 from mlx_redrafter.evaluation.prompts import Prompt
 from mlx_redrafter.evaluation.walk import DEPTH, Said, Watched, first_choices, windows
@@ -131,16 +130,15 @@ def _draft_function(model: Model, temp: float) -> DraftFunction:
     assert drafter is not None, "whoever records has one"
     which = model.engine.drafters.index(drafter)
 
-    def drafts(
-        states: tuple[Any, ...], root: mx.array, position: mx.array, history: mx.array,
-        seed: mx.array, text: mx.array,
-    ) -> Drafted:  # fmt: skip
+    def drafts(state: State, history: mx.array, seed: mx.array, text: mx.array) -> Drafted:
+        root, position, caches, states, _, pending = state
+        _, *runs = passes([model.target, *model.engine.drafters], caches, position, pending)
         draw = None
         if temp:
             known = {"seed": seed, "temp": mx.array(temp)}
             draw = sampling.draw(known, position + 1, max(WIDTHS.values()))
         found = [lookup.search(history, position, LOOKUP, LOOKUP + 2)]
-        ask = Ask(root, position, history, TreeShape.plain(), draw)
+        ask = Ask(root, position, history, TreeShape.plain(), draw, runs[which])
         for width, depth in WIDTHS.items():
             shape = TreeShape(width, depth, 1 + width * depth, lookup=1)  # of more than one path
             found.append(joined(drafter.propose(states[which], ask._replace(shape=shape))))
@@ -164,9 +162,7 @@ class _Drafts:
 
     def add(self, state: State) -> None:
         text = self._right[len(self._drafts)]
-        found, said = self._drafts_of(
-            state.drafts, state.root, state.position, self._history, self._seed, text
-        )
+        found, said = self._drafts_of(state, self._history, self._seed, text)
         mx.eval(found, said)
         arrays = [(np.array(c.paths)[:, 1:], np.array(c.costs)) for c in found]
         self._drafts.append(dict(zip((0, *WIDTHS), arrays, strict=True)))
