@@ -8,7 +8,7 @@ are true, a chain tells that is led along the answer by its draw.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -17,8 +17,8 @@ from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.sampling import Arrays, SamplingParams
 from mlx_redrafter.decoding.step import State, StepFunction, StepSpec
-from mlx_redrafter.drafters import Ask, Drafter
-from mlx_redrafter.tree.nodes import END
+from mlx_redrafter.drafters import Draw
+from mlx_redrafter.tree.nodes import END, Candidates
 from mlx_redrafter.tree.shape import TreeShape
 
 DEPTH = 5  # K, draft positions that are compared
@@ -69,9 +69,10 @@ class Led:
         return mx.where(wanted, 0.0 if ahead == self._free else _FAR, 0.0)[None]
 
 
-def first_choices(
-    drafter: Drafter, state: Any, ask: Ask, text: mx.array, temp: float
-) -> tuple[mx.array, mx.array, mx.array]:
+Propose = Callable[[TreeShape, Draw], Sequence[Candidates]]
+
+
+def first_choices(propose: Propose, text: mx.array, temp: float) -> tuple[mx.array, ...]:
     """A drafter's choice at every position of a chain along text (K,), in one graph.
 
     Returns:
@@ -79,8 +80,7 @@ def first_choices(
     """
     tokens, surprises, led = [], [], []
     for k in range(text.shape[0]):
-        asked = ask._replace(shape=TreeShape.chain(k + 1), draw=Led(text, k, temp))
-        chain = drafter.propose(state, asked)[0]
+        chain = propose(TreeShape.chain(k + 1), Led(text, k, temp))[0]
         path = chain.paths.reshape(-1)
         tokens.append(path[k + 1 : k + 2])
         # What it is led along is certain: the cost is the last token's alone.

@@ -15,7 +15,7 @@ from mlx_redrafter.budget.yields import KINDS, LOOKUP, Yields, beam_of
 from mlx_redrafter.decoding import sampling
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.decoding.step import State, passes
-from mlx_redrafter.drafters import Ask, lookup
+from mlx_redrafter.drafters import Ask, Draw, lookup
 from mlx_redrafter.evaluation.prompts import Prompt
 from mlx_redrafter.evaluation.walk import DEPTH, Said, Watched, first_choices, windows
 from mlx_redrafter.tree.nodes import END, Candidates, joined, rising
@@ -132,17 +132,22 @@ def _draft_function(model: Model, temp: float) -> DraftFunction:
 
     def drafts(state: State, history: mx.array, seed: mx.array, text: mx.array) -> Drafted:
         root, position, caches, states, _, pending = state
-        _, *runs = passes([model.target, *model.engine.drafters], caches, position, pending)
+
+        def propose(shape: TreeShape, draw: Draw | None) -> Sequence[Candidates]:
+            # A pass is used up by whoever drafts with it.
+            runs = passes([model.target, *model.engine.drafters], caches, position, pending)
+            ask = Ask(root, position, history, shape, draw, runs[1 + which])
+            return drafter.propose(states[which], ask)
+
         draw = None
         if temp:
             known = {"seed": seed, "temp": mx.array(temp)}
             draw = sampling.draw(known, position + 1, max(WIDTHS.values()))
         found = [lookup.search(history, position, LOOKUP, LOOKUP + 2)]
-        ask = Ask(root, position, history, TreeShape.plain(), draw, runs[which])
         for width, depth in WIDTHS.items():
             shape = TreeShape(width, depth, 1 + width * depth, lookup=1)  # of more than one path
-            found.append(joined(drafter.propose(states[which], ask._replace(shape=shape))))
-        return found, first_choices(drafter, states[which], ask, text, temp)
+            found.append(joined(propose(shape, draw)))
+        return found, first_choices(propose, text, temp)
 
     return mx.compile(drafts) if model.engine.compiled else drafts
 

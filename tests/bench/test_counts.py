@@ -11,10 +11,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+import tiny_medusa
+import tiny_speculators
 from conftest import random_drafter, write_target
 from typer.testing import CliRunner
 
-from mlx_redrafter.bench.counts import metal, parts, report, sizes
+from mlx_redrafter.bench.counts import kinds, metal, parts, report, sizes
 from mlx_redrafter.bench.counts.graph import graph, metal_shaped
 from mlx_redrafter.cli import main as cli
 from mlx_redrafter.decoding.sampling import SamplingParams
@@ -203,6 +205,89 @@ def test_an_8b_model_is_reckoned_without_its_memory() -> None:
     )  # 8.0 billion weights less the embedding's, 4.5 bits
     assert found["kv_bytes"] == 32 * 2 * 8 * 128 * 1024 * 2
     assert found["trees"].keys() == {str(DEFAULT)}
+
+
+def test_every_kind_is_reckoned_without_its_memory() -> None:
+    """By hand: Llama-3.1-8B, 32,000 tokens; 4 bits with a scale and a bias for 64 weights."""
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    found = kinds.costs(kinds.LLAMA_8B, context=1000)
+    assert mx.get_peak_memory() - before < 1e6
+    byte = 4.5 / 8
+    size, inner, rows, heads = 4096, 14336, 32000, 8 * 128
+    square, head = size * size * byte, size * rows * byte
+    block = (2 * size * (size + 2 * heads) + size * size + 3 * size * inner) * byte
+    pairs = 2 * size * 2 * heads * byte
+    three = 3 * size // 4
+    every = {  # once, a level
+        "Medusa, 4, own rows": (0, square + head),
+        "Medusa, 4, the model's rows": (size * 128256 * byte, square),
+        "MLP speculator": (0, (three * three + three * rows) * byte),
+        "LSTM speculator": (0, 4 * square + head),
+        "EAGLE-3": (3 * square + pairs, block + head),
+        "EAGLE-1, the model's rows": (
+            2 * square + pairs / 2, 2 * square + block - size * (size + 2 * heads) * byte
+            + size * 128256 * byte,
+        ),
+    }  # fmt: skip
+    assert found["drafters"].keys() - every.keys() == {"ReDrafter, as trained", "a small model"}
+    for name, (once, level) in every.items():
+        row = found["drafters"][name]
+        # Norms and biases are what is left.
+        assert row["once_bytes"] == pytest.approx(once, rel=1e-3, abs=1e4), name
+        assert row["level_bytes"] == pytest.approx(level, rel=1e-3), name
+    eagle = found["drafters"]["EAGLE-3"]
+    slab = 2 * heads * 1000 * 2
+    whole = eagle["once_bytes"] + 4 * (eagle["level_bytes"] + slab + size * byte) - pairs
+    assert eagle["drafter_bytes"] == pytest.approx(whole, rel=1e-4)
+
+
+def test_dispatches_of_every_kind() -> None:
+    """And each has its own part of the step, also where it keeps rows of its own."""
+    found = kinds.dispatches({**kinds.LLAMA_8B, "num_hidden_layers": 3, "vocab_size": 4096})
+    plain = found.pop(kinds.PLAIN).dispatches
+    assert found.keys() == kinds.KINDS.keys()
+    for name, counts in found.items():
+        assert counts.parts[parts.DRAFT][1] > 20, name
+        assert counts.parts[parts.MOVE][1] == 0, "a chain stands where it belongs"
+        assert sum(d for _, d in counts.parts.values()) == counts.dispatches > plain
+        assert not counts.unknown and counts.widest_sort <= beam.SORT_WIDTH
+    draft = {name: counts.parts[parts.DRAFT][1] for name, counts in found.items()}
+    assert draft["Medusa, 4, own rows"] < draft["LSTM speculator"] < draft["EAGLE-3"]
+    assert draft["EAGLE-3"] < draft["a small model"]
+
+
+@pytest.mark.parametrize("kind", ["medusa", "lstm"])
+def test_a_step_with_other_drafters_is_counted(tmp_path: Path, kind: str) -> None:
+    target = load_model(write_target(tmp_path / "target"))
+    if kind == "medusa":
+        heads = tiny_medusa.heads()
+        tiny_medusa.loaded(tmp_path / "drafter", tiny_medusa.medusa_1(heads), target)
+    else:
+        dialect = tiny_speculators.DIALECTS["arctic-lstm"]
+        tiny_speculators.loaded(tmp_path / "drafter", *dialect, target)
+    given = ["--model", str(tmp_path / "target"), "--drafter", str(tmp_path / "drafter")]
+    result = CliRunner().invoke(cli.app, ["bench", "counts", *given, "--context", "100", "--json"])
+    assert result.exit_code == 0, result.output
+    plain, _, chain = json.loads(result.stdout)["steps"]
+    assert chain["parts"][parts.DRAFT]["dispatches"] > 10
+    assert plain["read_bytes"]["drafter"] == 0 < chain["read_bytes"]["drafter"]
+
+
+def test_a_base_of_other_sizes(tmp_path: Path) -> None:
+    def invoke(base: Path | str) -> Any:
+        return CliRunner().invoke(cli.app, ["bench", "counts", "--base", str(base), "--json"])
+
+    wrong = invoke("llama-9b")
+    assert wrong.exit_code == 1 and "use llama-8b, or the config.json of a model" in wrong.stderr
+    config = {**kinds.LLAMA_8B, "num_hidden_layers": 2, "hidden_size": 512, "vocab_size": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = invoke(tmp_path)
+    assert found.exit_code == 0, found.output
+    values = json.loads(found.stdout)
+    assert values["drafters"].keys() == kinds.KINDS.keys()
+    for row in values["drafters"].values():
+        assert row["dispatches"] > values["plain_dispatches"] and row["drafter_bytes"] > 0
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from mlx_redrafter.cli import main as cli
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.drafters.eagle import Branches, Eagle, EagleConfig
+from mlx_redrafter.drafters.model import DraftModel
 from mlx_redrafter.evaluation import positions, walk
 from mlx_redrafter.evaluation.prompts import Prompt
 from mlx_redrafter.evaluation.yields_record import TEMPERATURES, Answer, record, tabulate
@@ -98,6 +99,10 @@ def eagle(*layers: int) -> Callable[[Decoder, Path], Any]:
     return make
 
 
+def small_model(target: Decoder, folder: Path) -> DraftModel:
+    return DraftModel(load_model(write_target(folder, seed=11, num_hidden_layers=2)), V)
+
+
 KINDS: dict[str, Callable[[Decoder, Path], Any]] = {
     "redrafter": lambda target, folder: random_drafter(target, cell="gru"),
     "medusa": medusa,
@@ -107,11 +112,15 @@ KINDS: dict[str, Callable[[Decoder, Path], Any]] = {
     "lstm": speculator_of("arctic-lstm"),
     "eagle-3": eagle(0, 1, 2),
     "eagle-1": eagle(),
+    "model": small_model,
 }
 
 
 def said_by(drafter: Any, target: Decoder, text: list[int], root: int) -> np.ndarray:
     """Logits of every level over true tokens, from the root at this place on: (DEPTH, V)."""
+    if isinstance(drafter, DraftModel):
+        hidden = hidden_states(drafter.model, text)[root : root + DEPTH]
+        return np.array(drafter.logits(mx.array(hidden)))
     if not isinstance(drafter, Eagle):
         return said(drafter, hidden_states(target, text)[root - 1], text[root : root + DEPTH])
     tokens, capacity = mx.array(text[:root], mx.int32), capacity_for(len(text))

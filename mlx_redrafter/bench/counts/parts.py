@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ from mlx_redrafter.bench.counts.metal import dispatches, unknown, widest_sort
 from mlx_redrafter.cache.layer import Pass
 from mlx_redrafter.decoding import sampling, step
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.drafters import Drafter, beam, lookup
+from mlx_redrafter.drafters import Drafter, lookup
 from mlx_redrafter.models import Decoder
-from mlx_redrafter.tree.shape import TreeShape
+from mlx_redrafter.tree.shape import BEAMS, TreeShape
 
 # In the order in which a step calls them: where the part is called, and what the report says.
-CALLS: tuple[tuple[Any, str, str], ...] = (
-    (beam, "search", "draft"),
+Calls = tuple[tuple[Any, str, str], ...]
+CALLS: Calls = (
     (lookup, "search", "lookup"),
     (step, "draft", "choose the tree"),
     (step, "verify", "verify pass"),
@@ -31,8 +32,9 @@ CALLS: tuple[tuple[Any, str, str], ...] = (
     (sampling, "sample", "choose tokens"),
     (step, "accept", "walk"),
 )
-MOVE, STATE = "move accepted rows", "commit, next state"
-ORDER = (*(name for _, _, name in CALLS[:4]), MOVE, *(name for _, _, name in CALLS[4:]), STATE)
+DRAFT, MOVE, STATE = "draft", "move accepted rows", "commit, next state"
+NAMES = (DRAFT, *(name for _, _, name in CALLS))
+ORDER = (*NAMES[:4], MOVE, *NAMES[4:], STATE)
 VERIFY = ("verify pass", "output head", MOVE)
 
 
@@ -79,13 +81,17 @@ def count(
     def whole(*values: mx.array) -> list[mx.array]:
         return _leaves(function(_restored(state, values), arrays))
 
+    beams = {type(drafter): None for drafter in used if drafter.part == BEAMS}
+    calls = (*((kind, "propose", DRAFT) for kind in beams), *CALLS)
     with metal_shaped():
-        names, cut, moved = _called(whole, leaves), {}, None
+        names, cut, moved = _called(whole, calls, leaves), {}, None
         for name in names:
-            cut[name] = graph(_until(whole, name), *leaves)
+            cut[name] = graph(_until(whole, calls, name), *leaves)
             if name == "verify pass":
-                with patch.object(step, "Pass", _without_moves):
-                    moved = graph(_until(whole, name), *leaves)
+                with patch.object(
+                    step, "Pass", functools.partial(_without_moves, len(target.caches))
+                ):
+                    moved = graph(_until(whole, calls, name), *leaves)
         full = graph(whole, *leaves)
     parts: dict[str, Graph] = {}
     for name, part in cut.items():
@@ -109,9 +115,11 @@ def _summed(shape: TreeShape, full: Graph, parts: dict[str, Graph]) -> Counts:
     return Counts(shape, len(full.fused), before, numbers, kinds, unknown(full), widest_sort(full))
 
 
-def _without_moves(caches: Any, position: mx.array, ancestors: Any, pending: Any) -> Pass:
-    """A pass that puts nothing of the one before into place."""
-    return Pass(caches, position, ancestors)
+def _without_moves(
+    layers: int, caches: Any, position: mx.array, ancestors: Any, pending: Any
+) -> Pass:
+    """A pass that puts nothing of the one before into place, where it is the target's."""
+    return Pass(caches, position, ancestors, () if len(caches) == layers else pending)
 
 
 def _restored(state: step.State, values: tuple[mx.array, ...]) -> step.State:
@@ -134,7 +142,7 @@ def _leaves(tree: Any) -> list[mx.array]:
 
 
 @contextlib.contextmanager
-def _watched(on_result: Callable[[str, Any], None]) -> Iterator[None]:
+def _watched(calls: Calls, on_result: Callable[[str, Any], None]) -> Iterator[None]:
     """Within it ``on_result`` is told what every part returns."""
 
     def watch(original: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -146,25 +154,28 @@ def _watched(on_result: Callable[[str, Any], None]) -> Iterator[None]:
         return watched
 
     with contextlib.ExitStack() as stack:
-        for owner, attribute, name in CALLS:
+        for owner, attribute, name in calls:
             watched = watch(getattr(owner, attribute), name)
             stack.enter_context(patch.object(owner, attribute, watched))
         yield
 
 
-def _called(whole: Callable[..., list[mx.array]], leaves: list[mx.array]) -> list[str]:
+def _called(
+    whole: Callable[..., list[mx.array]], calls: Calls, leaves: list[mx.array]
+) -> list[str]:
     """The parts that this step has, in order."""
     names: list[str] = []
-    with _watched(lambda name, _: names.append(name)):
+    with _watched(calls, lambda name, _: names.append(name)):
         graph(whole, *leaves)
     called = dict.fromkeys(names)
-    return [name for _, _, name in CALLS if name in called]
+    return [name for name in NAMES if name in called]
 
 
-def _until(whole: Callable[..., list[mx.array]], last: str) -> Callable[..., list[mx.array]]:
+def _until(
+    whole: Callable[..., list[mx.array]], calls: Calls, last: str
+) -> Callable[..., list[mx.array]]:
     """The step up to and including one of its parts, as a function of the same arrays."""
-    names = [name for _, _, name in CALLS]
-    wanted = names[: names.index(last) + 1]
+    wanted = NAMES[: NAMES.index(last) + 1]
 
     def function(*values: mx.array) -> list[mx.array]:
         kept: list[mx.array] = []
@@ -173,7 +184,7 @@ def _until(whole: Callable[..., list[mx.array]], last: str) -> Callable[..., lis
             if name in wanted:
                 kept.extend(_leaves(result))
 
-        with _watched(keep):
+        with _watched(calls, keep):
             whole(*values)
         return kept
 

@@ -14,12 +14,12 @@ import mlx.nn as nn
 from rich.console import Console
 from rich.table import Table
 
-from mlx_redrafter.bench.counts import host, metal, parts, sizes
+from mlx_redrafter.bench.counts import host, kinds, metal, parts, sizes
 from mlx_redrafter.bench.counts.graph import metal_shaped
 from mlx_redrafter.decoding.engine import Engine
-from mlx_redrafter.drafters.loading import load_recurrent
+from mlx_redrafter.drafters import Drafter
+from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.drafters.lookup import Lookup
-from mlx_redrafter.drafters.recurrent import ReDrafter
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.hub import find_drafter, resolve
 from mlx_redrafter.models import Decoder, load_model
@@ -31,6 +31,7 @@ from mlx_redrafter.tree.shape import TreeShape
 USUAL = TreeShape(3, 2, 8, lookup=7)  # what the policy mostly takes for the built-in model
 SHAPES = (TreeShape.plain(), USUAL, TreeShape.chain(4))
 _PROMPT = 40  # tokens of the answer that host work is counted on
+_DRAFTER_BITS = 6
 _GROUP = 32  # weights that share a scale, as in the GGUF file of the built-in model
 _MB = 1e6
 
@@ -57,7 +58,7 @@ def run(
         raise OptionError(f"there is no drafter for {model}: give one with --drafter")
     target, draft = load_as_on_metal(folder, found, bits)
     here = load_model(folder)
-    engine = Engine(here, [Lookup(), load_recurrent(found, here)])
+    engine = Engine(here, [Lookup(), load_drafter(found, here)])
     prompt = [7 * i % here.config.vocab_size for i in range(_PROMPT)]
     budgets = [
         Budget(
@@ -72,7 +73,7 @@ def run(
     conditions = {
         "model": model,
         "counted in": _stored(target),
-        "drafter": f"{found.name}, {_stored(draft)}",
+        "drafter": f"{found.name}, {_stored(kinds.module(draft))}",
         "context": context,
         "mlx": facts["mlx"],
         "host times on": facts["chip"],
@@ -97,8 +98,8 @@ def _shape(text: str) -> TreeShape:
 
 def load_as_on_metal(
     folder: Path, drafter: Path, bits: int | None = None
-) -> tuple[Decoder, ReDrafter]:
-    """Model and drafter as Metal would have them: packed weights stay packed.
+) -> tuple[Decoder, Drafter]:
+    """Model and drafter, of any kind, as Metal would have them: packed weights stay packed.
 
     The built-in model is stored in float32 for a CPU and in 4 bits for Metal: unquantised weights
     become ``bits`` ones (None: 4) here too.
@@ -112,8 +113,8 @@ def load_as_on_metal(
             nn.quantize(target, _GROUP, bits or 4, class_predicate=_packable)
         # The drafter's table is a packed product of thousands of rows, half a minute on a CPU.
         with patch.object(nn.QuantizedLinear, "__call__", _zeros):
-            loaded = load_recurrent(drafter, target)
-    mx.eval(target.parameters(), loaded.parameters())
+            loaded = load_drafter(drafter, target)
+    mx.eval(target.parameters(), kinds.module(loaded).parameters())
     return target, loaded
 
 
@@ -139,7 +140,9 @@ def _stored(model: nn.Module) -> str:
 
 def reckoning(shapes: tuple[TreeShape, ...], context: int) -> dict[str, Any]:
     """Bytes of an 8B 4-bit model with a 128k vocabulary and a 6-bit drafter by the usual recipe."""
-    target, drafter = sizes.large_model()
+    target = kinds.base_of(kinds.LLAMA_8B)
+    drafter = kinds.usual(target)
+    kinds.quantised(drafter, _DRAFTER_BITS)
     plain = sizes.read(target, None, TreeShape.plain(), context)
     rows = {}
     for shape in shapes:

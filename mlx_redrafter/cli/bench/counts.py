@@ -21,9 +21,20 @@ def command(
         int | None,
         typer.Option(help="Count an unquantised model as if it had this many bits; 16: as stored."),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Count every kind of drafter for a model of these sizes instead: llama-8b, or "
+            "the config.json of a model. No weights are needed.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Count what a decode step does. No Mac is needed; only host times are measured."""
-    from mlx_redrafter.bench.counts import report
+    from mlx_redrafter.bench.counts import kinds, report
 
+    if base is not None:
+        kinds.run(base, context, as_json)
+        return
     report.run(model, drafter, shape, context, bits, as_json)
