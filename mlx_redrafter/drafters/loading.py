@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+
+import mlx.nn as nn
 
 from mlx_redrafter.drafters import Drafter, eagle_files, files, medusa, model, speculator
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
@@ -134,6 +136,11 @@ def check_compatible(config: ReDrafterConfig, target: Decoder, folder: Path | st
             f"the drafter in {folder} reads layer {beyond[0]} of a model that has "
             f"{target.config.num_layers}: use the drafter that was trained for this model"
         )
+
+
+def module_of(drafter: Drafter) -> nn.Module:
+    """What holds the weights of a drafter that was loaded."""
+    return drafter.model if isinstance(drafter, model.DraftModel) else cast(nn.Module, drafter)
 
 
 def save_drafter(folder: Path, drafter: ReDrafter, extra: dict[str, Any] | None = None) -> None:

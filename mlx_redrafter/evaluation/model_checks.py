@@ -131,15 +131,18 @@ def judge(name: str, dtype: str, found: Sequence[Difference]) -> Check:
 
 def memory(model: Model, memory_gb: float) -> Check:
     """Do the weights and a full cache fit into this machine's memory?"""
-    import mlx.nn as nn
     from mlx.utils import tree_flatten
+
+    from mlx_redrafter.drafters.loading import module_of
 
     config, dtype = model.target.config, model.target.dtype
     arrays: list[Any] = list(tree_flatten(model.target.parameters()))
-    if isinstance(model.drafter, nn.Module):
-        arrays += tree_flatten(model.drafter.parameters())
+    if model.drafter is not None:
+        arrays += tree_flatten(module_of(model.drafter).parameters())
     weights = sum(value.nbytes for _, value in arrays)
     token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.size
+    kinds = model.drafter.caches if model.drafter is not None else ()
+    token += sum(kind.empty(1, dtype).nbytes for kind in kinds)
     full = config.max_positions * token
     known = {"weights_bytes": weights, "cache_bytes": full, "memory_gb": round(memory_gb, 1)}
     text = (

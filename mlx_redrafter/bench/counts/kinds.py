@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from mlx_redrafter.bench.counts import parts, sizes
 from mlx_redrafter.drafters.eagle import Eagle, EagleConfig
+from mlx_redrafter.drafters.loading import module_of
 from mlx_redrafter.drafters.lookup import Lookup
 from mlx_redrafter.drafters.medusa import Medusa, MedusaConfig
 from mlx_redrafter.drafters.model import DraftModel
@@ -151,11 +152,6 @@ def quantised(module: nn.Module, bits: int, group: int = _GROUP) -> None:
     )  # fmt: skip
 
 
-def module(drafter: Any) -> nn.Module:
-    """What holds a drafter's weights."""
-    return drafter.model if isinstance(drafter, DraftModel) else drafter
-
-
 def _decoder(config: Mapping[str, Any]) -> Decoder:
     """A model of these sizes, its projections joined as they are when it is loaded."""
     model = Decoder(decoder_config(dict(config)))
@@ -189,8 +185,8 @@ def dispatches(config: Mapping[str, Any], shape: TreeShape = CHAIN) -> dict[str,
     found = {PLAIN: parts.count(target, [], TreeShape.plain())}
     for name, make in KINDS.items():
         drafter = make(target)
-        quantised(module(drafter), DRAFTER_BITS, _GROUP // 2)
-        mx.eval(module(drafter).parameters())
+        quantised(module_of(drafter), DRAFTER_BITS, _GROUP // 2)
+        mx.eval(module_of(drafter).parameters())
         bound = drafter.bind(target) if hasattr(drafter, "bind") else drafter
         found[name] = parts.count(target, [Lookup(), bound], shape)
     return found
@@ -203,7 +199,7 @@ def costs(config: Mapping[str, Any], context: int, shape: TreeShape = CHAIN) -> 
     rows = {}
     for name, make in KINDS.items():
         drafter = make(target)
-        quantised(module(drafter), DRAFTER_BITS)
+        quantised(module_of(drafter), DRAFTER_BITS)
         found, levels = sizes.read(target, drafter, shape, context), sizes.levels(drafter, target)
         drafted = found.drafter + found.kv - plain.kv
         rows[name] = {

@@ -18,7 +18,7 @@ from mlx_redrafter.bench.counts import host, kinds, metal, parts, sizes
 from mlx_redrafter.bench.counts.graph import metal_shaped
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.drafters import Drafter
-from mlx_redrafter.drafters.loading import load_drafter
+from mlx_redrafter.drafters.loading import load_drafter, module_of
 from mlx_redrafter.drafters.lookup import Lookup
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.hub import find_drafter, resolve
@@ -73,7 +73,7 @@ def run(
     conditions = {
         "model": model,
         "counted in": _stored(target),
-        "drafter": f"{found.name}, {_stored(kinds.module(draft))}",
+        "drafter": f"{found.name}, {_stored(module_of(draft))}",
         "context": context,
         "mlx": facts["mlx"],
         "host times on": facts["chip"],
@@ -114,7 +114,7 @@ def load_as_on_metal(
         # The drafter's table is a packed product of thousands of rows, half a minute on a CPU.
         with patch.object(nn.QuantizedLinear, "__call__", _zeros):
             loaded = load_drafter(drafter, target)
-    mx.eval(target.parameters(), kinds.module(loaded).parameters())
+    mx.eval(target.parameters(), module_of(loaded).parameters())
     return target, loaded
 
 
