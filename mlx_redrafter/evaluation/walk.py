@@ -72,7 +72,7 @@ class Led:
 Propose = Callable[[TreeShape, Draw], Sequence[Candidates]]
 
 
-def first_choices(propose: Propose, text: mx.array, temp: float) -> tuple[mx.array, ...]:
+def led_choices(propose: Propose, text: mx.array, temp: float) -> tuple[mx.array, ...]:
     """A drafter's choice at every position of a chain along text (K,), in one graph.
 
     Returns:

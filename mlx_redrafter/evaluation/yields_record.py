@@ -16,8 +16,9 @@ from mlx_redrafter.decoding import sampling
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.decoding.step import State, passes
 from mlx_redrafter.drafters import Ask, Draw, lookup
+from mlx_redrafter.drafters.levels import LevelDrafter
 from mlx_redrafter.evaluation.prompts import Prompt
-from mlx_redrafter.evaluation.walk import DEPTH, Said, Watched, first_choices, windows
+from mlx_redrafter.evaluation.walk import DEPTH, Said, Watched, led_choices, windows
 from mlx_redrafter.tree.nodes import END, Candidates, joined, rising
 from mlx_redrafter.tree.shape import TreeShape
 
@@ -105,9 +106,11 @@ def record(
     """Write every answer, greedy and sampled, and draft before each of its tokens.
 
     Args:
-        depth: of the chains that tell the drafter's first choices.
+        depth: of the chains that tell the drafter's first choices, as far as its levels go.
     """
     engine = Watched(model.engine)
+    if isinstance(model.drafter, LevelDrafter):
+        depth = min(depth, model.drafter.levels or depth)
     for temp in TEMPERATURES:
         drafts_of, params = _draft_function(model, temp), SamplingParams(temp=temp, seed=seed)
         for prompt in prompts:
@@ -147,7 +150,7 @@ def _draft_function(model: Model, temp: float) -> DraftFunction:
         for width, depth in WIDTHS.items():
             shape = TreeShape(width, depth, 1 + width * depth, lookup=1)  # of more than one path
             found.append(joined(propose(shape, draw)))
-        return found, first_choices(propose, text, temp)
+        return found, led_choices(propose, text, temp)
 
     return mx.compile(drafts) if model.engine.compiled else drafts
 

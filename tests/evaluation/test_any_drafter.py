@@ -203,15 +203,12 @@ def test_recorded_steps_are_those_of_decoding(
     assert tabulate(answers).tokens(TreeShape(1, 3, 4, lookup=7), sampled=False) > 3
 
 
-def test_levels_that_a_drafter_does_not_have_are_never_right(
-    target: Decoder, tmp_path: Path
-) -> None:
+def test_levels_that_a_drafter_does_not_have_are_left_out(target: Decoder, tmp_path: Path) -> None:
     text = plainly(target, IDS, LENGTH + 5)
     model = model_of(target, heads(target, tmp_path, IDS + text), tmp_path)
     found = positions.evaluate(model, Tokenizer(), [PROMPT], max_tokens=LENGTH)  # type: ignore[arg-type]
     greedy = next(row for row in found.agreement if row.temp == 0)
-    shares = [d.calibration.agreement for d in greedy.depths]
-    assert shares[:3] == [1, 1, 1] and max(shares[3:]) < 0.5
+    assert [d.calibration.agreement for d in greedy.depths] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("kind", ["medusa", "lstm"])
