@@ -230,9 +230,8 @@ def run(base: str, context: int, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**found, "plain_dispatches": plain, "conditions": facts}))
         return
-    plain_step = f"{found['target_bytes'] / _MB:.0f} MB of weights, {found['kv_bytes'] / _MB:.0f} "
     table = tables.table(
-        "drafter", "MB once", "a level", "a step", "of plain", "dispatches", "all", "of plain"
+        "drafter", "once", "a level", "a step", "of plain", "draft", "step", "of plain"
     )
     for name, row in found["drafters"].items():
         table.add_row(
@@ -240,7 +239,10 @@ def run(base: str, context: int, as_json: bool) -> None:
             f"{row['share_of_plain']:.1%}", str(row["draft_dispatches"]), str(row["dispatches"]),
             f"{row['dispatches_to_plain']:.0%}",
         )  # fmt: skip
-    tables.show(f"{CHAIN}; the plain step: {plain_step}of KV, {plain} dispatches", table, facts)
+    read = f"{found['target_bytes'] / _MB:.0f} of weights, {found['kv_bytes'] / _MB:.0f} of KV"
+    tables.show(
+        f"{CHAIN}: MB that drafting reads, and dispatches; plain: {read}, {plain}", table, facts
+    )
 
 
 def _config(base: str) -> Mapping[str, Any]:
