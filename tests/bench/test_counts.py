@@ -220,12 +220,12 @@ def test_every_kind_is_reckoned_without_its_memory() -> None:
     pairs = 2 * size * 2 * heads * byte
     three = 3 * size // 4
     every = {  # once, a level
-        "Medusa, 4, own rows": (0, square + head),
-        "Medusa, 4, the model's rows": (size * 128256 * byte, square),
+        "Medusa, own rows": (0, square + head),
+        "Medusa, the model's": (size * 128256 * byte, square),
         "MLP speculator": (0, (three * three + three * rows) * byte),
         "LSTM speculator": (0, 4 * square + head),
         "EAGLE-3": (3 * square + pairs, block + head),
-        "EAGLE-1, the model's rows": (
+        "EAGLE-1": (
             2 * square + pairs / 2, 2 * square + block - size * (size + 2 * heads) * byte
             + size * 128256 * byte,
         ),
@@ -253,7 +253,7 @@ def test_dispatches_of_every_kind() -> None:
         assert sum(d for _, d in counts.parts.values()) == counts.dispatches > plain
         assert not counts.unknown and counts.widest_sort <= beam.SORT_WIDTH
     draft = {name: counts.parts[parts.DRAFT][1] for name, counts in found.items()}
-    assert draft["Medusa, 4, own rows"] < draft["LSTM speculator"] < draft["EAGLE-3"]
+    assert draft["Medusa, own rows"] < draft["LSTM speculator"] < draft["EAGLE-3"]
     assert draft["EAGLE-3"] < draft["a small model"]
 
 

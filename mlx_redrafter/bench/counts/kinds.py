@@ -132,12 +132,12 @@ def _small(target: Decoder) -> DraftModel:
 
 KINDS: dict[str, Callable[[Decoder], Any]] = {
     "ReDrafter, as trained": usual,
-    "Medusa, 4, own rows": _medusa("own"),
-    "Medusa, 4, the model's rows": _medusa("target"),
+    "Medusa, own rows": _medusa("own"),
+    "Medusa, the model's": _medusa("target"),
     "MLP speculator": _mlp,
     "LSTM speculator": _lstm,
     "EAGLE-3": _eagle(True),
-    "EAGLE-1, the model's rows": _eagle(False),
+    "EAGLE-1": _eagle(False),
     "a small model": _small,
 }
 """By name, the drafter of a target. A new kind is a row here, and one of ``sizes.levels``."""
@@ -240,9 +240,7 @@ def run(base: str, context: int, as_json: bool) -> None:
             f"{row['dispatches_to_plain']:.0%}",
         )  # fmt: skip
     read = f"{found['target_bytes'] / _MB:.0f} of weights, {found['kv_bytes'] / _MB:.0f} of KV"
-    tables.show(
-        f"{CHAIN}: MB that drafting reads, and dispatches; plain: {read}, {plain}", table, facts
-    )
+    tables.show(f"{CHAIN}: MB read and dispatches; plain: {read}, {plain}", table, facts)
 
 
 def _config(base: str) -> Mapping[str, Any]:
