@@ -1,14 +1,14 @@
 """What a drafter says before every token of an answer, whatever kind of drafter it is.
 
-The answer is decoded once more, plainly, so that every state is one of decoding, and the drafter is
-asked what every drafter can be asked: to propose. What its k-th draft is where all earlier tokens
-are true, a chain tells that is led along the answer by its draw.
+The answer is decoded once more, a token a step, so that every state is one of decoding, and the
+drafter is asked what every drafter can be asked: to propose. What its k-th draft is where all
+earlier tokens are true, a chain tells that is led along the answer by its draw.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -17,8 +17,8 @@ from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.sampling import Arrays, SamplingParams
 from mlx_redrafter.decoding.step import State, StepFunction, StepSpec
-from mlx_redrafter.drafters import Draw
-from mlx_redrafter.tree.nodes import END, Candidates
+from mlx_redrafter.drafters import Ask, Drafter, Draw
+from mlx_redrafter.tree.nodes import END, FILLER, Candidates, integers
 from mlx_redrafter.tree.shape import TreeShape
 
 DEPTH = 5  # K, draft positions that are compared
@@ -89,11 +89,28 @@ def led_choices(propose: Propose, text: mx.array, temp: float) -> tuple[mx.array
     return mx.concatenate(tokens), mx.concatenate(surprises), mx.concatenate(led)
 
 
+class Silent:
+    """A drafter that goes along as another one does, and proposes what nobody accepts. Where it
+    were not asked at all, its rows would not be made."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self._drafter = drafter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._drafter, name)
+
+    def propose(self, state: Any, ask: Ask) -> list[Candidates]:
+        path = mx.concatenate([ask.root, integers([FILLER, END])])
+        return [Candidates(path[None], mx.array([0.0]), (1,))]
+
+
 class Watched(Engine):
-    """Runs as another engine does, and shows every state before the step that starts from it."""
+    """Runs as another engine does, a token a step, and shows every state before the step that
+    starts from it."""
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(engine.target, engine.drafters, engine.compiled)
+        silent: list[Any] = [Silent(drafter) for drafter in engine.drafters]
+        super().__init__(engine.target, silent, engine.compiled)
         self.on_state: Callable[[State], None] = lambda state: None
 
     def step_function(self, spec: StepSpec) -> StepFunction:
@@ -108,8 +125,8 @@ class Watched(Engine):
     def along(
         self, prompt: Sequence[int], answer: Sequence[int], sampling: SamplingParams
     ) -> list[int]:
-        """Decode an answer again, plainly; its tokens, up to where rounding made another of it."""
-        request = Request(prompt, sampling, TreeShape.plain(), len(answer))
+        """Decode an answer again; its tokens, up to where rounding made another of it."""
+        request = Request(prompt, sampling, TreeShape.chain(1), len(answer))
         again = [token for step in self.generate(request) for token in step.tokens]
         same = np.array(again) == np.array(answer[: len(again)])
         return again if same.all() else again[: int(same.argmin())]
