@@ -136,7 +136,9 @@ def _ids(offsets: mx.array) -> mx.array:
         raise DrafterError(f"the drafter's {OFFSETS} is no list of whole numbers")
     ids = offsets.astype(mx.int64) + mx.arange(offsets.size, dtype=mx.int64)
     if not mx.all(ids[1:] > ids[:-1]).item():
-        raise DrafterError(f"the drafter's {OFFSETS} names a token twice: download it again")
+        raise DrafterError(
+            f"the drafter's {OFFSETS} names a token twice or out of order: download it again"
+        )
     return ids
 
 
@@ -145,8 +147,8 @@ def _check_members(ids: mx.array, members: mx.array) -> None:
     flagged = [i for i, flag in enumerate(cast(list[int], members.reshape(-1).tolist())) if flag]
     if flagged != ids.tolist():
         raise DrafterError(
-            f"the drafter's {MEMBERS} names {len(flagged)} tokens, and not the {ids.size} of {OFFSETS}: "
-            "download it again"
+            f"the drafter's {MEMBERS} names {len(flagged)} tokens, and not the {ids.size} of "
+            f"{OFFSETS}: download it again"
         )
 
 
@@ -227,6 +229,8 @@ def config_of(raw: Raw, given: Mapping[str, Shape], num_layers: int, folder: Pat
     eps, positions = flat.get("rms_norm_eps") or 1e-6, flat.get("max_position_embeddings") or 2048
     try:
         rope, eps = rope_config(flat, head_dim, 10000.0, int(positions)), float(eps)
+        if not isinstance(rope.scaling or {}, Mapping):
+            raise ValueError(f"rope_scaling {rope.scaling!r} is no object")
     except (TypeError, ValueError, AttributeError) as error:
         raise DrafterError(f"the drafter's rope or eps cannot be read: {error}") from None
     output = given.get("lm_head.weight")
