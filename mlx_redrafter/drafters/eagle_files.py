@@ -30,6 +30,9 @@ target's ids that say the same."""
 LAYERS_ARE = "feature_layers_are"
 """Our key: are the layer numbers of config.json ``outputs`` of blocks, or ``inputs``?"""
 
+TYPES = ("eagle", "eagle3")
+"""Our model types: without inner layers, and with them."""
+
 _BLOCK = re.compile(r"(?:midlayer|layers\.0)\.(.*)")
 _IGNORED = re.compile(r"verifier_norm\..*|verifier_lm_head\..*|.*\.rotary_emb\.inv_freq")
 _OTHERS = (
@@ -41,6 +44,14 @@ _OTHERS = (
 _NORMS = ("hidden_norm", "input_layernorm")
 """Of an EAGLE-3 block alone."""
 _IDS = ("target_layer_ids", "eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids")
+
+_KEYS = (
+    "hidden_size", "target_hidden_size", "vocab_size", "draft_vocab_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rms_norm_eps",
+    "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "rope_traditional",
+    "norm_before_residual", "norm_output", "embed_requires_grad", *_IDS, LAYERS_ARE,
+)  # fmt: skip
+"""Of a configuration, all that is read."""
 
 
 def looks_so(stored: Mapping[str, Any]) -> bool:
@@ -64,7 +75,7 @@ def is_one(folder: Path, raw: Raw, names: Mapping[str, Any]) -> bool:
 def alternatives(raw: Raw) -> list[dict[str, Any]]:
     """What a configuration leaves open, the likeliest first: changes of it to be tried. A model may
     lack the layers that one of them means."""
-    if raw.get("model_type") == "eagle":
+    if raw.get("model_type") == TYPES[0]:
         return [{}]
     first, flat = _layers_are(raw), _flat(raw)
     other = "outputs" if first == "inputs" else "inputs"
@@ -177,8 +188,11 @@ def _layers_are(raw: Raw) -> str:
     ids = _layer_ids(raw)
     if _flat(raw).get("target_layer_ids"):
         return "outputs"
-    speculators = raw.get("speculators_model_type") or raw.get("speculators_config")
-    return "inputs" if speculators or not ids or ids[0] == 2 else "outputs"
+    return "inputs" if _from_speculators(raw) or not ids or ids[0] == 2 else "outputs"
+
+
+def _from_speculators(raw: Raw) -> bool:
+    return bool(raw.get("speculators_model_type") or raw.get("speculators_config"))
 
 
 def _layer_ids(raw: Raw) -> list[int]:
@@ -320,7 +334,7 @@ def load(folder: Path, target: Decoder) -> Eagle:
 def describe(folder: Path) -> files.Description:
     """What the files say of the head. Raises DrafterError."""
     raw, weights = LAYOUT.weights(folder)
-    config = config_of(raw, shapes(weights), 1 << 20, folder)  # no model is at hand: any layer is
+    config = shape_of(raw, shapes(weights), folder)
     three = bool(config.features)
     once = ("embed_tokens.",) + (("fc.", "fc_norm.", "input_norm.") if three else ())
     facts = {
@@ -334,6 +348,22 @@ def describe(folder: Path) -> files.Description:
     }
     one = {name: value for name, value in weights.items() if not name.startswith(once)}
     return files.Description(facts, weights, one, config.hidden_size)
+
+
+def shape_of(raw: Raw, given: Mapping[str, Shape], folder: Path) -> EagleConfig:
+    """As `config_of`, where no model is at hand: any layer is in it. Raises DrafterError."""
+    return config_of(raw, given, 1 << 20, folder)
+
+
+def flat_config(config: EagleConfig, raw: Raw) -> dict[str, Any]:
+    """A config.json that says on its top level what `config_of` reads, and leaves open what was."""
+    flat, base = _flat(raw), _base(raw)
+    return {
+        "model_type": TYPES[bool(config.features)],
+        **{key: flat[key] for key in _KEYS if flat.get(key) is not None},
+        **({"speculators_model_type": "eagle3"} if _from_speculators(raw) else {}),
+        **({"base_model_name_or_path": base} if base else {}),
+    }
 
 
 def _base(raw: Raw) -> str | None:

@@ -15,7 +15,7 @@ import pytest
 from conftest import D, V
 from eagle_fitted import plain_head
 from edits import Edit, edit_config, edit_entry, edit_file, edit_weights, edits
-from tiny_eagle import DIALECTS, KV, MAP, H, tensors
+from tiny_eagle import DIALECTS, INNER, KV, MAP, H, tensors
 from tiny_heads import IDS, write
 from typer.testing import CliRunner
 
@@ -193,7 +193,7 @@ def test_info(target_folder: Path, tmp_path: Path) -> None:
     assert "EAGLE-3 head, one block of 4 heads" in shown.stdout
     assert re.search(r"fits +yes", shown.stdout)
     # What a level reads: the block, the norms and the output rows, and not fc.
-    block = (H * 8 + 2 * KV * 8) * 2 * D + D * H * 8 + 3 * D * 48
+    block = (H * 8 + 2 * KV * 8) * 2 * D + D * H * 8 + 3 * D * INNER
     assert facts["bytes_per_draft_step"] == 4 * (block + 4 * D + 60 * D) + 8 * 60
     edit_config(vocab_size=98)(folder)
     assert "vocabulary size 98" in str(kept.problem(folder, target_folder))

@@ -21,7 +21,7 @@ from mlx_redrafter.drafters.eagle import Eagle
 from mlx_redrafter.drafters.loading import check_folder, load_drafter
 from mlx_redrafter.models import Decoder
 
-H, KV, DH, INNER = 4, 2, 8, 48
+H, KV, DH, INNER = 4, 2, 8, 64
 LAYERS = 8
 """Of the target that the dialects are for: 1, 3, 4 are the layers where no file names any."""
 LLAMA3 = {
@@ -66,11 +66,13 @@ def tensors(
     """Of an EAGLE-3 head that reads so many layers; 0: of an EAGLE-1 head."""
     rng = np.random.default_rng(seed)
     n = lambda *shape: noise(rng, *shape, scale=2.2)  # noqa: E731
+    # Scores of a few units: every pair that is seen counts.
+    look = lambda *shape: noise(rng, *shape, scale=1.0 if count else 0.6)  # noqa: E731
     wide = 2 * width if count else width
     weights = {
         "fc.weight": n(width, count * D or 2 * D),
-        f"{block}self_attn.q_proj.weight": n(H * DH, wide),
-        f"{block}self_attn.k_proj.weight": n(KV * DH, wide),
+        f"{block}self_attn.q_proj.weight": look(H * DH, wide),
+        f"{block}self_attn.k_proj.weight": look(KV * DH, wide),
         f"{block}self_attn.v_proj.weight": n(KV * DH, wide),
         f"{block}self_attn.o_proj.weight": n(width, H * DH),
         f"{block}mlp.gate_proj.weight": n(INNER, width),
