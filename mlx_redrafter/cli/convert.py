@@ -58,7 +58,7 @@ def command(
         typer.Option(
             "--quantize",
             "-q",
-            help="Quantise the weights. On a Mac with Metal, Medusa heads and speculators always "
+            help="Quantise the weights. On a Mac with Metal, heads and speculators always "
             "are, unless --dtype or --q-bits 16 is given.",
         ),
     ] = False,

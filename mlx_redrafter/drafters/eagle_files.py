@@ -232,6 +232,35 @@ def config_of(raw: Raw, given: Mapping[str, Shape], num_layers: int, folder: Pat
     fc = given["fc.weight"]
     hidden = files.size("hidden_size", flat.get("hidden_size") or fc[0])
     size = files.size("target_hidden_size", flat.get("target_hidden_size") or hidden)
+    output = given.get("lm_head.weight")
+    norms = [name for name in given if name.startswith("fc_norm.")]
+    three = any(f"midlayer.{norm}.weight" in given for norm in _NORMS)
+    packed = given.get("fc.scales")
+    count = (fc[1] if packed is None else _unpacked(raw, packed, folder)) // size
+    return EagleConfig(
+        hidden_size=hidden,
+        target_size=size,
+        vocab_size=files.size("vocab_size", flat.get("vocab_size")),
+        features=_features(raw, count, num_layers) if three else (),
+        intermediate_size=files.size("intermediate_size", flat.get("intermediate_size")),
+        rows=0 if output is None else files.rows(output),
+        draft_vocab_size=files.drafted(given),
+        own_embedding="embed_tokens.weight" in given,
+        fc_bias="fc.bias" in given,
+        attention_bias="midlayer.self_attn.q_proj.bias" in given,
+        output_bias="midlayer.self_attn.o_proj.bias" in given,
+        mlp_bias="midlayer.mlp.up_proj.bias" in given,
+        feature_norm="each" if norms else "all" if "input_norm.weight" in given else "none",
+        qk_norm="midlayer.self_attn.q_norm.weight" in given,
+        norm_before_residual=bool(flat.get("norm_before_residual", False)),
+        norm_output=bool(flat.get("norm_output", False)),
+        last_norm="norm.weight" in given,
+        **_attention(flat, hidden, folder),
+    )
+
+
+def _attention(flat: Raw, hidden: int, folder: Path) -> dict[str, Any]:
+    """Heads, rotary embedding and eps, which are the head's own and not the target's."""
     heads = files.size("num_attention_heads", flat.get("num_attention_heads"), 1, 1024)
     kv_heads = files.size("num_key_value_heads", flat.get("num_key_value_heads") or heads, 1, heads)
     head_dim = files.size("head_dim", flat.get("head_dim") or hidden // heads, 2)
@@ -247,35 +276,13 @@ def config_of(raw: Raw, given: Mapping[str, Shape], num_layers: int, folder: Pat
             raise ValueError(f"rope_scaling {rope.scaling!r} is no object")
     except (TypeError, ValueError, AttributeError) as error:
         raise DrafterError(f"the drafter's rope or eps cannot be read: {error}") from None
-    output = given.get("lm_head.weight")
-    norms = [name for name in given if name.startswith("fc_norm.")]
-    three = any(f"midlayer.{norm}.weight" in given for norm in _NORMS)
-    packed = given.get("fc.scales")
-    count = (fc[1] if packed is None else _unpacked(raw, packed, folder)) // size
-    return EagleConfig(
-        hidden_size=hidden,
-        target_size=size,
-        vocab_size=files.size("vocab_size", flat.get("vocab_size")),
-        features=_features(raw, count, num_layers) if three else (),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate_size=files.size("intermediate_size", flat.get("intermediate_size")),
-        norm_eps=eps,
-        rope=rope,
-        rows=0 if output is None else files.rows(output),
-        draft_vocab_size=files.drafted(given),
-        own_embedding="embed_tokens.weight" in given,
-        fc_bias="fc.bias" in given,
-        attention_bias="midlayer.self_attn.q_proj.bias" in given,
-        output_bias="midlayer.self_attn.o_proj.bias" in given,
-        mlp_bias="midlayer.mlp.up_proj.bias" in given,
-        feature_norm="each" if norms else "all" if "input_norm.weight" in given else "none",
-        qk_norm="midlayer.self_attn.q_norm.weight" in given,
-        norm_before_residual=bool(flat.get("norm_before_residual", False)),
-        norm_output=bool(flat.get("norm_output", False)),
-        last_norm="norm.weight" in given,
-    )
+    return {
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "norm_eps": eps,
+        "rope": rope,
+    }
 
 
 def _refuse(flat: Raw, given: Mapping[str, Shape], folder: Path) -> None:

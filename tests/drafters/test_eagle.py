@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import tiny_eagle
 from conftest import prompt_of, write_target
-from eagle_calls import at_the_end, paths, proposed, said
+from eagle_calls import at_the_end, paths, proposed, read, said
 from tiny_eagle import DIALECTS, Head, Reference, loaded
 from tiny_heads import quantise
 
-from mlx_redrafter.drafters import eagle_files, files
+from mlx_redrafter.drafters import eagle_files, files, rollout
 from mlx_redrafter.drafters.eagle import Attention, Branches, Eagle
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.models.weights import shapes
@@ -69,6 +69,20 @@ def test_every_dialect_against_numpy(
 ) -> None:
     head = DIALECTS[name]
     assert_says(loaded(tmp_path, head, deep), head, deep, stored)
+
+
+@pytest.mark.parametrize("name", ["speculators-llama", "eagle-1"])
+def test_first_choices_at_every_position(
+    deep: Decoder, stored: dict[str, np.ndarray], tmp_path: Path, name: str
+) -> None:
+    """What the self-check counts: of one reading of the text, with its true tokens as roots."""
+    head = DIALECTS[name]
+    drafter = loaded(tmp_path, head, deep)
+    features = read(deep, TEXT, head.layers)
+    found = rollout.first_choices(drafter, features, mx.array(TEXT, mx.int32)).tolist()
+    meant = Reference(head, stored["model.embed_tokens.weight"], stored["lm_head.weight"])
+    g = np.array(features.of(head.layers))
+    assert found == [meant.chain(TEXT[: p + 2], g[: p + 1], 1)[0] for p in range(len(TEXT) - 1)]
 
 
 @pytest.mark.parametrize("name", ["specforge", "deepspec", "eagle-1-biased", "narrower"])

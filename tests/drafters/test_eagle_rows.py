@@ -169,6 +169,10 @@ def test_a_session_that_was_cut_and_went_on(world: World) -> None:
     assert_same_rows(world, session, len(world.prompt) + 8)
     answered(world, BOTH, 12, session, [*world.prompt, *world.answer[:9]])
     assert_same_rows(world, session, len(world.prompt) + 17)
+    session.trim(len(session.tokens) - 3)  # as after a stop string
+    assert_same_rows(world, session, len(world.prompt) + 14)
+    answered(world, TREE, 12, session, [*session.tokens, 4])
+    assert_same_rows(world, session, len(world.prompt) + 20)
 
 
 def test_what_is_right_is_accepted_and_what_is_not_is_not(

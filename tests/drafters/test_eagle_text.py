@@ -16,6 +16,7 @@ from tiny_heads import PARAMS, SHAPES
 
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 from mlx_redrafter.api import Model, stream_generate
+from mlx_redrafter.budget import costs
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.models import Decoder, load_model
@@ -74,6 +75,14 @@ def test_a_session_goes_on(target: Decoder, tmp_path: Path, params: SamplingPara
     for prompt in (PROMPT + first, PROMPT + first[:4] + [1, 2], PROMPT + first[:-1], [5, 6, 7]):
         found = run(engine, prompt, params, SHAPES[3], 10, session=session)
         assert found == plainly(target, prompt, 10, params)
+
+
+@pytest.mark.measured
+def test_what_it_costs_is_measured(target: Decoder, tmp_path: Path) -> None:
+    engine = engine_of(target, loaded(tmp_path, plain_head(), target), compiled=False)
+    found = costs.measure(target, engine.drafters, engine.step_function, compiled=False)
+    assert set(found.draft) == set(costs.WIDTHS)
+    assert all(first > 0 for first, _ in found.draft.values())
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
