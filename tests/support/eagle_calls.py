@@ -86,12 +86,13 @@ def paths(levels: Sequence[Candidates]) -> list[tuple[list[int], float]]:
 
 def rows_in(session: Session, drafter: Eagle) -> np.ndarray:
     """The rows of the pairs that are known: all tokens but the last have one that follows."""
-    return np.array(session.caches[-1])[:, :, : max(0, len(session.tokens) - 1)]
+    return np.array(session.caches[-1])[:, :, : max(0, session.covered - 1)]
 
 
 def rows_of(drafter: Eagle, target: Decoder, text: Sequence[int], step: int = 512) -> np.ndarray:
     """The rows after reading a text as a prompt, in chunks."""
     session = Session()
     engine = engine_of(target, drafter, compiled=False)
-    run(engine, [*text, 0], max_tokens=1, session=session, step_size=step)
+    shape = TreeShape.chain(1)  # or nobody would make rows
+    run(engine, [*text, 0], None, shape, 1, session, step_size=step)
     return rows_in(session, drafter)[:, :, : len(text) - 1]
