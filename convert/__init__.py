@@ -98,12 +98,12 @@ def convert(
         source: folder, file or Hugging Face id of a drafter or a base model.
         out: the folder to make.
         format: of the source: auto | apple | mlx | tensorrt-llm | modelopt | medusa |
-            speculator | base | gguf.
+            speculator | eagle | base | gguf.
         to: layout of the output: mlx | apple | tensorrt-llm (the last two for drafters).
         target: base model that a drafter must fit: folder, hub id or built-in name.
         bits: quantise to 4 or 8 bits, in groups of ``group_size``; 16: no quantisation. None: none
             either, but a GGUF file's own 4 and 8 bits are kept unless a dtype is given, and on a
-            Mac with Metal Medusa heads and speculators get 4 bits unless one is given.
+            Mac with Metal heads of other kinds than ReDrafter get 4 bits unless one is given.
         dtype: float16 | bfloat16 | float32; None: as stored.
         self_check: load the target too and count how often the drafter's first choice is its next
             token; what the source's files leave open is settled by that.

@@ -6,7 +6,7 @@ import re
 from enum import StrEnum
 from typing import Any
 
-from mlx_redrafter.drafters import medusa, speculator
+from mlx_redrafter.drafters import eagle_files, medusa, speculator
 from mlx_redrafter.errors import ConvertError
 from mlx_redrafter.models import SUPPORTED
 from mlx_redrafter.models.files import HEADS
@@ -24,6 +24,7 @@ class Format(StrEnum):
     MODELOPT = "modelopt"
     MEDUSA = "medusa"
     SPECULATOR = "speculator"
+    EAGLE = "eagle"
     BASE = "base"
     GGUF = "gguf"
 
@@ -34,7 +35,7 @@ class Format(StrEnum):
     @property
     def is_head(self) -> bool:
         """A drafter of another kind than ReDrafter."""
-        return self in (Format.MEDUSA, Format.SPECULATOR)
+        return self in (Format.MEDUSA, Format.SPECULATOR, Format.EAGLE)
 
     @property
     def label(self) -> str:
@@ -48,6 +49,7 @@ _TITLES = {
     Format.MODELOPT: "ReDrafter of NVIDIA ModelOpt, inside its base model",
     Format.MEDUSA: "set of Medusa heads",
     Format.SPECULATOR: "speculator",
+    Format.EAGLE: "head of EAGLE",
     Format.BASE: "base model",
     Format.GGUF: "base model in GGUF",
 }
@@ -61,7 +63,7 @@ _LOOK_ALIKES = (
         "cell on the target's embedding",
     ),
     (r"hydra_\w+(\..*)?", "a set of Hydra heads"),
-    (r"fc\.weight|midlayer\..*|d2t", "an EAGLE drafter"),
+    (r"hidden_norm\.weight", "a block drafter such as DFlash or DSpark"),
     (
         r"drafter\.layers\..*",
         "a checkpoint that TensorRT-LLM made for its own engine (give the drafter folder that it "
@@ -103,13 +105,13 @@ def recognise(checkpoint: Checkpoint) -> Format:
     raise ConvertError(
         f"{checkpoint.path} is in no format that is read here: model_type "
         f"{kind or '(none)'}, tensors {preview(names, 3)}; needed: a ReDrafter of Apple, "
-        f"TensorRT-LLM or ModelOpt, Medusa heads, a speculator, or a base model of type "
-        f"{', '.join(SUPPORTED)}"
+        f"TensorRT-LLM or ModelOpt, Medusa heads, a speculator, an EAGLE head, or a base model of "
+        f"type {', '.join(SUPPORTED)}"
     )
 
 
 def _head(checkpoint: Checkpoint) -> Format | None:
-    """Medusa heads or a speculator, by what config.json says, else by the names."""
+    """Medusa heads, a speculator or an EAGLE head, by what config.json says, else by the names."""
     config, names = checkpoint.config, dict.fromkeys(checkpoint.names())
     kind = config.get("model_type")
     own_file = any(file.name.startswith(HEADS.stem) for file in checkpoint.files)
@@ -117,6 +119,8 @@ def _head(checkpoint: Checkpoint) -> Format | None:
         return Format.MEDUSA
     if kind == "mlp_speculator" or speculator.looks_so(names, config):
         return Format.SPECULATOR
+    if kind in eagle_files.TYPES or eagle_files.is_one(checkpoint.folder, config, names):
+        return Format.EAGLE
     # A single head is named as TensorRT-LLM's ReDrafter may be.
     several = any(name.startswith("heads.1.") for name in medusa.renamed(names, config))
     alone = not several and any((match := _HEAD.fullmatch(n)) and match[1] == "0" for n in names)

@@ -1,23 +1,26 @@
-"""Medusa heads and speculators of every layout: names in, one folder that loads as it is.
+"""Medusa heads, speculators and EAGLE heads of every layout become one folder that loads as it is.
 
-Medusa heads are written as vLLM names them, speculators as IBM does, tensors that are copies left
-out. Shapes are checked against the module that will read them.
+Medusa heads are written as vLLM names them, speculators as IBM does, EAGLE heads as SafeAILab does,
+tensors that are copies left out. Shapes are checked against the module that will read them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_redrafter.drafters import files, medusa, speculator
+from mlx_redrafter.drafters import eagle_files, files, medusa, speculator
+from mlx_redrafter.drafters.eagle import Eagle
 from mlx_redrafter.drafters.medusa import Medusa, MedusaConfig
 from mlx_redrafter.drafters.speculator import Speculator, SpeculatorConfig
 from mlx_redrafter.models import Decoder
+from mlx_redrafter.models.weights import Shape
 
 from . import drafters
 from .checkpoint import Checkpoint
@@ -33,18 +36,18 @@ class HeadPlan:
     """Heads understood.
 
     Attributes:
-        shape: sizes, told from config.json and the tensors.
         config: our config.json.
         names: our name -> name in the source.
         dropped: tensors that are not carried over, and why.
+        fits: raises DrafterError for a model of other sizes.
         quantization: of weights that are packed already.
         notes: what a person should know.
     """
 
-    shape: MedusaConfig | SpeculatorConfig
     config: dict[str, Any]
     names: dict[str, str]
     dropped: list[Mapping]
+    fits: Callable[[Decoder], object]
     quantization: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -56,30 +59,26 @@ def plan_head(checkpoint: Checkpoint, kind: Format) -> HeadPlan:
         DrafterError: a missing or unknown tensor, a wrong shape, a configuration that says less
             than is needed.
     """
-    raw, path = checkpoint.config, checkpoint.path
-    reader = medusa.renamed if kind is Format.MEDUSA else speculator.renamed
-    theirs = reader({name: name for name in checkpoint.names()}, raw)
+    raw, path, head = checkpoint.config, checkpoint.path, _KINDS[kind]
+    theirs = head.layout.renamed({name: name for name in checkpoint.names()}, raw)
     given = {name: checkpoint.shape(source) for name, source in theirs.items()}
-    shape: MedusaConfig | SpeculatorConfig
-    module: nn.Module
-    if kind is Format.MEDUSA:
-        shape = MedusaConfig.of(raw, given, path)
-        module, title = Medusa(shape), medusa.KIND
-        config = {**medusa.stored_config(shape), **({_BASE: raw[_BASE]} if raw.get(_BASE) else {})}
-        names = {medusa.written(name): source for name, source in theirs.items()}
-    else:
-        shape = SpeculatorConfig.of(raw, given, path)
-        module, title = Speculator(shape), speculator.KIND
-        config, names = {**raw, "model_type": "mlp_speculator"}, theirs
+    head.layout.renamed({n: checkpoint.load(n) for n in checkpoint.names() if n in _READ}, raw)
+    shape = head.shape(raw, given, path)
     quantization = files.packed(raw, given)
-    files.check_tensors(files.quantised(module, raw, given, path), given, path, title)
+    module = files.quantised(head.module(shape), raw, given, path)
+    files.check_tensors(module, given, path, head.layout.kind)
+    config, names = head.config(shape, raw), {head.written(n): s for n, s in theirs.items()}
     config.pop("quantization", None)
     dropped, notes = _left_out(checkpoint, kind, set(theirs.values()))
-    if base := raw.get(_BASE):
+    if base := config.get(_BASE):
         notes.insert(0, f"made for {base}")
     if drafters.narrowed(names, checkpoint):
         notes.append("float32 weights become 16-bit ones, unless --dtype float32 is given")
-    return HeadPlan(shape, config, names, dropped, quantization, notes)
+
+    def fits(target: Decoder) -> object:
+        return head.layout.module(raw, given, target, path)
+
+    return HeadPlan(config, names, dropped, fits, quantization, notes)
 
 
 def _left_out(
@@ -87,7 +86,7 @@ def _left_out(
 ) -> tuple[list[Mapping], list[str]]:
     """Copies of what levels share one by one, the base model's tensors as one line."""
     others = [name for name in checkpoint.names() if name not in kept]
-    copies = [n for n in others if kind is Format.SPECULATOR or "lm_heads." in n]
+    copies = [n for n in others if _KINDS[kind].copies.fullmatch(n)]
     rest = [name for name in others if name not in copies]
     dropped = [Mapping(n, "", checkpoint.shape(n), "left out: a copy") for n in copies]
     if not rest:
@@ -98,12 +97,48 @@ def _left_out(
     return dropped, [note]
 
 
+def _made_for(raw: dict[str, Any]) -> dict[str, Any]:
+    return {_BASE: raw[_BASE]} if raw.get(_BASE) else {}
+
+
+class _Kind(NamedTuple):
+    """What the kinds differ in.
+
+    shape: config.json, shapes by the module's names and the source -> what ``module`` is made of.
+    config: that and config.json -> ours. written: the module's name of a tensor -> ours. copies:
+    what of the tensors that are left out is stored once more.
+    """
+
+    layout: files.Layout[Any]
+    shape: Callable[[dict[str, Any], dict[str, Shape], Path], Any]
+    module: Callable[[Any], nn.Module]
+    config: Callable[[Any, dict[str, Any]], dict[str, Any]]
+    written: Callable[[str], str] = lambda name: name
+    copies: re.Pattern[str] = re.compile(".*")
+
+
+_KINDS = {
+    Format.MEDUSA: _Kind(
+        medusa.LAYOUT, MedusaConfig.of, Medusa,
+        lambda shape, raw: {**medusa.stored_config(shape), **_made_for(raw)}, medusa.written,
+        re.compile(r".*lm_heads\..*"),
+    ),
+    Format.SPECULATOR: _Kind(
+        speculator.LAYOUT, SpeculatorConfig.of, Speculator,
+        lambda shape, raw: {**raw, "model_type": "mlp_speculator"},
+    ),
+    Format.EAGLE: _Kind(
+        eagle_files.LAYOUT, eagle_files.shape_of, Eagle, eagle_files.flat_config,
+        eagle_files.written,
+    ),
+}  # fmt: skip
+_READ = (eagle_files.OFFSETS, eagle_files.MEMBERS)
+"""Tensors that are checked by what is in them."""
+
+
 def check_fit(plan: HeadPlan, target: Decoder, path: Path) -> None:
     """Are the heads for a model of this one's sizes? Raises DrafterError."""
-    shape, vocabulary = plan.shape, target.config.vocab_size
-    files.check_sizes(shape.hidden_size, shape.vocab_size or vocabulary, target, path)
-    if shape.rows:
-        files.check_rows(shape.rows, vocabulary, shape.draft_vocab_size, path)
+    plan.fits(target)
 
 
 def write_head(

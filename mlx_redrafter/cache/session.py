@@ -131,9 +131,9 @@ class Session:
         limit = max(0, min(len(self.tokens), len(prompt) - 2))
         if self.tag not in ("", tag):
             limit = min(limit, self.sparse_from)
-        ahead = 0
+        # Drafted or not, the same is read again: after a sparse prefill it may be read otherwise.
+        ahead = max((kind.ahead for kind in self.kinds), default=0)
         if drafted:
-            ahead = max((kind.ahead for kind in self.kinds), default=0)
             limit = min(limit, self.covered)
         known = len(self.tokens)
         pairs = zip(self.tokens, prompt, strict=False)

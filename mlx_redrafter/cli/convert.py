@@ -37,7 +37,7 @@ def command(
         str,
         typer.Option(
             help="Format of SRC: auto, apple, mlx, tensorrt-llm, modelopt, medusa, speculator, "
-            "base or gguf."
+            "eagle, base or gguf."
         ),
     ] = "auto",
     to: Annotated[
@@ -58,7 +58,7 @@ def command(
         typer.Option(
             "--quantize",
             "-q",
-            help="Quantise the weights. On a Mac with Metal, Medusa heads and speculators always "
+            help="Quantise the weights. On a Mac with Metal, heads and speculators always "
             "are, unless --dtype or --q-bits 16 is given.",
         ),
     ] = False,

@@ -50,7 +50,8 @@ class EagleConfig:
         rows: of its output matrix; 0: it uses the target's.
         draft_vocab_size: None: the target's whole vocabulary.
         own_embedding: has it an input embedding of its own?
-        fc_bias, attention_bias, mlp_bias: where biases are.
+        fc_bias, attention_bias, output_bias, mlp_bias: where biases are; attention's are those of
+            queries, keys and values.
         feature_norm: before fc ``none``, one over ``all`` features, or one for ``each`` layer.
         qk_norm: are queries and keys normed, head by head?
         norm_before_residual: does the block add to the normed f instead of f?
@@ -73,6 +74,7 @@ class EagleConfig:
     own_embedding: bool = False
     fc_bias: bool = False
     attention_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
     feature_norm: str = "none"
     qk_norm: bool = False
@@ -98,7 +100,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(wide, q_size, bias=bias)
         self.k_proj = nn.Linear(wide, kv_size, bias=bias)
         self.v_proj = nn.Linear(wide, kv_size, bias=bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.output_bias)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self._size, config.norm_eps)
             self.k_norm = nn.RMSNorm(self._size, config.norm_eps)

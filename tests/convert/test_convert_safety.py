@@ -235,10 +235,10 @@ LOOK_ALIKES = {
     ),
     "gru-inside": (["model.gru.weight_ih_l0", "lm_head.0.weight"], {}, "a GRU drafter"),
     "hydra": (["hydra_mlp.0.0.linear.weight"], {}, "a set of Hydra heads"),
-    "eagle": (
-        ["fc.weight", "layers.0.mlp.up_proj.weight"],
-        {"model_type": "llama"},
-        "is not a ReDrafter but an EAGLE drafter",
+    "block": (
+        ["fc.weight", "hidden_norm.weight", "layers.0.mlp.up_proj.weight"],
+        {"model_type": "qwen3"},
+        "is not a ReDrafter but a block drafter such as DFlash or DSpark",
     ),
     "engine": (
         ["drafter.layers.0.linear.weight", "drafter.lm_head.weight"],
