@@ -85,7 +85,7 @@ def rows_of(drafter: Block, target: Decoder, text: Sequence[int], step: int = 51
     """The rows after reading a text as a prompt, in chunks."""
     session = Session()
     engine = engine_of(target, drafter, compiled=False)
-    run(engine, [*text, 0], max_tokens=1, session=session, step_size=step)
+    run(engine, [*text, 0], None, TreeShape.chain(1), 1, session, step_size=step)
     session.trim(len(text))
     return rows_in(session, drafter)
 
