@@ -13,14 +13,14 @@ import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import numpy as np
 import pytest
-from block_calls import at_the_end, paths, proposed, said
+from block_calls import at_the_end, paths, proposed, read, said
 from conftest import D, V, prompt_of
 from edits import Edit, edit_config, edit_entry, edit_file, edit_weights
 from tiny_block import DIALECTS, MASK, B, Case, Reference, loaded
 from tiny_heads import quantise
 
 from mlx_redrafter.cli import info
-from mlx_redrafter.drafters import block, block_files, files
+from mlx_redrafter.drafters import block, block_files, files, rollout
 from mlx_redrafter.drafters.block import Block, Domino, Markov
 from mlx_redrafter.drafters.eagle import Attention
 from mlx_redrafter.drafters.loading import load_drafter
@@ -32,14 +32,16 @@ from mlx_redrafter.tree.shape import TreeShape
 TEXT = prompt_of(17, seed=11)
 
 
+def reference(case: Case, target: Decoder) -> Reference:
+    shared = target.model.embed_tokens.weight, target.lm_head.weight
+    return Reference(case, *(np.array(w) for w in shared))
+
+
 def assert_says(drafter: Block, case: Case, target: Decoder, width: int = 3) -> None:
     """Logits along a draft, the greedy draft, and the costs of a tree."""
     assert drafter.features == (0, 2)
     place, levels = at_the_end(drafter, target, TEXT), case.levels
-    embedding, matrix = (
-        np.array(w) for w in (target.model.embed_tokens.weight, target.lm_head.weight)
-    )
-    meant = Reference(case, embedding, matrix)
+    meant = reference(case, target)
     drafted = meant.chain(TEXT[-1], place.read, levels)
     expected = meant.said(TEXT[-1], place.read, drafted)
     found = said(drafter, place, drafted)
@@ -80,6 +82,17 @@ def test_packed_weights(
     drafter = loaded(tmp_path, case, target)
     assert isinstance(drafter.fc, nn.QuantizedLinear) is stay
     assert_says(drafter, case, target)
+
+
+@pytest.mark.parametrize("name", ["deepspec-gated", "specforge-dflash-sliding"])
+def test_first_choices_at_every_position(target: Decoder, tmp_path: Path, name: str) -> None:
+    """What the self-check counts: of one reading of the text, with its true tokens as roots."""
+    case = DIALECTS[name]
+    drafter = loaded(tmp_path, case, target)
+    features, rows = read(drafter, target, TEXT)
+    found = rollout.first_choices(drafter, features, mx.array(TEXT, mx.int32)).tolist()
+    meant = reference(case, target)
+    assert found == [meant.chain(TEXT[p + 1], rows[: p + 1], 1)[0] for p in range(len(TEXT) - 1)]
 
 
 def test_half_precision_stays_it(target_folder: Path, tmp_path: Path) -> None:

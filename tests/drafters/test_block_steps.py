@@ -17,6 +17,7 @@ from tiny_block import DIALECTS, B, loaded
 from tiny_heads import PARAMS, SHAPES
 from tiny_models import TOLERANCE
 
+from mlx_redrafter.budget import costs
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.drafters import Verified
 from mlx_redrafter.drafters.block import Block
@@ -59,6 +60,31 @@ def test_no_shape_changes_a_text(
     knowing(monkeypatch, PROMPT + answer)
     assert run(engine_of(target, drafter), PROMPT, params, shape, LENGTH, stats=stats) == answer
     assert stats.steps <= 10  # four of five are known
+
+
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
+def test_a_session_goes_on(
+    target: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, params: Any
+) -> None:
+    """With more of the same text, after an answer without drafts, and cut."""
+    drafter, session = loaded(tmp_path, DIALECTS["speculators-dspark"], target), Session()
+    engine = engine_of(target, drafter, compiled=False)
+    answer = plainly(target, PROMPT, 20, params)
+    knowing(monkeypatch, PROMPT + answer)
+    assert run(engine, PROMPT, params, SHAPES[3], 12, session) == answer[:12]
+    assert run(engine, PROMPT + answer[:12], params, None, 3, session) == answer[12:15]
+    assert run(engine, PROMPT + answer[:15], params, SHAPES[0], 5, session) == answer[15:]
+    other = [*PROMPT, *answer[:5], 1, 2]
+    assert run(engine, other, params, SHAPES[1], 8, session) == plainly(target, other, 8, params)
+
+
+@pytest.mark.measured
+def test_what_it_costs_is_measured(target: Decoder, tmp_path: Path) -> None:
+    drafter = loaded(tmp_path, DIALECTS["deepspec-dspark"], target)
+    engine = engine_of(target, drafter, compiled=False)
+    found = costs.measure(target, engine.drafters, engine.step_function, compiled=False)
+    assert set(found.draft) == set(costs.WIDTHS)
+    assert all(first > 0 for first, _ in found.draft.values())
 
 
 @pytest.mark.parametrize("depth", [B - 1, B + 2])

@@ -34,16 +34,23 @@ class Place(NamedTuple):
     position: mx.array
 
 
-def at_the_end(drafter: Block, target: Decoder, text: Sequence[int]) -> Place:
-    n, capacity = len(text) - 1, capacity_for(len(text) + 16)
+def read(drafter: Block, target: Decoder, tokens: Sequence[int]) -> tuple[Features, np.ndarray]:
+    """What one causal pass over tokens leaves, and what the drafter reads of it (P, *)."""
+    n, capacity = len(tokens), capacity_for(len(tokens))
     slots, zero = mx.arange(capacity, dtype=mx.int32), mx.array([0], mx.int32)
     caches = Pass(new_caches(target.caches, capacity, target.dtype), zero)
-    ids, mask = mx.array(list(text), mx.int32), slots[None] <= slots[:n, None]
-    hidden, outputs = target(ids[:-1], slots[:n], mask, slots, caches, drafter.features)
-    read = Features(hidden, drafter.features, outputs)
-    own = Pass(new_caches(drafter.caches, capacity, target.dtype), zero)
-    drafter.absorb(Chunk(ids[:-1], ids[1:], slots[:n], read), own)
-    rows = np.array(read.of(drafter.features).astype(mx.float32))
+    ids, mask = mx.array(list(tokens), mx.int32), slots[None] <= slots[:n, None]
+    hidden, outputs = target(ids, slots[:n], mask, slots, caches, drafter.features)
+    found = Features(hidden, drafter.features, outputs)
+    return found, np.array(found.of(drafter.features).astype(mx.float32))
+
+
+def at_the_end(drafter: Block, target: Decoder, text: Sequence[int]) -> Place:
+    n = len(text) - 1
+    features, rows = read(drafter, target, text[:-1])
+    caches = new_caches(drafter.caches, capacity_for(n + 16), target.dtype)
+    own, ids = Pass(caches, mx.array([0], mx.int32)), mx.array(list(text), mx.int32)
+    drafter.absorb(Chunk(ids[:-1], ids[1:], mx.arange(n, dtype=mx.int32), features), own)
     return Place(rows, own.caches, text[-1], mx.array([n], mx.int32))
 
 
