@@ -145,7 +145,7 @@ def _after(raw: Raw) -> bool:
     if shifts := _shifts(flat):
         return any(shifts)
     kinds = (flat.get(key) for key in ("projector_type", "speculators_model_type", "model_type"))
-    return "dspark" in kinds or any("DSpark" in str(a) for a in flat.get("architectures") or ())
+    return "dspark" in kinds or "DSpark" in str(flat.get("architectures"))
 
 
 def _layers_are(raw: Raw) -> str:
@@ -214,10 +214,11 @@ def config_of(raw: Raw, given: Mapping[str, Shape], num_layers: int, folder: Pat
     places = files.size("block_size", flat.get("block_size"), 2, 256)
     windows, causal = _windows(flat, count, folder)
     bias = next((kind for key, kind in _BIASES.items() if f"bias.{key}.weight" in given), "none")
-    out = given.get("bias.out.weight", (0, 0))
+    out = given.get("bias.out.weight", ())
     if flat.get("markov_rank") and bias == "none":
         raise DrafterError(f"the drafter in {folder} lacks its Markov head: download it again")
-    rank = flat.get("emb_dim" if bias == "domino" else "markov_rank") or out[-1]
+    rank = flat.get("emb_dim" if bias == "domino" else "markov_rank") or (out or (0,))[-1]
+    plain = files.size("pure_draft_prefix_len", flat.get("pure_draft_prefix_len", 0), 0)
     return BlockConfig(
         layer=layer,
         features=_features(raw, count, num_layers),
@@ -231,9 +232,7 @@ def config_of(raw: Raw, given: Mapping[str, Shape], num_layers: int, folder: Pat
         rank=files.size("markov_rank", rank, 0) if bias != "none" else 0,
         bias_rows=files.rows(out),
         state_size=files.rows(given.get("bias.recur.weight", ())) // 3,
-        plain_levels=files.size("pure_draft_prefix_len", flat.get("pure_draft_prefix_len", 0), 0)
-        if bias == "domino"
-        else 0,
+        plain_levels=plain if bias == "domino" else 0,
     )
 
 
@@ -316,7 +315,10 @@ def _module(raw: Raw, given: Mapping[str, Shape], target: Decoder, folder: Path)
     files.check_sizes(layer.hidden_size, layer.vocab_size, target, folder)
     for rows in {layer.rows, config.bias_rows} - {0}:
         files.check_rows(rows, vocabulary, config.draft_vocab_size, folder)
-    return Block(config)
+    try:
+        return Block(config)
+    except ModelError as error:  # its rotary embedding
+        raise DrafterError(f"the drafter in {folder} cannot be read: {error}") from None
 
 
 LAYOUT = files.Layout(KIND, lambda folder: (), renamed, _module)

@@ -299,6 +299,9 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "wrong rank": (edit_config(markov_rank=7), "do not fit"),
     "rows of neither": (tensor(W2, (50, 6)), "50 tokens; needed: 97"),
     "previous tokens of a draft vocabulary": (tensor(W1, (60, 6)), "do not fit"),
+    "a scalar": (tensor(W2, ()), "0 tokens; needed: 97|bias.out.weight"),
+    "rotary": (edit_config(rope_scaling={"type": "odd"}), "rope type 'odd'"),
+    "rotary of a number": (edit_config(rope_scaling=5), "cannot be read"),
     "another base": (edit_config(hidden_size=64), "hidden size 64.*32"),
     "another vocabulary": (edit_config(vocab_size=98), "vocabulary size 98.*97"),
     "no block": (edit_config(block_size=None), "block_size None is an impossible"),
@@ -342,6 +345,24 @@ def test_what_can_be_wrong_with_a_folder(target: Decoder, tmp_path: Path, case: 
     with pytest.raises(DrafterError, match=words) as caught:
         load_drafter(tmp_path, target)
     assert "\n" not in str(caught.value) and not str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("value", [5, "x", [], {"a": 1}, [None], True, -1, 1.5])
+@pytest.mark.parametrize(
+    "key", ["architectures", "dflash_config", "transformer_layer_config", "target_layer_ids",
+            "block_size", "mask_token_id", "markov_rank", "layer_types", "rope_scaling", "head_dim",
+            "rms_norm_eps", "rope_theta", "shift_label", "num_hidden_layers", "is_causal"],
+)  # fmt: skip
+def test_any_value_of_a_key_is_read_or_one_line(
+    target: Decoder, tmp_path: Path, key: str, value: Any
+) -> None:
+    case = DIALECTS["deepspec-dspark"]
+    given, config = canonical(case), {**case.config, key: value}
+    try:
+        block_files._module(config, given, target, tmp_path)
+        block_files.alternatives(config)
+    except DrafterError as error:
+        assert "\n" not in str(error)
 
 
 def test_a_draft_vocabulary_that_is_none(target: Decoder, tmp_path: Path) -> None:
