@@ -26,6 +26,8 @@ KIND = "block drafter"
 T = TypeVar("T")
 Raw = Mapping[str, Any]
 
+TYPES = ("dflash", "dspark", "domino")
+"""Our model types."""
 PLACES = "places_predict"
 """Our key: does a place predict the token ``after`` it, or the one ``at`` it?"""
 
@@ -56,6 +58,16 @@ _ATTENTION = ("full_attention", "sliding_attention")
 _SHIFTS = ("sample_from_anchor", "shift_label")
 _METHODS = ("dflash_config", "dspark_config")
 _INPUTS = "aux_hidden_state_layer_ids"
+_KEYS = (
+    "architectures", "speculators_model_type", "projector_type", "block_size", "mask_token_id",
+    "markov_rank", "markov_head_type", "emb_dim", "pure_draft_prefix_len", "hidden_size",
+    "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "hidden_act", "rms_norm_eps", "max_position_embeddings", "rope_theta",
+    "rope_scaling", "rope_parameters", "rope_traditional", "layer_types", "sliding_window",
+    "swa_window_size", "use_swa", "sliding_window_non_causal", "is_causal", "causal",
+    "target_layer_ids", _INPUTS, eagle_files.LAYERS_ARE, PLACES, *_SHIFTS,
+)  # fmt: skip
+"""Of a configuration, all that is read."""
 
 
 def is_one(folder: Path, raw: Raw, names: Mapping[str, Any]) -> bool:
@@ -65,9 +77,7 @@ def is_one(folder: Path, raw: Raw, names: Mapping[str, Any]) -> bool:
 
 def looks_so(stored: Mapping[str, Any]) -> bool:
     """Are tensors named as those of a block drafter are?"""
-    return {"fc.weight", "hidden_norm.weight", "layers.0.self_attn.k_proj.weight"} <= {
-        _bare(name) for name in stored
-    }
+    return {"fc.weight", "hidden_norm.weight"} <= {_bare(name) for name in stored}
 
 
 def alternatives(raw: Raw) -> list[dict[str, Any]]:
@@ -87,7 +97,8 @@ def renamed(stored: Mapping[str, T], raw: Raw) -> dict[str, T]:
     head, the set of the draft vocabulary, what predicts acceptance, buffers.
 
     Raises:
-        DrafterError: the tensors of a drafter that only looks like one.
+        DrafterError: the tensors of a drafter that only looks like one, or a draft vocabulary that
+            its file contradicts.
     """
     result: dict[str, T] = {}
     names = {_bare(name): value for name, value in stored.items()}
@@ -104,8 +115,11 @@ def renamed(stored: Mapping[str, T], raw: Raw) -> dict[str, T]:
         if name == eagle_files.OFFSETS:
             name = files.VOCABULARY
             if isinstance(value, mx.array):
-                value = cast(T, eagle_files._ids(value))
+                value = cast(T, eagle_files.target_ids(value))
         result[_canonical(name)] = value
+    ids, members = result.get(files.VOCABULARY), names.get(eagle_files.MEMBERS)
+    if isinstance(ids, mx.array) and isinstance(members, mx.array):
+        eagle_files.check_members(ids, members)
     return result
 
 
@@ -199,7 +213,7 @@ def config_of(raw: Raw, given: Mapping[str, Shape], num_layers: int, folder: Pat
         DrafterError: no drafter is there, or what none can have.
     """
     flat = _flat(raw)
-    if not looks_so(given):
+    if not looks_so(given) or "layers.0.self_attn.k_proj.weight" not in given:
         raise DrafterError(
             f"the drafter in {folder} lacks the tensors of a {KIND}: needed are fc.weight, "
             "hidden_norm.weight and layers.*"
@@ -332,7 +346,7 @@ def load(folder: Path, target: Decoder) -> Block:
 def describe(folder: Path) -> files.Description:
     """What the files say of the drafter. Raises DrafterError."""
     raw, weights = LAYOUT.weights(folder)
-    config = config_of(raw, shapes(weights), 1 << 20, folder)
+    config = shape_of(raw, shapes(weights), folder)
     layer = config.layer
     name = {"none": "DFlash", "domino": "Domino"}.get(config.bias, "DSpark")
     facts = {
@@ -343,8 +357,23 @@ def describe(folder: Path) -> files.Description:
         "context_layers": _layer_ids(raw),
         "feature_layers_are": _layers_are(raw),
         "head_width": layer.hidden_size,
-        "base": eagle_files._base(raw),
+        "base": eagle_files.base_model(raw),
         "draft_vocabulary": layer.draft_vocab_size or layer.vocab_size,
     }
     one = {name: value for name, value in weights.items() if name.startswith("bias.")}
     return files.Description(facts, weights, one, layer.hidden_size)
+
+
+def shape_of(raw: Raw, given: Mapping[str, Shape], folder: Path) -> BlockConfig:
+    """As `config_of`, where no model is at hand: any layer is in it. Raises DrafterError."""
+    return config_of(raw, given, 1 << 20, folder)
+
+
+def flat_config(config: BlockConfig, raw: Raw) -> dict[str, Any]:
+    """A config.json that says on its top level what `config_of` reads, and leaves open what was."""
+    flat, base = _flat(raw), eagle_files.base_model(raw)
+    return {
+        "model_type": flat["model_type"] if flat.get("model_type") in TYPES else TYPES[0],
+        **{key: flat[key] for key in _KEYS if flat.get(key) is not None},
+        **({"base_model_name_or_path": base} if base else {}),
+    }

@@ -173,9 +173,7 @@ DRAFTERS: dict[str, Kind] = {
     "mlp_speculator": _SPECULATOR,
     "eagle3": _EAGLE,
     "eagle": _EAGLE,
-    "dflash": _BLOCK,
-    "dspark": _BLOCK,
-    "domino": _BLOCK,
+    **dict.fromkeys(block_files.TYPES, _BLOCK),
 }
 """By ``model_type`` of the drafter's config.json."""
 
