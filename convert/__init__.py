@@ -98,7 +98,7 @@ def convert(
         source: folder, file or Hugging Face id of a drafter or a base model.
         out: the folder to make.
         format: of the source: auto | apple | mlx | tensorrt-llm | modelopt | medusa |
-            speculator | eagle | base | gguf.
+            speculator | eagle | block | base | gguf.
         to: layout of the output: mlx | apple | tensorrt-llm (the last two for drafters).
         target: base model that a drafter must fit: folder, hub id or built-in name.
         bits: quantise to 4 or 8 bits, in groups of ``group_size``; 16: no quantisation. None: none

@@ -6,7 +6,7 @@ import re
 from enum import StrEnum
 from typing import Any
 
-from mlx_redrafter.drafters import eagle_files, medusa, speculator
+from mlx_redrafter.drafters import block_files, eagle_files, medusa, speculator
 from mlx_redrafter.errors import ConvertError
 from mlx_redrafter.models import SUPPORTED
 from mlx_redrafter.models.files import HEADS
@@ -25,6 +25,7 @@ class Format(StrEnum):
     MEDUSA = "medusa"
     SPECULATOR = "speculator"
     EAGLE = "eagle"
+    BLOCK = "block"
     BASE = "base"
     GGUF = "gguf"
 
@@ -35,7 +36,7 @@ class Format(StrEnum):
     @property
     def is_head(self) -> bool:
         """A drafter of another kind than ReDrafter."""
-        return self in (Format.MEDUSA, Format.SPECULATOR, Format.EAGLE)
+        return self in (Format.MEDUSA, Format.SPECULATOR, Format.EAGLE, Format.BLOCK)
 
     @property
     def label(self) -> str:
@@ -50,6 +51,7 @@ _TITLES = {
     Format.MEDUSA: "set of Medusa heads",
     Format.SPECULATOR: "speculator",
     Format.EAGLE: "head of EAGLE",
+    Format.BLOCK: "block drafter such as DFlash or DSpark",
     Format.BASE: "base model",
     Format.GGUF: "base model in GGUF",
 }
@@ -63,7 +65,6 @@ _LOOK_ALIKES = (
         "cell on the target's embedding",
     ),
     (r"hydra_\w+(\..*)?", "a set of Hydra heads"),
-    (r"hidden_norm\.weight", "a block drafter such as DFlash or DSpark"),
     (
         r"drafter\.layers\..*",
         "a checkpoint that TensorRT-LLM made for its own engine (give the drafter folder that it "
@@ -105,13 +106,13 @@ def recognise(checkpoint: Checkpoint) -> Format:
     raise ConvertError(
         f"{checkpoint.path} is in no format that is read here: model_type "
         f"{kind or '(none)'}, tensors {preview(names, 3)}; needed: a ReDrafter of Apple, "
-        f"TensorRT-LLM or ModelOpt, Medusa heads, a speculator, an EAGLE head, or a base model of "
-        f"type {', '.join(SUPPORTED)}"
+        f"TensorRT-LLM or ModelOpt, Medusa heads, a speculator, an EAGLE head, a block drafter "
+        f"(DFlash, DSpark, Domino), or a base model of type {', '.join(SUPPORTED)}"
     )
 
 
 def _head(checkpoint: Checkpoint) -> Format | None:
-    """Medusa heads, a speculator or an EAGLE head, by what config.json says, else by the names."""
+    """Another kind of drafter than ReDrafter, by what config.json says, else by the names."""
     config, names = checkpoint.config, dict.fromkeys(checkpoint.names())
     kind = config.get("model_type")
     own_file = any(file.name.startswith(HEADS.stem) for file in checkpoint.files)
@@ -121,6 +122,8 @@ def _head(checkpoint: Checkpoint) -> Format | None:
         return Format.SPECULATOR
     if kind in eagle_files.TYPES or eagle_files.is_one(checkpoint.folder, config, names):
         return Format.EAGLE
+    if kind in block_files.TYPES or block_files.looks_so(names):
+        return Format.BLOCK
     # A single head is named as TensorRT-LLM's ReDrafter may be.
     several = any(name.startswith("heads.1.") for name in medusa.renamed(names, config))
     alone = not several and any((match := _HEAD.fullmatch(n)) and match[1] == "0" for n in names)

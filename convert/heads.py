@@ -1,7 +1,8 @@
-"""Medusa heads, speculators and EAGLE heads of every layout become one folder that loads as it is.
+"""Medusa heads, speculators, EAGLE heads and block drafters become one folder that loads as it is.
 
 Medusa heads are written as vLLM names them, speculators as IBM does, EAGLE heads as SafeAILab does,
-tensors that are copies left out. Shapes are checked against the module that will read them.
+block drafters by their module's names; tensors that are copies are left out. Shapes are checked
+against the module that will read them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_redrafter.drafters import eagle_files, files, medusa, speculator
+from mlx_redrafter.drafters import block_files, eagle_files, files, medusa, speculator
+from mlx_redrafter.drafters.block import Block
 from mlx_redrafter.drafters.eagle import Eagle
 from mlx_redrafter.drafters.medusa import Medusa, MedusaConfig
 from mlx_redrafter.drafters.speculator import Speculator, SpeculatorConfig
@@ -129,6 +131,10 @@ _KINDS = {
     ),
     Format.EAGLE: _Kind(
         eagle_files.LAYOUT, eagle_files.shape_of, Eagle, eagle_files.flat_config,
+        eagle_files.written,
+    ),
+    Format.BLOCK: _Kind(
+        block_files.LAYOUT, block_files.shape_of, Block, block_files.flat_config,
         eagle_files.written,
     ),
 }  # fmt: skip

@@ -37,7 +37,7 @@ def command(
         str,
         typer.Option(
             help="Format of SRC: auto, apple, mlx, tensorrt-llm, modelopt, medusa, speculator, "
-            "eagle, base or gguf."
+            "eagle, block, base or gguf."
         ),
     ] = "auto",
     to: Annotated[

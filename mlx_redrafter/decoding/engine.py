@@ -171,8 +171,8 @@ class _Answer:
                 tokens = [t for t in cast(list[int], text.tolist())[1:] if t != END]
                 now = time.perf_counter()
                 stats.decode_seconds += now - mark
-                in_place = len(known)
-                stand = in_place + len(tokens) - 1 if ahead else stand
+                in_place = len(known) - self.behind
+                stand = len(known) + len(tokens) - 1 if ahead else stand
                 tokens = tokens[: self.final - len(known)]
                 stats.record(len(tokens), shape.nodes - 1, str(shape))
                 # A step that was traced first, or waited for the reader, tells nothing.
@@ -190,7 +190,8 @@ class _Answer:
                 in_flight = following
         finally:
             # A step launched ahead has put the rows that were accepted before it into place, and
-            # its own behind them; without one, the last tree's rows are still in tree order.
+            # its own behind them; without one, the last tree's rows are still in tree order, and
+            # what drafters keep of its root waits with them.
             caches = [*self.state.caches, *self.asleep]
             self.request.session.holds(known[:in_place], caches, stand, self.covered)
 

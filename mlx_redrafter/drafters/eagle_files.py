@@ -114,11 +114,11 @@ def renamed(stored: Mapping[str, T], raw: Raw) -> dict[str, T]:
         if bare == OFFSETS:
             bare = files.VOCABULARY
             if isinstance(value, mx.array):
-                value = cast(T, _ids(value))
+                value = cast(T, target_ids(value))
         result[bare] = value
     ids = result.get(files.VOCABULARY)
     if isinstance(ids, mx.array) and isinstance(members, mx.array):
-        _check_members(ids, members)
+        check_members(ids, members)
     return result
 
 
@@ -141,7 +141,7 @@ def _is_copy(name: str, raw: Raw) -> bool:
     return name.startswith("embed_tokens.") and not own
 
 
-def _ids(offsets: mx.array) -> mx.array:
+def target_ids(offsets: mx.array) -> mx.array:
     """The target's ids of the draft vocabulary. Raises DrafterError."""
     if not mx.issubdtype(offsets.dtype, mx.integer) or offsets.ndim != 1:
         raise DrafterError(f"the drafter's {OFFSETS} is no list of whole numbers")
@@ -153,7 +153,7 @@ def _ids(offsets: mx.array) -> mx.array:
     return ids
 
 
-def _check_members(ids: mx.array, members: mx.array) -> None:
+def check_members(ids: mx.array, members: mx.array) -> None:
     """Do the flags of a vocabulary (V,) say the same as its ids (Vd,)? Raises DrafterError."""
     flagged = [i for i, flag in enumerate(cast(list[int], members.reshape(-1).tolist())) if flag]
     if flagged != ids.tolist():
@@ -350,7 +350,7 @@ def describe(folder: Path) -> files.Description:
         "context_layers": _layer_ids(raw),
         "feature_layers_are": _layers_are(raw) if three else None,
         "head_width": config.hidden_size,
-        "base": _base(raw),
+        "base": base_model(raw),
         "draft_vocabulary": config.draft_vocab_size or config.vocab_size,
     }
     one = {name: value for name, value in weights.items() if not name.startswith(once)}
@@ -364,7 +364,7 @@ def shape_of(raw: Raw, given: Mapping[str, Shape], folder: Path) -> EagleConfig:
 
 def flat_config(config: EagleConfig, raw: Raw) -> dict[str, Any]:
     """A config.json that says on its top level what `config_of` reads, and leaves open what was."""
-    flat, base = _flat(raw), _base(raw)
+    flat, base = _flat(raw), base_model(raw)
     return {
         "model_type": TYPES[bool(config.features)],
         **{key: flat[key] for key in _KEYS if flat.get(key) is not None},
@@ -373,7 +373,7 @@ def flat_config(config: EagleConfig, raw: Raw) -> dict[str, Any]:
     }
 
 
-def _base(raw: Raw) -> str | None:
+def base_model(raw: Raw) -> str | None:
     """The model that the head was made for, where its files name it."""
     verifier: Any = raw
     for key in ("speculators_config", "verifier"):

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple, cast
 
 import mlx.nn as nn
 
-from mlx_redrafter.drafters import Drafter, eagle_files, files, medusa, model, speculator
+from mlx_redrafter.drafters import (
+    Drafter,
+    block_files,
+    eagle_files,
+    files,
+    medusa,
+    model,
+    speculator,
+)
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import DrafterError
 from mlx_redrafter.models import Decoder
@@ -155,6 +163,9 @@ _SPECULATOR = Kind(speculator.load, speculator.LAYOUT.check, speculator.describe
 _EAGLE = Kind(
     eagle_files.load, eagle_files.LAYOUT.check, eagle_files.describe, eagle_files.alternatives
 )
+_BLOCK = Kind(
+    block_files.load, block_files.LAYOUT.check, block_files.describe, block_files.alternatives
+)
 DRAFTERS: dict[str, Kind] = {
     "redrafter": _RECURRENT,
     "recurrent_drafting_drafter": _RECURRENT,  # Apple's
@@ -162,6 +173,7 @@ DRAFTERS: dict[str, Kind] = {
     "mlp_speculator": _SPECULATOR,
     "eagle3": _EAGLE,
     "eagle": _EAGLE,
+    **dict.fromkeys(block_files.TYPES, _BLOCK),
 }
 """By ``model_type`` of the drafter's config.json."""
 
@@ -169,5 +181,6 @@ _SIGNS: tuple[tuple[Callable[[Path, Mapping[str, Any], Mapping[str, Any]], bool]
     (medusa.is_one, _MEDUSA),
     (speculator.is_one, _SPECULATOR),
     (eagle_files.is_one, _EAGLE),
+    (block_files.is_one, _BLOCK),
     (model.is_one, Kind(model.load, model.check, model.describe)),
 )

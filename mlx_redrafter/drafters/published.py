@@ -12,7 +12,7 @@ from typing import NamedTuple
 MEDUSA, MLP, LSTM = "Medusa", "MLP", "LSTM"
 EAGLE_3, EAGLE_1, DSPARK, DFLASH, SMALL = "EAGLE-3", "EAGLE-1", "DSpark", "DFlash", "small model"
 
-LOADED_KINDS = frozenset({MEDUSA, MLP, LSTM, EAGLE_3, EAGLE_1, SMALL})
+LOADED_KINDS = frozenset({MEDUSA, MLP, LSTM, EAGLE_3, EAGLE_1, DSPARK, DFLASH, SMALL})
 """What --drafter takes; the others are listed, and recommended nowhere."""
 CONVERTED_KINDS = frozenset({MEDUSA, MLP, LSTM, EAGLE_3, EAGLE_1})
 """Of these, what convert reads from PyTorch files."""

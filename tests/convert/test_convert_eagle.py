@@ -25,7 +25,7 @@ from mlx_redrafter.convert import card, convert
 from mlx_redrafter.drafters import eagle_files
 from mlx_redrafter.drafters.eagle import Eagle
 from mlx_redrafter.drafters.loading import check_folder, load_drafter
-from mlx_redrafter.errors import ConvertError, DrafterError, OptionError
+from mlx_redrafter.errors import DrafterError, OptionError
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.models.weights import parameters, read_json
 
@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_one_line(deep: Decoder, folder: Path, tmp_path: Pa
     with pytest.raises(DrafterError, match=r"vocabulary size 97.*105"):
         convert(source, tmp_path / "out", target=other)
     block = {"fc.weight": np.ones((4, 8)), "hidden_norm.weight": np.ones(4)}
-    with pytest.raises(ConvertError, match="a block drafter such as DFlash or DSpark"):
+    with pytest.raises(DrafterError, match="lacks the tensors of a block drafter"):
         convert(write(tmp_path / "block", {"model_type": "qwen3"}, block), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

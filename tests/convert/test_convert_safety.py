@@ -238,7 +238,7 @@ LOOK_ALIKES = {
     "block": (
         ["fc.weight", "hidden_norm.weight", "layers.0.mlp.up_proj.weight"],
         {"model_type": "qwen3"},
-        "is not a ReDrafter but a block drafter such as DFlash or DSpark",
+        "lacks the tensors of a block drafter",
     ),
     "engine": (
         ["drafter.layers.0.linear.weight", "drafter.lm_head.weight"],
