@@ -14,7 +14,7 @@ EAGLE_3, EAGLE_1, DSPARK, DFLASH, SMALL = "EAGLE-3", "EAGLE-1", "DSpark", "DFlas
 
 LOADED_KINDS = frozenset({MEDUSA, MLP, LSTM, EAGLE_3, EAGLE_1, DSPARK, DFLASH, SMALL})
 """What --drafter takes; the others are listed, and recommended nowhere."""
-CONVERTED_KINDS = frozenset({MEDUSA, MLP, LSTM, EAGLE_3, EAGLE_1})
+CONVERTED_KINDS = frozenset({MEDUSA, MLP, LSTM, EAGLE_3, EAGLE_1, DSPARK, DFLASH})
 """Of these, what convert reads from PyTorch files."""
 
 
