@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,14 @@ from mlx_redrafter.training.data import Batch, Before, Positions, Rows
 from mlx_redrafter.training.shards import Shard, batched
 
 Place = tuple[int, int]  # a shard, and a conversation in it
+
+
+class Span(NamedTuple):
+    """A conversation's rows: where they begin, how many are the prompt's and the answer's."""
+
+    first: int
+    prompt: int
+    answer: int
 
 
 class WholeRows(Rows):
@@ -29,6 +38,9 @@ class WholeRows(Rows):
     @property
     def size(self) -> int:
         return len(self.all)
+
+    def span(self, conversation: int) -> Span:
+        return Span(*(int(n[conversation]) for n in (self.firsts, self.prompts, self.answers)))
 
 
 class Conversations(Positions):
@@ -90,26 +102,21 @@ class Conversations(Positions):
     def _answers(self, places: Sequence[Place]) -> Batch:
         self._need({i for i, _ in places})
         steps, runs = self.rollout, len(places)
-        spans = [
-            (self.rows[i], *(int(n[c]) for n in (r.firsts, r.prompts, r.answers)))
-            for i, c in places
-            for r in [self.rows[i]]
-        ]
-        length = self._length(max(answer for *_, answer in spans) - 1)
-        before = self._length(max(prompt for *_, prompt, _ in spans))
-        shape = self.rows[places[0][0]].open().shape[2]
-        width = before + length + steps
+        spans = [self.rows[i].span(c) for i, c in places]
+        length = self._length(max(span.answer for span in spans) - 1)
+        before = self._length(max(span.prompt for span in spans))
+        size, width = self.target.target.config.hidden_size, before + length + steps
         tokens = np.zeros((runs, width), np.int32)
-        features = np.zeros((runs, width, len(self._pick), shape), np.float16)
+        features = np.zeros((runs, width, len(self._pick), size), np.float16)
         seen = np.zeros((runs, before), bool)
         valid = np.zeros((steps, runs, length), np.float32)
-        for b, (row, first, prompt, answer) in enumerate(spans):
-            rows = slice(first, first + prompt + answer)
-            at = slice(before - prompt, before + answer)
+        for b, ((i, _), span) in enumerate(zip(places, spans, strict=True)):
+            row, rows = self.rows[i], slice(span.first, span.first + span.prompt + span.answer)
+            at = slice(before - span.prompt, before + span.answer)
             tokens[b, at], features[b, at] = row.all[rows], row.open()[rows][:, self._pick]
-            seen[b, before - prompt :] = True
+            seen[b, before - span.prompt :] = True
             for k in range(1, steps + 1):
-                valid[k - 1, b, : max(0, answer - k)] = 1
+                valid[k - 1, b, : max(0, span.answer - k)] = 1
         return Batch(
             tokens[:, before:], features[:, before:], valid,
             Before(tokens[:, :before], features[:, :before], seen),

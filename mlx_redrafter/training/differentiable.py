@@ -5,6 +5,8 @@ What ``vectorised`` computes has none: bits of a number are put together there.
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 
 from mlx_redrafter.models import vectorised
@@ -12,25 +14,33 @@ from mlx_redrafter.runtime.device import fused_kernels
 from mlx_redrafter.training.losses import softmax
 
 
-@mx.custom_function
 def attention_weights(scores: mx.array) -> mx.array:
     """softmax over the last axis."""
+    return cast(mx.array, _attention_weights(scores))
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up."""
+    return cast(mx.array, _swiglu(gate, up))
+
+
+@mx.custom_function
+def _attention_weights(scores: mx.array) -> mx.array:
     return softmax(scores)
 
 
-@attention_weights.vjp
+@_attention_weights.vjp
 def _attention_weights_vjp(scores: mx.array, by_weight: mx.array, weights: mx.array) -> mx.array:
     product = by_weight * weights
     return product - weights * mx.sum(product, axis=-1, keepdims=True)
 
 
 @mx.custom_function
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) * up."""
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * _sigmoid(gate) * up
 
 
-@swiglu.vjp
+@_swiglu.vjp
 def _swiglu_vjp(
     primals: tuple[mx.array, mx.array], by_output: mx.array, output: mx.array
 ) -> tuple[mx.array, mx.array]:

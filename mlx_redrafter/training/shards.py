@@ -68,6 +68,10 @@ class Shard:
     def conversations(self) -> list[Conversation]:
         return read_conversations(self.file)
 
+    def count(self) -> int:
+        """Tokens that have features."""
+        return sum(len(c.parts(self.whole)[1]) for c in self.conversations())
+
 
 def features_folder(folder: Path, whole: bool) -> Path:
     """Where a training folder has the features of answers, or of whole conversations."""

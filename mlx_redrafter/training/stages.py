@@ -251,7 +251,8 @@ def fit(run: Run) -> None:
 
     agreement.warn(run.supply)
     tokens = sum(imports.tokens(config.out))
-    if _cached(run, tokens):
+    every = shards(config.out, run.trainee.whole)
+    if _cached(run, sum(s.count() for s in every) if run.trainee.whole else tokens):
         _read_features(run)
     _note_new_answers(config.out, tokens)
     with Bar("fit", config.steps, "steps", fitted_steps(config.out)) as bar:
@@ -262,7 +263,7 @@ def _read_features(run: Run) -> None:
     """Compute the features of answers that were taken in, where the progress can be seen."""
     layers = _settled_layers(run)
     every = shards(run.config.out, run.trainee.whole)
-    missing = [(s, answer_tokens(s.file)) for s in every if not s.features_file.is_file()]
+    missing = [(s, s.count()) for s in every if not s.features_file.is_file()]
     if not missing:
         return
     reader = BatchedTarget(run.target, layers)
