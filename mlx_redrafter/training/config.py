@@ -25,6 +25,7 @@ KINDS = {
         {"num_draft_layers": 1, "rollout": 4},
         ("cell", "initial_state", "context_layers", "head", "exit_dim"),
     ),
+    "eagle3": Kind({}, ("cell", "initial_state", "head", "exit_dim", "num_draft_layers")),
 }
 _UNKNOWN = Kind({}, ())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,6 +28,19 @@ _HELD_OUT = 32  # one conversation of so many is kept out of training
 
 
 @dataclass(frozen=True)
+class Before:
+    """What comes before each of B runs, Q positions, for drafters that see it.
+
+    tokens (B, Q) int32; features (B, Q, L, D) float16; seen (B, Q) bool, False before a
+    conversation begins.
+    """
+
+    tokens: np.ndarray
+    features: np.ndarray
+    seen: np.ndarray
+
+
+@dataclass(frozen=True)
 class Batch:
     """B runs of T positions, and what K draft steps after each of them need.
 
@@ -39,9 +53,10 @@ class Batch:
     tokens: np.ndarray
     features: np.ndarray
     valid: np.ndarray
+    before: Before | None = None
 
 
-class _Rows:
+class Rows:
     """A shard's answer tokens one after the other, and which answer each belongs to."""
 
     def __init__(self, shard: Shard) -> None:
@@ -51,14 +66,20 @@ class _Rows:
         lengths = [len(c.answer) for c in conversations]
         self.owner = np.repeat(np.arange(len(lengths)), lengths)
         held_out = -(-len(lengths) // _HELD_OUT) if len(lengths) > 1 else 0
-        self.cut = int(sum(lengths[: len(lengths) - held_out]))
+        self.trained = len(lengths) - held_out
+        self.cut = int(sum(lengths[: self.trained]))
         self.features: np.ndarray | None = None
+
+    @property
+    def size(self) -> int:
+        """Rows that have features."""
+        return len(self.tokens)
 
     def open(self) -> np.ndarray:
         if self.features is None:
             with reading(self.shard.features_file, "delete it, it can be computed again"):
                 self.features = np.load(self.shard.features_file, mmap_mode="r")
-            if len(self.features) != len(self.tokens):
+            if len(self.features) != self.size:
                 raise OptionError(
                     f"{self.shard.features_file} does not belong to {self.shard.file}: delete it"
                 )
@@ -72,23 +93,28 @@ class Positions:
     ``cache_bytes`` is thrown away after use and computed again in the next epoch.
     """
 
+    whole: ClassVar[bool] = False
+    """Are features those of whole conversations, from the second token on?"""
+    rows_of: ClassVar[type[Rows]] = Rows
+    rows: list[Any]
+
     def __init__(
         self, folder: Path, target: BatchedTarget, segment: int, rollout: int, cache_bytes: float
     ) -> None:
         self.target, self.segment, self.rollout = target, segment, rollout
-        self.rows = [_Rows(shard) for shard in shards(folder)]
+        self.rows = [self.rows_of(shard) for shard in shards(folder, self.whole)]
         if not self.rows:
             raise OptionError(f"{folder} has no answers to train on: run `train answers` first")
-        stored = recorded_layers(folder)
+        stored = recorded_layers(folder, self.whole)
         if stored is None or not set(target.layers) <= set(stored):
             for row in self.rows:
                 row.shard.features_file.unlink(missing_ok=True)
-            record_layers(folder, target.layers)
+            record_layers(folder, target.layers, self.whole)
             stored = target.layers
         self._pick = [stored.index(layer) for layer in target.layers]
         self._stored = stored
         size = target.target.config.hidden_size
-        total = feature_bytes(sum(len(r.tokens) for r in self.rows), len(stored), size)
+        total = feature_bytes(sum(r.size for r in self.rows), len(stored), size)
         share = min(1.0, cache_bytes / max(total, 1))
         self.group = len(self.rows) if share == 1 else max(1, int(len(self.rows) * share))
 
@@ -196,7 +222,7 @@ def compute_features(target: BatchedTarget, layers: Sequence[int], shard: Shard)
         longest = _length(conversations[order[-1]])
         count = max(1, READ_TOKENS // longest)
         part, order = order[-count:], order[:-count]
-        pairs = [(conversations[i].prompt, conversations[i].answer) for i in part]
+        pairs = [conversations[i].parts(shard.whole) for i in part]
         result.update(zip(part, reader.read(pairs), strict=True))
     save_features(shard.features_file, [result[i] for i in range(len(conversations))])
 

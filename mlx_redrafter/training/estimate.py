@@ -29,8 +29,10 @@ from mlx_redrafter.training.progress import duration
 from mlx_redrafter.training.shards import (
     answer_tokens,
     feature_bytes,
+    features_folder,
     record_layers,
     save_features,
+    shards,
     write_lines,
 )
 from mlx_redrafter.training.stages import fitted_steps
@@ -94,13 +96,13 @@ def measure(config: TrainConfig, evaluating: Evaluating | None = None) -> Estima
     with Console(stderr=True).status("measuring: evaluation"):
         decoding = _decoding(target, config)
     with Console(stderr=True).status("measuring: writing"):
-        writing = _writing(BatchedTarget(target, layers), config)
+        writing = _writing(BatchedTarget(target, () if kind.whole else layers), config)
     with Console(stderr=True).status("measuring: reading"):
         reading = _reading(BatchedTarget(target, layers), config)
     with Console(stderr=True).status("measuring: fitting"):
         step, checkpoint = _fitting(target, config, layers)
     speeds = Speeds(writing, reading, step, decoding, checkpoint)
-    token_bytes = feature_bytes(1, len(layers), target.config.hidden_size)
+    token_bytes = round(_rows(config) * feature_bytes(1, len(layers), target.config.hidden_size))
     stages = _stages(config, evaluating or Evaluating(), parts, token_bytes, speeds)
     return Estimate(stages, parts, batch, asked)
 
@@ -112,7 +114,7 @@ def _stages(
     token_bytes: int,
     speeds: Speeds,
 ) -> tuple[Stage, ...]:
-    """What is still to be done, from speeds; `token_bytes` is what features of a token take."""
+    """What is still to be done, from speeds; `token_bytes`: features per answer token."""
     taken, written = _answer_tokens(config)
     wanted = max(0, config.answer_tokens - taken - written)
     count = wanted / (_ANSWER_SHARE * config.max_tokens)
@@ -121,7 +123,10 @@ def _stages(
     tokens = taken + written + wanted
     cached = tokens * token_bytes <= config.cache_gb * 1e9
     steps = config.steps - fitted_steps(config.out)
-    unread = 0 if any(config.out.glob(f"features/{imports.PREFIX}*")) else taken
+    whole = kinds.of(config).whole
+    read = features_folder(config.out, whole).glob("*.npy" if whole else f"{imports.PREFIX}*")
+    unread = 0 if any(read) else tokens if whole else taken
+    kept = tokens * token_bytes if cached else 0
     again = unread if cached else max(0, steps) * config.batch_positions
     questions = len(read_prompts(count=evaluating.prompts))
     live = questions * len(SHAPES) / _TOKENS_PER_STEP
@@ -134,16 +139,22 @@ def _stages(
         Stage("prompts", _TAIL * prompt_tokens / speeds.writing if own else 0.0, write,
               round(count * 250), f"about {count:,.0f} prompts"),
         Stage("answers", _TAIL * wanted / speeds.writing, write,
-              text + (tokens * token_bytes if cached else 0),
+              text + (0 if whole else kept),
               f"{speeds.writing:,.0f} tokens/s, batch {config.batch}"),
         Stage("fit", max(0, steps) * speeds.fitting + again / speeds.reading, fit,
-              2 * speeds.checkpoint + (0 if cached else round(config.cache_gb * 1e9)),
+              2 * speeds.checkpoint + (kept * whole if cached else round(config.cache_gb * 1e9)),
               f"{config.batch_positions / speeds.fitting:,.0f} positions/s"
               + (f", reading again at {speeds.reading:,.0f} tokens/s" if again else "")),
         Stage("evaluate", decoded * speeds.decoding, parts["target"] + parts["drafter"], 2_000_000,
               f"{questions} prompts of {evaluating.max_tokens} tokens, "
               f"{1000 * speeds.decoding:.0f} ms per step"),
     )  # fmt: skip
+
+
+def _rows(config: TrainConfig) -> float:
+    """Tokens whose features are kept, per answer token."""
+    prompt = _PROMPT_SHARE * config.prompt_tokens / (_ANSWER_SHARE * config.max_tokens)
+    return 1 + (prompt if kinds.of(config).whole else 0)
 
 
 def _answer_tokens(config: TrainConfig) -> tuple[int, int]:
@@ -254,15 +265,18 @@ def _random_answers(
     random = np.random.default_rng(0)
     length = max(config.segment + config.rollout + 1, min(config.max_tokens, 128))
     rows = max(8, -(-2 * config.batch_positions // length))
-    tokens = random.integers(target.config.vocab_size, size=(rows, length)).tolist()
+    before = max(1, round(_PROMPT_SHARE * config.prompt_tokens))
+    tokens = random.integers(target.config.vocab_size, size=(rows, before + length)).tolist()
     write_lines(
         place / "answers" / "00000.jsonl",
-        ({"prompt": row[:4], "answer": row, "temp": 0.0} for row in tokens),
+        ({"prompt": row[:before], "answer": row[before:], "temp": 0.0} for row in tokens),
     )
-    record_layers(place, layers)
-    shape = (rows * length, len(layers), target.config.hidden_size)
-    save_features(place / "features" / "00000.npy", [random.standard_normal(shape, np.float32)
-                                                     .astype(np.float16)])  # fmt: skip
+    whole = kinds.of(config).whole
+    record_layers(place, layers, whole)
+    [shard] = shards(place, whole)
+    shape = (shard.count(), len(layers), target.config.hidden_size)
+    features = random.standard_normal(shape, np.float32).astype(np.float16)
+    save_features(shard.features_file, [features])
 
 
 def _decoding(target: Decoder, config: TrainConfig) -> float:

@@ -22,6 +22,7 @@ from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.batched import BatchedTarget
 from mlx_redrafter.training import kinds
 from mlx_redrafter.training.config import TrainConfig
+from mlx_redrafter.training.conversations import Conversations
 from mlx_redrafter.training.data import Batch, Positions
 from mlx_redrafter.training.folder import checkpoint, checkpoint_file
 from mlx_redrafter.training.kinds.trainee import frequent
@@ -52,7 +53,7 @@ class Fit:
         self.trainee = kinds.of(config)(target, config)
         layers = self.trainee.layers_of(self.trainee.shape, target.config)
         self.runs = max(1, config.batch_positions // config.segment)
-        self.data = Positions(
+        self.data = (Conversations if self.trainee.whole else Positions)(
             folder, BatchedTarget(target, layers), config.segment, config.rollout,
             config.cache_gb * 1e9,
         )  # fmt: skip
@@ -263,12 +264,15 @@ class Fit:
         return _means(results)
 
     def _arrays(self, batch: Batch, step: int) -> dict[str, mx.array]:
-        return {
+        arrays = {
             "tokens": mx.array(batch.tokens),
             "features": mx.array(batch.features),
             "valid": mx.array(batch.valid),
             "drawn": self._draw(step % (1 << 31)),
         }
+        if batch.before is not None:
+            arrays |= {f"before_{k}": mx.array(v) for k, v in vars(batch.before).items()}
+        return arrays
 
     def _row(self, window: list[Triple]) -> dict[str, Any]:
         return {

@@ -74,6 +74,7 @@ def memory(
     item, size, batch = (2 if on_gpu else 4), target.hidden_size, config.batch
     kind = kinds.of(config)
     layers = len(kind.layers_of(shape, target))
+    written = 0 if kind.whole else layers  # layers whose outputs are kept on the way
     prompt = longest_prompt(config)
     per_token = target.num_layers * 2 * target.num_kv_heads * target.head_dim * item
     slots = prompt + config.max_tokens
@@ -84,22 +85,23 @@ def memory(
     slabs = most * per_token * (1 + 1 / target.num_layers)
     drafter = sum(p.size for p in parameters(kind.build(shape)).values())
     rows = config.batch_positions * config.rollout
+    seen = 1 + (prompt / config.max_tokens if kind.whole else 0)  # and what is before answers
     support = shape.draft_vocab_size or min(SUPPORT, shape.vocab_size)
     reading = READ_TOKENS * per_token + _pass(target, layers, slots, on_gpu)
     return {
         "target": round(weights),
         "keys and values": round(slabs),
-        "pass over prompts": _pass(target, layers, prompt, on_gpu),
+        "pass over prompts": _pass(target, written, prompt, on_gpu),
         # float32: logits, exponentials, their sums, and what is compared.
         "sampling": batch * target.vocab_size * 4 * 4,
         # float16; once while written and once in one piece for the file.
-        "features of a batch": batch * max(prompt, 2 * config.max_tokens) * layers * size * 2,
+        "features of a batch": batch * max(prompt, 2 * config.max_tokens) * written * size * 2,
         "drafter": 4 * drafter,
         "gradients and Adam": 3 * 4 * drafter,
         # Per draft step: the drafter; logits, both distributions, two gradients.
         "optimiser step": rows * 4 * (kind.row_floats(shape) + 5 * config.candidates)
         + 2 * config.batch_positions * 4 * support
-        + config.batch_positions * layers * size * (2 + 4) * 2,
+        + round(seen * config.batch_positions) * layers * size * (2 + 4) * 2,
         "target rows": support * size * item,
         "reading features": reading,
     }

@@ -46,22 +46,42 @@ class Conversation:
     answer: list[int]
     temp: float
 
+    def parts(self, whole: bool) -> tuple[list[int], list[int]]:
+        """What is only read, and the tokens whose features are wanted: those of the answer, or of
+        the whole conversation but for its first token, which nothing predicts."""
+        if not whole:
+            return self.prompt, self.answer
+        return self.prompt[:1], self.prompt[1:] + self.answer
+
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of conversations and the file of their features, which may not exist yet."""
+    """A file of conversations and the file of their features, which may not exist yet.
+
+    The features are those of the answers, or of ``whole`` conversations.
+    """
 
     file: Path
     features_file: Path
+    whole: bool = False
 
     def conversations(self) -> list[Conversation]:
         return read_conversations(self.file)
 
+    def count(self) -> int:
+        """Tokens that have features."""
+        return sum(len(c.parts(self.whole)[1]) for c in self.conversations())
 
-def shards(folder: Path) -> list[Shard]:
+
+def features_folder(folder: Path, whole: bool) -> Path:
+    """Where a training folder has the features of answers, or of whole conversations."""
+    return folder / "features" / "whole" if whole else folder / "features"
+
+
+def shards(folder: Path, whole: bool = False) -> list[Shard]:
     """The shards of a training folder, in order."""
-    files = sorted((folder / "answers").glob("*.jsonl"))
-    return [Shard(f, folder / "features" / f"{f.stem}.npy") for f in files]
+    files, place = sorted((folder / "answers").glob("*.jsonl")), features_folder(folder, whole)
+    return [Shard(f, place / f"{f.stem}.npy", whole) for f in files]
 
 
 def read_lines(file: Path) -> list[Any]:
@@ -120,23 +140,27 @@ def feature_bytes(tokens: int, layers: int, hidden_size: int) -> int:
     return tokens * layers * hidden_size * 2
 
 
-def recorded_layers(folder: Path) -> tuple[int, ...] | None:
+def recorded_layers(folder: Path, whole: bool = False) -> tuple[int, ...] | None:
     """Which layers the features of a training folder are of; None if there are none yet.
 
     They can be computed again: a file that makes no sense is none.
     """
     try:
-        layers = json.loads((folder / "features" / "layers.json").read_text())
+        layers = json.loads(_layers_file(folder, whole).read_text())
     except (OSError, ValueError):
         return None
     whole = isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)
     return tuple(layers) if whole else None
 
 
-def record_layers(folder: Path, layers: Sequence[int]) -> None:
-    file = folder / "features" / "layers.json"
+def record_layers(folder: Path, layers: Sequence[int], whole: bool = False) -> None:
+    file = _layers_file(folder, whole)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(list(layers)) + "\n")
+
+
+def _layers_file(folder: Path, whole: bool) -> Path:
+    return features_folder(folder, whole) / "layers.json"
 
 
 def batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -214,19 +214,20 @@ def _answer_pool(
 
 def _feature_writer(run: Run, tokens: int) -> BatchedTarget:
     """A target that keeps the features of its answers, if there is room for all of them."""
-    if not _cached(run, tokens):
+    if run.trainee.whole or not _cached(run, tokens):
         return run.writer
     return BatchedTarget(run.target, _settled_layers(run))
 
 
 def _settled_layers(run: Run) -> tuple[int, ...]:
     """Layers of the features in the folder; if others are needed now, what is there is removed."""
-    found = recorded_layers(run.config.out)
+    whole = run.trainee.whole
+    found = recorded_layers(run.config.out, whole)
     if found is not None and set(run.layers) <= set(found):
         return found
-    for shard in shards(run.config.out):
+    for shard in shards(run.config.out, whole):
         shard.features_file.unlink(missing_ok=True)
-    record_layers(run.config.out, run.layers)
+    record_layers(run.config.out, run.layers, whole)
     return run.layers
 
 
@@ -250,7 +251,8 @@ def fit(run: Run) -> None:
 
     agreement.warn(run.supply)
     tokens = sum(imports.tokens(config.out))
-    if _cached(run, tokens):
+    every = shards(config.out, run.trainee.whole)
+    if _cached(run, sum(s.count() for s in every) if run.trainee.whole else tokens):
         _read_features(run)
     _note_new_answers(config.out, tokens)
     with Bar("fit", config.steps, "steps", fitted_steps(config.out)) as bar:
@@ -260,8 +262,8 @@ def fit(run: Run) -> None:
 def _read_features(run: Run) -> None:
     """Compute the features of answers that were taken in, where the progress can be seen."""
     layers = _settled_layers(run)
-    every = shards(run.config.out)
-    missing = [(s, answer_tokens(s.file)) for s in every if not s.features_file.is_file()]
+    every = shards(run.config.out, run.trainee.whole)
+    missing = [(s, s.count()) for s in every if not s.features_file.is_file()]
     if not missing:
         return
     reader = BatchedTarget(run.target, layers)

@@ -171,12 +171,16 @@ def test_every_kind_has_its_trainee_and_options() -> None:
     assert (TrainConfig().rollout, TrainConfig().num_draft_layers) == (3, 2)
 
 
-@pytest.mark.parametrize("name", KINDS["medusa"].lacks)
-def test_options_that_a_kind_lacks_are_refused_by_name(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, row in KINDS.items() for name in row.lacks]
+)
+def test_options_that_a_kind_lacks_are_refused_by_name(
+    tmp_path: Path, kind: str, name: str
+) -> None:
     value = getattr(TrainConfig(), name)
-    given = {"out": tmp_path, "kind": "medusa", name: 64 if value is None else value}
+    given = {"out": tmp_path, "kind": kind, name: 64 if value is None else value}
     text = refusal(lambda: folders.settle(given))
-    assert text.startswith(f"{name} was given, but a drafter of kind medusa has none")
+    assert text.startswith(f"{name} was given, but a drafter of kind {kind} has none")
     assert "train a redrafter" in text
     assert folders.settle({**given, "kind": "redrafter"})
 

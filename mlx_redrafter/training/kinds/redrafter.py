@@ -26,6 +26,7 @@ from mlx_redrafter.training.config import TrainConfig
 from mlx_redrafter.training.kinds.trainee import (
     About,
     Trainee,
+    context_layers,
     counted,
     deviation,
     drafted,
@@ -161,19 +162,7 @@ class ReDrafterTrainee(Trainee):
 
 def drafter_config(config: TrainConfig, target: DecoderConfig) -> ReDrafterConfig:
     """The drafter's shape. Raises OptionError for layers that the target does not have."""
-    count, size = target.num_layers, target.hidden_size
-    if config.context_layers == "auto":
-        layers: tuple[int, ...] = tuple(sorted({min(2, count - 1), count // 2, count - 1}))
-    else:
-        try:
-            layers = tuple(int(i) for i in config.context_layers.split(",") if i.strip())
-        except ValueError:
-            layers = (-1,)
-        if any(not 0 <= i < count for i in layers):
-            raise OptionError(
-                f"context_layers {config.context_layers!r} is not possible: use auto, an empty "
-                f"string, or numbers below {count}, separated by commas"
-            )
+    layers, size = context_layers(config, target), target.hidden_size
     shape = {
         "model_type": "redrafter",
         "hidden_size": size,

@@ -46,6 +46,8 @@ class Trainee(ABC):
 
     title: ClassVar[str]
     paper: ClassVar[str]
+    whole: ClassVar[bool] = False
+    """Does it see a conversation from its beginning?"""
     module: nn.Module
     """What is trained; there is one after ``begin`` or ``go_on``."""
 
@@ -121,7 +123,8 @@ class Trainee(ABC):
     def inputs(self, batch: Mapping[str, mx.array]) -> list[mx.array]:
         """What the output rows are multiplied with at every draft step k < K: (B * T, E) each.
 
-        batch: tokens (B, T + K), features (B, T + K, L, D); see ``data.Batch``.
+        batch: tokens (B, T + K), features (B, T + K, L, D); see ``data.Batch``. For whole
+            conversations also before_tokens, before_features and before_seen; see ``data.Before``.
         """
 
     @abstractmethod
@@ -138,6 +141,10 @@ class Trainee(ABC):
     def save(self, folder: Path, module: nn.Module, extra: dict[str, Any]) -> None:
         """Write a finished module, quantised or not; ``extra`` joins its config.json."""
 
+    def read(self, folder: Path) -> Any:
+        """A drafter in a folder with its weights as they are trained. Raises DrafterError."""
+        return self.load(folder, self.target)
+
     def warm(self) -> tuple[Any, dict[str, mx.array]]:
         """The drafter of the warm start, and its weights in float32.
 
@@ -147,7 +154,7 @@ class Trainee(ABC):
         """
         place = self.config.warm_start
         assert place is not None
-        drafter = self.load(place, self.target)
+        drafter = self.read(place)
         if drafter.config != self.shape:
             for name, value in vars(self.shape).items():
                 if (theirs := getattr(drafter.config, name, None)) != value:
@@ -169,6 +176,23 @@ def drafted(config: TrainConfig, target: DecoderConfig) -> int | None:
     """The size of the draft vocabulary; None: all tokens."""
     vocab = config.draft_vocab_size
     return vocab if 0 < vocab < target.vocab_size else None
+
+
+def context_layers(config: TrainConfig, target: DecoderConfig) -> tuple[int, ...]:
+    """The layers that a drafter reads. Raises OptionError for those that the target lacks."""
+    count = target.num_layers
+    if config.context_layers == "auto":
+        return tuple(sorted({min(2, count - 1), count // 2, count - 1}))
+    try:
+        layers = tuple(int(i) for i in config.context_layers.split(",") if i.strip())
+    except ValueError:
+        layers = (-1,)
+    if any(not 0 <= i < count for i in layers):
+        raise OptionError(
+            f"context_layers {config.context_layers!r} is not possible: use auto, an empty "
+            f"string, or numbers below {count}, separated by commas"
+        )
+    return layers
 
 
 def frequent(frequencies: np.ndarray, count: int) -> np.ndarray:
