@@ -180,8 +180,10 @@ def test_the_estimate_is_of_the_command_that_is_given(tmp_path: Path) -> None:
     )
     usual, small = rows(config), rows(config, prompts=3, max_tokens=8)
     assert small["evaluate"].detail == "3 prompts of 8 tokens, 100 ms per step"
-    assert small["evaluate"].seconds == pytest.approx((3 * 3 / 1.6 + 3) * 2 * 8 * 0.1)
-    assert usual["evaluate"].seconds == pytest.approx((92 * 3 / 1.6 + 24) * 2 * 128 * 0.1)
+    assert small["evaluate"].seconds == pytest.approx((3 * 4 / 1.6 + 3) * 2 * 8 * 0.1)
+    assert usual["evaluate"].seconds == pytest.approx(
+        (92 * 3 / 1.6 + 24 / 1.6 + 24) * 2 * 128 * 0.1
+    )
     assert usual["answers"].seconds == pytest.approx(1.15 * 100)
     assert usual["fit"].seconds == pytest.approx(5 * 2)
     file = tmp_path / "old.jsonl"
