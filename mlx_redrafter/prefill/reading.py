@@ -147,7 +147,7 @@ def _read(
         raise
     session.tokens.extend(chunk[:-1])
     session.stand = len(session.tokens)
-    if absorb is not None:
+    if absorb is not None or not others:
         session.covered = session.stand
     if session.stand % BETWEEN_SNAPSHOTS == 0:
         session.mark()

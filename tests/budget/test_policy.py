@@ -29,8 +29,9 @@ from mlx_redrafter.budget import machine, yields
 from mlx_redrafter.budget.automatic import Automatic, contenders, expected
 from mlx_redrafter.budget.costs import NODES, Costs, measure
 from mlx_redrafter.cache.session import Session
-from mlx_redrafter.decoding import step
+from mlx_redrafter.decoding import engine as decoding
 from mlx_redrafter.decoding.sampling import SamplingParams
+from mlx_redrafter.decoding.step import StepSpec
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.stats import DraftStats
@@ -101,17 +102,20 @@ def test_rows_that_are_never_put_into_place_are_noticed(
     target: Decoder, texts: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The mutation: a plain step that forgets what the tree before it accepted."""
-    honest = step.Pass
+    honest = decoding.make_step
 
-    def forgetful(caches: Any, position: Any, ancestors: mx.array, pending: Any) -> Any:
-        return honest(caches, position, ancestors, pending if len(ancestors) > 1 else ())
+    def forgetful(target: Any, drafters: Any, spec: StepSpec, on_trace: Any) -> Any:
+        made = honest(target, drafters, spec, on_trace)
+        if spec.shape.drafts:
+            return made
+        return lambda state, arrays: made(state._replace(pending=()), arrays)
 
     prompt, answer = texts[2]
     drafter = Oracle(target, [prompt + answer], (0, 1, 0, 2))
     engine = engine_of(target, drafter, compiled=False)
     shapes = (PLAIN, TreeShape(3, 3, 8))
     assert run(engine, prompt, None, Dice(shapes, 1), 40) == answer
-    monkeypatch.setattr(step, "Pass", forgetful)
+    monkeypatch.setattr(decoding, "make_step", forgetful)
     engine = engine_of(target, drafter, compiled=False)
     assert run(engine, prompt, None, Dice(shapes, 1), 40) != answer
 
