@@ -371,5 +371,5 @@ def test_a_draft_vocabulary_that_is_none(target: Decoder, tmp_path: Path) -> Non
     with pytest.raises(DrafterError, match="names a token twice"):
         load_drafter(tmp_path, target)
     edit_entry("d2t", -D)(tmp_path)
-    with pytest.raises(DrafterError, match="beyond|t2d names"):
+    with pytest.raises(DrafterError, match=r"beyond|t2d names"):
         load_drafter(tmp_path, target)
