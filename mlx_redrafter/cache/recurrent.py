@@ -1,0 +1,149 @@
+"""Layers that keep a state of fixed size: the rows of a short convolution, and recurrences.
+
+A sequence can be cut only where a snapshot of a state was taken. What the nodes of a tree do to it
+waits, and the next pass takes in those that were accepted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_redrafter.cache.layer import Pass
+
+Tape = tuple[mx.array, mx.array, mx.array]
+"""What N nodes do to a state of H heads: log gates summed along the path (H, N, 1 or Dk), keys
+(H, N, Dk) and what is added along them (H, N, Dv)."""
+
+
+def parents_of(ancestors: mx.array) -> mx.array:
+    """ancestors (N, N) -> (N,) int32, the node that every node goes on from, -1 for the root."""
+    above = ancestors & ~mx.eye(ancestors.shape[0], dtype=mx.bool_)
+    depths = mx.sum(ancestors, axis=-1).astype(mx.int32)
+    nearest = mx.argmax(mx.where(above, depths, mx.array(-1, mx.int32)), axis=-1)
+    return mx.where(mx.any(above, axis=-1), nearest.astype(mx.int32), mx.array(-1, mx.int32))
+
+
+def windows_of(parents: mx.array, stored: int) -> mx.array:
+    """The rows that a convolution over stored + 1 of them reads for every node, among ``stored``
+    old rows and N new ones: (N, stored + 1) int32, a node's own last."""
+    n = parents.shape[0]
+    before = mx.arange(-1, stored - 1, dtype=mx.int32)  # of an old row: the one before it
+    up = mx.concatenate([before, parents + stored])  # -1 + stored: the last old row
+    rows = [mx.arange(stored, stored + n, dtype=mx.int32)]
+    for _ in range(stored):
+        rows.append(mx.take(up, rows[-1]))
+    return mx.stack(rows[::-1], axis=1)
+
+
+@dataclass(frozen=True)
+class State:
+    """Of a recurrence, as it is after every node: N states wait. A `cache.layer.LayerCache`.
+
+    Args:
+        shape: of one sequence's state, which has one row.
+        dtype: of the state.
+    """
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    in_place = False
+    cuts_anywhere = False
+    ahead = 0
+
+    def empty(self, capacity: int, dtype: mx.Dtype, rows: int = 1) -> mx.array:
+        return mx.zeros((rows * self.shape[0], *self.shape[1:]), self.dtype)
+
+    def grow(self, kept: mx.array, capacity: int) -> mx.array:
+        return kept
+
+    def capacity(self, kept: mx.array) -> None:
+        return None
+
+    def nothing(self, kept: mx.array, nodes: int) -> mx.array | Tape:
+        return mx.zeros((nodes, *kept.shape[1:]), kept.dtype)
+
+    def commit(
+        self, kept: mx.array, pending: mx.array, slots: mx.array, position: mx.array
+    ) -> mx.array:
+        """pending (N', ...): the state is that after the last accepted node."""
+        accepted, last = _accepted(slots, position)
+        return mx.where(mx.any(accepted), mx.take(pending, last, axis=0), kept)
+
+    def extend(
+        self, kept: mx.array, rows: mx.array, to: Pass
+    ) -> tuple[mx.array, mx.array | tuple[()], None]:
+        """rows: the states after the N nodes of a tree, or the one after a chunk of a prompt."""
+        rows = rows.astype(kept.dtype)
+        return (rows, (), None) if to.ancestors is None else (kept, rows, None)
+
+
+@dataclass(frozen=True)
+class TapedState(State):
+    """Of a recurrence whose state (1, H, Dv, Dk) is made from a tape: it is read and written once
+    a pass, however many nodes it has.
+
+    Args:
+        gates: of a head; 1, or Dk.
+    """
+
+    gates: int = 1
+
+    def nothing(self, kept: mx.array, nodes: int) -> Tape:
+        heads, values, keys = kept.shape[1:]
+        sizes = (self.gates, keys, values)
+        total, key, delta = (mx.zeros((heads, nodes, size), mx.float32) for size in sizes)
+        return total, key, delta
+
+    def commit(  # type: ignore[override]
+        self, kept: mx.array, pending: Tape, slots: mx.array, position: mx.array
+    ) -> mx.array:
+        accepted, last = _accepted(slots, position)
+        total, keys, delta = pending
+        end = mx.take(total, last, axis=1)  # (H, 1, 1 or Dk)
+        weight = mx.exp(mx.minimum(end - total, 0)) * accepted[None, :, None]
+        state = mx.exp(end) * kept[0].astype(mx.float32) + delta.swapaxes(1, 2) @ (keys * weight)
+        return mx.where(mx.any(accepted), state[None].astype(kept.dtype), kept)
+
+    def extend(  # type: ignore[override]
+        self, kept: mx.array, rows: mx.array | Tape, to: Pass
+    ) -> tuple[mx.array, mx.array | Tape | tuple[()], None]:
+        """rows: the tape of a tree's nodes, or the state after a chunk of a prompt."""
+        if isinstance(rows, tuple):
+            return kept, rows, None
+        return rows.astype(kept.dtype), (), None
+
+
+@dataclass(frozen=True)
+class LastRows(State):
+    """The last rows of a sequence, as a short convolution reads them: (1, K-1, C)."""
+
+    def commit(
+        self, kept: mx.array, pending: mx.array, slots: mx.array, position: mx.array
+    ) -> mx.array:
+        """pending (1, N', C): the accepted rows move in, in the order of their slots."""
+        accepted, _ = _accepted(slots, position)
+        ordered = mx.take(pending, mx.argsort(slots), axis=1)
+        count = mx.sum(accepted).astype(mx.int32)
+        rows = mx.arange(kept.shape[1], dtype=mx.int32) + count
+        return mx.take(mx.concatenate([kept, ordered], axis=1), rows, axis=1)
+
+    def nothing(self, kept: mx.array, nodes: int) -> mx.array:
+        return mx.zeros((1, nodes, kept.shape[2]), kept.dtype)
+
+    def extend(  # type: ignore[override]
+        self, kept: mx.array, rows: mx.array, to: Pass
+    ) -> tuple[mx.array, mx.array | tuple[()], mx.array]:
+        """rows (1, N, C); what is read: the kept rows and these, (1, K-1+N, C)."""
+        every = mx.concatenate([kept, rows.astype(kept.dtype)], axis=1)
+        if to.ancestors is None:
+            return every[:, -kept.shape[1] :], (), every
+        return kept, rows.astype(kept.dtype), every
+
+
+def _accepted(slots: mx.array, position: mx.array) -> tuple[mx.array, mx.array]:
+    """Which nodes (N',) were accepted, and the last of them, (1,)."""
+    accepted = slots < position
+    last = mx.argmax(mx.where(accepted, slots, mx.array(-1, slots.dtype)), keepdims=True)
+    return accepted, last
