@@ -100,7 +100,9 @@ def measure(target: Decoder) -> Chunks:
 
 
 def _shallow(target: Decoder) -> Decoder:
-    """The first layers alone, with the target's weights."""
+    """The first layers alone, with the target's weights; all of a module that is not ours."""
+    if not isinstance(target, Decoder):
+        return target
     count = min(_LAYERS, target.config.num_layers)
     few = Decoder(replace(target.config, num_layers=count, tied=True))  # its own: never evaluated
     few.model.embed_tokens, few.model.norm = target.model.embed_tokens, target.model.norm

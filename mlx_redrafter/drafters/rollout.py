@@ -12,6 +12,7 @@ from mlx_redrafter.drafters import Ask, Drafter
 from mlx_redrafter.drafters.levels import LevelDrafter
 from mlx_redrafter.drafters.recurrent import ReDrafter
 from mlx_redrafter.models import Decoder, DecoderConfig
+from mlx_redrafter.models.adapter import AdaptedModel
 from mlx_redrafter.models.features import Chunk, Features
 from mlx_redrafter.tree.shape import TreeShape
 
@@ -28,7 +29,8 @@ def feature_layers(target: DecoderConfig, layers: Sequence[int]) -> tuple[int, .
 
 def final_hidden(target: Decoder, features: mx.array) -> mx.array:
     """features (..., L, D) -> the hidden states after the target's final norm (..., D)."""
-    return target.model.norm(features[..., -1, :].astype(target.dtype))
+    norm = target.norm if isinstance(target, AdaptedModel) else target.model.norm
+    return norm(features[..., -1, :].astype(target.dtype))
 
 
 def contexts(drafter: Followed, target: Decoder, features: mx.array) -> mx.array:

@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from mlx_redrafter.drafters.loading import check_folder, inside_model
 from mlx_redrafter.errors import DrafterError, HubError, ModelError, OptionError, one_line
-from mlx_redrafter.models import Decoder, decoder_config
+from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.files import weight_files
 from mlx_redrafter.models.weights import read_header, read_json
 from mlx_redrafter.runtime.paths import data_dir, json_or_nothing, shipped_drafter
@@ -126,7 +126,7 @@ def candidates(model: Path, builtin: bool) -> Iterator[Path]:
 def problem(drafter: Path, model: Path) -> str | None:
     """Why a drafter cannot be used with a model, as far as is known before it is loaded."""
     try:
-        config = decoder_config(read_json(model / "config.json"))
+        config = config_of(read_json(model / "config.json"))
     except ModelError:
         return None  # said when the model is loaded
     try:

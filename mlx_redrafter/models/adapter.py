@@ -19,7 +19,7 @@ from mlx_redrafter.models import own_patches
 from mlx_redrafter.models.attention import dense
 from mlx_redrafter.models.decoder import DECODING, Functions
 from mlx_redrafter.models.observed import Observed, config_of, dequantised
-from mlx_redrafter.models.patches import Place, capture, layers, patched, places
+from mlx_redrafter.models.patches import Place, capture, layers, patched
 from mlx_redrafter.models.running import Layout, Running
 from mlx_redrafter.runtime.device import fused_kernels
 
@@ -194,7 +194,7 @@ class AdaptedModel(nn.Module):
         blocks = list(getattr(self.module, "layers", ()))
         self.config = config_of(raw, seen, self._layout.arrays, len(blocks))
         final = Place(type(self._backbone), "__call__", capture(self._backbone))
-        self._places = [*places(self.module), final]
+        self._places = [*own_patches.places(self.module), final]
         self._places += [Place(cls, "__call__", layers(blocks)) for cls in {*map(type, blocks)}]
         self._try()
         self._caches = cast(list[LayerCache], self._layout.kinds)
@@ -202,7 +202,9 @@ class AdaptedModel(nn.Module):
     def _try(self) -> None:
         kinds, n = self._layout.kinds, 3
         kept = [
-            kind.empty(_PROBE, self._dtype) if kind is not None else mx.zeros(array.shape, array.dtype)
+            kind.empty(_PROBE, self._dtype)
+            if kind is not None
+            else mx.zeros(array.shape, array.dtype)
             for kind, array in zip(kinds, self._layout.arrays, strict=True)
         ]
         ancestors = mx.array([[True, False, False], [True, True, False], [True, False, True]])
@@ -210,7 +212,9 @@ class AdaptedModel(nn.Module):
         slots = mx.arange(_PROBE, dtype=mx.int32)
         mask = mx.pad(ancestors, [(0, 0), (0, _PROBE - n)])
         positions = mx.array([0, 1, 1], mx.int32)
-        self._run(self._running(run, positions, mask, slots), mx.zeros((n,), mx.int32), self._places)
+        self._run(
+            self._running(run, positions, mask, slots), mx.zeros((n,), mx.int32), self._places
+        )
         for slot, kind in enumerate(kinds):
             if kind is None:
                 raise TypeError(f"nothing says what becomes of state {slot} at a node")

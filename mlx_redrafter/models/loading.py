@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +12,7 @@ from mlx.utils import tree_unflatten
 
 from ..errors import ModelError
 from ..runtime.device import fused_kernels
+from . import adapted, registry
 from .config import DecoderConfig
 from .decoder import Decoder
 from .families import decoder_config
@@ -19,6 +20,7 @@ from .files import weight_files
 from .stored import as_stored, packed_layers
 from .weights import (
     finite,
+    materialise,
     misfit,
     parameters,
     preview,
@@ -35,8 +37,11 @@ _DROPPED = ("vision_tower.", "multi_modal_projector.", "vision_model.", "medusa_
 _FLOAT_MODES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
 
 
-def load_model(folder: Path, dtype: mx.Dtype | None = None) -> Decoder:
+def load_model(folder: Path, dtype: mx.Dtype | None = None, native: bool = True) -> Decoder:
     """The target model in `folder` (config.json and *.safetensors, MLX or Hugging Face layout).
+
+    A type that our decoder does not have, or any with native=False, is run as mlx_lm's own module:
+    then it is an `AdaptedModel`, which does what is asked of a `Decoder` as a target.
 
     dtype of all floating arrays: as given; else float32 on a CPU device, where 16-bit arithmetic
     is several times slower; else as stored. Raises ModelError.
@@ -46,6 +51,8 @@ def load_model(folder: Path, dtype: mx.Dtype | None = None) -> Decoder:
         raise ModelError(f"{folder} is not a folder; needed: a folder with config.json and weights")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json; needed: a model in Hugging Face layout")
+    if registry.way(read_json(folder / "config.json"), native) == "adapter":
+        return cast(Decoder, adapted.load(folder, dtype))
     model, weights = read_model(folder)
     if dtype is None and not fused_kernels():
         dtype = mx.float32
@@ -153,21 +160,9 @@ def _materialise(model: Decoder, folder: Path) -> None:
         flags = finite(parameters(layer), f"model.layers.{index}.")
         layer.self_attn.fuse()
         layer.mlp.fuse()
-        _evaluate(layer, flags, folder)
+        materialise(layer, flags, folder)
     rest = {"model.embed_tokens.": model.model.embed_tokens, "model.norm.": model.model.norm}
     if "lm_head" in model:
         rest["lm_head."] = model.lm_head
     for prefix, module in rest.items():
-        _evaluate(module, finite(parameters(module), prefix), folder)
-
-
-def _evaluate(module: nn.Module, flags: Weights, folder: Path) -> None:
-    try:
-        mx.eval(module.parameters(), flags)
-    except RuntimeError as error:
-        raise ModelError(f"weights in {folder} cannot be read ({error})") from error
-    broken = [name for name, flag in flags.items() if not flag.item()]
-    if broken:
-        raise ModelError(
-            f"weights in {folder} hold NaN or infinity: {preview(broken)}; download the model again"
-        )
+        materialise(module, finite(parameters(module), prefix), folder)

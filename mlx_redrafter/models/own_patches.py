@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
-from mlx_redrafter.models.patches import Patch, stepped
+from mlx_redrafter.models.patches import (
+    Patch,
+    Place,
+    absorbed,
+    attention,
+    conv1d,
+    gated_delta,
+    query_scales,
+    rope,
+    ssm,
+    stepped,
+)  # fmt: skip
 from mlx_redrafter.models.running import Running, Walk
 
 
@@ -229,6 +242,12 @@ def ngrams(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+EVERYWHERE: dict[str, Patch] = {
+    "scaled_dot_product_attention": attention,
+    "gated_delta_update": gated_delta,
+    "ssm_update": ssm,
+    "_get_llama_4_attn_scale": query_scales,
+}
 FUNCTIONS: dict[str, dict[str, Patch]] = {
     "gpt2": {"mx": learned_positions},
     "gpt_bigcode": {"np": learned_positions},
@@ -258,3 +277,25 @@ ROWS: dict[str, Callable[[mx.array], mx.array]] = {
 """How last rows become (1, K-1, C) where a type keeps them otherwise."""
 SCALAR = frozenset({"gpt2"})
 """Types that are given one position, as they add the others themselves."""
+
+
+def places(model: nn.Module) -> list[Place]:
+    """The patch points that a model has."""
+    classes = {type(module) for module in model.modules()}
+    names = {cls.__module__ for cls in classes if cls.__module__.startswith("mlx_lm.")}
+    found = [Place(mx.fast, "rope", rope)]
+    for name in sorted(names):
+        module = sys.modules[name]
+        functions = {**EVERYWHERE, **FUNCTIONS.get(name.rpartition(".")[2], {})}
+        found += [Place(module, n, patch) for n, patch in functions.items() if hasattr(module, n)]
+    if nn.Conv1d in classes:
+        found.append(Place(nn.Conv1d, "__call__", conv1d))
+    latent = {
+        type(m) for m in model.modules()
+        if "embed_q" in m and "unembed_out" in m and "indexer" not in m
+    }  # fmt: skip
+    found += [Place(cls, "__call__", absorbed) for cls in sorted(latent, key=lambda c: c.__name__)]
+    for cls in sorted(classes, key=lambda c: c.__name__):
+        key = f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+        found += [Place(cls, n, p) for n, p in METHODS.get(key, {}).items()]
+    return found

@@ -7,7 +7,6 @@ A patch is in place only while a pass is traced, and only for the thread that tr
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -76,7 +75,9 @@ def attention(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
         if not (run.branching and q.shape[0] == run.n and k.shape[0] == 1):
             return stock(q, k, v, *args, **options)
         mask = options.pop("mask")
-        out = stock(q.transpose(2, 1, 0, 3), k, v, *args, mask=mask.transpose(2, 1, 0, 3), **options)
+        out = stock(
+            q.transpose(2, 1, 0, 3), k, v, *args, mask=mask.transpose(2, 1, 0, 3), **options
+        )
         return out.transpose(2, 1, 0, 3)
 
     return call
@@ -143,7 +144,7 @@ def gated_delta(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
             out, tape = forms.delta_rule(*heads, *inputs)
             run.taped(state, tape, gates)
             return out[None].astype(q.dtype), state
-        step = lambda i, before: stock(  # noqa: E731
+        step = lambda i, before: stock(
             *(x[:, i : i + 1] for x in rows), A_log, dt_bias, before, None, **options
         )
         return stepped(run, state, step), state
@@ -247,37 +248,3 @@ def layers(modules: Sequence[nn.Module]) -> Patch:
         return call
 
     return patch
-
-
-FUNCTIONS: dict[str, Patch] = {
-    "scaled_dot_product_attention": attention,
-    "gated_delta_update": gated_delta,
-    "ssm_update": ssm,
-    "_get_llama_4_attn_scale": query_scales,
-}
-
-
-def places(model: nn.Module) -> list[Place]:
-    """The patch points that a model has."""
-    from mlx_redrafter.models import own_patches
-
-    classes = {type(module) for module in model.modules()}
-    names = {cls.__module__ for cls in classes if cls.__module__.startswith("mlx_lm.")}
-    found = [Place(mx.fast, "rope", rope)]
-    for name in sorted(names):
-        module = sys.modules[name]
-        functions = {**FUNCTIONS, **own_patches.FUNCTIONS.get(name.rpartition(".")[2], {})}
-        found += [Place(module, n, patch) for n, patch in functions.items() if hasattr(module, n)]
-    if nn.Conv1d in classes:
-        found.append(Place(nn.Conv1d, "__call__", conv1d))
-    latent = {
-        type(m) for m in model.modules()
-        if "embed_q" in m and "unembed_out" in m and "indexer" not in m
-    }  # fmt: skip
-    found += [Place(cls, "__call__", absorbed) for cls in sorted(latent, key=lambda c: c.__name__)]
-    for cls in sorted(classes, key=lambda c: c.__name__):
-        key = f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
-        found += [Place(cls, n, p) for n, p in own_patches.METHODS.get(key, {}).items()]
-    return found
-
-

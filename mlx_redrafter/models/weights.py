@@ -119,6 +119,19 @@ def finite(tensors: Mapping[str, mx.array], prefix: str = "") -> dict[str, mx.ar
     }
 
 
+def materialise(module: nn.Module, flags: Mapping[str, mx.array], folder: Path) -> None:
+    """Read a module's weights; flags: see `finite`. Raises ModelError."""
+    try:
+        mx.eval(module.parameters(), flags)
+    except RuntimeError as error:
+        raise ModelError(f"weights in {folder} cannot be read ({error})") from error
+    broken = [name for name, flag in flags.items() if not flag.item()]
+    if broken:
+        raise ModelError(
+            f"weights in {folder} hold NaN or infinity: {preview(broken)}; download the model again"
+        )
+
+
 def preview(names: Iterable[str], limit: int = 4) -> str:
     """The first few names, and how many more."""
     listed = sorted(names)

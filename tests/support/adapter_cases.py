@@ -121,7 +121,9 @@ def figures(raw: Raw, closed: bool = False, prefix: int = PREFIX) -> Figures:
     scale = mx.abs(whole).max().item()
 
     def off(ours: mx.array, theirs: mx.array) -> float:
-        return float(mx.abs(ours.astype(mx.float32) - theirs.astype(mx.float32)).max().item() / scale)
+        return float(
+            mx.abs(ours.astype(mx.float32) - theirs.astype(mx.float32)).max().item() / scale
+        )
 
     def single(ids: Sequence[int], cache: list[Any]) -> list[mx.array]:
         return [module(mx.array([[i]]), cache=cache)[0, -1] for i in ids]
