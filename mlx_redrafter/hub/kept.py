@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from mlx_redrafter.drafters.loading import check_folder, inside_model
 from mlx_redrafter.errors import DrafterError, HubError, ModelError, OptionError, one_line
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Decoder, config_of
 from mlx_redrafter.models.files import weight_files
 from mlx_redrafter.models.weights import read_header, read_json
 from mlx_redrafter.runtime.paths import data_dir, json_or_nothing, shipped_drafter

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .config import DecoderConfig, RopeConfig
 from .decoder import Decoder
 from .families import SUPPORTED, decoder_config
-from .loading import load_model
+from .loading import config_of, load_model
 from .target import Target
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "DecoderConfig",
     "RopeConfig",
     "Target",
+    "config_of",
     "decoder_config",
     "load_model",
 ]

@@ -19,7 +19,7 @@ from mlx_redrafter.runtime.device import fused_kernels
 
 _WRONG = (
     ArithmeticError, AttributeError, ImportError, LookupError, NotImplementedError, OSError,
-    RuntimeError, TypeError, ValueError,
+    RuntimeError, SystemExit, TypeError, ValueError,
 )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ class AdaptedModel(nn.Module):
 
     @property
     def caches(self) -> Sequence[LayerCache]:
-        """What each layer remembers; keys and values, and the arrays of a recurrence, one by one."""
+        """What layers remember: keys, values and the arrays of a recurrence, one by one."""
         return self._caches
 
     @property

@@ -64,6 +64,11 @@ def load_model(folder: Path, dtype: mx.Dtype | None = None, native: bool = True)
     return model
 
 
+def config_of(raw: Mapping[str, Any]) -> DecoderConfig:
+    """The sizes of a config.json's model, whichever way it is run. Raises ModelError."""
+    return decoder_config(raw) if registry.way(raw) == "native" else adapted.sized(raw).config
+
+
 def read_model(folder: Path) -> tuple[Decoder, Weights]:
     """The model of a folder, by what is stored there, and the weights that go into it.
 

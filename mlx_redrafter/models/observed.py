@@ -1,4 +1,4 @@
-"""The parts of a module, told from what they do with a few tokens: names differ from type to type."""
+"""The parts of a module, told by what they do with a few tokens: names differ by type."""
 
 from __future__ import annotations
 

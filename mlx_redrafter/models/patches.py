@@ -144,9 +144,11 @@ def gated_delta(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
             out, tape = forms.delta_rule(*heads, *inputs)
             run.taped(state, tape, gates)
             return out[None].astype(q.dtype), state
-        step = lambda i, before: stock(
-            *(x[:, i : i + 1] for x in rows), A_log, dt_bias, before, None, **options
-        )
+
+        def step(i: int, before: mx.array) -> Any:
+            one = [x[:, i : i + 1] for x in rows]
+            return stock(*one, A_log, dt_bias, before, None, **options)
+
         return stepped(run, state, step), state
 
     return call
