@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
@@ -12,6 +13,7 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 from mlx.utils import tree_map
+from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.cache.layer import Pass, new_caches
@@ -33,16 +35,22 @@ class Figures(NamedTuple):
     after: float
 
 
-def module_of(raw: Raw, seed: int = 0) -> nn.Module:
-    """mlx_lm's module with random float32 weights."""
-    arch = importlib.import_module(f"mlx_lm.models.{raw['model_type']}")
-    model = arch.Model(arch.ModelArgs.from_dict(copy.deepcopy(raw)))
+TYPES: dict[str, Raw] = json.loads(Path(__file__).with_name("adapter_types.json").read_text())
+"""A tiny configuration of every type."""
+
+
+def module_of(raw: Raw, seed: int = 0, lively: bool = False) -> nn.Module:
+    """mlx_lm's module with random float32 weights; lively: whose text is not one word."""
+    model_class, arguments = mlx_lm_utils._get_classes(raw)
+    model = model_class(arguments.from_dict(copy.deepcopy(raw)))
     mx.random.seed(seed)
 
     def noisy(value: mx.array) -> mx.array:
         if not mx.issubdtype(value.dtype, mx.floating):
             return value
-        return (mx.random.normal(value.shape) * 0.02 + value).astype(mx.float32)
+        matrix = value.ndim in (2, 3) and value.shape[-1] > 4
+        scale = 2.5 / value.shape[-1] ** 0.5 if lively and matrix else 0.02
+        return (mx.random.normal(value.shape) * scale + value).astype(mx.float32)
 
     model.update(tree_map(noisy, model.parameters()))
     model.eval()
