@@ -11,8 +11,7 @@ from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.drafters import Ask, Drafter
 from mlx_redrafter.drafters.levels import LevelDrafter
 from mlx_redrafter.drafters.recurrent import ReDrafter
-from mlx_redrafter.models import Decoder, DecoderConfig
-from mlx_redrafter.models.adapter import AdaptedModel
+from mlx_redrafter.models import AdaptedModel, Decoder, DecoderConfig
 from mlx_redrafter.models.features import Chunk, Features
 from mlx_redrafter.tree.shape import TreeShape
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adapter import AdaptedModel
 from .config import DecoderConfig, RopeConfig
 from .decoder import Decoder
 from .families import SUPPORTED, decoder_config
@@ -10,6 +11,7 @@ from .target import Target
 
 __all__ = [
     "SUPPORTED",
+    "AdaptedModel",
     "Decoder",
     "DecoderConfig",
     "RopeConfig",

@@ -139,9 +139,8 @@ def gated_delta(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
             beta = mx.sigmoid(b) * (2.0 if options.get("allow_neg_eigval") else 1.0)
             log = _log_gates(A_log, a, dt_bias, options.get("lower_bound"))
             repeats = v.shape[2] // q.shape[2]
-            heads = (mx.repeat(x[0], repeats, axis=1) for x in (q, k))
-            inputs = (v[0], log[0], beta[0], state, run.ancestors)
-            out, tape = forms.delta_rule(*heads, *inputs)
+            queries, keys = (mx.repeat(x[0], repeats, axis=1) for x in (q, k))
+            out, tape = forms.delta_rule(queries, keys, v[0], log[0], beta[0], state, run.ancestors)
             run.taped(state, tape, gates)
             return out[None].astype(q.dtype), state
 

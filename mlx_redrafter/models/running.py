@@ -152,6 +152,8 @@ class KeysValues(KVCache):
 
     def __init__(self, run: Running, slots: Sequence[int | None], window: int) -> None:
         self.run, self.slots, self.window = run, slots, window
+        self.keys: mx.array
+        self.values: mx.array
         self.start_position = 0
         if window:
             self.max_size = window
@@ -161,8 +163,9 @@ class KeysValues(KVCache):
         return self.run.offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.keys, self.values = self._extend(0, keys), self._extend(1, values)
-        return self.keys, self.values
+        self.keys = keys = self._extend(0, keys)
+        self.values = values = self._extend(1, values)
+        return keys, values
 
     def _extend(self, which: int, rows: mx.array) -> mx.array:
         """rows (1, Hkv, N, Dh), or (N, Hkv, 1, Dh) of nodes that stand for sequences."""

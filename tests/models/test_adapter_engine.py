@@ -3,7 +3,7 @@ says, whatever a layer remembers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
@@ -25,6 +25,15 @@ SAMPLED = SamplingParams(temp=0.9, seed=4)
 # convolution.
 KINDS = ("qwen3_next", "qwen3_moe", "gpt_oss", "deepseek_v3", "mamba2", "lfm2")
 N = 24
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """mlx_lm's small compiled functions cost seconds of a C++ compiler for every type."""
+    if "closed" not in request.node.name:
+        mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 def adapted(kind: str, closed: bool = False) -> Any:
