@@ -81,17 +81,17 @@ def collect(
 
 
 def _model(folder: Path, context: int | None) -> dict[str, Any]:
-    from mlx_redrafter.models import Decoder
-    from mlx_redrafter.models.loading import read_model
+    from mlx_redrafter.cache.slabs import Slab
+    from mlx_redrafter.models.loading import read_model, unpacked_like
     from mlx_redrafter.models.weights import parameters
 
     model, weights = read_model(folder)
     config = model.config
     size, element = _sizes(weights)
-    # Their number when unpacked; no array is made, as none is evaluated.
-    count = sum(value.size for value in parameters(Decoder(config)).values())
+    count = sum(value.size for value in parameters(unpacked_like(model, folder)).values())
     tokens = min(context or config.max_positions, config.max_positions)
-    per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * element
+    slabs = [kind for kind in model.caches if isinstance(kind, Slab)]
+    per_token = sum(slab.heads * slab.size for slab in slabs) * element
     return {
         "model_type": config.model_type,
         "parameters": count,

@@ -17,8 +17,10 @@ from mlx_redrafter.cache.layer import Kept, LayerCache, Pass, new_caches
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.runtime.compiler import keep_memory
 
+from ..errors import ModelError
 from ..runtime.device import fused_kernels
 from . import vectorised
+from .adapter import AdaptedModel
 from .attention import attend
 from .decoder import Decoder, Functions
 
@@ -55,9 +57,18 @@ class BatchedTarget:
 
     Args:
         layers: indices of the layers whose outputs are wanted.
+
+    Raises:
+        ModelError: a target that is not our own decoder.
     """
 
     def __init__(self, target: Decoder, layers: Sequence[int]) -> None:
+        if isinstance(target, AdaptedModel):
+            raise ModelError(
+                f"model_type '{target.config.model_type}' runs as mlx_lm's own module, which reads "
+                "one sequence at a time: no drafter is trained for it or measured on it; it drafts "
+                "from the text, and with published drafters"
+            )
         self.target, self.layers = target, tuple(layers)
         keep_memory()
         self._functions = vectorised_functions(target)

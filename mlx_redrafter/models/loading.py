@@ -13,6 +13,7 @@ from mlx.utils import tree_unflatten
 from ..errors import ModelError
 from ..runtime.device import fused_kernels
 from . import adapted, registry
+from .adapter import AdaptedModel
 from .config import DecoderConfig
 from .decoder import Decoder
 from .families import decoder_config
@@ -53,7 +54,7 @@ def load_model(folder: Path, dtype: mx.Dtype | None = None, native: bool = True)
         raise ModelError(f"{folder} has no config.json; needed: a model in Hugging Face layout")
     if registry.way(read_json(folder / "config.json"), native) == "adapter":
         return cast(Decoder, adapted.load(folder, dtype))
-    model, weights = read_model(folder)
+    model, weights = _read_native(folder)
     if dtype is None and not fused_kernels():
         dtype = mx.float32
     weights = _convert(weights, model.config, dtype)
@@ -75,6 +76,23 @@ def read_model(folder: Path) -> tuple[Decoder, Weights]:
     They have its names and shapes, without a head that is tied. Nothing is evaluated yet.
     Raises ModelError.
     """
+    if registry.way(read_json(folder / "config.json")) == "native":
+        return _read_native(folder)
+    module, raw = adapted.lazily(folder)
+    return cast(Decoder, AdaptedModel(module, raw)), parameters(module)
+
+
+def unpacked_like(model: Decoder, folder: Path) -> nn.Module:
+    """A model of the same sizes whose weights are not packed. No array is made: none is evaluated.
+
+    Raises ModelError.
+    """
+    if isinstance(model, AdaptedModel):
+        return adapted.sized(read_json(folder / "config.json"))
+    return Decoder(model.config)
+
+
+def _read_native(folder: Path) -> tuple[Decoder, Weights]:
     raw = read_json(folder / "config.json")
     decoder_config(raw)  # an unsupported type is said before gigabytes are read
     weights = sanitize(read_weights(weight_files(folder)))

@@ -99,7 +99,9 @@ def test_patches_are_gone_behind_a_pass_and_behind_an_error() -> None:
 
     def look(run: Running, stock: object) -> object:
         def call(*args: object, **options: object) -> None:
-            thread = threading.Thread(target=lambda: elsewhere.append(nn.RoPE(4)(mx.zeros((1, 4)))))
+            thread = threading.Thread(
+                target=lambda: elsewhere.append(nn.RoPE(4)(mx.zeros((1, 1, 4))))
+            )
             thread.start()
             thread.join()
             raise RuntimeError("a fault within a pass")
@@ -110,10 +112,10 @@ def test_patches_are_gone_behind_a_pass_and_behind_an_error() -> None:
     pass_ = Pass([], mx.array([0]), mx.array([[True]]))
     running = Running([], pass_, mx.array([0]), mx.array([[True]]), mx.array([0]))
     with pytest.raises(RuntimeError, match="a fault"), patches.patched(running, model._places):
-        mx.fast.rope(mx.zeros((1, 4)), 4)
+        mx.fast.rope(mx.zeros((1, 1, 4)), 4)
     model._places.pop()
     assert [getattr(place.owner, place.name) for place in model._places] == before
-    assert elsewhere[0].shape == (1, 4)
+    assert elsewhere[0].shape == (1, 1, 4)
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma2", "smollm3"])
@@ -145,9 +147,9 @@ def test_sparse_reading_is_declined_in_a_line(tmp_path: Path) -> None:
     build(tmp_path, "llama")
     target = load_model(tmp_path, native=False)
     engine = engine_of(target, None, compiled=False)
-    sparse = SparsePrefill("a_shape", min_context=64, tail=0)
+    sparse = SparsePrefill("a_shape", min_context=64)
     with pytest.raises(OptionError, match="needed: --sparse-prefill off"):
-        run(engine, prompt_of(400), None, SHAPES["chain"], 5, sparse=sparse)
+        run(engine, prompt_of(400), None, SHAPES["chain"], 5, sparse_prefill=sparse)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tiny_models import C, Runner, assert_close, build, save, tokens_of
 
 from mlx_redrafter.cache.layer import Pass, new_caches
 from mlx_redrafter.errors import ModelError
-from mlx_redrafter.models import SUPPORTED, load_model
+from mlx_redrafter.models import load_model
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -140,7 +140,7 @@ BROKEN: dict[str, tuple[Edit, list[str]]] = {
     "config not JSON": (edit_file("config.json", lambda b: b[:9]), ["config.json", "JSON"]),
     "config a list": (edit_file("config.json", lambda b: b"[1]"), ["list", "object"]),
     "no weights": (edit_file("model.safetensors", lambda b: None), ["*.safetensors"]),
-    "type": (edit_config(model_type="mamba"), ["'mamba'", *SUPPORTED]),
+    "type": (edit_config(model_type="lamma"), ["'lamma'", "nearest: ", "llama"]),
     "no type": (edit_config(model_type=None), ["'None'", "llama"]),
     "key": (edit_config(hidden_size=None), ["hidden_size"]),
     "value": (edit_config(num_hidden_layers="many"), ["wrong kind", "many"]),
