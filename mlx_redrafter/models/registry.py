@@ -38,7 +38,8 @@ def way(raw: Mapping[str, Any], native: bool = True) -> Way:
     if known is not None:
         return "adapter"
     every = sorted({*SUPPORTED, *mlx_lm_types()} - DECLINED.keys())
-    nearest = difflib.get_close_matches(kind, every, _NEAREST, 0.4) or SUPPORTED
+    found = difflib.get_close_matches(kind, every, _NEAREST, 0.4) if raw.get("model_type") else []
+    nearest = found or SUPPORTED
     raise ModelError(
         f"model_type '{kind}' is not supported, and mlx-lm {_version()} does not have it either; "
         f"nearest: {', '.join(nearest)} (of {len(every)} types; a later mlx-lm may have more)"

@@ -99,9 +99,8 @@ def test_patches_are_gone_behind_a_pass_and_behind_an_error() -> None:
 
     def look(run: Running, stock: object) -> object:
         def call(*args: object, **options: object) -> None:
-            thread = threading.Thread(
-                target=lambda: elsewhere.append(nn.RoPE(4)(mx.zeros((1, 1, 4))))
-            )
+            rotated = lambda: elsewhere.append(nn.RoPE(4)(mx.zeros((1, 1, 4))))  # noqa: E731
+            thread = threading.Thread(target=rotated)
             thread.start()
             thread.join()
             raise RuntimeError("a fault within a pass")
