@@ -71,7 +71,7 @@ def test_a_session_is_cut_and_grows_again(target: Any) -> None:
         assert run(engine, again, None, SHAPES["chain"], 9, session) == plain(target, again, 9)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_next", "mamba2"])
+@pytest.mark.parametrize("kind", ["mamba2", pytest.param("qwen3_next", marks=pytest.mark.slow)])
 def test_a_step_is_one_graph_in_closed_form(kind: str) -> None:
     """Compiled, it is traced once however many trees it runs over."""
     target, prompt = adapted(kind, closed=True), prompt_of(20)
