@@ -61,7 +61,7 @@ class AdaptedModel(nn.Module):
     @property
     def dtype(self) -> mx.Dtype:
         """Of the activations."""
-        return self._dtype
+        return self._seen.dtype
 
     @property
     def caches(self) -> Sequence[LayerCache]:
@@ -109,12 +109,16 @@ class AdaptedModel(nn.Module):
 
         def given(_: Running, stock: Any) -> Any:
             def call(module: Any, *args: Any, **options: Any) -> Any:
-                return hidden[None] if module is self._backbone else stock(module, *args, **options)
+                return (
+                    hidden[None]
+                    if module is self._seen.backbone
+                    else stock(module, *args, **options)
+                )
 
             return call
 
         # Whatever else the module computes of these tokens is not read, and so never run.
-        head = Place(type(self._backbone), "__call__", given)
+        head = Place(type(self._seen.backbone), "__call__", given)
         with patched(cast(Running, None), [head, *more]):
             out: mx.array = self.module(mx.zeros((1, rows), mx.int32))
         return out.reshape(rows, -1)
@@ -125,7 +129,7 @@ class AdaptedModel(nn.Module):
 
         def given(_: Running, stock: Any) -> Any:
             def call(module: Any, x: mx.array) -> mx.array:
-                if module is not self._head or found:
+                if module is not self._seen.head or found:
                     result: mx.array = stock(module, x)
                     return result
                 found.append(out * x.reshape(-1)[0])  # what the state was divided by before
@@ -134,29 +138,29 @@ class AdaptedModel(nn.Module):
             return call
 
         name = "as_linear" if self.config.tied else "__call__"
-        ones = mx.ones((out.shape[0], self.config.hidden_size), self._dtype)
-        logits = self._logits(ones, [Place(type(self._head), name, given)])
+        ones = mx.ones((out.shape[0], self.config.hidden_size), self._seen.dtype)
+        logits = self._logits(ones, [Place(type(self._seen.head), name, given)])
         return logits.reshape(out.shape) if found else out
 
     def embed(self, tokens: mx.array) -> mx.array:
         """tokens (...,) -> rows of the input embedding (..., D), without the embedding scale."""
-        return self._embedding(tokens).astype(self.dtype)
+        return self._seen.embedding(tokens).astype(self.dtype)
 
     def head_rows(self, ids: mx.array) -> mx.array:
         """ids (K,) -> rows (K, D) of the output head or tied embedding, dequantised."""
-        return dequantised(self._head, ids).astype(self.dtype)
+        return dequantised(self._seen.head, ids).astype(self.dtype)
 
     def norm(self, x: mx.array) -> mx.array:
         """What the last layer puts out (..., D) -> what the head reads.
 
         Raises ModelError where the module has no norm of its own for it.
         """
-        if self._norm is None:
+        if self._seen.norm is None:
             raise ModelError(
                 f"model_type '{self.config.model_type}' has no final norm that can be run alone; "
                 "needed: a drafter that reads final hidden states only"
             )
-        out: mx.array = self._norm(x)
+        out: mx.array = self._seen.norm(x)
         return out
 
     def _running(
@@ -187,22 +191,22 @@ class AdaptedModel(nn.Module):
         parts are. Then a tree, which says who extends what."""
         caches = make_prompt_cache(self.module)
         seen = Observed(self.module, mx.zeros((1, _PROBE), mx.int32), caches)
-        self._backbone, self._norm, self._embedding = seen.backbone, seen.norm, seen.embedding
-        self._head, self._dtype = seen.head, seen.dtype
+        self._seen = seen  # not as parts of this module: their weights are counted once
         masked = any(type(m).__name__ == "KimiK3DeltaAttention" for m in self.module.modules())
         self._layout = Layout(caches, masked, own_patches.ROWS.get(self._type))
         blocks = list(getattr(self.module, "layers", ()))
         self.config = config_of(raw, seen, self._layout.arrays, len(blocks))
-        final = Place(type(self._backbone), "__call__", capture(self._backbone))
+        final = Place(type(self._seen.backbone), "__call__", capture(self._seen.backbone))
         self._places = [*own_patches.places(self.module), final]
         self._places += [Place(cls, "__call__", layers(blocks)) for cls in {*map(type, blocks)}]
         self._try()
         self._caches = cast(list[LayerCache], self._layout.kinds)
+        self._layout.forget()
 
     def _try(self) -> None:
         kinds, n = self._layout.kinds, 3
         kept = [
-            kind.empty(_PROBE, self._dtype)
+            kind.empty(_PROBE, self._seen.dtype)
             if kind is not None
             else mx.zeros(array.shape, array.dtype)
             for kind, array in zip(kinds, self._layout.arrays, strict=True)

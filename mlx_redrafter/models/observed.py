@@ -51,6 +51,8 @@ class Observed:
         shape = (*tokens.shape, self.vocab_size)
         heads = [m for m, out in (*self._linear, *self._calls) if out.shape == shape]
         self.head = next((m for m in reversed(heads) if "weight" in m), self.embedding)
+        self._calls.clear()
+        self._linear.clear()
 
     def _noting(self, calls: list[Call]) -> Callable[..., Any]:
         def patch(_: Running, stock: Callable[..., Any]) -> Callable[..., Any]:

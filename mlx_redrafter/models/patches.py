@@ -39,8 +39,12 @@ def patched(run: Running, places: Sequence[Place]) -> Iterator[None]:
         for owner, name, patch in places:
             stock = getattr(owner, name)
             new = patch(run, stock)
-            setattr(owner, name, _for_thread(thread, new, stock) if callable(new) else new)
-            undo.callback(setattr, owner, name, stock)
+            here = _for_thread(thread, new, stock) if callable(new) else new
+            if name in vars(owner):
+                undo.callback(setattr, owner, name, stock)
+            else:  # of a parent class, which may be exchanged too
+                undo.callback(delattr, owner, name)
+            setattr(owner, name, here)
         yield
 
 

@@ -267,6 +267,16 @@ class Layout:
         self.kinds.append(made)
         return len(self.arrays) - 1
 
+    def forget(self) -> None:
+        """Let go of the arrays, which nobody has computed."""
+        self.arrays.clear()
+        for cache in self.caches:
+            for part in getattr(cache, "caches", (cache,)):
+                if isinstance(part, ArraysCache):
+                    part.cache = [None] * len(part.cache)
+                else:
+                    part.keys = part.values = None
+
     def stand_ins(self, run: Running) -> list[Any]:
         """Caches of the same shape for one pass."""
         return [self._stand_in(cache, run) for cache in self.caches]

@@ -9,6 +9,7 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
@@ -18,12 +19,13 @@ import numpy as np
 import pytest
 from adapter_cases import LIMIT, TYPES, ancestors_of, figures, module_of
 from conftest import SHAPES, engine_of, prompt_of, run
+from mlx.utils import tree_flatten, tree_reduce
 from tiny_models import build
 
-from mlx_redrafter.cache.layer import Pass
+from mlx_redrafter.cache.layer import Pass, new_caches
 from mlx_redrafter.cache.recurrent import TapedState, parents_of, windows_of
 from mlx_redrafter.errors import ModelError, OptionError
-from mlx_redrafter.models import AdaptedModel, load_model, patches, registry
+from mlx_redrafter.models import AdaptedModel, Decoder, load_model, patches, registry
 from mlx_redrafter.models.running import Running
 from mlx_redrafter.prefill.config import SparsePrefill
 
@@ -117,6 +119,33 @@ def test_patches_are_gone_behind_a_pass_and_behind_an_error() -> None:
     assert elsewhere[0].shape == (1, 1, 4)
 
 
+def layer_outputs(target: Decoder) -> list[np.ndarray]:
+    """Of the first and the last layer, and the final hidden states, over nine tokens."""
+    slots, at = mx.arange(128, dtype=mx.int32), mx.arange(9, dtype=mx.int32)
+    run = Pass(new_caches(target.caches, 128, target.dtype), mx.array([0], mx.int32))
+    layers = (0, target.config.num_layers - 1)
+    hidden, outputs = target(at, at, slots <= at[:, None], slots, run, layers)
+    return [np.array(x) for x in (hidden, *outputs)]
+
+
+def test_what_a_class_has_of_its_parent_is_so_again() -> None:
+    class Parent:
+        def name(self) -> str:
+            return "parent"
+
+    class Child(Parent):
+        pass
+
+    def other(run: Running, stock: Any) -> Any:
+        return lambda self: f"other {stock(self)}"
+
+    places = [patches.Place(cls, "name", other) for cls in (Parent, Child)]
+    with patches.patched(cast(Running, None), places):
+        assert Parent().name() == "other parent"
+    assert Parent().name() == Child().name() == "parent"
+    assert "name" not in vars(Child)
+
+
 @pytest.mark.parametrize("case", ["llama", "gemma2", "smollm3"])
 def test_a_native_type_through_the_adapter_says_the_same(case: str, tmp_path: Path) -> None:
     build(tmp_path, case)
@@ -138,6 +167,13 @@ def test_a_native_type_through_the_adapter_says_the_same(case: str, tmp_path: Pa
         (other.norm(hidden), native.model.norm(hidden)),
     ):  # fmt: skip
         assert np.allclose(np.array(ours), np.array(theirs), atol=1e-5)
+    read = [layer_outputs(target) for target in (native, other)]
+    for ours, theirs in zip(*read, strict=True):
+        assert np.allclose(ours, theirs, atol=1e-5)
+    size = sum(value.nbytes for _, value in tree_flatten(other.parameters()))
+    assert (
+        tree_reduce(lambda n, x: n + x.nbytes if isinstance(x, mx.array) else n, other, 0) == size
+    )
     for name in ("hidden_size", "vocab_size", "num_layers", "num_heads", "num_kv_heads", "tied"):
         assert getattr(other.config, name) == getattr(native.config, name), name
 
