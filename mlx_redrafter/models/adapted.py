@@ -33,8 +33,8 @@ def load(folder: Path, dtype: mx.Dtype | None = None, closed: bool | None = None
         dtype = mx.float32
     if dtype is not None:
         module.set_dtype(dtype)
-    for layer in getattr(module, "layers", ()):
-        materialise(layer, finite(parameters(layer)), folder)
+    for index, layer in enumerate(getattr(module, "layers", ())):
+        materialise(layer, finite(parameters(layer), f"layers.{index}."), folder)
     materialise(module, finite(parameters(module)), folder)
     return AdaptedModel(module, raw, closed)
 
