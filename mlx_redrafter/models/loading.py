@@ -16,6 +16,7 @@ from .config import DecoderConfig
 from .decoder import Decoder
 from .families import decoder_config
 from .files import weight_files
+from .layout import ours
 from .stored import as_stored, packed_layers
 from .weights import (
     finite,
@@ -29,8 +30,8 @@ from .weights import (
 
 Weights = dict[str, mx.array]
 
-_DROPPED = ("vision_tower.", "multi_modal_projector.", "vision_model.", "medusa_head.",
-            "medusa_heads.")  # fmt: skip
+_DROPPED = ("vision_tower.", "multi_modal_projector.", "vision_model.", "vision_adapter.",
+            "vision_projection.", "medusa_head.", "medusa_heads.")  # fmt: skip
 # mode -> the only (bits, group size) it allows, which also identifies it.
 _FLOAT_MODES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
 
@@ -65,7 +66,7 @@ def read_model(folder: Path) -> tuple[Decoder, Weights]:
     """
     raw = read_json(folder / "config.json")
     decoder_config(raw)  # an unsupported type is said before gigabytes are read
-    weights = sanitize(read_weights(weight_files(folder)))
+    weights = sanitize(read_weights(weight_files(folder)), str(raw["model_type"]))
     raw = as_stored(raw, {name: value.dtype for name, value in weights.items()})
     config = decoder_config(raw, weights.keys())
     if config.tied:
@@ -76,7 +77,7 @@ def read_model(folder: Path) -> tuple[Decoder, Weights]:
     return model, weights
 
 
-def sanitize(weights: Mapping[str, mx.array]) -> Weights:
+def sanitize(weights: Mapping[str, mx.array], model_type: str) -> Weights:
     """Names as Decoder has them: the text half only, without precomputed rotary frequencies and
     heads that draft."""
     result = {}
@@ -93,7 +94,7 @@ def sanitize(weights: Mapping[str, mx.array]) -> Weights:
             name = name.removeprefix("language_model.")
             if not name.startswith(("model.", "lm_head.")):
                 name = "model." + name
-        result[name] = value
+        result[ours(model_type, name)] = value
     return result
 
 
@@ -103,8 +104,9 @@ def _convert(weights: Weights, config: DecoderConfig, dtype: mx.Dtype | None) ->
     for name, value in weights.items():
         if dtype is not None and mx.issubdtype(value.dtype, mx.floating):
             value = value.astype(dtype)
+        last = name == "model.norm.weight"
         if config.norm_offset and name.endswith("norm.weight"):
-            value = config.norm_offset + value
+            value = value if last and not config.norm_offset_last else config.norm_offset + value
         result[name] = value
     return result
 

@@ -15,7 +15,10 @@ from tiny_models import CASES, PREFIX, TOLERANCE, C, Runner, assert_close, build
 from mlx_redrafter.cache.layer import Pass, new_caches
 from mlx_redrafter.models import SUPPORTED, Decoder, attention, load_model, rope
 
-WINDOWED = {"llama-window", "gemma3_text", "gemma3"}
+WINDOWED = {
+    "llama-window", "gemma3_text", "gemma3", "ministral3", "olmo3", "exaone4-window", "cohere2",
+    "muse_glimmer",
+}  # fmt: skip
 
 
 @pytest.fixture(params=CASES)

@@ -10,6 +10,7 @@ from typing import Any
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import mlx.core as mx  # isort: skip
+from dense_cases import DENSE_CASES
 from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
@@ -92,6 +93,7 @@ CASES: dict[str, Config] = {
     "granite": {"model_type": "granite", **GRANITE},
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4},
     "olmo2": {"model_type": "olmo2"},
+    **DENSE_CASES,
 }
 
 
@@ -101,13 +103,13 @@ def build(folder: Path, case: str | Config, dtype: mx.Dtype = mx.float32, **more
     model_class, args_class = mlx_lm_utils._get_classes(config)
     model = model_class(args_class.from_dict(json.loads(json.dumps(config))))
     mx.random.seed(7)
-    gemma, weights = config["model_type"].startswith("gemma"), {}
+    zero_based, weights = config["model_type"].startswith(("gemma", "muse", "nemotron")), {}
     for name, value in tree_flatten(model.parameters()):
         if config["model_type"].startswith("gemma3") and name.endswith("lm_head.weight"):
             continue  # tied
         noise = mx.random.normal(value.shape)
         if name.endswith("norm.weight"):
-            weights[name] = 0.3 * noise + (0.0 if gemma else 1.0)
+            weights[name] = 0.3 * noise + (0.0 if zero_based else 1.0)
         else:
             weights[name] = noise * (0.3 if value.ndim == 1 else 1.5 / value.shape[-1] ** 0.5)
     save(folder, config, {name: value.astype(dtype) for name, value in weights.items()})
