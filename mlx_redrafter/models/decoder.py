@@ -13,8 +13,9 @@ from mlx_redrafter.cache.layer import LayerCache, Pass
 from mlx_redrafter.cache.slabs import Slab
 
 from .attention import Attend, dense
+from .block import Block
 from .config import DecoderConfig
-from .layers import Activation, Block, LayerPass, Rotate, norm
+from .layers import Activation, LayerPass, Rotate, norm
 from .rope import Rope, Rotation
 
 

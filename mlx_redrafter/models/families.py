@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from ..errors import ModelError
-from . import families_dense, families_gemma, families_llama
+from . import families_dense, families_experts, families_gemma, families_llama
 from .config import DecoderConfig
 from .family import Raw, rope_config
 
@@ -76,6 +76,7 @@ def _check(config: DecoderConfig) -> None:
 
 FAMILIES: dict[str, Callable[[Raw], DecoderConfig]] = {
     **families_dense.FAMILIES,
+    **families_experts.FAMILIES,
     **families_gemma.FAMILIES,
     **families_llama.FAMILIES,
 }

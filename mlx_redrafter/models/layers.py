@@ -1,4 +1,4 @@
-"""The parts of a block: norms, attention and the feed-forward layer, as a DecoderConfig says."""
+"""The parts of a block: norms, attention and feed-forward layer, as a DecoderConfig says."""
 
 from __future__ import annotations
 
@@ -174,46 +174,3 @@ class MLP(nn.Module):
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj((activation or self._activation)(gate, up))
-
-
-class Block(nn.Module):
-    """Attention and feed-forward layer with the family's norms around them."""
-
-    def __init__(self, config: DecoderConfig):
-        super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = MLP(config)
-        self._norms = config.norms
-        self._residual_scale, self._clip = config.residual_scale, config.clip_residual
-        behind = config.norms in ("post", "both")
-        after = config.post_norm_eps if behind else None
-        if config.norms != "parallel":
-            self.post_attention_layernorm = norm(config, after)
-        if config.norms != "post":
-            self.input_layernorm = norm(config)
-        if config.norms == "both":
-            self.pre_feedforward_layernorm = norm(config)
-        if behind:
-            self.post_feedforward_layernorm = norm(config, after)
-
-    def _add(self, x: mx.array, r: mx.array) -> mx.array:
-        if self._residual_scale != 1.0:
-            r = r * self._residual_scale
-        if self._clip and x.dtype == mx.float16:
-            bound = mx.finfo(mx.float16).max
-            total = x.astype(mx.float32) + r.astype(mx.float32)
-            return mx.clip(total, -bound, bound).astype(mx.float16)
-        return x + r
-
-    def __call__(self, x: mx.array, run: LayerPass) -> mx.array:
-        """x (N, D) -> (N, D)."""
-        inputs = x if self._norms == "post" else self.input_layernorm(x)
-        r = self.self_attn(inputs, run)
-        if self._norms == "parallel":
-            return self._add(x, r + self.mlp(inputs, run.activation))
-        # The same checkpoint name is the norm after attention, or (Llama) before the MLP.
-        h = self._add(x, r if self._norms == "pre" else self.post_attention_layernorm(r))
-        if self._norms == "pre":
-            return self._add(h, self.mlp(self.post_attention_layernorm(h), run.activation))
-        inputs = h if self._norms == "post" else self.pre_feedforward_layernorm(h)
-        return self._add(h, self.post_feedforward_layernorm(self.mlp(inputs, run.activation)))

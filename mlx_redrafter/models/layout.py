@@ -1,24 +1,47 @@
-"""Tensor names as the decoder has them, and as mlx-lm has them, for the families that differ."""
+"""Tensors as the decoder has them, from how Hugging Face and mlx-lm store them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
+import mlx.core as mx
+
+from ..errors import ModelError
+
+Weights = dict[str, mx.array]
+Names = Sequence[tuple[str, str]]
+
+_SPARSE: Names = ((".block_sparse_moe.", ".mlp."),)
+_ROUTED: Names = ((".mlp.gate.e_score_correction_bias", ".mlp.e_score_correction_bias"),)
 # By model_type, what is written otherwise in a name: (mlx-lm's, ours), in this order.
-_RENAMED: dict[str, Sequence[tuple[str, str]]] = {
+_RENAMED: dict[str, Names] = {
     "glm4": (
         (".post_attention_layernorm", ".pre_feedforward_layernorm"),
         (".post_self_attn_layernorm", ".post_attention_layernorm"),
         (".post_mlp_layernorm", ".post_feedforward_layernorm"),
     ),
+    "glm4_moe": _ROUTED,
+    "gpt_oss": ((".mlp.experts.", ".mlp.switch_mlp."), (".mlp.router.", ".mlp.gate.")),
+    "minimax": _SPARSE,
+    "minimax_m2": _SPARSE,
+    "mixtral": _SPARSE,
     "phi": (
         (".self_attn.dense.", ".self_attn.o_proj."),
         (".mlp.fc1.", ".mlp.up_proj."),
         (".mlp.fc2.", ".mlp.down_proj."),
         ("model.final_layernorm.", "model.norm."),
     ),
+    "qwen2_moe": ((".mlp.shared_expert.", ".mlp.shared_experts."),),
     "starcoder2": ((".mlp.c_fc.", ".mlp.up_proj."), (".mlp.c_proj.", ".mlp.down_proj.")),
 }
+# Their tensors are cut or joined otherwise in Hugging Face's layout; mlx-lm knows how.
+RESHAPED = ("gpt_oss",)
+# They store a drafting layer behind the others.
+_MORE_LAYERS = ("glm4_moe",)
+_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.(\w+)")
+_MATRICES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 def ours(model_type: str, name: str) -> str:
@@ -28,8 +51,65 @@ def ours(model_type: str, name: str) -> str:
     return name
 
 
-def theirs(model_type: str, name: str) -> str:
+def stored_name(model_type: str, name: str) -> str:
     """The name that mlx-lm gives a tensor of the decoder."""
-    for stored, mine in reversed(_RENAMED.get(model_type, ())):
-        name = name.replace(mine, stored)
+    for theirs, mine in reversed(_RENAMED.get(model_type, ())):
+        name = name.replace(mine, theirs)
     return name
+
+
+def expert_of(name: str) -> tuple[str, int] | None:
+    """For one of many experts: the tensor that holds all of them, and which it is."""
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return None
+    before, number, matrix, part = match.groups()
+    return f"{before}.switch_mlp.{_MATRICES.get(matrix, matrix)}.{part}", int(number)
+
+
+def beyond(name: str, raw: Mapping[str, Any]) -> bool:
+    """Is it of a layer behind the last, which a type is known to store?"""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    known = raw.get("model_type") in _MORE_LAYERS
+    return known and match is not None and int(match[1]) >= int(raw["num_hidden_layers"])
+
+
+def arranged(weights: Weights, raw: Mapping[str, Any]) -> Weights:
+    """The text half's tensors, under their stored names -> the decoder's; nothing is evaluated."""
+    kind = str(raw["model_type"])
+    if kind in RESHAPED:
+        weights = _as_mlx_lm(weights, raw)
+    result: Weights = {}
+    experts: dict[str, dict[int, mx.array]] = {}
+    for name, value in weights.items():
+        if beyond(name, raw):
+            continue
+        if (found := expert_of(name)) is not None:
+            experts.setdefault(found[0], {})[found[1]] = value
+        else:
+            result[ours(kind, name)] = value
+    for name, parts in experts.items():
+        result[ours(kind, name)] = _stacked(name, [parts[i] for i in sorted(parts)])
+    return result
+
+
+def _stacked(name: str, parts: list[mx.array]) -> mx.array:
+    if len({(part.shape, part.dtype) for part in parts}) > 1:
+        raise ModelError(f"the experts of {name} differ in shape or type; download the model again")
+    return mx.stack(parts)
+
+
+def _as_mlx_lm(weights: Weights, raw: Mapping[str, Any]) -> Weights:
+    """As mlx-lm's own model of this type takes them; its arrays are never evaluated."""
+    from mlx_lm.utils import _get_classes
+
+    config = dict(raw)
+    model_class, arguments = _get_classes(config)
+    try:
+        model = model_class(arguments.from_dict(config))
+        return cast(Weights, model.sanitize(dict(weights)))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"the weights do not fit model_type '{raw['model_type']}' ({error!r}); "
+            "download the model again"
+        ) from error

@@ -16,7 +16,7 @@ from .config import DecoderConfig
 from .decoder import Decoder
 from .families import decoder_config
 from .files import weight_files
-from .layout import ours
+from .layout import arranged
 from .stored import as_stored, packed_layers
 from .weights import (
     finite,
@@ -66,7 +66,7 @@ def read_model(folder: Path) -> tuple[Decoder, Weights]:
     """
     raw = read_json(folder / "config.json")
     decoder_config(raw)  # an unsupported type is said before gigabytes are read
-    weights = sanitize(read_weights(weight_files(folder)), str(raw["model_type"]))
+    weights = arranged(sanitize(read_weights(weight_files(folder))), raw)
     raw = as_stored(raw, {name: value.dtype for name, value in weights.items()})
     config = decoder_config(raw, weights.keys())
     if config.tied:
@@ -77,8 +77,8 @@ def read_model(folder: Path) -> tuple[Decoder, Weights]:
     return model, weights
 
 
-def sanitize(weights: Mapping[str, mx.array], model_type: str) -> Weights:
-    """Names as Decoder has them: the text half only, without precomputed rotary frequencies and
+def sanitize(weights: Mapping[str, mx.array]) -> Weights:
+    """The text half only, named as if it stood alone, without precomputed rotary frequencies and
     heads that draft."""
     result = {}
     for name, value in weights.items():
@@ -94,7 +94,7 @@ def sanitize(weights: Mapping[str, mx.array], model_type: str) -> Weights:
             name = name.removeprefix("language_model.")
             if not name.startswith(("model.", "lm_head.")):
                 name = "model." + name
-        result[ours(model_type, name)] = value
+        result[name] = value
     return result
 
 
@@ -102,7 +102,8 @@ def _convert(weights: Weights, config: DecoderConfig, dtype: mx.Dtype | None) ->
     """Apply the dtype, and Gemma's offset of norm weights. Nothing is evaluated."""
     result = {}
     for name, value in weights.items():
-        if dtype is not None and mx.issubdtype(value.dtype, mx.floating):
+        exact = name.endswith("e_score_correction_bias")  # mlx-lm keeps it in float32
+        if dtype is not None and mx.issubdtype(value.dtype, mx.floating) and not exact:
             value = value.astype(dtype)
         last = name == "model.norm.weight"
         if config.norm_offset and name.endswith("norm.weight"):

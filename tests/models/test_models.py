@@ -17,7 +17,7 @@ from mlx_redrafter.models import SUPPORTED, Decoder, attention, load_model, rope
 
 WINDOWED = {
     "llama-window", "gemma3_text", "gemma3", "ministral3", "olmo3", "exaone4-window", "cohere2",
-    "muse_glimmer",
+    "muse_glimmer", "gpt_oss",
 }  # fmt: skip
 
 

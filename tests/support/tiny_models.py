@@ -11,6 +11,7 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import mlx.core as mx  # isort: skip
 from dense_cases import DENSE_CASES
+from expert_cases import EXPERT_CASES
 from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
@@ -94,6 +95,7 @@ CASES: dict[str, Config] = {
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4},
     "olmo2": {"model_type": "olmo2"},
     **DENSE_CASES,
+    **EXPERT_CASES,
 }
 
 

@@ -1,0 +1,90 @@
+"""Configurations of tiny models with experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+EIGHT = {"num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True}
+ROUTED: dict[str, Any] = {
+    **EIGHT,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+    "tie_word_embeddings": False,
+}
+EXPERT_CASES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 8,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
+        **EIGHT,
+    },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 8,
+        "shared_expert_intermediate_size": 48,
+        "tie_word_embeddings": False,
+        **EIGHT,
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2,
+                "tie_word_embeddings": False},
+    "olmoe": {"model_type": "olmoe", "num_experts": 8, "num_experts_per_tok": 3},
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        "head_dim": 16,
+        "attention_bias": True,
+        "rope_scaling": None,
+        "use_qk_norm": True,
+        "partial_rotary_factor": 0.5,
+        **ROUTED,
+    },
+    "glm4_moe-groups": {
+        "model_type": "glm4_moe",
+        "head_dim": 16,
+        "attention_bias": False,
+        "rope_scaling": None,
+        "use_qk_norm": False,
+        "partial_rotary_factor": 0.5,
+        **ROUTED,
+        "n_group": 4,
+        "topk_group": 2,
+    },
+    "minimax": {
+        "model_type": "minimax",
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "shared_intermediate_size": 0,
+        "rotary_dim": 8,
+        "tie_word_embeddings": False,
+    },
+    "minimax_m2": {
+        "model_type": "minimax_m2",
+        "head_dim": 24,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 0,
+        "rotary_dim": 12,
+        "tie_word_embeddings": False,
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+        },
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
