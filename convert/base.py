@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx_redrafter.errors import ConvertError, ModelError, one_line
 from mlx_redrafter.models import Decoder, DecoderConfig
 from mlx_redrafter.models.families import decoder_config
-from mlx_redrafter.models.layout import RESHAPED, beyond, expert_of, ours, stored_name
+from mlx_redrafter.models.layout import RESHAPED, beyond, exact, expert_of, ours, stored_name
 from mlx_redrafter.models.loading import sanitize
 from mlx_redrafter.models.stored import as_stored, packed_layers
 from mlx_redrafter.models.weights import Shape, misfit, parameters, preview, shapes
@@ -30,6 +30,8 @@ from .writer import OutputFolder, Progress, ShardWriter, sixteen_bits
 
 Config = dict[str, Any]
 
+# mlx-lm keeps their text half under the name it has in the multimodal model.
+_NESTED = ("gemma3", "gemma4", "gemma4_unified")
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -97,7 +99,7 @@ def convert_base(
     for done, (name, pieces) in enumerate(plan.pieces.items()):
         progress(done, len(plan.pieces))
         value = checkpoint.load(name)
-        if stored_as is not None or value.dtype == mx.float64:
+        if (stored_as is not None and not exact(name)) or value.dtype == mx.float64:
             value = value.astype(stored_as or mx.float32)
         for piece in pieces:
             rows = value[piece.first : piece.first + piece.shape[0]] if len(pieces) > 1 else value
@@ -274,8 +276,7 @@ class Quantisation:
         from mlx_lm.utils import quantize_model
 
         self.config = config
-        # mlx-lm keeps Gemma 3's text half under the name it has in the multimodal model.
-        self._prefix = "language_model." if config["model_type"] == "gemma3" else ""
+        self._prefix = "language_model." if config["model_type"] in _NESTED else ""
         names = [self._stored(name) for name in names]
         self._chosen: dict[str, tuple[int, int, str]] = {}
         if bits is None:

@@ -91,7 +91,7 @@ def _model(folder: Path, context: int | None) -> dict[str, Any]:
     # Their number when unpacked; no array is made, as none is evaluated.
     count = sum(value.size for value in parameters(Decoder(config)).values())
     tokens = min(context or config.max_positions, config.max_positions)
-    per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * element
+    per_token = config.kept_per_token * element
     return {
         "model_type": config.model_type,
         "parameters": count,

@@ -140,7 +140,7 @@ def memory(model: Model, memory_gb: float) -> Check:
     if model.drafter is not None:
         arrays += tree_flatten(module_of(model.drafter).parameters())
     weights = sum(value.nbytes for _, value in arrays)
-    token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.size
+    token = config.kept_per_token * dtype.size
     kinds = model.drafter.caches if model.drafter is not None else ()
     token += sum(kind.empty(1, dtype).nbytes for kind in kinds)
     full = config.max_positions * token

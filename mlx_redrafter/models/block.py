@@ -7,6 +7,8 @@ import mlx.nn as nn
 
 from .config import DecoderConfig
 from .experts import Experts
+from .gemma4 import Beside, LayerInput
+from .latent import LatentAttention
 from .layers import MLP, Attention, LayerPass, norm
 
 
@@ -15,8 +17,16 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = MLP(config) if config.experts is None else Experts(config)
+        latent = config.latent is not None
+        self.self_attn = LatentAttention(config) if latent else Attention(config)
+        dense = config.experts is None or config.experts_beside
+        self.mlp = MLP(config) if dense else Experts(config)
+        if config.experts is not None and config.experts_beside:
+            self.beside = Beside(config)
+        if config.layer_input:
+            self.layer_input = LayerInput(config)
+        if config.layer_scalar:
+            self.layer_scalar = mx.ones((1,))
         self._norms = config.norms
         self._residual_scale, self._clip = config.residual_scale, config.clip_residual
         behind = config.norms in ("post", "both")
@@ -50,4 +60,17 @@ class Block(nn.Module):
         if self._norms == "pre":
             return self._add(h, self.mlp(self.post_attention_layernorm(h), run.activation))
         inputs = h if self._norms == "post" else self.pre_feedforward_layernorm(h)
-        return self._add(h, self.post_feedforward_layernorm(self.mlp(inputs, run.activation)))
+        r = self.mlp(inputs, run.activation)
+        if "beside" in self:
+            r = self.beside.join(h, r, run.activation)
+        h = self._add(h, self.post_feedforward_layernorm(r))
+        if run.given is not None:
+            h = h + self.layer_input(h, run.given)
+        return h * self.layer_scalar if "layer_scalar" in self else h
+
+    def fuse(self) -> None:
+        """Join the projections that read the same input, where they can be joined."""
+        self.self_attn.fuse()
+        self.mlp.fuse()
+        if "beside" in self:
+            self.beside.fuse()

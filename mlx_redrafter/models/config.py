@@ -76,6 +76,27 @@ class ExpertsConfig:
     shared_gate: bool = False
 
 
+@dataclass(frozen=True)
+class LatentConfig:
+    """Attention over one latent vector a token, from which all heads' keys and values are made.
+
+    Args:
+        rank, rope: sizes of the latent vector and of the rotated key beside it: what is kept.
+        plain: the part of a query that is not rotated.
+        value: of a head's output.
+        query_rank: of the vector that queries are made from; 0: from the hidden state.
+        eps: of the norms of both vectors.
+    """
+
+    rank: int
+    rope: int
+    plain: int
+    value: int
+    query_rank: int = 0
+    eps: float = 1e-6
+    bias: bool = False
+
+
 ActivationName = Literal["silu", "gelu", "gelu_approx", "relu2", "swiglu_oai"]
 LayerChanges = Mapping[str, Any]
 
@@ -106,6 +127,11 @@ class DecoderConfig:
     layer_changes: tuple[LayerChanges, ...] = field(default=(), hash=False)
     tied: bool = True
     head_bias: bool = False
+    latent: LatentConfig | None = None
+    # The layer whose keys and values this one reads, if not its own.
+    kv_source: int | None = None
+    values_are_keys: bool = False  # before the norm of the keys
+    value_norm: bool = False  # without weights
     # A score per head that competes with those of the keys, and has no value.
     sinks: bool = False
     qkv_bias: bool = False
@@ -130,6 +156,11 @@ class DecoderConfig:
     activation: ActivationName = "silu"
     gated: bool = True
     experts: ExpertsConfig | None = None
+    experts_beside: bool = False  # the dense layer, and with norms of their own
+    # Size and vocabulary of what every layer is given of the tokens besides the stream; 0: nothing.
+    layer_input: int = 0
+    layer_input_vocab: int = 0
+    layer_scalar: bool = False  # a layer's output times a stored number
     # Phi-3 checkpoints store q/k/v and gate/up already concatenated, GLM-4 only gate/up.
     stored_fused: bool = False
     stored_gate_up: bool = False
@@ -149,7 +180,24 @@ class DecoderConfig:
         return replace(self, **changes) if changes else self
 
     @property
+    def widest_row(self) -> int:
+        """Inner numbers of the feed-forward layer that makes most of a token."""
+        if self.experts is None:
+            return self.intermediate_size
+        routed = self.experts.chosen * self.experts.size + self.experts.shared
+        return max(self.intermediate_size, routed)
+
+    @property
     def kept_per_token(self) -> int:
         """Numbers that all layers keep of a token."""
-        layers = (self.layer(i) for i in range(self.num_layers))
-        return sum(2 * layer.num_kv_heads * layer.head_dim for layer in layers)
+        layers = [self.layer(i) for i in range(self.num_layers)]
+        return sum(heads * size for heads, size in (layer.kept for layer in layers))
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Rows of a layer's slab and their size; of one that reads another's, none."""
+        if self.kv_source is not None:
+            return 0, 0
+        if self.latent is not None:
+            return 1, self.latent.rank + self.latent.rope
+        return 2 * self.num_kv_heads, self.head_dim

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +15,7 @@ from mlx_redrafter.cache.slabs import Slab
 from .attention import Attend, dense
 from .block import Block
 from .config import DecoderConfig
+from .gemma4 import LayerInputs
 from .layers import Activation, LayerPass, Rotate, norm
 from .rope import Rope, Rotation
 
@@ -38,6 +39,8 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Block(config.layer(i)) for i in range(config.num_layers)]
         self.norm = norm(config)
+        if config.layer_input:
+            self.layer_inputs = LayerInputs(config)
 
 
 class Decoder(nn.Module):
@@ -56,7 +59,10 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, config.head_bias)
         self._ropes = [Rope(rope) for rope in config.ropes]
         layers = [config.layer(i) for i in range(config.num_layers)]
-        self._caches = [Slab(2 * layer.num_kv_heads, layer.head_dim) for layer in layers]
+        # The layer whose cache each reads; those without one come after those with one.
+        sources = [(i, one.kv_source) for i, one in enumerate(layers)]
+        self._slots = [i if source is None else source for i, source in sources]
+        self._caches = [Slab(*one.kept) for one in layers if one.kv_source is None]
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -95,15 +101,19 @@ class Decoder(nn.Module):
         rotations = [rope.prepare(positions, x.dtype) for rope in self._ropes]
         masks = self._masks(mask, positions, key_positions)
         growth = self._growth(positions, x.dtype)
+        inner = self.model.get("layer_inputs")
+        given = None if inner is None else inner(tokens, x)
+        slabs: dict[int, Any] = {}
         outputs = []
         for index, block in enumerate(self.model.layers):
             run = LayerPass(
                 masks[self.config.layer_windows[index]],
                 self._rotate(self.config.layer_ropes[index], rotations),
-                functools.partial(caches.extend, index, self._caches[index]),
+                functools.partial(self._write, slabs, caches, index),
                 functions.attend(index),
                 functions.activation,
                 growth,
+                None if given is None else given[:, index],
             )
             x = block(x, run)
             outputs.append(x)
@@ -117,6 +127,14 @@ class Decoder(nn.Module):
         for window in set(self.config.layer_windows) - {0}:
             masks[window] = mask & (positions[:, None] < key_positions + window)
         return masks
+
+    def _write(self, slabs: dict[int, Any], caches: Pass, layer: int, rows: mx.array) -> Any:
+        """What a layer reads: its cache with these rows, or what the layer whose cache it is
+        read in this pass."""
+        slot = self._slots[layer]
+        if slot == layer:
+            slabs[slot] = caches.extend(slot, self._caches[slot], rows)
+        return slabs[slot]
 
     def _growth(self, positions: mx.array, dtype: mx.Dtype) -> mx.array | None:
         """How much larger queries are at their positions, (N, 1); Ministral 3."""

@@ -122,11 +122,16 @@ class Experts(nn.Module):
         worst = mx.argpartition(best, kth=out - 1, axis=-2)[..., :out, :]
         return mx.flatten(mx.put_along_axis(by_group, worst, mx.array(0.0), axis=-2), -2, -1)
 
+    def mixed(
+        self, x: mx.array, chosen: mx.array, weights: mx.array, activation: Activation | None
+    ) -> mx.array:
+        """What the chosen experts make of x (N, D), weighted: (N, D)."""
+        out = self.switch_mlp(x, chosen, activation)
+        return (out * weights[..., None]).sum(axis=-2).astype(out.dtype)
+
     def __call__(self, x: mx.array, activation: Activation | None = None) -> mx.array:
         """(N, D) -> (N, D)."""
-        chosen, weights = self.route(x)
-        out = self.switch_mlp(x, chosen, activation)
-        out = (out * weights[..., None]).sum(axis=-2).astype(out.dtype)
+        out = self.mixed(x, *self.route(x), activation)
         if "shared_experts" not in self:
             return out
         shared = self.shared_experts(x, activation)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ..errors import ModelError
 from . import families_dense, families_experts, families_gemma, families_llama
-from .config import DecoderConfig
+from .config import DecoderConfig, RopeConfig
 from .family import Raw, rope_config
 
 __all__ = ["FAMILIES", "SUPPORTED", "decoder_config", "rope_config"]
@@ -54,23 +54,28 @@ def _check(config: DecoderConfig) -> None:
             )
     if not 0 < config.norm_eps < math.inf:
         raise ModelError(f"config.json gives norm_eps = {config.norm_eps}; needed: more than 0")
-    if config.num_heads % config.num_kv_heads:
-        raise ModelError(
-            f"config.json gives {config.num_heads} attention heads and {config.num_kv_heads} "
-            "key/value heads; needed: a multiple"
-        )
-    for rope in config.ropes:
-        if rope.dims < 2 or rope.dims % 2 or rope.dims > config.head_dim:
-            raise ModelError(
-                f"config.json rotates {rope.dims} of {config.head_dim} entries of a head; "
-                "needed: an even number of at least 2, not above the head size"
-            )
     if len(config.layer_windows) != config.num_layers or len(config.layer_ropes) != len(
         config.layer_windows
     ):
         raise ModelError(
             f"config.json lists layer types for {len(config.layer_windows)} layers; "
             f"needed: one for each of {config.num_layers} layers"
+        )
+    for index, rope in enumerate(config.layer_ropes):
+        _check_heads(config.layer(index), config.ropes[rope] if rope >= 0 else None)
+
+
+def _check_heads(config: DecoderConfig, rope: RopeConfig | None) -> None:
+    """Of one layer."""
+    if config.num_heads % config.num_kv_heads:
+        raise ModelError(
+            f"config.json gives {config.num_heads} attention heads and {config.num_kv_heads} "
+            "key/value heads; needed: a multiple"
+        )
+    if rope and (rope.dims < 2 or rope.dims % 2 or rope.dims > config.head_dim):
+        raise ModelError(
+            f"config.json rotates {rope.dims} of {config.head_dim} entries of a head; "
+            "needed: an even number of at least 2, not above the head size"
         )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ..errors import ModelError
-from .config import DecoderConfig, ExpertsConfig
+from .config import DecoderConfig, ExpertsConfig, LatentConfig
 from .family import Raw, base, partial_rotary, plain_rope
 
 _DENSE: dict[str, Any] = {"experts": None}
@@ -171,14 +172,52 @@ def _gpt_oss(raw: Raw) -> DecoderConfig:
     return with_experts(config, experts)
 
 
+def _latent(raw: Raw, eps: float) -> DecoderConfig:
+    """Latent attention, and experts behind dense first layers."""
+    rope, plain = int(raw["qk_rope_head_dim"]), int(raw["qk_nope_head_dim"])
+    config = base({**raw, "head_dim": rope + plain}, max_positions=131072)
+    embedding = replace(config.ropes[0], dims=rope, traditional=True)
+    scaling = embedding.scaling or {}
+    scale, factor = config.attention_scale, float(scaling.get("factor") or 1.0)
+    if scaling.get("mscale_all_dim") and factor > 1.0:
+        scale *= (0.1 * float(scaling["mscale_all_dim"]) * math.log(factor) + 1.0) ** 2
+    latent = LatentConfig(
+        int(raw["kv_lora_rank"]),
+        rope,
+        plain,
+        int(raw["v_head_dim"]),
+        int(raw.get("q_lora_rank") or 0),
+        eps,
+        bool(raw.get("attention_bias", False)),
+    )
+    config = replace(
+        config, tied=False, ropes=(embedding,), attention_scale=scale, latent=latent,
+        num_kv_heads=config.num_heads,
+    )  # fmt: skip
+    return with_experts(config, *routed(raw, config.num_layers))
+
+
+def _deepseek_v3(raw: Raw) -> DecoderConfig:
+    return _latent(raw, 1e-6)
+
+
+def _glm4_moe_lite(raw: Raw) -> DecoderConfig:
+    raw = {"n_shared_experts": 1, "routed_scaling_factor": 1.8, "first_k_dense_replace": 1, **raw}
+    return _latent(raw, float(raw["rms_norm_eps"]))
+
+
 _GPT_OSS_DEFAULTS: dict[str, Any] = {
     "num_hidden_layers": 36, "num_local_experts": 128, "num_experts_per_tok": 4,
     "vocab_size": 201088, "rms_norm_eps": 1e-5, "hidden_size": 2880, "intermediate_size": 2880,
     "head_dim": 64, "num_attention_heads": 64, "num_key_value_heads": 8, "sliding_window": 128,
 }  # fmt: skip
 FAMILIES: dict[str, Callable[[Raw], DecoderConfig]] = {
+    "deepseek_v3": _deepseek_v3,
     "glm4_moe": _glm4_moe,
+    "glm4_moe_lite": _glm4_moe_lite,
     "gpt_oss": _gpt_oss,
+    "joyai_llm_flash": _deepseek_v3,
+    "kimi_k2": _deepseek_v3,
     "minimax": _minimax,
     "minimax_m2": _minimax,
     "mixtral": _mixtral,

@@ -9,8 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu, swiglu_oai
 
-from . import attention
-from .attention import Attend
+from .attention import Attend, attend
 from .config import DecoderConfig
 from .fuse import fuse
 
@@ -24,7 +23,8 @@ class LayerPass(NamedTuple):
 
     mask (N, S); rotate: (N, A, Dh) -> (A, N, Dh), of which so many are rotated; write: adds rows to
     the layer's cache and gives what the layer reads; attend: over that; activation: another than
-    the family's own; growth (N, 1): of the queries, where they grow with the position.
+    the family's own; growth (N, 1): of the queries, where they grow with the position; given
+    (N, *): this layer's own input, where layers have one.
     """
 
     mask: mx.array
@@ -33,6 +33,7 @@ class LayerPass(NamedTuple):
     attend: Attend
     activation: Activation | None = None
     growth: mx.array | None = None
+    given: mx.array | None = None
 
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -61,28 +62,27 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        dim, head_dim = config.hidden_size, config.head_dim
-        self._heads, self._kv_heads, self._head_dim = (
-            config.num_heads,
-            config.num_kv_heads,
-            head_dim,
-        )
-        self._scale, self._softcap = config.attention_scale, config.attention_softcap
-        self._qk_norm, self._eps = config.qk_norm, config.norm_eps
-        self._query_scale = config.query_scale
+        self._config = config
+        dim, head_dim, bias = config.hidden_size, config.head_dim, config.qkv_bias
         q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
-        self._splits = [q_size, q_size + kv_size]
+        own = config.kv_source is None
+        self._kv_heads = config.num_kv_heads if own else 0
+        self._parts = ("q", "k", "v") if own else ("q",)
+        if config.values_are_keys:
+            self._parts = self._parts[:2]
+        self._splits = [q_size, q_size + kv_size][: len(self._parts) - 1]
         if config.stored_fused:
-            self.qkv_proj: nn.Module = nn.Linear(dim, q_size + 2 * kv_size, bias=config.qkv_bias)
+            self.qkv_proj: nn.Module = nn.Linear(dim, q_size + 2 * kv_size, bias=bias)
         else:
-            self.q_proj = nn.Linear(dim, q_size, bias=config.qkv_bias)
-            self.k_proj = nn.Linear(dim, kv_size, bias=config.qkv_bias)
-            self.v_proj = nn.Linear(dim, kv_size, bias=config.qkv_bias)
+            for part in self._parts:
+                size = q_size if part == "q" else kv_size
+                self[f"{part}_proj"] = nn.Linear(dim, size, bias=bias)
         self.o_proj = nn.Linear(q_size, dim, bias=config.output_bias)
         if config.qk_norm in ("head", "full"):
             full = config.qk_norm == "full"
             self.q_norm = nn.RMSNorm(q_size if full else head_dim, config.norm_eps)
-            self.k_norm = nn.RMSNorm(kv_size if full else head_dim, config.norm_eps)
+            if own:
+                self.k_norm = nn.RMSNorm(kv_size if full else head_dim, config.norm_eps)
         if config.output_gate:
             self.gate_proj = nn.Linear(dim, q_size, bias=False)
         if config.sinks:
@@ -92,46 +92,59 @@ class Attention(nn.Module):
         """Join the stored q, k and v projections into one, where they can be joined."""
         if "qkv_proj" in self:
             return
-        joined = fuse([self.q_proj, self.k_proj, self.v_proj])
+        names = [f"{part}_proj" for part in self._parts]
+        joined = fuse([self[name] for name in names])
         if joined is not None:
             self.qkv_proj = joined
-            del self.q_proj, self.k_proj, self.v_proj
+            for name in names:
+                del self[name]
 
     def _project(self, x: mx.array) -> mx.array:
         """x (N, D) -> queries, keys and values together (N, H + 2 Hkv, Dh)."""
-        n = x.shape[0]
-        if self._qk_norm == "none" and "qkv_proj" in self:
-            return self.qkv_proj(x).reshape(n, -1, self._head_dim)
+        config, n = self._config, x.shape[0]
+        plain = config.qk_norm == "none" and len(self._parts) == 3
+        if plain and "qkv_proj" in self:
+            return self.qkv_proj(x).reshape(n, -1, config.head_dim)
         if "qkv_proj" in self:
-            q, k, v = mx.split(self.qkv_proj(x), self._splits, axis=-1)
+            parts = mx.split(self.qkv_proj(x), self._splits, axis=-1)
         else:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self._qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = q.reshape(n, self._heads, -1)
-        k, v = k.reshape(n, self._kv_heads, -1), v.reshape(n, self._kv_heads, -1)
-        if self._qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        elif self._qk_norm == "unit":
-            q, k = mx.fast.rms_norm(q, None, self._eps), mx.fast.rms_norm(k, None, self._eps)
-        if self._query_scale != 1.0:
-            q = q * self._query_scale
-        return mx.concatenate([q, k, v], axis=1)
+            parts = [self[f"{part}_proj"](x) for part in self._parts]
+        if config.qk_norm == "full":
+            parts = [self.q_norm(parts[0]), self.k_norm(parts[1]), *parts[2:]]
+        heads = [part.reshape(n, -1, config.head_dim) for part in parts]
+        if config.values_are_keys and self._kv_heads:
+            heads.append(heads[1])
+        normed = self._normed(heads)
+        return normed[0] if len(normed) == 1 else mx.concatenate(normed, axis=1)
+
+    def _normed(self, heads: list[mx.array]) -> list[mx.array]:
+        """Queries, and keys and values if they are the layer's own, by head (N, *, Dh)."""
+        config = self._config
+        if config.qk_norm == "head":
+            norms = [self.q_norm] if len(heads) == 1 else [self.q_norm, self.k_norm]
+            heads = [*(f(x) for f, x in zip(norms, heads, strict=False)), *heads[2:]]
+        elif config.qk_norm == "unit":
+            heads = [*(mx.fast.rms_norm(x, None, config.norm_eps) for x in heads[:2]), *heads[2:]]
+        if config.value_norm:
+            heads = [*heads[:2], *(mx.fast.rms_norm(x, None, config.norm_eps) for x in heads[2:])]
+        if config.query_scale != 1.0:
+            heads = [heads[0] * config.query_scale, *heads[1:]]
+        return heads
 
     def __call__(self, x: mx.array, run: LayerPass) -> mx.array:
         """x (N, D) -> (N, D)."""
-        rows = run.rotate(self._project(x), self._heads + self._kv_heads)  # (H + 2 Hkv, N, Dh)
-        slab = run.write(rows[self._heads :][None])
-        q = rows[: self._heads]
+        config, count = self._config, self._config.num_heads
+        rows = run.rotate(self._project(x), count + self._kv_heads)  # (H + 2 Hkv, N, Dh)
+        slab = run.write(rows[count:][None])
+        q = rows[:count]
         if run.growth is not None:
             q = q * run.growth
+        scale, softcap = config.attention_scale, config.attention_softcap
         if "sinks" in self:
             # Whoever replaces the attention of other layers does not know of sinks.
-            out = attention.attend(
-                q, slab, run.mask, self._scale, self._softcap, sinks=self.sinks
-            )  # fmt: skip
+            out = attend(q, slab, run.mask, scale, softcap, sinks=self.sinks)
         else:
-            out = run.attend(q, slab, run.mask, self._scale, self._softcap)
+            out = run.attend(q, slab, run.mask, scale, softcap)
         if "gate_proj" in self:
             out = out * mx.sigmoid(self.gate_proj(x))
         return self.o_proj(out)

@@ -15,15 +15,37 @@ Names = Sequence[tuple[str, str]]
 
 _SPARSE: Names = ((".block_sparse_moe.", ".mlp."),)
 _ROUTED: Names = ((".mlp.gate.e_score_correction_bias", ".mlp.e_score_correction_bias"),)
+_GEMMA4: Names = (
+    ("model.embed_tokens_per_layer.", "model.layer_inputs.embedding."),
+    ("model.per_layer_model_projection.", "model.layer_inputs.projection."),
+    ("model.per_layer_projection_norm.", "model.layer_inputs.norm."),
+    (".per_layer_input_gate.", ".layer_input.gate."),
+    (".per_layer_projection.", ".layer_input.projection."),
+    (".post_per_layer_input_norm.", ".layer_input.norm."),
+    (".router.proj.", ".beside.gate."),
+    (".router.scale", ".beside.scale"),
+    (".router.per_expert_scale", ".beside.expert_scale"),
+    (".experts.switch_glu.", ".beside.switch_mlp."),
+    (".pre_feedforward_layernorm_2.", ".beside.norm."),
+    (".post_feedforward_layernorm_1.", ".beside.norm_dense."),
+    (".post_feedforward_layernorm_2.", ".beside.norm_experts."),
+)
 # By model_type, what is written otherwise in a name: (mlx-lm's, ours), in this order.
 _RENAMED: dict[str, Names] = {
+    "deepseek_v3": _ROUTED,
+    "gemma4": _GEMMA4,
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified": _GEMMA4,
     "glm4": (
         (".post_attention_layernorm", ".pre_feedforward_layernorm"),
         (".post_self_attn_layernorm", ".post_attention_layernorm"),
         (".post_mlp_layernorm", ".post_feedforward_layernorm"),
     ),
     "glm4_moe": _ROUTED,
+    "glm4_moe_lite": _ROUTED,
     "gpt_oss": ((".mlp.experts.", ".mlp.switch_mlp."), (".mlp.router.", ".mlp.gate.")),
+    "joyai_llm_flash": _ROUTED,
+    "kimi_k2": _ROUTED,
     "minimax": _SPARSE,
     "minimax_m2": _SPARSE,
     "mixtral": _SPARSE,
@@ -37,9 +59,12 @@ _RENAMED: dict[str, Names] = {
     "starcoder2": ((".mlp.c_fc.", ".mlp.up_proj."), (".mlp.c_proj.", ".mlp.down_proj.")),
 }
 # Their tensors are cut or joined otherwise in Hugging Face's layout; mlx-lm knows how.
-RESHAPED = ("gpt_oss",)
+RESHAPED = (
+    "deepseek_v3", "gemma4", "gemma4_text", "gemma4_unified", "glm4_moe_lite", "gpt_oss",
+    "joyai_llm_flash", "kimi_k2",
+)  # fmt: skip
 # They store a drafting layer behind the others.
-_MORE_LAYERS = ("glm4_moe",)
+_MORE_LAYERS = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "joyai_llm_flash", "kimi_k2")
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.(\w+)")
 _MATRICES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
@@ -56,6 +81,11 @@ def stored_name(model_type: str, name: str) -> str:
     for theirs, mine in reversed(_RENAMED.get(model_type, ())):
         name = name.replace(mine, theirs)
     return name
+
+
+def exact(name: str) -> bool:
+    """Does a tensor keep its type, whatever the others are stored in? mlx-lm keeps it too."""
+    return name.endswith("e_score_correction_bias")
 
 
 def expert_of(name: str) -> tuple[str, int] | None:
@@ -103,7 +133,9 @@ def _as_mlx_lm(weights: Weights, raw: Mapping[str, Any]) -> Weights:
     """As mlx-lm's own model of this type takes them; its arrays are never evaluated."""
     from mlx_lm.utils import _get_classes
 
-    config = dict(raw)
+    config = {**raw, **(raw.get("text_config") or {})}
+    if str(config["model_type"]).startswith("gemma4"):
+        config["model_type"] = "gemma4_text"
     model_class, arguments = _get_classes(config)
     try:
         model = model_class(arguments.from_dict(config))

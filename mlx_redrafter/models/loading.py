@@ -16,7 +16,7 @@ from .config import DecoderConfig
 from .decoder import Decoder
 from .families import decoder_config
 from .files import weight_files
-from .layout import arranged
+from .layout import arranged, exact
 from .stored import as_stored, packed_layers
 from .weights import (
     finite,
@@ -31,7 +31,8 @@ from .weights import (
 Weights = dict[str, mx.array]
 
 _DROPPED = ("vision_tower.", "multi_modal_projector.", "vision_model.", "vision_adapter.",
-            "vision_projection.", "medusa_head.", "medusa_heads.")  # fmt: skip
+            "vision_projection.", "vision_embedder.", "embed_vision.", "audio_tower.",
+            "embed_audio.", "medusa_head.", "medusa_heads.")  # fmt: skip
 # mode -> the only (bits, group size) it allows, which also identifies it.
 _FLOAT_MODES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
 
@@ -102,8 +103,7 @@ def _convert(weights: Weights, config: DecoderConfig, dtype: mx.Dtype | None) ->
     """Apply the dtype, and Gemma's offset of norm weights. Nothing is evaluated."""
     result = {}
     for name, value in weights.items():
-        exact = name.endswith("e_score_correction_bias")  # mlx-lm keeps it in float32
-        if dtype is not None and mx.issubdtype(value.dtype, mx.floating) and not exact:
+        if dtype is not None and mx.issubdtype(value.dtype, mx.floating) and not exact(name):
             value = value.astype(dtype)
         last = name == "model.norm.weight"
         if config.norm_offset and name.endswith("norm.weight"):
@@ -154,10 +154,9 @@ def _materialise(model: Decoder, folder: Path) -> None:
     """Read, check and fuse one layer after the other, so that no second copy of all exists."""
     for index, layer in enumerate(model.model.layers):
         flags = finite(parameters(layer), f"model.layers.{index}.")
-        layer.self_attn.fuse()
-        layer.mlp.fuse()
+        layer.fuse()
         _evaluate(layer, flags, folder)
-    rest = {"model.embed_tokens.": model.model.embed_tokens, "model.norm.": model.model.norm}
+    rest = {f"model.{name}.": part for name, part in model.model.items() if name != "layers"}
     if "lm_head" in model:
         rest["lm_head."] = model.lm_head
     for prefix, module in rest.items():

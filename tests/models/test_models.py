@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from expert_cases import GEMMA4_CASES
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.cache import make_prompt_cache
 from tiny_models import CASES, PREFIX, TOLERANCE, C, Runner, assert_close, build, tokens_of
@@ -17,7 +18,7 @@ from mlx_redrafter.models import SUPPORTED, Decoder, attention, load_model, rope
 
 WINDOWED = {
     "llama-window", "gemma3_text", "gemma3", "ministral3", "olmo3", "exaone4-window", "cohere2",
-    "muse_glimmer", "gpt_oss",
+    "muse_glimmer", "gpt_oss", *GEMMA4_CASES, "gemma4", "gemma4_unified",
 }  # fmt: skip
 
 

@@ -88,3 +88,58 @@ EXPERT_CASES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }  # fmt: skip
+LATENT: dict[str, Any] = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+    "rope_scaling": None,
+    **ROUTED,
+}
+MSCALED = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 1.0,
+           "mscale_all_dim": 0.7, "beta_fast": 32, "beta_slow": 1}  # fmt: skip
+LATENT_CASES: dict[str, dict[str, Any]] = {
+    "glm4_moe_lite": {"model_type": "glm4_moe_lite", "attention_bias": True, **LATENT},
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        **LATENT,
+        "n_group": 4,
+        "topk_group": 2,
+        "q_lora_rank": None,
+        "rope_scaling": MSCALED,
+    },
+    "kimi_k2": {"model_type": "kimi_k2", **LATENT},
+    "joyai_llm_flash": {"model_type": "joyai_llm_flash", **LATENT},
+}
+GEMMA4: dict[str, Any] = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_hidden_layers": 6,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 4,
+    "sliding_window_pattern": 2,
+    "vocab_size_per_layer_input": 97,
+    "hidden_size_per_layer_input": 8,
+    "rope_parameters": None,
+}
+LARGE: dict[str, Any] = {
+    **GEMMA4,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+}
+GEMMA4_CASES: dict[str, dict[str, Any]] = {
+    "gemma4_text": {"model_type": "gemma4_text", **GEMMA4},
+    "gemma4_text-keys": {"model_type": "gemma4_text", **LARGE},
+    "gemma4_text-experts": {
+        "model_type": "gemma4_text",
+        **LARGE,
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 3,
+        "moe_intermediate_size": 32,
+    },
+}

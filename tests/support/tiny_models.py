@@ -11,7 +11,7 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import mlx.core as mx  # isort: skip
 from dense_cases import DENSE_CASES
-from expert_cases import EXPERT_CASES
+from expert_cases import EXPERT_CASES, GEMMA4, GEMMA4_CASES, LATENT_CASES
 from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
@@ -63,6 +63,7 @@ GEMMA3: Config = {
     "rope_scaling": {"rope_type": "linear", "factor": 8.0},
 }
 TEXT: Config = {**BASE, **GEMMA3, "model_type": "gemma3_text"}
+GEMMA4_TEXT: Config = {**BASE, **GEMMA4, "model_type": "gemma4_text"}
 CASES: dict[str, Config] = {
     "llama": {"model_type": "llama"},
     "llama-untied-biases": {
@@ -96,6 +97,14 @@ CASES: dict[str, Config] = {
     "olmo2": {"model_type": "olmo2"},
     **DENSE_CASES,
     **EXPERT_CASES,
+    **LATENT_CASES,
+    **GEMMA4_CASES,
+    "gemma4": {"model_type": "gemma4", "vocab_size": V, "text_config": GEMMA4_TEXT},
+    "gemma4_unified": {
+        "model_type": "gemma4_unified",
+        "vocab_size": V,
+        "text_config": GEMMA4_TEXT,
+    },
 }
 
 
@@ -105,7 +114,8 @@ def build(folder: Path, case: str | Config, dtype: mx.Dtype = mx.float32, **more
     model_class, args_class = mlx_lm_utils._get_classes(config)
     model = model_class(args_class.from_dict(json.loads(json.dumps(config))))
     mx.random.seed(7)
-    zero_based, weights = config["model_type"].startswith(("gemma", "muse", "nemotron")), {}
+    zero_based = config["model_type"].startswith(("gemma2", "gemma3", "muse", "nemotron"))
+    weights = {}
     for name, value in tree_flatten(model.parameters()):
         if config["model_type"].startswith("gemma3") and name.endswith("lm_head.weight"):
             continue  # tied
