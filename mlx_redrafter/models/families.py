@@ -54,6 +54,12 @@ def _check(config: DecoderConfig) -> None:
             )
     if not 0 < config.norm_eps < math.inf:
         raise ModelError(f"config.json gives norm_eps = {config.norm_eps}; needed: more than 0")
+    if (latent := config.latent) is not None:
+        sizes = (latent.rank, latent.rope, latent.plain, latent.value)
+        if min(sizes) < 1:
+            raise ModelError(
+                f"config.json gives sizes {sizes} of latent attention; needed: at least 1 each"
+            )
     if len(config.layer_windows) != config.num_layers or len(config.layer_ropes) != len(
         config.layer_windows
     ):

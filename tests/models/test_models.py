@@ -20,6 +20,10 @@ WINDOWED = {
     "llama-window", "gemma3_text", "gemma3", "ministral3", "olmo3", "exaone4-window", "cohere2",
     "muse_glimmer", "gpt_oss", *GEMMA4_CASES, "gemma4", "gemma4_unified",
 }  # fmt: skip
+# mlx-lm's ring adds a window's keys in another order, and Gemma 4's scores are not scaled down; its
+# latent attention has another order of products for one token than for many.
+LATENT = dict.fromkeys(("glm4_moe_lite", "deepseek_v3", "kimi_k2", "joyai_llm_flash"), 5e-5)
+APART = {"gemma4": 2e-4, **LATENT}
 
 
 @pytest.fixture(params=CASES)
@@ -41,13 +45,14 @@ def test_logits_equal_mlx_lm(case: str, model: Decoder, tmp_path: Path) -> None:
     reference, _ = mlx_lm_utils.load_model(tmp_path)
     cache, ours, prompt = make_prompt_cache(reference), Runner(model), tokens_of(40)
     whole = reference(prompt[None], cache=cache)[0]
-    assert_close(ours(prompt), whole, max(TOLERANCE, 1e-5))
+    limit = max(TOLERANCE, next((at for kind, at in APART.items() if case.startswith(kind)), 1e-5))
+    assert_close(ours(prompt), whole, limit)
     chunks = Runner(model)
     pieces = mx.concatenate([chunks(part) for part in mx.split(prompt, [1, 8, 15])])
-    assert_close(pieces, whole, max(TOLERANCE, 1e-5))
+    assert_close(pieces, whole, limit)
     for token in tokens_of(6, seed=2):
         theirs = reference(token[None, None], cache=cache)[0]
-        assert_close(ours(token[None]), theirs, max(TOLERANCE, 1e-5))
+        assert_close(ours(token[None]), theirs, limit)
 
 
 class Tree:

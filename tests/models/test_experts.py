@@ -1,0 +1,199 @@
+"""Experts, latent attention and shared keys and values beyond what parity with mlx-lm shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from expert_cases import MSCALED
+from mlx.utils import tree_flatten
+from mlx_lm import utils as mlx_lm_utils
+from mlx_lm.models.switch_layers import SwitchLinear
+from tiny_models import PREFIX, Runner, assert_close, build, save, tokens_of
+
+from mlx_redrafter.cache.slabs import Slab
+from mlx_redrafter.errors import ModelError
+from mlx_redrafter.models import experts, load_model
+from mlx_redrafter.models.batched import BatchedTarget, Request
+
+W_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+def apart(weights: dict[str, mx.array], names: dict[str, str]) -> dict[str, mx.array]:
+    """Stacked experts as Hugging Face stores them: one by one."""
+    result = {}
+    for name, value in weights.items():
+        before, found, rest = name.partition(".switch_mlp.")
+        if not found:
+            result[name] = value
+            continue
+        matrix, part = rest.split(".")
+        for i in range(value.shape[0]):
+            result[f"{before}.experts.{i}.{names.get(matrix, matrix)}.{part}"] = value[i]
+    return result
+
+
+def logits_of(folder: Path, seed: int = 1) -> mx.array:
+    return Runner(load_model(folder))(tokens_of(9, seed))
+
+
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [("qwen3_moe", {}), ("qwen2_moe", {}), ("mixtral", W_NAMES), ("minimax", W_NAMES),
+     ("glm4_moe", {})],
+)  # fmt: skip
+def test_experts_stored_one_by_one(tmp_path: Path, case: str, names: dict[str, str]) -> None:
+    config = build(tmp_path, case)
+    expected = logits_of(tmp_path)
+    weights = apart(mx.load(str(tmp_path / "model.safetensors")), names)
+    if case == "glm4_moe":  # the layer that drafts goes
+        weights["model.layers.2.eh_proj.weight"] = mx.ones((2, 2))
+    mx.eval(weights)
+    save(tmp_path, config, weights)
+    assert_close(logits_of(tmp_path), expected, 0.0)
+    first, second = (n for n in weights if n.endswith(f"experts.1.{names.get('up_proj', 'up_proj')}"
+                                                      ".weight"))  # fmt: skip
+    weights[first], weights[second] = weights[second], weights[first]
+    save(tmp_path, config, weights)
+    assert mx.abs(logits_of(tmp_path) - expected).max().item() > 1e-3
+
+
+def test_gpt_oss_as_it_is_published(tmp_path: Path) -> None:
+    """Gate and up in one tensor, rows in turn, experts in blocks of four bits."""
+    config = build(tmp_path, "gpt_oss")
+    weights = dict(mx.load(str(tmp_path / "model.safetensors")))
+    stored: dict[str, mx.array] = {}
+    for name, value in weights.items():
+        if ".experts." not in name or name.endswith(".up_proj.bias"):
+            stored.setdefault(name, value)
+            continue
+        base, part = name.rsplit(".", 1)
+        if part == "bias" and base.endswith("down_proj"):
+            stored[f"{base}_bias"] = value
+        elif part == "bias":
+            up = weights[base.replace("gate_proj", "up_proj") + ".bias"]
+            both = mx.stack([value, up], axis=-1).reshape(value.shape[0], -1)
+            stored[base.replace("gate_proj", "gate_up_proj") + "_bias"] = both
+            del stored[base]
+        elif base.endswith("down_proj"):
+            stored |= blocks(base, value)
+        elif base.endswith("gate_proj"):
+            up = weights[base.replace("gate_proj", "up_proj") + ".weight"]
+            both = mx.stack([value, up], axis=2).reshape(value.shape[0], -1, value.shape[-1])
+            stored |= blocks(base.replace("gate_proj", "gate_up_proj"), both)
+    stored = {n: v for n, v in stored.items() if ".experts.up_proj" not in n}
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    save(tmp_path, config, stored)
+    model = load_model(tmp_path)
+    reference, _ = mlx_lm_utils.load_model(tmp_path)
+    prompt = tokens_of(20)
+    assert_close(Runner(model)(prompt), reference(prompt[None])[0], 1e-4)
+
+
+def blocks(base: str, value: mx.array) -> dict[str, mx.array]:
+    packed, scales = mx.quantize(value, 32, 4, mode="mxfp4")
+    count, rows, _ = packed.shape
+    return {f"{base}_blocks": packed.view(mx.uint8).reshape(count, rows, -1, 16),
+            f"{base}_scales": scales}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe", "glm4_moe_lite", "gemma4_text-experts"])
+def test_quantised_experts_equal_mlx_lm(tmp_path: Path, case: str) -> None:
+    sizes: dict[str, Any] = {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    build(tmp_path, case, **(sizes if case == "glm4_moe_lite" else {}))
+    model, config = mlx_lm_utils.load_model(tmp_path)
+    model, config = mlx_lm_utils.quantize_model(model, config, 32, 4)
+    save(tmp_path, config, dict(tree_flatten(model.parameters())))
+    prompt = tokens_of(20)
+    ours = load_model(tmp_path)
+    assert_close(Runner(ours)(prompt), model(prompt[None])[0], 5e-4)
+    layer = ours.model.layers[0]
+    stacked = (
+        layer.beside if "beside" in layer else ours.model.layers[-1 if "lite" in case else 0].mlp
+    )
+    assert "gate_up_proj" in stacked.switch_mlp
+
+
+def test_pairs_of_a_tree_are_never_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel for sorted pairs may round otherwise than the one for a single token."""
+    sorted_pairs: list[bool] = []
+    call = SwitchLinear.__call__
+
+    def spy(self: SwitchLinear, x: mx.array, indices: mx.array, in_order: bool) -> mx.array:
+        sorted_pairs.append(in_order)
+        return call(self, x, indices, in_order)
+
+    build(tmp_path, "qwen3_moe")
+    model = load_model(tmp_path)
+    monkeypatch.setattr(SwitchLinear, "__call__", spy)
+    start = Runner(model)
+    start(tokens_of(16))  # 48 pairs
+    start(tokens_of(32))  # 96, and mlx-lm would sort them
+    assert sorted_pairs and not any(sorted_pairs)
+    monkeypatch.setattr(experts, "MOST_NODES", 8)
+    tokens = tokens_of(12)
+    mine, other = start.copy(), start.copy()
+    assert_close(mine(tokens[:8]), mx.concatenate([other(t[None]) for t in tokens[:8]]))
+    sorted_pairs.clear()
+    long = Runner(model)
+    expected = Runner(model)
+    assert_close(
+        long(tokens_of(40)), mx.concatenate([expected(t[None]) for t in tokens_of(40)]), 1e-5
+    )
+    assert any(sorted_pairs)
+
+
+BAD: dict[str, tuple[str, dict[str, Any], str]] = {
+    "more than there are": ("qwen3_moe", {"num_experts_per_tok": 9}, "9 of 8 experts"),
+    "none": ("mixtral", {"num_experts_per_tok": 0}, "0 of 4 experts"),
+    "groups": ("glm4_moe", {"n_group": 3}, "groups of one size"),
+    "method": ("glm4_moe", {"topk_method": "greedy"}, "topk_method 'greedy'"),
+    "shared layers": ("gemma4_text", {"num_kv_shared_layers": 6}, "there is none"),
+    "lora": ("deepseek_v3", {"kv_lora_rank": None}, "wrong kind"),
+    "no rank": ("deepseek_v3", {"kv_lora_rank": 0}, "at least 1"),
+    "layer norm": ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_fit_is_one_line(tmp_path: Path, name: str) -> None:
+    case, changes, words = BAD[name]
+    config = build(tmp_path, case)
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ModelError) as caught:
+        load_model(tmp_path)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_latent_layer_keeps_a_vector_and_a_key(tmp_path: Path) -> None:
+    build(tmp_path, "deepseek_v3", rope_scaling=MSCALED)
+    model = load_model(tmp_path)
+    assert model.caches == [Slab(1, 32 + 8)] * 2
+    assert model.config.kept_per_token == 2 * 40
+
+
+def test_layers_that_read_the_keys_of_others_keep_none(tmp_path: Path) -> None:
+    build(tmp_path, "gemma4_text")
+    model = load_model(tmp_path)
+    assert model.caches == [Slab(4, 16), Slab(4, 32)] * 2
+    assert model.config.kept_per_token == 2 * (4 * 16 + 4 * 32)
+    runner = Runner(model)
+    runner(tokens_of(PREFIX))
+    other = runner.copy()
+    expected = runner(tokens_of(3, seed=4))
+    model._slots[5] = 1  # of the right shape, and of another layer
+    assert mx.abs(other(tokens_of(3, seed=4)) - expected).max().item() > 1e-3
+
+
+@pytest.mark.parametrize("case", ["gpt_oss", "gemma4_text", "glm4_moe_lite"])
+def test_many_sequences_at_once(tmp_path: Path, case: str) -> None:
+    """Left-padded rows give what each gives alone."""
+    build(tmp_path, case)
+    target = BatchedTarget(load_model(tmp_path), (1,))
+    asked = [Request(tokens_of(n, n).tolist(), 0.0, n) for n in (5, 9, 12)]
+    together = target.write(asked, 6, set())
+    for request, answer in zip(asked, together, strict=True):
+        assert target.write([request], 6, set())[0].tokens == answer.tokens
