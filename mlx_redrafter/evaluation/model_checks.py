@@ -203,10 +203,10 @@ def in_place(model: Model) -> Check:
     from mlx_redrafter.tree.shape import TreeShape
 
     target = model.target
-    layers = target.config.num_layers
+    layers = len(target.caches)
     session = Session().open(target.caches, CAPACITY, target.dtype)
     mx.eval(session.caches)
-    slab = session.caches[0].nbytes
+    slab = target.config.kept_per_token * CAPACITY * target.dtype.size / layers
     extra = 0.0
     for count in (4, ANSWER):  # the first answer compiles
         mx.clear_cache()

@@ -180,6 +180,14 @@ class DecoderConfig:
         return replace(self, **changes) if changes else self
 
     @property
+    def own_attention(self) -> str:
+        """Why its layers cannot attend as a pass tells them to (sparsely, to branches); else
+        nothing."""
+        if self.latent is not None:
+            return "latent attention"
+        return "attention sinks" if self.sinks else ""
+
+    @property
     def widest_row(self) -> int:
         """Inner numbers of the feed-forward layer that makes most of a token."""
         if self.experts is None:

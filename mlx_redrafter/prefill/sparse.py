@@ -50,7 +50,7 @@ class SparseAttention:
         self.stats = stats if stats is not None else PrefillStats(options.mode)
         self.select = selector or SELECTORS[options.mode](options)
         self._before = self.stats.sparse_layers
-        self.unable = unable(config)
+        self.unable = config.own_attention
 
     def at(self, offset: int) -> Callable[[int], Attend]:
         """The attention of a chunk's layers; its first token is at position ``offset``."""
@@ -99,16 +99,9 @@ class SparseAttention:
         return chosen
 
 
-def unable(config: DecoderConfig) -> str:
-    """Why no layer of a model is read sparsely; nothing where layers can be."""
-    if config.latent is not None:
-        return "latent attention"
-    return "attention sinks" if config.sinks else ""
-
-
 def check_able(config: DecoderConfig) -> None:
     """Refuse to measure what a model does not do; raises OptionError."""
-    if reason := unable(config):
+    if reason := config.own_attention:
         raise OptionError(
             f"model_type '{config.model_type}' has {reason}: its prompts are read densely; "
             "measure a model without"
