@@ -31,7 +31,7 @@ from .writer import OutputFolder, Progress, ShardWriter, sixteen_bits
 Config = dict[str, Any]
 
 # mlx-lm keeps their text half under the name it has in the multimodal model.
-_NESTED = ("gemma3", "gemma4", "gemma4_unified")
+_NESTED = ("gemma3", "gemma4", "gemma4_unified", "mistral3", "qwen3_vl", "qwen3_vl_moe")
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 

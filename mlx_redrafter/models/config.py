@@ -98,6 +98,7 @@ class LatentConfig:
 
 
 ActivationName = Literal["silu", "gelu", "gelu_approx", "relu2", "swiglu_oai"]
+QkNorm = Literal["none", "head", "full", "unit"]
 LayerChanges = Mapping[str, Any]
 
 
@@ -138,7 +139,7 @@ class DecoderConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     # Of queries and keys, over a head or over all of them; "unit" has no weight.
-    qk_norm: Literal["none", "head", "full", "unit"] = "none"
+    qk_norm: QkNorm = "none"
     query_scale: float = 1.0
     # (beta, positions): queries grow with the logarithm of their position, in steps of so many.
     query_growth: tuple[float, int] | None = None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from ..errors import ModelError
-from . import families_dense, families_experts, families_gemma, families_llama
+from . import families_dense, families_experts, families_gemma, families_llama, families_nested
 from .config import DecoderConfig, RopeConfig
 from .family import Raw, rope_config
 
@@ -85,10 +85,11 @@ def _check_heads(config: DecoderConfig, rope: RopeConfig | None) -> None:
         )
 
 
-FAMILIES: dict[str, Callable[[Raw], DecoderConfig]] = {
+_WHOLE: dict[str, Callable[[Raw], DecoderConfig]] = {
     **families_dense.FAMILIES,
     **families_experts.FAMILIES,
     **families_gemma.FAMILIES,
     **families_llama.FAMILIES,
 }
+FAMILIES = {**_WHOLE, **families_nested.nested(_WHOLE)}
 SUPPORTED: tuple[str, ...] = tuple(sorted(FAMILIES))

@@ -70,8 +70,8 @@ def _glm4(raw: Raw) -> DecoderConfig:
 def _exaone4(raw: Raw) -> DecoderConfig:
     """With a pattern of local and global layers, or without; global ones have no positions."""
     config = base(raw, max_positions=131072)
-    pattern = raw.get("sliding_window_pattern")
-    local = [bool(pattern) and pattern[i % len(pattern)] == "L" for i in range(config.num_layers)]
+    pattern = str(raw.get("sliding_window_pattern") or "")
+    local = [pattern != "" and pattern[i % len(pattern)] == "L" for i in range(config.num_layers)]
     return replace(
         config,
         layer_ropes=tuple(0 if one or not pattern else -1 for one in local),

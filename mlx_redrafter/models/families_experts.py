@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import ModelError
-from .config import DecoderConfig, ExpertsConfig, LatentConfig
+from .config import DecoderConfig, ExpertsConfig, LatentConfig, LayerChanges, QkNorm
 from .family import Raw, base, partial_rotary, plain_rope
 
 _DENSE: dict[str, Any] = {"experts": None}
@@ -28,7 +28,7 @@ def with_experts(
             f"config.json keeps {experts.kept_groups} of {experts.groups} groups of "
             f"{experts.count} experts; needed: groups of one size, and no more than there are"
         )
-    changes = ()
+    changes: tuple[LayerChanges, ...] = ()
     if dense:
         changes = tuple(_DENSE if i in dense else {} for i in range(config.num_layers))
     return replace(config, experts=experts, layer_changes=changes)
@@ -143,7 +143,7 @@ def _minimax(raw: Raw) -> DecoderConfig:
         epsilon=1e-20,
         precise=True,
     )
-    normed = "full" if raw.get("use_qk_norm", True) else "none"
+    normed: QkNorm = "full" if raw.get("use_qk_norm", True) else "none"
     return with_experts(replace(config, qk_norm=normed), experts)
 
 

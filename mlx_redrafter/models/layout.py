@@ -59,10 +59,11 @@ _RENAMED: dict[str, Names] = {
     "starcoder2": ((".mlp.c_fc.", ".mlp.up_proj."), (".mlp.c_proj.", ".mlp.down_proj.")),
 }
 # Their tensors are cut or joined otherwise in Hugging Face's layout; mlx-lm knows how.
-RESHAPED = (
+_BY_MLX_LM = (
     "deepseek_v3", "gemma4", "gemma4_text", "gemma4_unified", "glm4_moe_lite", "gpt_oss",
     "joyai_llm_flash", "kimi_k2",
 )  # fmt: skip
+RESHAPED = (*_BY_MLX_LM, "qwen3_vl_moe")
 # They store a drafting layer behind the others.
 _MORE_LAYERS = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "joyai_llm_flash", "kimi_k2")
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.(\w+)")
@@ -107,8 +108,10 @@ def beyond(name: str, raw: Mapping[str, Any]) -> bool:
 def arranged(weights: Weights, raw: Mapping[str, Any]) -> Weights:
     """The text half's tensors, under their stored names -> the decoder's; nothing is evaluated."""
     kind = str(raw["model_type"])
-    if kind in RESHAPED:
+    if kind in _BY_MLX_LM:
         weights = _as_mlx_lm(weights, raw)
+    elif kind == "qwen3_vl_moe":
+        weights = _turned(weights)
     result: Weights = {}
     experts: dict[str, dict[int, mx.array]] = {}
     for name, value in weights.items():
@@ -127,6 +130,23 @@ def _stacked(name: str, parts: list[mx.array]) -> mx.array:
     if len({(part.shape, part.dtype) for part in parts}) > 1:
         raise ModelError(f"the experts of {name} differ in shape or type; download the model again")
     return mx.stack(parts)
+
+
+def _turned(weights: Weights) -> Weights:
+    """Experts that are stored stacked, as (E, in, out), gate and up as one."""
+    result: Weights = {}
+    for name, value in weights.items():
+        before, found, matrix = name.rpartition(".mlp.experts.")
+        if not found or matrix not in ("gate_up_proj", "down_proj"):
+            result[name] = value
+            continue
+        value, to = value.swapaxes(-1, -2), f"{before}.mlp.switch_mlp"
+        if matrix == "down_proj":
+            result[f"{to}.down_proj.weight"] = value
+        else:
+            parts = mx.split(value, 2, axis=-2)
+            result[f"{to}.gate_proj.weight"], result[f"{to}.up_proj.weight"] = parts
+    return result
 
 
 def _as_mlx_lm(weights: Weights, raw: Mapping[str, Any]) -> Weights:

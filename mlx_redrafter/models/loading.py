@@ -30,9 +30,9 @@ from .weights import (
 
 Weights = dict[str, mx.array]
 
-_DROPPED = ("vision_tower.", "multi_modal_projector.", "vision_model.", "vision_adapter.",
-            "vision_projection.", "vision_embedder.", "embed_vision.", "audio_tower.",
-            "embed_audio.", "medusa_head.", "medusa_heads.")  # fmt: skip
+_DROPPED = ("vision_tower.", "visual.", "multi_modal_projector.", "vision_model.",
+            "vision_adapter.", "vision_projection.", "vision_embedder.", "embed_vision.",
+            "audio_tower.", "embed_audio.", "medusa_head.", "medusa_heads.")  # fmt: skip
 # mode -> the only (bits, group size) it allows, which also identifies it.
 _FLOAT_MODES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
 

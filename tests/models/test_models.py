@@ -18,7 +18,7 @@ from mlx_redrafter.models import SUPPORTED, Decoder, attention, load_model, rope
 
 WINDOWED = {
     "llama-window", "gemma3_text", "gemma3", "ministral3", "olmo3", "exaone4-window", "cohere2",
-    "muse_glimmer", "gpt_oss", *GEMMA4_CASES, "gemma4", "gemma4_unified",
+    "muse_glimmer", "gpt_oss", *GEMMA4_CASES, "gemma4", "gemma4_unified", "mistral3",
 }  # fmt: skip
 # mlx-lm's ring adds a window's keys in another order, and Gemma 4's scores are not scaled down; its
 # latent attention has another order of products for one token than for many.

@@ -64,6 +64,14 @@ GEMMA3: Config = {
 }
 TEXT: Config = {**BASE, **GEMMA3, "model_type": "gemma3_text"}
 GEMMA4_TEXT: Config = {**BASE, **GEMMA4, "model_type": "gemma4_text"}
+MROPE = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+QWEN3_TEXT: Config = {**BASE, "model_type": "qwen3", "head_dim": 16, "rope_scaling": MROPE}
+QWEN3_MOE_TEXT: Config = {
+    **BASE,
+    **EXPERT_CASES["qwen3_moe"],
+    "rope_scaling": MROPE,
+    "tie_word_embeddings": False,
+}
 CASES: dict[str, Config] = {
     "llama": {"model_type": "llama"},
     "llama-untied-biases": {
@@ -99,6 +107,9 @@ CASES: dict[str, Config] = {
     **EXPERT_CASES,
     **LATENT_CASES,
     **GEMMA4_CASES,
+    "mistral3": {"model_type": "mistral3", "text_config": {**BASE, **DENSE_CASES["ministral3"]}},
+    "qwen3_vl": {"model_type": "qwen3_vl", "text_config": QWEN3_TEXT},
+    "qwen3_vl_moe": {"model_type": "qwen3_vl_moe", "text_config": QWEN3_MOE_TEXT},
     "gemma4": {"model_type": "gemma4", "vocab_size": V, "text_config": GEMMA4_TEXT},
     "gemma4_unified": {
         "model_type": "gemma4_unified",
