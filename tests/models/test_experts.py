@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from expert_cases import MSCALED
+from expert_cases import MSCALED, apart
 from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.switch_layers import SwitchLinear
@@ -20,20 +20,6 @@ from mlx_redrafter.models import experts, load_model
 from mlx_redrafter.models.batched import BatchedTarget, Request
 
 W_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-
-
-def apart(weights: dict[str, mx.array], names: dict[str, str]) -> dict[str, mx.array]:
-    """Stacked experts as Hugging Face stores them: one by one."""
-    result = {}
-    for name, value in weights.items():
-        before, found, rest = name.partition(".switch_mlp.")
-        if not found:
-            result[name] = value
-            continue
-        matrix, part = rest.split(".")
-        for i in range(value.shape[0]):
-            result[f"{before}.experts.{i}.{names.get(matrix, matrix)}.{part}"] = value[i]
-    return result
 
 
 def logits_of(folder: Path, seed: int = 1) -> mx.array:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import mlx.core as mx
+
 EIGHT = {"num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True}
 ROUTED: dict[str, Any] = {
     **EIGHT,
@@ -143,3 +145,17 @@ GEMMA4_CASES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
     },
 }
+
+
+def apart(weights: dict[str, mx.array], names: dict[str, str]) -> dict[str, mx.array]:
+    """Stacked experts as Hugging Face stores them: one by one."""
+    result = {}
+    for name, value in weights.items():
+        before, found, rest = name.partition(".switch_mlp.")
+        if not found:
+            result[name] = value
+            continue
+        matrix, part = rest.split(".")
+        for i in range(value.shape[0]):
+            result[f"{before}.experts.{i}.{names.get(matrix, matrix)}.{part}"] = value[i]
+    return result
