@@ -67,7 +67,7 @@ class Attention(nn.Module):
         q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
         own = config.kv_source is None
         self._kv_heads = config.num_kv_heads if own else 0
-        self._parts = ("q", "k", "v") if own else ("q",)
+        self._parts: tuple[str, ...] = ("q", "k", "v") if own else ("q",)
         if config.values_are_keys:
             self._parts = self._parts[:2]
         self._splits = [q_size, q_size + kv_size][: len(self._parts) - 1]
@@ -102,11 +102,11 @@ class Attention(nn.Module):
     def _project(self, x: mx.array) -> mx.array:
         """x (N, D) -> queries, keys and values together (N, H + 2 Hkv, Dh)."""
         config, n = self._config, x.shape[0]
-        plain = config.qk_norm == "none" and len(self._parts) == 3
-        if plain and "qkv_proj" in self:
+        changed = config.qk_norm != "none" or config.value_norm or config.query_scale != 1.0
+        if "qkv_proj" in self and len(self._parts) == 3 and not changed:
             return self.qkv_proj(x).reshape(n, -1, config.head_dim)
         if "qkv_proj" in self:
-            parts = mx.split(self.qkv_proj(x), self._splits, axis=-1)
+            parts = list(mx.split(self.qkv_proj(x), self._splits, axis=-1))
         else:
             parts = [self[f"{part}_proj"](x) for part in self._parts]
         if config.qk_norm == "full":

@@ -14,10 +14,15 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.switch_layers import SwitchLinear
 from tiny_models import PREFIX, Runner, assert_close, build, save, tokens_of
 
+from mlx_redrafter.bench.counts import sizes
 from mlx_redrafter.cache.slabs import Slab
-from mlx_redrafter.errors import ModelError
+from mlx_redrafter.cli import info
+from mlx_redrafter.drafters import model as draft_model
+from mlx_redrafter.errors import DrafterError, ModelError
 from mlx_redrafter.models import experts, load_model
 from mlx_redrafter.models.batched import BatchedTarget, Request
+from mlx_redrafter.models.weights import parameters
+from mlx_redrafter.tree.shape import TreeShape
 
 W_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
@@ -83,6 +88,60 @@ def blocks(base: str, value: mx.array) -> dict[str, mx.array]:
     count, rows, _ = packed.shape
     return {f"{base}_blocks": packed.view(mx.uint8).reshape(count, rows, -1, 16),
             f"{base}_scales": scales}  # fmt: skip
+
+
+def test_keys_and_values_of_latent_attention_as_published(tmp_path: Path) -> None:
+    """One projection to all heads' keys and values; and the layer that drafts, behind the last."""
+    config = build(tmp_path, "glm4_moe_lite")
+    expected = logits_of(tmp_path)
+    weights = apart(mx.load(str(tmp_path / "model.safetensors")), {})
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.self_attn"
+        keys = weights.pop(f"{prefix}.embed_q.weight").swapaxes(-1, -2)
+        both = mx.concatenate([keys, weights.pop(f"{prefix}.unembed_out.weight")], axis=1)
+        weights[f"{prefix}.kv_b_proj.weight"] = both.reshape(-1, both.shape[-1])
+    weights["model.layers.2.eh_proj.weight"] = mx.ones((2, 2))
+    mx.eval(weights)
+    save(tmp_path, config, weights)
+    assert_close(logits_of(tmp_path), expected, 0.0)
+
+
+def test_gemma_4_as_published(tmp_path: Path) -> None:
+    """The text half among towers; layers that share keep projections that nobody uses."""
+    config = build(tmp_path, "gemma4")
+    expected = logits_of(tmp_path)
+    weights = {
+        name.replace("language_model.model.", "model.language_model."): value + 0
+        for name, value in mx.load(str(tmp_path / "model.safetensors")).items()
+    }
+    unused = "model.language_model.layers.5.self_attn.k_proj.weight"
+    weights |= dict.fromkeys(("model.audio_tower.a", "model.embed_vision.b", unused), mx.ones(2))
+    mx.eval(weights)
+    save(tmp_path, config, weights)
+    assert_close(logits_of(tmp_path), expected, 0.0)
+
+
+def test_experts_of_qwen3_vl_as_published(tmp_path: Path) -> None:
+    config = build(tmp_path, "qwen3_vl_moe")
+    expected = logits_of(tmp_path)
+    weights: dict[str, mx.array] = {"model.visual.patch.weight": mx.ones((2, 2))}
+    given = mx.load(str(tmp_path / "model.safetensors"))
+    for name, value in given.items():
+        name = name.removeprefix("language_model.")
+        name = name.replace("model.layers.", "model.language_model.layers.")
+        before, found, matrix = name.partition(".switch_mlp.")
+        if not found:
+            weights[name] = value
+        elif matrix == "down_proj.weight":
+            weights[f"{before}.experts.down_proj"] = value.swapaxes(-1, -2)
+        elif matrix == "gate_proj.weight":
+            stored = before.replace("model.language_model.", "language_model.model.")
+            up = given[f"{stored}.switch_mlp.up_proj.weight"]
+            both = mx.concatenate([value, up], axis=1)
+            weights[f"{before}.experts.gate_up_proj"] = both.swapaxes(-1, -2)
+    mx.eval(weights)
+    save(tmp_path, config, weights)
+    assert_close(logits_of(tmp_path), expected, 0.0)
 
 
 @pytest.mark.parametrize("case", ["qwen3_moe", "glm4_moe_lite", "gemma4_text-experts"])
@@ -179,3 +238,30 @@ def test_many_sequences_at_once(tmp_path: Path, case: str) -> None:
     together = target.write(asked, 6, set())
     for request, answer in zip(asked, together, strict=True):
         assert target.write([request], 6, set())[0].tokens == answer.tokens
+
+
+def test_what_else_asks_for_sizes(tmp_path: Path) -> None:
+    """Memory, and bytes of a step: of experts those that rows can choose."""
+    build(tmp_path, "qwen3_moe")
+    model = load_model(tmp_path)
+    facts = info._model(tmp_path, 100)
+    held = parameters(model)
+    assert facts["parameters"] == sum(value.size for value in held.values())
+    assert facts["cache_bytes"] == 100 * model.config.kept_per_token * 4
+    stacked = sum(value.nbytes for name, value in held.items() if ".switch_mlp." in name)
+    rest = sum(value.nbytes for value in held.values()) - stacked
+    for nodes, share in ((1, 3 / 8), (2, 6 / 8), (3, 1.0), (9, 1.0)):
+        read = sizes.read(model, None, TreeShape(4, 4, nodes), 10)
+        assert read.target == rest + share * stacked + nodes * 64 * 4
+        assert read.kv == 10 * model.config.kept_per_token * 4
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"), [("gpt_oss", "attention sinks"), ("glm4_moe_lite", "latent attention")]
+)
+def test_what_cannot_attend_to_branches_does_not_draft(
+    tmp_path: Path, case: str, reason: str
+) -> None:
+    build(tmp_path, case)
+    with pytest.raises(DrafterError, match=reason):
+        draft_model.check(tmp_path, load_model(tmp_path))
