@@ -13,8 +13,8 @@ from .layers import GATED, MLP, Activation
 
 MOST_NODES = 64
 """Rows up to which every pair of a row and an expert is computed alone, as for one row: draft trees
-that pay have no more. Of a longer pass the pairs are sorted by expert, as mlx-lm does from 64 pairs on;
-kernels for sorted pairs may round otherwise."""
+that pay have no more. Of a longer pass the pairs are sorted by expert, as mlx-lm does from 64 pairs
+on; kernels for sorted pairs may round otherwise."""
 _SORTED_PAIRS = 64
 
 
