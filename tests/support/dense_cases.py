@@ -36,9 +36,11 @@ DENSE_CASES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "exaone4": {"model_type": "exaone4", "head_dim": 16, "rope_scaling": None,
-                "sliding_window": None, "sliding_window_pattern": None},
+                "sliding_window": None, "sliding_window_pattern": None,
+                "layer_types": ["full_attention"] * 2},
     "exaone4-window": {"model_type": "exaone4", "head_dim": 16, "rope_scaling": None,
-                       "sliding_window": 3, "sliding_window_pattern": "LG"},
+                       "sliding_window": 3, "sliding_window_pattern": "LG",
+                       "layer_types": MIXED},
     "cohere2": {
         "model_type": "cohere2",
         "head_dim": 16,
