@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import mlx.core as mx
 from mlx_redrafter.errors import ConvertError, ModelError, one_line
 from mlx_redrafter.models import Decoder, DecoderConfig
 from mlx_redrafter.models.families import decoder_config
+from mlx_redrafter.models.layout import RESHAPED, beyond, exact, expert_of, ours, stored_name
 from mlx_redrafter.models.loading import sanitize
 from mlx_redrafter.models.stored import as_stored, packed_layers
 from mlx_redrafter.models.weights import Shape, misfit, parameters, preview, shapes
@@ -28,18 +30,22 @@ from .writer import OutputFolder, Progress, ShardWriter, sixteen_bits
 
 Config = dict[str, Any]
 
+# mlx-lm keeps their text half under the name it has in the multimodal model.
+_NESTED = ("gemma3", "gemma4", "gemma4_unified", "mistral3", "qwen3_vl", "qwen3_vl_moe")
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A tensor of the output: rows [first, first + shape[0]) of a source tensor."""
+    """A tensor of the output: rows [first, first + shape[0]) of a source tensor; or the part of one
+    that an expert of so many is."""
 
     source: str
     target: str
     shape: Shape
     first: int = 0
     note: str = ""
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,18 +95,19 @@ def convert_base(
     wide = stored_as is None or stored_as == mx.float32
     if bits is not None and dtype is None and wide:
         stored_as = dtype = sixteen_bits({checkpoint.dtype(name) for name in plan.pieces})
-    writer = ShardWriter(out)
+    writer, stacks = ShardWriter(out), Stacks(plan)
     for done, (name, pieces) in enumerate(plan.pieces.items()):
         progress(done, len(plan.pieces))
         value = checkpoint.load(name)
-        if stored_as is not None or value.dtype == mx.float64:
+        if (stored_as is not None and not exact(name)) or value.dtype == mx.float64:
             value = value.astype(stored_as or mx.float32)
         for piece in pieces:
             rows = value[piece.first : piece.first + piece.shape[0]] if len(pieces) > 1 else value
-            for target, array, stored in chosen.apply(piece.target, rows):
+            for target, array, stored in stacks.apply(piece, chosen.apply(piece.target, rows)):
                 _evaluate(array, name)
                 writer.add(target, array, stored)
-        del value, rows, array
+                del array
+        del value, rows
     writer.close()
     progress(len(plan.pieces), len(plan.pieces))
     write_config(_with_dtype(chosen.config, dtype), out)
@@ -140,25 +147,34 @@ def plan_base(checkpoint: Checkpoint) -> BasePlan:
     config = _config(checkpoint)
     pieces: dict[str, list[_Piece]] = {}
     dropped: dict[str, str] = {}
-    targets = {name: _decoder_name(name) for name in checkpoint.names()}
+    texts = {name: _text_name(name) for name in checkpoint.names()}
     try:
-        shape = decoder_config(config, [t for t in targets.values() if t])
+        shape = decoder_config(config, [t for t in texts.values() if t])
     except ModelError as error:
         raise ConvertError(str(error)) from error
-    for name, target in targets.items():
-        if target is None:
+    for name, text in texts.items():
+        target = text and ours(shape.model_type, text)
+        if text is None or target is None:
             dropped[name] = _reason(name)
+        elif beyond(text, config):
+            dropped[name] = "of a layer that drafts"
+        elif (one := expert_of(text)) is not None:
+            target = ours(shape.model_type, one[0])
+            note = f"expert {one[1]}"
+            pieces[name] = [_Piece(name, target, checkpoint.shape(name), 0, note, one[1])]
         elif shape.tied and target == "lm_head.weight":
             dropped[name] = "tied to the embedding"
         else:
             pieces[name] = _cut(name, target, checkpoint.shape(name), shape)
     plan = BasePlan(config, pieces, dropped)
-    found: dict[str, Shape] = {}
-    for piece in plan.all_pieces():
-        if piece.target in found:
-            raise ConvertError(f"{checkpoint.path} holds {piece.target} under two names")
-        found[piece.target] = piece.shape
-    check_fit(expected_shapes(config, list(found)), found, checkpoint.path)
+    found = _shapes_found(plan, checkpoint.path)
+    expected = expected_shapes(config, list(found))
+    if shape.model_type in RESHAPED and expected != found:
+        raise ConvertError(
+            f"model_type '{shape.model_type}' is stored in a layout that is not converted here; "
+            f"run `mlx_lm.convert --hf-path {checkpoint.path} -q`, whose output runs as it is"
+        )
+    check_fit(expected, found, checkpoint.path)
     for piece in plan.all_pieces():
         if not mx.issubdtype(checkpoint.dtype(piece.source), mx.floating):
             raise ConvertError(
@@ -168,11 +184,33 @@ def plan_base(checkpoint: Checkpoint) -> BasePlan:
     return plan
 
 
+def _shapes_found(plan: BasePlan, where: Path) -> dict[str, Shape]:
+    """Of the output's tensors; experts are stacked in the order of their numbers."""
+    found: dict[str, Shape] = {}
+    experts: dict[str, list[_Piece]] = {}
+    for piece in plan.all_pieces():
+        if piece.expert is not None:
+            experts.setdefault(piece.target, []).append(piece)
+            continue
+        if piece.target in found:
+            raise ConvertError(f"{where} holds {piece.target} under two names")
+        found[piece.target] = piece.shape
+    for target, parts in experts.items():
+        numbers = sorted(cast(int, part.expert) for part in parts)
+        if numbers != list(range(len(parts))) or len({part.shape for part in parts}) > 1:
+            raise ConvertError(
+                f"{where} lacks experts of {target}, or they differ in shape; "
+                "download the model again"
+            )
+        found[target] = (len(parts), *parts[0].shape)
+    return found
+
+
 def _config(checkpoint: Checkpoint) -> Config:
     """config.json as mlx-lm reads it, and as what is stored means it."""
     if not checkpoint.config:
         raise ConvertError(f"{checkpoint.folder} has no config.json; download it with the model")
-    types = {t: kind for n, kind in checkpoint.types().items() if (t := _decoder_name(n))}
+    types = {t: kind for n, kind in checkpoint.types().items() if (t := _text_name(n))}
     if packed_layers(types):
         raise ConvertError(
             f"{checkpoint.path} is a quantised MLX model already: run it as it is, or convert the "
@@ -185,8 +223,8 @@ def _config(checkpoint: Checkpoint) -> Config:
     return with_end_tokens(config, checkpoint.folder)
 
 
-def _decoder_name(name: str) -> str | None:
-    """The name that loading gives a tensor; None for what a text model does not have."""
+def _text_name(name: str) -> str | None:
+    """A tensor's name in the text half; None for what that does not have."""
     # `sanitize` looks at names only.
     renamed = list(sanitize(cast(Any, {name: name})))
     return None if not renamed or name.startswith("drafter.") else renamed[0]
@@ -211,7 +249,8 @@ def _cut(name: str, target: str, shape: Shape, config: DecoderConfig) -> list[_P
         },
         "gate_up_proj": dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size),
     }.get(projection)
-    if config.stored_fused or sizes is None or not shape or shape[0] != sum(sizes.values()):
+    kept = config.stored_fused or (config.stored_gate_up and projection == "gate_up_proj")
+    if kept or sizes is None or not shape or shape[0] != sum(sizes.values()):
         return [_Piece(name, target, shape, note="" if name == target else "renamed")]
     pieces, first = [], 0
     for part, rows in sizes.items():
@@ -237,12 +276,12 @@ class Quantisation:
         from mlx_lm.utils import quantize_model
 
         self.config = config
-        # mlx-lm keeps Gemma 3's text half under the name it has in the multimodal model.
-        self._prefix = "language_model." if config["model_type"] == "gemma3" else ""
+        self._prefix = "language_model." if config["model_type"] in _NESTED else ""
+        names = [self._stored(name) for name in names]
         self._chosen: dict[str, tuple[int, int, str]] = {}
         if bits is None:
             return
-        model = _mlx_lm_model(config, [self._prefix + name for name in names])
+        model = _mlx_lm_model(config, names)
         try:
             # It prints how many bits came out.
             with contextlib.redirect_stdout(io.StringIO()):
@@ -263,21 +302,53 @@ class Quantisation:
                 "so none can be quantised; choose another --q-group-size"
             )
 
+    def _stored(self, target: str) -> str:
+        return self._prefix + stored_name(self.config["model_type"], target)
+
     def bits(self, target: str) -> int | None:
         """Of a tensor when it is quantised; None if it is not."""
-        base, _, last = (self._prefix + target).rpartition(".")
+        base, _, last = self._stored(target).rpartition(".")
         return self._chosen[base][1] if last == "weight" and base in self._chosen else None
 
     def apply(self, target: str, value: mx.array) -> Iterator[tuple[str, mx.array, int]]:
         """The arrays to store for one weight, under mlx-lm's names; how many weights each holds."""
         if self.bits(target) is None:
-            yield self._prefix + target, value, value.size
+            yield self._stored(target), value, value.size
             return
-        base = (self._prefix + target).removesuffix(".weight")
+        base = self._stored(target).removesuffix(".weight")
         group_size, bits, mode = self._chosen[base]
         packed = mx.quantize(value, group_size, bits, mode=mode)
         for part, array in zip(("weight", "scales", "biases"), packed, strict=False):
             yield f"{base}.{part}", array, value.size if part == "weight" else 0
+
+
+class Stacks:
+    """Experts wait here until all of a tensor are there: of one layer at a time, as they lie in
+    files. Every one is quantised alone, which is what quantising all of them does."""
+
+    def __init__(self, plan: BasePlan) -> None:
+        targets = (p.target for p in plan.all_pieces() if p.expert is not None)
+        self._left = Counter(targets)
+        self._waiting: dict[str, dict[int, list[tuple[str, mx.array, int]]]] = {}
+
+    def apply(
+        self, piece: _Piece, arrays: Iterator[tuple[str, mx.array, int]]
+    ) -> Iterator[tuple[str, mx.array, int]]:
+        """What is to be written now of a piece's arrays, as `Quantisation.apply` gives them."""
+        if piece.expert is None:
+            yield from arrays
+            return
+        waiting = self._waiting.setdefault(piece.target, {})
+        waiting[piece.expert] = found = list(arrays)
+        for _, array, _ in found:
+            _evaluate(array, piece.source)
+        self._left[piece.target] -= 1
+        if self._left[piece.target]:
+            return
+        experts = [waiting[i] for i in sorted(waiting)]
+        del self._waiting[piece.target], waiting, found
+        for parts in zip(*experts, strict=True):
+            yield parts[0][0], mx.stack([p[1] for p in parts]), sum(p[2] for p in parts)
 
 
 def _mlx_lm_model(config: Config, names: Sequence[str]) -> Any:

@@ -29,9 +29,9 @@ from mlx_redrafter.drafters.beam import search
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.attention import attend, attend_branches
 from mlx_redrafter.models.config import DecoderConfig, RopeConfig
-from mlx_redrafter.models.decoder import MLP
 from mlx_redrafter.models.features import Chunk, Features
 from mlx_redrafter.models.fuse import fuse
+from mlx_redrafter.models.layers import MLP
 from mlx_redrafter.models.rope import Rope
 from mlx_redrafter.tree.nodes import Candidates, integers
 from mlx_redrafter.tree.shape import BEAMS

@@ -20,7 +20,7 @@ from mlx_redrafter.cache.slabs import Slab
 from mlx_redrafter.drafters import Ask, Verified, files
 from mlx_redrafter.drafters.beam import search
 from mlx_redrafter.errors import DrafterError, ModelError
-from mlx_redrafter.models import SUPPORTED, Decoder, decoder_config, load_model
+from mlx_redrafter.models import SUPPORTED, Decoder, DecoderConfig, decoder_config, load_model
 from mlx_redrafter.models.attention import attend_branches
 from mlx_redrafter.models.decoder import Functions
 from mlx_redrafter.models.features import Chunk, Features
@@ -222,7 +222,7 @@ def load(folder: Path, target: Decoder) -> DraftModel:
         model = load_model(folder)
     except ModelError as error:
         raise DrafterError(str(error)) from None
-    _check_vocabulary(model.config.vocab_size, target, folder)
+    _check(model.config, target, folder)
     return DraftModel(model, target.config.vocab_size)
 
 
@@ -232,12 +232,17 @@ def check(folder: Path, target: Decoder) -> None:
         model, _ = read_model(folder)
     except ModelError as error:
         raise DrafterError(str(error)) from None
-    _check_vocabulary(model.config.vocab_size, target, folder)
+    _check(model.config, target, folder)
 
 
-def _check_vocabulary(size: int, target: Decoder, folder: Path) -> None:
+def _check(config: DecoderConfig, target: Decoder, folder: Path) -> None:
     """Sizes of one family differ by padding only. Raises DrafterError."""
-    theirs = target.config.vocab_size
+    if reason := config.own_attention:
+        raise DrafterError(
+            f"the model in {folder} has {reason}, and cannot draft: use a small model without, or "
+            "no drafter"
+        )
+    size, theirs = config.vocab_size, target.config.vocab_size
     if abs(size - theirs) > max(size, theirs) // 50:
         raise DrafterError(
             f"the model in {folder} has {size} tokens, but this model has {theirs}: a drafting "

@@ -140,7 +140,7 @@ def memory(model: Model, memory_gb: float) -> Check:
     if model.drafter is not None:
         arrays += tree_flatten(module_of(model.drafter).parameters())
     weights = sum(value.nbytes for _, value in arrays)
-    token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.size
+    token = config.kept_per_token * dtype.size
     kinds = model.drafter.caches if model.drafter is not None else ()
     token += sum(kind.empty(1, dtype).nbytes for kind in kinds)
     full = config.max_positions * token
@@ -203,10 +203,10 @@ def in_place(model: Model) -> Check:
     from mlx_redrafter.tree.shape import TreeShape
 
     target = model.target
-    layers = target.config.num_layers
+    layers = len(target.caches)
     session = Session().open(target.caches, CAPACITY, target.dtype)
     mx.eval(session.caches)
-    slab = session.caches[0].nbytes
+    slab = target.config.kept_per_token * CAPACITY * target.dtype.size / layers
     extra = 0.0
     for count in (4, ANSWER):  # the first answer compiles
         mx.clear_cache()

@@ -31,11 +31,13 @@ def attend(
     scale: float,
     softcap: float,
     softmax: Softmax = softmax,
+    sinks: mx.array | None = None,
 ) -> mx.array:
     """q (H, B*n, Dh) over slabs (B, 2*Hkv, C, Dh) where mask (B*n, S) is True; (B*n, H*Dh).
 
     Decoding has one sequence, B = 1. Only the first S <= C slots are read. Without a mask the n
     queries of a slab are those of its last n slots, and each sees its own and all before it.
+    Sinks (H,) are scores of a key without a value.
     """
     if mask is not None and mask.shape[1] < slab.shape[2]:
         slab = slab[:, :, : mask.shape[1]]
@@ -44,10 +46,10 @@ def attend(
         queries = q.reshape(q.shape[0], rows, -1, q.shape[2]).transpose(1, 0, 2, 3)
         out = mx.fast.scaled_dot_product_attention(
             queries, slab[:, :half], slab[:, half:], scale=scale,
-            mask="causal" if mask is None else _by_row(mask, rows),
+            mask="causal" if mask is None else _by_row(mask, rows), sinks=sinks,
         )  # fmt: skip
         return out.transpose(0, 2, 1, 3).reshape(q.shape[1], -1)
-    return _attend_unfused(q, slab, mask, scale, softcap, softmax)
+    return _attend_unfused(q, slab, mask, scale, softcap, softmax, sinks)
 
 
 def attend_branches(
@@ -116,6 +118,7 @@ def _attend_unfused(
     scale: float,
     softcap: float,
     softmax: Softmax,
+    sinks: mx.array | None,
 ) -> mx.array:
     """The operations of MLX's own fallback (mlx/fast.cpp), in that order.
 
@@ -136,7 +139,13 @@ def _attend_unfused(
         seen = mx.arange(capacity) <= mx.arange(capacity - n, capacity)[:, None]  # (n, C)
     else:
         seen = mask.reshape(rows, 1, 1, n, capacity)
+    if sinks is not None:  # in front, where MLX puts them
+        column = sinks.astype(scores.dtype).reshape(1, kv_heads, repeats, 1, 1)
+        column = mx.broadcast_to(column, (*scores.shape[:-1], 1))
+        scores = mx.concatenate([column, scores], axis=-1)
+        seen = mx.pad(seen, [(0, 0)] * (seen.ndim - 1) + [(1, 0)], constant_values=True)
     scores = masked_softmax(scores, seen, softmax)
+    scores = scores if sinks is None else scores[..., 1:]
     out = scores.reshape(rows, kv_heads, repeats * n, capacity) @ values
     out = out.reshape(rows, kv_heads, repeats, n, dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(total, heads * dim)

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.activations import swiglu
 
 from mlx_redrafter.cache.layer import LayerCache, Pass
 from mlx_redrafter.cache.slabs import Slab
 
 from .attention import Attend, dense
+from .block import Block
 from .config import DecoderConfig
-from .fuse import fuse
+from .gemma4 import LayerInputs
+from .layers import Activation, LayerPass, Rotate, norm
 from .rope import Rope, Rotation
-
-Activation = Callable[[mx.array, mx.array], mx.array]
-LayerWrite = Callable[[mx.array], mx.array]
-Rotate = Callable[[mx.array, int], mx.array]
-
-
-def geglu(gate: mx.array, up: mx.array) -> mx.array:
-    """Gemma's gated activation, as mlx-lm computes it."""
-    return nn.gelu_approx(gate) * up
 
 
 class Functions(NamedTuple):
@@ -39,159 +31,16 @@ class Functions(NamedTuple):
 DECODING = Functions()
 
 
-class Attention(nn.Module):
-    """Grouped-query attention of one layer; q, k and v are one projection after `fuse`."""
-
-    def __init__(self, config: DecoderConfig):
-        super().__init__()
-        dim, head_dim = config.hidden_size, config.head_dim
-        self._heads, self._kv_heads, self._head_dim = (
-            config.num_heads,
-            config.num_kv_heads,
-            head_dim,
-        )
-        self._scale, self._softcap = config.attention_scale, config.attention_softcap
-        self._qk_norm = config.qk_norm
-        q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
-        self._splits = [q_size, q_size + kv_size]
-        if config.stored_fused:
-            self.qkv_proj: nn.Module = nn.Linear(dim, q_size + 2 * kv_size, bias=config.qkv_bias)
-        else:
-            self.q_proj = nn.Linear(dim, q_size, bias=config.qkv_bias)
-            self.k_proj = nn.Linear(dim, kv_size, bias=config.qkv_bias)
-            self.v_proj = nn.Linear(dim, kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_size, dim, bias=config.output_bias)
-        if config.qk_norm != "none":
-            full = config.qk_norm == "full"
-            self.q_norm = nn.RMSNorm(q_size if full else head_dim, config.norm_eps)
-            self.k_norm = nn.RMSNorm(kv_size if full else head_dim, config.norm_eps)
-
-    def fuse(self) -> None:
-        """Join the stored q, k and v projections into one, where they can be joined."""
-        if "qkv_proj" in self:
-            return
-        joined = fuse([self.q_proj, self.k_proj, self.v_proj])
-        if joined is not None:
-            self.qkv_proj = joined
-            del self.q_proj, self.k_proj, self.v_proj
-
-    def _project(self, x: mx.array) -> mx.array:
-        """x (N, D) -> queries, keys and values together (N, H + 2 Hkv, Dh)."""
-        n = x.shape[0]
-        if self._qk_norm == "none" and "qkv_proj" in self:
-            return self.qkv_proj(x).reshape(n, -1, self._head_dim)
-        if "qkv_proj" in self:
-            q, k, v = mx.split(self.qkv_proj(x), self._splits, axis=-1)
-        else:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self._qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = q.reshape(n, self._heads, -1)
-        k, v = k.reshape(n, self._kv_heads, -1), v.reshape(n, self._kv_heads, -1)
-        if self._qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        return mx.concatenate([q, k, v], axis=1)
-
-    def __call__(
-        self, x: mx.array, mask: mx.array, rotate: Rotate, write: LayerWrite, attend: Attend
-    ) -> mx.array:
-        """x (N, D) -> (N, D)."""
-        rows = rotate(self._project(x), self._heads + self._kv_heads)  # (H + 2 Hkv, N, Dh)
-        slab = write(rows[self._heads :][None])
-        attended = attend(rows[: self._heads], slab, mask, self._scale, self._softcap)
-        return self.o_proj(attended)
-
-
-class MLP(nn.Module):
-    """Gated feed-forward layer; gate and up are one projection after `fuse`."""
-
-    def __init__(self, config: DecoderConfig):
-        super().__init__()
-        dim, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        if config.stored_fused:
-            self.gate_up_proj: nn.Module = nn.Linear(dim, 2 * inner, bias=bias)
-        else:
-            self.gate_proj = nn.Linear(dim, inner, bias=bias)
-            self.up_proj = nn.Linear(dim, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, dim, bias=bias)
-        self._activation = swiglu if config.activation == "silu" else geglu
-
-    def fuse(self) -> None:
-        """Join the stored gate and up projections, where they can be joined."""
-        if "gate_up_proj" in self:
-            return
-        joined = fuse([self.gate_proj, self.up_proj])
-        if joined is not None:
-            self.gate_up_proj = joined
-            del self.gate_proj, self.up_proj
-
-    def __call__(self, x: mx.array, activation: Activation | None = None) -> mx.array:
-        """(N, D) -> (N, D)."""
-        if "gate_up_proj" in self:
-            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj((activation or self._activation)(gate, up))
-
-
-class Block(nn.Module):
-    """Attention and feed-forward layer with the family's norms around them."""
-
-    def __init__(self, config: DecoderConfig):
-        super().__init__()
-
-        def norm() -> nn.RMSNorm:
-            return nn.RMSNorm(config.hidden_size, config.norm_eps)
-
-        self.self_attn = Attention(config)
-        self.mlp = MLP(config)
-        self._norms = config.norms
-        self._residual_scale, self._clip = config.residual_scale, config.clip_residual
-        self.post_attention_layernorm = norm()
-        if config.norms != "post":
-            self.input_layernorm = norm()
-        if config.norms == "both":
-            self.pre_feedforward_layernorm = norm()
-        if config.norms != "pre":
-            self.post_feedforward_layernorm = norm()
-
-    def _add(self, x: mx.array, r: mx.array) -> mx.array:
-        if self._residual_scale != 1.0:
-            r = r * self._residual_scale
-        if self._clip and x.dtype == mx.float16:
-            bound = mx.finfo(mx.float16).max
-            total = x.astype(mx.float32) + r.astype(mx.float32)
-            return mx.clip(total, -bound, bound).astype(mx.float16)
-        return x + r
-
-    def __call__(
-        self,
-        x: mx.array,
-        mask: mx.array,
-        rotate: Rotate,
-        write: LayerWrite,
-        attend: Attend,
-        activation: Activation | None = None,
-    ) -> mx.array:
-        """x (N, D) -> (N, D)."""
-        inputs = x if self._norms == "post" else self.input_layernorm(x)
-        r = self.self_attn(inputs, mask, rotate, write, attend)
-        # The same checkpoint name is the norm after attention, or (Llama) before the MLP.
-        h = self._add(x, r if self._norms == "pre" else self.post_attention_layernorm(r))
-        if self._norms == "pre":
-            return self._add(h, self.mlp(self.post_attention_layernorm(h), activation))
-        inputs = h if self._norms == "post" else self.pre_feedforward_layernorm(h)
-        return self._add(h, self.post_feedforward_layernorm(self.mlp(inputs, activation)))
-
-
 class Backbone(nn.Module):
     """Embedding, blocks and final norm: the part whose checkpoint names start with `model.`."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [Block(config) for _ in range(config.num_layers)]
-        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.layers = [Block(config.layer(i)) for i in range(config.num_layers)]
+        self.norm = norm(config)
+        if config.layer_input:
+            self.layer_inputs = LayerInputs(config)
 
 
 class Decoder(nn.Module):
@@ -207,9 +56,13 @@ class Decoder(nn.Module):
         self.config = config
         self.model = Backbone(config)
         if not config.tied:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, config.head_bias)
         self._ropes = [Rope(rope) for rope in config.ropes]
-        self._caches = [Slab(2 * config.num_kv_heads, config.head_dim)] * config.num_layers
+        layers = [config.layer(i) for i in range(config.num_layers)]
+        # The layer whose cache each reads; those without one come after those with one.
+        sources = [(i, one.kv_source) for i, one in enumerate(layers)]
+        self._slots = [i if source is None else source for i, source in sources]
+        self._caches = [Slab(*one.kept) for one in layers if one.kv_source is None]
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -243,15 +96,26 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
+        if self.config.embedding_norm:
+            x = mx.fast.rms_norm(x, None, self.config.norm_eps)
         rotations = [rope.prepare(positions, x.dtype) for rope in self._ropes]
         masks = self._masks(mask, positions, key_positions)
+        growth = self._growth(positions, x.dtype)
+        inner = self.model.get("layer_inputs")
+        given = None if inner is None else inner(tokens, x)
+        slabs: dict[int, Any] = {}
         outputs = []
         for index, block in enumerate(self.model.layers):
-            rotate = self._rotate(self.config.layer_ropes[index], rotations)
-            window_mask = masks[self.config.layer_windows[index]]
-            write = functools.partial(caches.extend, index, self._caches[index])
-            attend = functions.attend(index)
-            x = block(x, window_mask, rotate, write, attend, functions.activation)
+            run = LayerPass(
+                masks[self.config.layer_windows[index]],
+                self._rotate(self.config.layer_ropes[index], rotations),
+                functools.partial(self._write, slabs, caches, index),
+                functions.attend(index),
+                functions.activation,
+                growth,
+                None if given is None else given[:, index],
+            )
+            x = block(x, run)
             outputs.append(x)
         return self.model.norm(x), tuple(outputs[i] for i in layers)
 
@@ -263,6 +127,22 @@ class Decoder(nn.Module):
         for window in set(self.config.layer_windows) - {0}:
             masks[window] = mask & (positions[:, None] < key_positions + window)
         return masks
+
+    def _write(self, slabs: dict[int, Any], caches: Pass, layer: int, rows: mx.array) -> Any:
+        """What a layer reads: its cache with these rows, or what the layer whose cache it is
+        read in this pass."""
+        slot = self._slots[layer]
+        if slot == layer:
+            slabs[slot] = caches.extend(slot, self._caches[slot], rows)
+        return slabs[slot]
+
+    def _growth(self, positions: mx.array, dtype: mx.Dtype) -> mx.array | None:
+        """How much larger queries are at their positions, (N, 1); Ministral 3."""
+        if self.config.query_growth is None:
+            return None
+        beta, step = self.config.query_growth
+        growth = 1 + beta * mx.log(1 + mx.floor(positions / step))
+        return growth.astype(dtype)[:, None]
 
     def _rotate(self, index: int, rotations: Sequence[Rotation]) -> Rotate:
         if index < 0:
@@ -282,6 +162,8 @@ class Decoder(nn.Module):
         """Products with output rows (M, *) -> logits, scaled and soft-capped."""
         if self.config.logits_divisor != 1.0:
             out = out / self.config.logits_divisor
+        if self.config.logits_scale != 1.0:
+            out = out * self.config.logits_scale
         if self.config.logits_softcap:
             cap = self.config.logits_softcap
             out = mx.tanh(out / cap) * cap

@@ -18,6 +18,7 @@ from .config import DecoderConfig
 from .decoder import Decoder
 from .families import decoder_config
 from .files import weight_files
+from .layout import arranged, exact
 from .stored import as_stored, packed_layers
 from .weights import (
     finite,
@@ -32,8 +33,9 @@ from .weights import (
 
 Weights = dict[str, mx.array]
 
-_DROPPED = ("vision_tower.", "multi_modal_projector.", "vision_model.", "medusa_head.",
-            "medusa_heads.")  # fmt: skip
+_DROPPED = ("vision_tower.", "visual.", "multi_modal_projector.", "vision_model.",
+            "vision_adapter.", "vision_projection.", "vision_embedder.", "embed_vision.",
+            "audio_tower.", "embed_audio.", "medusa_head.", "medusa_heads.")  # fmt: skip
 # mode -> the only (bits, group size) it allows, which also identifies it.
 _FLOAT_MODES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
 
@@ -95,7 +97,7 @@ def unpacked_like(model: Decoder, folder: Path) -> nn.Module:
 def _read_native(folder: Path) -> tuple[Decoder, Weights]:
     raw = read_json(folder / "config.json")
     decoder_config(raw)  # an unsupported type is said before gigabytes are read
-    weights = sanitize(read_weights(weight_files(folder)))
+    weights = arranged(sanitize(read_weights(weight_files(folder))), raw)
     raw = as_stored(raw, {name: value.dtype for name, value in weights.items()})
     config = decoder_config(raw, weights.keys())
     if config.tied:
@@ -107,7 +109,7 @@ def _read_native(folder: Path) -> tuple[Decoder, Weights]:
 
 
 def sanitize(weights: Mapping[str, mx.array]) -> Weights:
-    """Names as Decoder has them: the text half only, without precomputed rotary frequencies and
+    """The text half only, named as if it stood alone, without precomputed rotary frequencies and
     heads that draft."""
     result = {}
     for name, value in weights.items():
@@ -131,10 +133,11 @@ def _convert(weights: Weights, config: DecoderConfig, dtype: mx.Dtype | None) ->
     """Apply the dtype, and Gemma's offset of norm weights. Nothing is evaluated."""
     result = {}
     for name, value in weights.items():
-        if dtype is not None and mx.issubdtype(value.dtype, mx.floating):
+        if dtype is not None and mx.issubdtype(value.dtype, mx.floating) and not exact(name):
             value = value.astype(dtype)
+        last = name == "model.norm.weight"
         if config.norm_offset and name.endswith("norm.weight"):
-            value = config.norm_offset + value
+            value = value if last and not config.norm_offset_last else config.norm_offset + value
         result[name] = value
     return result
 
@@ -181,10 +184,9 @@ def _materialise(model: Decoder, folder: Path) -> None:
     """Read, check and fuse one layer after the other, so that no second copy of all exists."""
     for index, layer in enumerate(model.model.layers):
         flags = finite(parameters(layer), f"model.layers.{index}.")
-        layer.self_attn.fuse()
-        layer.mlp.fuse()
+        layer.fuse()
         materialise(layer, flags, folder)
-    rest = {"model.embed_tokens.": model.model.embed_tokens, "model.norm.": model.model.norm}
+    rest = {f"model.{name}.": part for name, part in model.model.items() if name != "layers"}
     if "lm_head" in model:
         rest["lm_head."] = model.lm_head
     for prefix, module in rest.items():

@@ -10,7 +10,9 @@ from ..errors import ModelError
 from ..runtime.device import fused_kernels
 from .config import RopeConfig
 
-ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "longrope", "su", "yarn")
+ROPE_TYPES = (
+    "default", "dynamic", "linear", "llama3", "longrope", "mrope", "proportional", "su", "yarn",
+)  # fmt: skip
 
 Rotation = tuple[mx.array, mx.array]
 """Cosines and sines, each as it multiplies the pairs of a head: (N, 2 or 1, dims/2), transposed

@@ -51,7 +51,7 @@ def _refuse_foreign(raw: Mapping[str, Any], types: Types, packed: set[str]) -> N
     for name, kind in types.items():
         base, _, part = name.rpartition(".")
         floating = kind is not None and mx.issubdtype(kind, mx.floating)
-        if base in packed or (floating and (part in ("weight", "bias") or not block)):
+        if base in packed or (floating and (part in ("weight", "bias") or packed or not block)):
             continue
         if not block and (part != "weight" or kind is None):
             continue  # an unknown tensor or type: whoever meets it says so

@@ -94,9 +94,10 @@ def read(
         if progress is not None:
             progress(part.start, len(prompt))
         chunk = list(prompt[part.start : part.stop + 1])
-        found = _read(target, chunk, session, layers, absorb, None if part.dense else sparse)
+        dense = part.dense or (sparse.unable if sparse is not None else "")
+        found = _read(target, chunk, session, layers, absorb, None if dense else sparse)
         if sparse is not None:
-            sparse.count(part.start, part.stop, part.dense)
+            sparse.count(part.start, part.stop, dense)
     if progress is not None:
         progress(len(prompt), len(prompt))
     session.mark()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import DecoderConfig
 from mlx_redrafter.models.attention import Attend, attend
 from mlx_redrafter.prefill.config import SparsePrefill
@@ -49,6 +50,7 @@ class SparseAttention:
         self.stats = stats if stats is not None else PrefillStats(options.mode)
         self.select = selector or SELECTORS[options.mode](options)
         self._before = self.stats.sparse_layers
+        self.unable = config.own_attention
 
     def at(self, offset: int) -> Callable[[int], Attend]:
         """The attention of a chunk's layers; its first token is at position ``offset``."""
@@ -95,6 +97,15 @@ class SparseAttention:
         if chosen.pairs(chunk) > self.options.max_density * chunk.causal_pairs:
             return "too many keys"
         return chosen
+
+
+def check_able(config: DecoderConfig) -> None:
+    """Refuse to measure what a model does not do; raises OptionError."""
+    if reason := config.own_attention:
+        raise OptionError(
+            f"model_type '{config.model_type}' has {reason}: its prompts are read densely; "
+            "measure a model without"
+        )
 
 
 def attend_densely(chunk: Chunk, mask: mx.array) -> mx.array:

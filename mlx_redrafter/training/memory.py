@@ -43,10 +43,8 @@ def wave(config: TrainConfig) -> int:
 
 def target_parameters(target: DecoderConfig) -> int:
     """Weights of the target, without the norms."""
-    size, heads = target.hidden_size, target.num_heads + 2 * target.num_kv_heads
-    attention = size * target.head_dim * (heads + target.num_heads)
-    layer = attention + 3 * size * target.intermediate_size
-    return layer * target.num_layers + (1 if target.tied else 2) * target.vocab_size * size
+    # No array of it is ever made.
+    return sum(value.size for value in parameters(Decoder(target)).values() if value.ndim > 1)
 
 
 def longest_prompt(config: TrainConfig) -> int:
@@ -76,7 +74,7 @@ def memory(
     layers = len(kind.layers_of(shape, target))
     written = 0 if kind.whole else layers  # layers whose outputs are kept on the way
     prompt = longest_prompt(config)
-    per_token = target.num_layers * 2 * target.num_kv_heads * target.head_dim * item
+    per_token = target.kept_per_token * item
     slots = prompt + config.max_tokens
     most = batch * slots
     if config.prompts is None:
@@ -143,7 +141,7 @@ def _pass(target: DecoderConfig, layers: int, slots: int, on_gpu: bool) -> int:
     """Activations of ROWS_PER_PASS tokens: one layer's, and the outputs that are kept."""
     item, size = (2 if on_gpu else 4), target.hidden_size
     heads = target.num_heads + target.num_kv_heads
-    row = item * (6 * size + 2 * heads * target.head_dim + 3 * target.intermediate_size)
+    row = item * (6 * size + 2 * heads * target.head_dim + 3 * target.widest_row)
     row += layers * size * (item + 4 + 2)
     scores = 0 if on_gpu else 3 * target.num_heads * slots * item
     return ROWS_PER_PASS * (row + scores)

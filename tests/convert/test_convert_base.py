@@ -9,6 +9,7 @@ import json
 import fake_torch
 import mlx.core as mx
 import pytest
+from expert_cases import apart
 from mlx_lm.convert import convert as mlx_lm_convert
 from mlx_lm.utils import load_model as load_mlx_lm
 from tiny_models import CASES, build
@@ -159,6 +160,32 @@ def test_quantised_to_the_bit_as_mlx_lm_would(tmp_path, case, bits):
             (tmp_path / "theirs" / name).read_text()
         )
     load_model(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_experts_are_stacked(tmp_path, bits):
+    """One by one in shards, as Hugging Face has them, and in any order."""
+    original = source_of(tmp_path, "qwen3_moe", mx.bfloat16)
+    weights = weights_of(original)
+    config = json.loads((original / "config.json").read_text())
+    source = write_shards(tmp_path / "source", config, apart(weights, {}))
+    run(source, tmp_path / "ours", bits, 32)
+    run(original, tmp_path / "theirs", bits, 32)
+    assert_same(weights_of(tmp_path / "ours"), weights_of(tmp_path / "theirs"))
+    lacking = apart(weights, {})
+    del lacking["model.layers.0.mlp.experts.2.up_proj.weight"]
+    with pytest.raises(ConvertError, match=r"lacks experts of .*up_proj"):
+        run(write_shards(tmp_path / "lacking", config, lacking), tmp_path / "none")
+
+
+def test_layouts_that_mlx_lm_converts_are_named(tmp_path):
+    original = source_of(tmp_path, "gpt_oss")
+    weights = weights_of(original)
+    config = json.loads((original / "config.json").read_text())
+    for name in [n for n in weights if ".experts.up_proj" in n]:
+        del weights[name]
+    with pytest.raises(ConvertError, match=r"run `mlx_lm.convert --hf-path"):
+        run(write_shards(tmp_path / "source", config, weights), tmp_path / "out")
 
 
 def test_the_stored_dtype_is_kept_and_another_one_is_recorded(tmp_path):

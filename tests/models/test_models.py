@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from expert_cases import GEMMA4_CASES
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.cache import make_prompt_cache
 from tiny_models import CASES, PREFIX, TOLERANCE, C, Runner, assert_close, build, tokens_of
@@ -15,7 +16,12 @@ from tiny_models import CASES, PREFIX, TOLERANCE, C, Runner, assert_close, build
 from mlx_redrafter.cache.layer import Pass, new_caches
 from mlx_redrafter.models import SUPPORTED, Decoder, attention, load_model, rope
 
-WINDOWED = {"llama-window", "gemma3_text", "gemma3"}
+WINDOWED = {
+    "llama-window", "gemma3_text", "gemma3", "ministral3", "olmo3", "exaone4-window", "cohere2",
+    "muse_glimmer", "gpt_oss", *GEMMA4_CASES, "gemma4", "gemma4_unified", "mistral3",
+}  # fmt: skip
+# Of latent attention mlx-lm makes keys and values where it reads more than one token.
+LATENT = ("glm4_moe_lite", "deepseek_v3", "kimi_k2", "joyai_llm_flash")
 
 
 @pytest.fixture(params=CASES)
@@ -34,16 +40,23 @@ def test_every_supported_type_is_tested() -> None:
 
 
 def test_logits_equal_mlx_lm(case: str, model: Decoder, tmp_path: Path) -> None:
+    """Its single steps may be as far from ours as they are from its own pass over all of it: its
+    rings add the keys of a window in another order."""
     reference, _ = mlx_lm_utils.load_model(tmp_path)
-    cache, ours, prompt = make_prompt_cache(reference), Runner(model), tokens_of(40)
-    whole = reference(prompt[None], cache=cache)[0]
-    assert_close(ours(prompt), whole, max(TOLERANCE, 1e-5))
-    chunks = Runner(model)
+    prompt, following = tokens_of(40), tokens_of(6, seed=2)
+    everything = mx.concatenate([prompt, following])
+    whole = reference(everything[None], cache=make_prompt_cache(reference))[0]
+    limit = max(TOLERANCE, 5e-5 if case in LATENT else 1e-5)
+    ours, chunks = Runner(model), Runner(model)
+    assert_close(ours(prompt), whole[:40], limit)
     pieces = mx.concatenate([chunks(part) for part in mx.split(prompt, [1, 8, 15])])
-    assert_close(pieces, whole, max(TOLERANCE, 1e-5))
-    for token in tokens_of(6, seed=2):
-        theirs = reference(token[None, None], cache=cache)[0]
-        assert_close(ours(token[None]), theirs, max(TOLERANCE, 1e-5))
+    assert_close(pieces, whole[:40], limit)
+    cache = make_prompt_cache(reference)
+    reference(prompt[None], cache=cache)
+    for token, expected in zip(following, whole[40:], strict=True):
+        theirs, mine = reference(token[None, None], cache=cache)[0], ours(token[None])
+        assert_close(mine, expected[None], limit)
+        assert_close(mine, theirs, limit + 2 * mx.abs(theirs - expected).max().item())
 
 
 class Tree:

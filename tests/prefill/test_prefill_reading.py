@@ -158,6 +158,14 @@ def test_with_every_key_each_family_reads_as_densely(case: str, tmp_path: Path) 
     """tau 1 and everything local: the same hidden state, the same next token."""
     build(tmp_path, case)
     target = load_model(tmp_path)
+    if target.config.sinks or target.config.latent:
+        _, _, stats = read_by(
+            target, prompt_of(150, vocab=97), SparsePrefill("a_shape", **SMALL), 64
+        )
+        assert stats is not None and stats.sparse_layers == 0
+        reason = "attention sinks" if target.config.sinks else "latent attention"
+        assert stats.declined[reason] > 0
+        return
     everything = [
         SparsePrefill("xattention", **{**SMALL, "tau": 1.0, "start_layer": 0}),
         SparsePrefill("a_shape", **{**SMALL, "local": 512}),

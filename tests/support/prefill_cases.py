@@ -52,7 +52,8 @@ def read_by(
 
 def rows(session: Session) -> np.ndarray:
     """All keys and values of the tokens that the session holds."""
-    return np.stack([np.array(slab)[0, :, : len(session.tokens)] for slab in session.caches])
+    kept = [np.array(slab)[0, :, : len(session.tokens)] for slab in session.caches]
+    return np.concatenate([slab.ravel() for slab in kept])
 
 
 def random_case(

@@ -10,6 +10,8 @@ from typing import Any
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import mlx.core as mx  # isort: skip
+from dense_cases import DENSE_CASES
+from expert_cases import EXPERT_CASES, GEMMA4, GEMMA4_CASES, LATENT_CASES
 from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
@@ -61,6 +63,15 @@ GEMMA3: Config = {
     "rope_scaling": {"rope_type": "linear", "factor": 8.0},
 }
 TEXT: Config = {**BASE, **GEMMA3, "model_type": "gemma3_text"}
+GEMMA4_TEXT: Config = {**BASE, **GEMMA4, "model_type": "gemma4_text"}
+MROPE = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+QWEN3_TEXT: Config = {**BASE, "model_type": "qwen3", "head_dim": 16, "rope_scaling": MROPE}
+QWEN3_MOE_TEXT: Config = {
+    **BASE,
+    **EXPERT_CASES["qwen3_moe"],
+    "rope_scaling": MROPE,
+    "tie_word_embeddings": False,
+}
 CASES: dict[str, Config] = {
     "llama": {"model_type": "llama"},
     "llama-untied-biases": {
@@ -92,6 +103,19 @@ CASES: dict[str, Config] = {
     "granite": {"model_type": "granite", **GRANITE},
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4},
     "olmo2": {"model_type": "olmo2"},
+    **DENSE_CASES,
+    **EXPERT_CASES,
+    **LATENT_CASES,
+    **GEMMA4_CASES,
+    "mistral3": {"model_type": "mistral3", "text_config": {**BASE, **DENSE_CASES["ministral3"]}},
+    "qwen3_vl": {"model_type": "qwen3_vl", "text_config": QWEN3_TEXT},
+    "qwen3_vl_moe": {"model_type": "qwen3_vl_moe", "text_config": QWEN3_MOE_TEXT},
+    "gemma4": {"model_type": "gemma4", "vocab_size": V, "text_config": GEMMA4_TEXT},
+    "gemma4_unified": {
+        "model_type": "gemma4_unified",
+        "vocab_size": V,
+        "text_config": GEMMA4_TEXT,
+    },
 }
 
 
@@ -101,13 +125,14 @@ def build(folder: Path, case: str | Config, dtype: mx.Dtype = mx.float32, **more
     model_class, args_class = mlx_lm_utils._get_classes(config)
     model = model_class(args_class.from_dict(json.loads(json.dumps(config))))
     mx.random.seed(7)
-    gemma, weights = config["model_type"].startswith("gemma"), {}
+    zero_based = config["model_type"].startswith(("gemma2", "gemma3", "muse", "nemotron"))
+    weights = {}
     for name, value in tree_flatten(model.parameters()):
         if config["model_type"].startswith("gemma3") and name.endswith("lm_head.weight"):
             continue  # tied
         noise = mx.random.normal(value.shape)
         if name.endswith("norm.weight"):
-            weights[name] = 0.3 * noise + (0.0 if gemma else 1.0)
+            weights[name] = 0.3 * noise + (0.0 if zero_based else 1.0)
         else:
             weights[name] = noise * (0.3 if value.ndim == 1 else 1.5 / value.shape[-1] ** 0.5)
     save(folder, config, {name: value.astype(dtype) for name, value in weights.items()})

@@ -54,7 +54,7 @@ def read(target: Decoder, drafter: Any, shape: TreeShape, context: int) -> Read:
     again for every five); of an embedding only the rows of the tokens count.
     """
     config = target.config
-    kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * context * target.dtype.size
+    kv = config.kept_per_token * context * target.dtype.size
     drafted = 0
     if drafter is not None and shape.depth:
         drafted = levels(drafter, target).of(shape)
@@ -76,9 +76,18 @@ def _sum(drafter: nn.Module, pattern: str) -> int:
 
 
 def _of_target(target: Decoder, nodes: int) -> int:
-    total = sum(value.nbytes for value in parameters(target).values())
-    # A tied table is read as the output head.
-    return total + nodes * _row(target) - (0 if target.config.tied else _table(target))
+    """Of experts as many as rows choose if all choose others; of tables only rows, but a tied one
+    is read as the output head too."""
+    total, experts = 0, target.config.experts
+    for name, value in parameters(target).items():
+        if ".switch_mlp." in name and experts is not None:
+            read = min(nodes * experts.chosen, experts.count)
+            total += value.nbytes * read // experts.count
+        elif name.startswith("model.layer_inputs.embedding."):
+            total += nodes * value.nbytes // target.config.layer_input_vocab
+        elif target.config.tied or not name.startswith("model.embed_tokens."):
+            total += value.nbytes
+    return total + nodes * _row(target)
 
 
 def _table(target: Decoder) -> int:

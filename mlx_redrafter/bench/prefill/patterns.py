@@ -21,7 +21,7 @@ from mlx_redrafter.prefill.config import HeadPattern, SparsePrefill, write_patte
 from mlx_redrafter.prefill.reading import USUAL, parts, read
 from mlx_redrafter.prefill.search import CANDIDATES, Found, Search, split
 from mlx_redrafter.prefill.selectors import Chunk, Selection
-from mlx_redrafter.prefill.sparse import SparseAttention
+from mlx_redrafter.prefill.sparse import SparseAttention, check_able
 from mlx_redrafter.terminal import console, tables
 
 Results = Sequence[dict[int, Found]]
@@ -113,6 +113,7 @@ def _sparse_parts(length: int) -> list[Any]:
 
 def check_length(length: int, density: float, tokens: int, config: DecoderConfig) -> None:
     """Refuse what cannot be searched; raises OptionError."""
+    check_able(config)
     options = SparsePrefill("minference")
     always = options.sink + options.local + options.block
     least = round(always / max(LATE * density, 1e-9))  # a number, at any density

@@ -20,6 +20,7 @@ from mlx_redrafter.errors import OptionError
 from mlx_redrafter.evaluation import figures
 from mlx_redrafter.evaluation.prompts import MANUAL
 from mlx_redrafter.prefill.config import Mode, SparsePrefill
+from mlx_redrafter.prefill.sparse import check_able
 from mlx_redrafter.runtime.checks import at_least
 from mlx_redrafter.runtime.device import machine
 from mlx_redrafter.runtime.paths import BUILTIN
@@ -90,6 +91,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         OptionError: a text too short, a length beyond the model's context.
     """
     model, tokenizer = load(settings.model, None)
+    check_able(model.target.config)
     context = model.target.config.max_positions
     beyond = [n for n in settings.lengths if n > context]
     if beyond and not settings.layer:
