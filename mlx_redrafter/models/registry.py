@@ -20,6 +20,7 @@ DECLINED: dict[str, str] = {
 }
 """Types that mlx_lm runs and that cannot be drafted for, with the reason."""
 _NEAREST = 4
+_USUAL = ("gemma3", "llama", "mistral", "qwen3")  # where nothing is near
 
 
 def way(raw: Mapping[str, Any], native: bool = True) -> Way:
@@ -39,7 +40,7 @@ def way(raw: Mapping[str, Any], native: bool = True) -> Way:
         return "adapter"
     every = sorted({*SUPPORTED, *mlx_lm_types()} - DECLINED.keys())
     found = difflib.get_close_matches(kind, every, _NEAREST, 0.4) if raw.get("model_type") else []
-    nearest = found or SUPPORTED
+    nearest = found or _USUAL
     raise ModelError(
         f"model_type '{kind}' is not supported, and mlx-lm {_version()} does not have it either; "
         f"nearest: {', '.join(nearest)} (of {len(every)} types; a later mlx-lm may have more)"

@@ -21,7 +21,7 @@ from mlx_redrafter.models import AdaptedModel, config_of, load_model
 from mlx_redrafter.models.batched import BatchedTarget
 
 
-def write(folder: Path, kind: str = "qwen3_moe", dtype: mx.Dtype = mx.float32) -> Raw:
+def write(folder: Path, kind: str = "dots1", dtype: mx.Dtype = mx.float32) -> Raw:
     """A folder of a type, as mlx_lm saves it."""
     raw = TYPES[kind]
     module = module_of(raw, lively=True)
@@ -88,7 +88,7 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path: Path) -> None:
     refused("NaN", "layers.1.self_attn.q_proj.weight")
     mx.save_safetensors(str(file), weights)
     (tmp_path / "config.json").write_text(json.dumps({**raw, "num_attention_heads": "many"}))
-    refused("mlx-lm cannot load", "qwen3_moe")
+    refused("mlx-lm cannot load", "dots1")
 
 
 def test_training_on_it_is_declined_in_a_line(tmp_path: Path) -> None:
