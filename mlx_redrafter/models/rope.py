@@ -38,7 +38,7 @@ class Rope:
             made = initialize_rope(
                 config.dims, config.base, config.traditional, scaling, config.max_positions
             )
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (AssertionError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ModelError(
                 f"rope scaling of type '{kind}' in config.json is incomplete ({error!r}); "
                 "needed: the keys of that type, such as 'factor'"

@@ -135,7 +135,7 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "another activation": (edit_config(hidden_act="gelu"), "hidden_act 'gelu' is unknown"),
     "eps in words": (edit_config(rms_norm_eps="small"), "rope or eps cannot be read"),
     "a rope of another kind": (
-        edit_config(rope_scaling={"rope_type": "mrope"}), "the drafter in .*rope type 'mrope'",
+        edit_config(rope_scaling={"rope_type": "mrope"}), "the drafter in .*'mrope'",
     ),
     "a rope without its numbers": (
         edit_config(rope_scaling={"rope_type": "llama3"}), "the drafter in .*is incomplete",

@@ -20,6 +20,17 @@ WINDOWED = {
     "llama-window", "gemma3_text", "gemma3", "ministral3", "olmo3", "exaone4-window", "cohere2",
     "muse_glimmer", "gpt_oss", *GEMMA4_CASES, "gemma4", "gemma4_unified", "mistral3",
 }  # fmt: skip
+# Every kind of layer once; compiling the others takes minutes.
+COMPILED = (
+    "llama",
+    "llama-window",
+    "gemma3",
+    "phi3",
+    "granite",
+    "qwen3_moe",
+    "gpt_oss",
+    "glm4_moe_lite",
+)
 # Of latent attention mlx-lm makes keys and values where it reads more than one token.
 LATENT = ("glm4_moe_lite", "deepseek_v3", "kimi_k2", "joyai_llm_flash")
 
@@ -122,6 +133,9 @@ def test_tree_equals_sequential_decoding(case: str, model: Decoder) -> None:
     assert (error(3, slots) > 1e-3) == (case in WINDOWED)
 
 
+@pytest.mark.parametrize(
+    "case", [c if c in COMPILED else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_compiled_step_does_not_depend_on_the_number_of_rows(case: str, model: Decoder) -> None:
     traces = 0
 

@@ -257,7 +257,7 @@ def test_the_fit_alone_takes_answers_into_a_new_folder(
     ("name", "says"),
     [
         ("my model.gguf", "convert 'TMP/my model.gguf' --out FOLDER"),
-        ("mamba", "model_type 'mamba' is not supported"),
+        ("lamma", "model_type 'lamma' is not supported"),
         ("fails", "chat template fails ('list object' has no attribute"),
         ("none", "there is no folder"),
     ],
@@ -267,9 +267,9 @@ def test_a_model_that_cannot_be_trained_for_is_one_line(
 ) -> None:
     (tmp_path / "my model.gguf").write_bytes(b"GGUF" + bytes(100))
     write_chat_model(tmp_path / "fails", "{{ messages.nothing.at_all }}")
-    write_chat_model(tmp_path / "mamba")
-    config = json.loads((tmp_path / "mamba" / "config.json").read_text())
-    (tmp_path / "mamba" / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    write_chat_model(tmp_path / "lamma")
+    config = json.loads((tmp_path / "lamma" / "config.json").read_text())
+    (tmp_path / "lamma" / "config.json").write_text(json.dumps({**config, "model_type": "lamma"}))
     arguments = ["train", "-m", str(tmp_path / name), "-o", str(tmp_path / "run")]
     result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "1000"})
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
