@@ -38,8 +38,8 @@ def drafter_name(folder: Path | None) -> str | None:
 def no_drafter(model: str, model_type: str | None = None) -> str:
     """What to say once of a model for which no trained drafter was found; model_type, where it is
     known: a drafter can be trained for those that our decoder runs."""
-    from mlx_redrafter.models import SUPPORTED
     from mlx_redrafter.drafters import published
+    from mlx_redrafter.models import SUPPORTED
 
     text = f"no trained drafter for {model} was found, so drafts come from the text itself; "
     trainable = model_type is None or model_type in SUPPORTED
