@@ -64,7 +64,9 @@ class FakeModel:
     drafter_folder: Path | None = Path("the-drafter")
     engine: Any = field(default_factory=SimpleNamespace)
     target: Any = field(
-        default_factory=lambda: SimpleNamespace(config=SimpleNamespace(max_positions=1000))
+        default_factory=lambda: SimpleNamespace(
+            config=SimpleNamespace(max_positions=1000, model_type="llama")
+        )
     )
 
     def load(self, name: str, drafter: str | None, **options: Any) -> tuple[Any, Any]:
