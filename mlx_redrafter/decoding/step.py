@@ -58,12 +58,12 @@ def nothing_pending(
     kinds: Sequence[LayerCache], caches: Sequence[Kept], shape: TreeShape
 ) -> tuple[list[Rows], mx.array] | tuple[()]:
     """What the first step of an answer finds pending: as after a step of its own shape."""
+    if not any(waits(kind, shape) for kind in kinds):
+        return ()
     rows = [
         kind.nothing(kept, shape.nodes) if waits(kind, shape) else ()
         for kind, kept in zip(kinds, caches, strict=True)
     ]
-    if not any(waits(kind, shape) for kind in kinds):
-        return ()
     capacity = capacity_of(kinds, caches) or 1 << 30
     return rows, mx.full((shape.nodes,), capacity - 1, mx.int32)  # a slot that is not read yet
 

@@ -127,6 +127,19 @@ def chosen(state: Any, parents: mx.array) -> Any:
     return mx.take(state, parents, axis=0) if state.shape[0] > 1 else state
 
 
+def lineage(above: mx.array | None, beams: int) -> mx.array:
+    """Which rows of all levels so far each beam follows, itself last: (R, M + R) bool.
+
+    Args:
+        above: (R or 1, M) of the beams that it goes on from; None: there were none.
+        beams: ``R``.
+    """
+    itself = integers(range(beams)).reshape(-1, 1) == integers(range(beams))
+    if above is None:
+        return itself
+    return mx.concatenate([mx.broadcast_to(above, (beams, above.shape[1])), itself], axis=1)
+
+
 def _likeliest(logits: mx.array, costs: mx.array) -> tuple[mx.array, mx.array]:
     """The one beam's new cost and token."""
     # Rounding must not make a longer path cheaper than its prefix.

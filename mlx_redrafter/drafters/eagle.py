@@ -25,7 +25,7 @@ import mlx.nn as nn
 from mlx_redrafter.cache.layer import LayerCache, Pass
 from mlx_redrafter.cache.slabs import Slab
 from mlx_redrafter.drafters import Ask, Verified, files
-from mlx_redrafter.drafters.beam import search
+from mlx_redrafter.drafters.beam import lineage, search
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.attention import attend, attend_branches
 from mlx_redrafter.models.config import DecoderConfig, RopeConfig
@@ -317,15 +317,15 @@ class Branches:
         self, tokens: mx.array, state: tuple[mx.array, ...], fixed: mx.array
     ) -> tuple[mx.array, tuple[mx.array, ...]]:
         head, block, beams = self._head, self._head.midlayer, tokens.shape[0]
-        f, *above = (mx.broadcast_to(x, (beams, x.shape[1])) for x in state)
+        f, *above = state
+        f = mx.broadcast_to(f, (beams, f.shape[1]))
         residual, u = head.pairs(head._embed(tokens), f)
         positions = self._position + integers([self._level - 1] * beams)
         branches = None
         if self._level:  # the root's own pair is in the slab
             rows = block.self_attn.rows(u, positions)
             self._rows = rows if self._rows is None else mx.concatenate([self._rows, rows], axis=2)
-            itself = integers(range(beams)).reshape(-1, 1) == integers(range(beams))
-            above = [mx.concatenate([*above, itself], axis=1)]
+            above = [lineage(above[0] if above else None, beams)]
             branches = self._rows, above[0]
         self._level += 1
         attended = block.self_attn.attended(u, positions, self._slab, self._seen, branches)

@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx_redrafter.cache.layer import Kept, LayerCache, Pass
 from mlx_redrafter.cache.slabs import Slab
 from mlx_redrafter.drafters import Ask, Verified, files
-from mlx_redrafter.drafters.beam import search
+from mlx_redrafter.drafters.beam import lineage, search
 from mlx_redrafter.errors import DrafterError, ModelError
 from mlx_redrafter.models import SUPPORTED, Decoder, DecoderConfig, decoder_config, load_model
 from mlx_redrafter.models.attention import attend_branches
@@ -166,10 +166,7 @@ class Branches:
             self._levels.append(0)
             return self._drafter.logits(state), mx.zeros((1, 0), mx.bool_)
         beams, depth = tokens.shape[0], len(self._levels)
-        itself = integers(range(beams)).reshape(-1, 1) == integers(range(beams))
-        above = itself
-        if depth > 1:
-            above = mx.concatenate([mx.broadcast_to(state, (beams, state.shape[1])), itself], 1)
+        above = lineage(state if depth > 1 else None, beams)
         self._levels.append(beams)
         positions = self._position + integers([depth] * beams)
         behind = integers([i for i, n in enumerate(self._levels) for _ in range(n)])

@@ -8,10 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlx_redrafter.training.data import Batch, Before, Positions, Rows
+from mlx_redrafter.training.data import Batch, Before, Place, Positions, Rows
 from mlx_redrafter.training.shards import Shard, batched
-
-Place = tuple[int, int]  # a shard, and a conversation in it
 
 
 class Span(NamedTuple):
@@ -52,22 +50,13 @@ class Conversations(Positions):
     whole, rows_of = True, WholeRows
     rows: list[WholeRows]
 
-    def batches(self, size: int, seed: int, start: int) -> Iterator[Batch]:
-        """Endless batches of about ``size`` segments, from the ``start``-th on."""
-        number, epoch = 0, 0
-        while True:
-            random = np.random.default_rng((seed, epoch))
-            order = random.permutation(len(self.rows)).tolist()
-            for group in batched(order, self.group):
-                places = [(int(i), c) for i in group for c in range(self.rows[i].trained)]
-                shuffled = [places[i] for i in random.permutation(len(places))]
-                parts = self._parts(shuffled, size)
-                for i in random.permutation(len(parts)):
-                    if number >= start:
-                        yield self._answers(parts[i])
-                    number += 1
-                self._forget(group)
-            epoch += 1
+    def _planned(
+        self, group: Sequence[int], size: int, random: np.random.Generator
+    ) -> Iterator[Sequence[Place]]:
+        """Batches of about ``size`` segments."""
+        places = [(int(i), c) for i in group for c in range(self.rows[i].trained)]
+        parts = self._parts([places[i] for i in random.permutation(len(places))], size)
+        return (parts[i] for i in random.permutation(len(parts)))
 
     def held_out(self, size: int, count: int) -> list[Batch]:
         """Up to ``count`` batches of conversations that are never trained on."""
@@ -78,7 +67,7 @@ class Conversations(Positions):
         ]
         parts = self._parts(places, size)
         every = max(1, -(-len(parts) // count))
-        result = [self._answers(part) for part in parts[::every]]
+        result = [self._batch(part, held_out=True) for part in parts[::every]]
         self._forget(range(self.group))
         return result
 
@@ -99,10 +88,10 @@ class Conversations(Positions):
         """In whole segments."""
         return max(1, -(-count // self.segment)) * self.segment
 
-    def _answers(self, places: Sequence[Place]) -> Batch:
-        self._need({i for i, _ in places})
-        steps, runs = self.rollout, len(places)
-        spans = [self.rows[i].span(c) for i, c in places]
+    def _batch(self, blocks: Sequence[Place], held_out: bool) -> Batch:
+        self._need({i for i, _ in blocks})
+        steps, runs = self.rollout, len(blocks)
+        spans = [self.rows[i].span(c) for i, c in blocks]
         length = self._length(max(span.answer for span in spans) - 1)
         before = self._length(max(span.prompt for span in spans))
         size, width = self.target.target.config.hidden_size, before + length + steps
@@ -110,7 +99,7 @@ class Conversations(Positions):
         features = np.zeros((runs, width, len(self._pick), size), np.float16)
         seen = np.zeros((runs, before), bool)
         valid = np.zeros((steps, runs, length), np.float32)
-        for b, ((i, _), span) in enumerate(zip(places, spans, strict=True)):
+        for b, ((i, _), span) in enumerate(zip(blocks, spans, strict=True)):
             row, rows = self.rows[i], slice(span.first, span.first + span.prompt + span.answer)
             at = slice(before - span.prompt, before + span.answer)
             tokens[b, at], features[b, at] = row.all[rows], row.open()[rows][:, self._pick]

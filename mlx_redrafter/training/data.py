@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +24,7 @@ from mlx_redrafter.training.shards import (
 )
 
 READ_TOKENS = 4096  # tokens of one pass that computes features
+Place = tuple[int, int]  # a shard, and where in it
 _HELD_OUT = 32  # one conversation of so many is kept out of training
 
 
@@ -137,23 +138,27 @@ class Positions:
             random = np.random.default_rng((seed, epoch))
             order = random.permutation(len(self.rows)).tolist()
             for group in batched(order, self.group):
-                blocks = [
-                    (int(i), first)
-                    for i, offset in zip(
-                        group, random.integers(self.segment, size=len(group)), strict=True
-                    )
-                    for first in range(-int(offset), self.rows[i].cut - 1, self.segment)
-                ]
-                shuffled = [blocks[i] for i in random.permutation(len(blocks))]
-                shuffled += shuffled[: -len(shuffled) % size]
-                if len(shuffled) < size:
-                    shuffled = [shuffled[i % len(shuffled)] for i in range(size)]
-                for chosen in batched(shuffled, size):
+                for chosen in self._planned(group, size, random):
                     if number >= start:
                         yield self._batch(chosen, held_out=False)
                     number += 1
                 self._forget(group)
             epoch += 1
+
+    def _planned(
+        self, group: Sequence[int], size: int, random: np.random.Generator
+    ) -> Iterable[Sequence[Place]]:
+        """What the batches of an epoch take from these shards, in random order."""
+        blocks = [
+            (int(i), first)
+            for i, offset in zip(group, random.integers(self.segment, size=len(group)), strict=True)
+            for first in range(-int(offset), self.rows[i].cut - 1, self.segment)
+        ]
+        shuffled = [blocks[i] for i in random.permutation(len(blocks))]
+        shuffled += shuffled[: -len(shuffled) % size]
+        if len(shuffled) < size:
+            shuffled = [shuffled[i % len(shuffled)] for i in range(size)]
+        return batched(shuffled, size)
 
     def held_out(self, size: int, count: int) -> list[Batch]:
         """Up to ``count`` batches of conversations that are never trained on."""
@@ -175,7 +180,7 @@ class Positions:
         self._need([0])
         return np.array(self.rows[0].open()[:count, self._pick])
 
-    def _batch(self, blocks: Sequence[tuple[int, int]], held_out: bool) -> Batch:
+    def _batch(self, blocks: Sequence[Place], held_out: bool) -> Batch:
         self._need({i for i, _ in blocks})
         steps, length = self.rollout, self.segment
         tokens, features, valid = [], [], []

@@ -13,11 +13,11 @@ import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import numpy as np
 import pytest
-from block_calls import at_the_end, paths, proposed, read, said
+from block_calls import at_the_end, proposed, read, said
 from conftest import D, V, prompt_of
 from edits import Edit, edit_config, edit_entry, edit_file, edit_weights
 from tiny_block import DIALECTS, MASK, B, Case, Reference, loaded
-from tiny_heads import quantise
+from tiny_heads import paths, quantise
 
 from mlx_redrafter.cli import info
 from mlx_redrafter.drafters import block, block_files, files, rollout

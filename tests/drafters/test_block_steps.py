@@ -11,10 +11,10 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
-from block_calls import at_the_end, knowing, paths, proposed, rows_in, rows_of
+from block_calls import at_the_end, knowing, proposed, rows_in, rows_of
 from conftest import V, asked, engine_of, plainly, prompt_of, run
 from tiny_block import DIALECTS, B, loaded
-from tiny_heads import PARAMS, SHAPES
+from tiny_heads import PARAMS, SHAPES, paths
 from tiny_models import TOLERANCE
 
 from mlx_redrafter.budget import costs

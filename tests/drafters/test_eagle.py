@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import tiny_eagle
 from conftest import prompt_of, write_target
-from eagle_calls import at_the_end, paths, proposed, read, said
+from eagle_calls import at_the_end, proposed, read, said
 from tiny_eagle import DIALECTS, Head, Reference, loaded
-from tiny_heads import quantise
+from tiny_heads import paths, quantise
 
 from mlx_redrafter.drafters import eagle_files, files, rollout
 from mlx_redrafter.drafters.eagle import Attention, Branches, Eagle

@@ -11,6 +11,7 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
 from conftest import engine_of, run
+from tiny_heads import followed
 
 from mlx_redrafter.cache.layer import Pass, new_caches
 from mlx_redrafter.cache.session import Session
@@ -65,21 +66,7 @@ def said(drafter: Block, place: Place, drafted: Sequence[int]) -> np.ndarray:
     root, first = mx.array([place.root], mx.int32), 0 if drafter.config.after else 1
     hidden = drafter.hidden(root, place.position, place.caches)[first:]
     cell = Levels(Places(drafter, hidden), len(drafted))
-    state, fixed = cell.start(hidden[0])
-    rows = []
-    for token in [place.root, *drafted[:-1]]:
-        logits, state = cell.step(mx.array([token], mx.int32), state, fixed)
-        rows.append(np.array(logits.astype(mx.float32))[0])
-    return np.stack(rows)
-
-
-def paths(levels: Sequence[Candidates]) -> list[tuple[list[int], float]]:
-    """The drafted tokens of all candidates, and their costs."""
-    found = []
-    for part in levels:
-        rows = zip(part.paths.tolist(), part.costs.tolist(), part.depths, strict=True)  # type: ignore[arg-type]
-        found += [(path[1 : depth + 1], cost) for path, cost, depth in rows if depth]
-    return found
+    return followed(cell, hidden[0], [place.root, *drafted[:-1]])
 
 
 def rows_in(session: Session, drafter: Block) -> np.ndarray:

@@ -10,6 +10,7 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 import mlx.core as mx  # isort: skip
 import numpy as np
 from conftest import engine_of, run
+from tiny_heads import followed
 
 from mlx_redrafter.cache.layer import Pass, new_caches
 from mlx_redrafter.cache.session import Session
@@ -67,21 +68,7 @@ def said(drafter: Eagle, place: Place, drafted: Sequence[int]) -> np.ndarray:
     """Logits after the root and after every drafted token but the last: (levels, Vd)."""
     (kind,) = drafter.caches
     cell = Branches(drafter, place.own.settled(0, kind), place.position)
-    state, fixed = cell.start(place.state[0])
-    rows = []
-    for token in [place.root, *drafted[:-1]]:
-        logits, state = cell.step(mx.array([token], mx.int32), state, fixed)
-        rows.append(np.array(logits.astype(mx.float32))[0])
-    return np.stack(rows)
-
-
-def paths(levels: Sequence[Candidates]) -> list[tuple[list[int], float]]:
-    """The drafted tokens of all candidates, and their costs."""
-    found = []
-    for part in levels:
-        rows = zip(part.paths.tolist(), part.costs.tolist(), part.depths, strict=True)  # type: ignore[arg-type]
-        found += [(path[1 : depth + 1], cost) for path, cost, depth in rows if depth]
-    return found
+    return followed(cell, place.state[0], [place.root, *drafted[:-1]])
 
 
 def rows_in(session: Session, drafter: Eagle) -> np.ndarray:

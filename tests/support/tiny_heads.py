@@ -13,9 +13,10 @@ import numpy as np
 from conftest import D, V
 
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.drafters import Ask
+from mlx_redrafter.drafters import Ask, Cell
 from mlx_redrafter.drafters.levels import LevelDrafter
 from mlx_redrafter.models.features import Features
+from mlx_redrafter.tree.nodes import Candidates
 from mlx_redrafter.tree.shape import TreeShape
 
 Weights = dict[str, np.ndarray]
@@ -60,8 +61,12 @@ def quantise(weights: Weights, bits: int, only: Sequence[str]) -> tuple[Weights,
 
 def said(drafter: LevelDrafter, hidden: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
     """Logits of every level over true tokens, the root first: (levels, Vd)."""
-    cell = drafter.searched(len(tokens))
-    state, fixed = cell.start(mx.array(hidden))
+    return followed(drafter.searched(len(tokens)), mx.array(hidden), tokens)
+
+
+def followed(cell: Cell, context: mx.array, tokens: Sequence[int]) -> np.ndarray:
+    """Logits of a cell over true tokens, the root first: (levels, Vd)."""
+    state, fixed = cell.start(context)
     rows = []
     for token in tokens:
         logits, state = cell.step(mx.array([token], mx.int32), state, fixed)
@@ -76,3 +81,12 @@ def drafted(drafter: LevelDrafter, hidden: np.ndarray, root: int, depth: int) ->
     ask = Ask(mx.array([root], mx.int32), mx.array([7], mx.int32), None, shape, None)
     (found,) = drafter.propose(state, ask)
     return np.array(found.paths)[0, 1 : depth + 1].tolist()
+
+
+def paths(levels: Sequence[Candidates]) -> list[tuple[list[int], float]]:
+    """The drafted tokens of all candidates, and their costs."""
+    found = []
+    for part in levels:
+        rows = zip(part.paths.tolist(), part.costs.tolist(), part.depths, strict=True)  # type: ignore[arg-type]
+        found += [(path[1 : depth + 1], cost) for path, cost, depth in rows if depth]
+    return found
