@@ -17,9 +17,6 @@ from mlx_redrafter.tree.shape import TreeShape
 
 _AT_ONCE = 32  # drafts whose logits exist at a time
 
-Followed = ReDrafter | LevelDrafter
-"""What can be followed along a text whose features are known."""
-
 
 def feature_layers(target: DecoderConfig, layers: Sequence[int]) -> tuple[int, ...]:
     """The layers whose outputs training needs: the drafter's and the last, in rising order."""
@@ -32,7 +29,7 @@ def final_hidden(target: Decoder, features: mx.array) -> mx.array:
     return norm(features[..., -1, :].astype(target.dtype))
 
 
-def contexts(drafter: Followed, target: Decoder, features: mx.array) -> mx.array:
+def contexts(drafter: ReDrafter | LevelDrafter, target: Decoder, features: mx.array) -> mx.array:
     """features (R, L, D) -> the drafter's contexts (R, D)."""
     layers = feature_layers(target.config, drafter.features)
     inner = tuple(features[:, i].astype(target.dtype) for i in range(len(layers)))
@@ -107,23 +104,3 @@ def first_choices(drafter: Drafter, read: Features, tokens: mx.array) -> mx.arra
 def _rows(read: Features, start: int, stop: int) -> Features:
     outputs = tuple(x[start:stop] for x in read.outputs)
     return Features(read.hidden[start:stop], read.layers, outputs)
-
-
-def logits(drafter: Followed, context: mx.array, tokens: mx.array) -> list[mx.array]:
-    """What a drafter as it is loaded says over true tokens.
-
-    context (R, D), tokens (R, K) -> K arrays (R, Vd): what follows the k-th token. K is at most
-    the ``levels`` that it was made for.
-    """
-    result = []
-    if isinstance(drafter, LevelDrafter):
-        state = drafter.first(context, tokens.shape[1])
-        for k in range(tokens.shape[1]):
-            out, state = drafter.level(k, tokens[:, k], state)
-            result.append(out)
-        return result
-    state, fixed = drafter.starts(context)
-    for k in range(tokens.shape[1]):
-        out, state = drafter.step(tokens[:, k], state, fixed)
-        result.append(out)
-    return result

@@ -11,6 +11,7 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import mlx.core as mx  # isort: skip
 import numpy as np
+import over_text
 import pytest
 from conftest import D, Oracle, V, hidden_states, plainly, prompt_of, random_drafter
 from tiny_chat import WORDS, write_chat_model
@@ -89,7 +90,7 @@ def test_first_choices_are_those_of_one_pass(
     drafter = random_drafter(target, context_layers=layers, draft_vocab_size=size)
     along = read(target, text, layers)
     contexts = drafter.context(along.read.of(layers))[:-1]
-    (logits,) = rollout.logits(drafter, contexts, along.tokens[1:, None])
+    (logits,) = over_text.logits(drafter, contexts, along.tokens[1:, None])
     expected = drafter.token_ids(mx.argmax(logits, axis=-1))
     found = rollout.first_choices(drafter, along.read, along.tokens)
     assert found.tolist() == expected.tolist()

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from conftest import V, plainly, prompt_of, write_target
 from mlx.utils import tree_flatten
+from over_text import logits
 from tiny_models import Runner
 
 from mlx_redrafter.drafters.loading import load_drafter
-from mlx_redrafter.drafters.rollout import final_hidden, head_inputs, logits
+from mlx_redrafter.drafters.rollout import final_hidden, head_inputs
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.models.batched import BatchedTarget, Request

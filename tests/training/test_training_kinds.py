@@ -12,13 +12,14 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
 from conftest import V
+from over_text import logits
 from test_training import SMALL, Stop, copied, run_fit, write_answers
 from tiny_chat import begin, model, refusal  # noqa: F401  (a fixture)
 from tiny_medusa import reference
 
 from mlx_redrafter.drafters.loading import check_folder, kind_of, load_drafter
 from mlx_redrafter.drafters.medusa import Medusa
-from mlx_redrafter.drafters.rollout import contexts, final_hidden, logits
+from mlx_redrafter.drafters.rollout import contexts, final_hidden
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.training import folder as folders
