@@ -134,19 +134,20 @@ class Budget:
             (say or self.engine.say)(
                 "Measuring in what chunks long prompts are read fastest (once, a few seconds) ..."
             )
-            found = chunks.measure(self.target)
+            found = chunks.measure(self.target, self._text() if self.target.routes else ())
             _write(file, {**facts, **found.as_dict()})
         self._chunks = found
         return found
 
     def _text(self) -> list[int]:
-        """Tokens of a question and its answer; none where the model's folder has no tokenizer."""
+        """A question and its answer in the model's tokens; none where it has no tokenizer."""
         stored = json.loads((ASSETS / "selfcheck.json").read_text())
         try:
             tokenizer = load_tokenizer(self.folder, complete=False)
         except HubError:
             return []
-        return list(tokenizer.encode(f"{stored['question']}\n\n{stored['answer']}"))
+        text = tokenizer.encode(f"{stored['question']}\n\n{stored['answer']}")
+        return [token for token in text if token < self.target.config.vocab_size]
 
     def conditions(self) -> dict[str, Any]:
         """Everything that the figures depend on."""

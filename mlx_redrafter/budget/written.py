@@ -44,8 +44,7 @@ class Written:
         position: int,
         build: Callable[[Any], Any],
     ) -> None:
-        vocab = target.config.vocab_size
-        text = [t for t in text if t < vocab] or [(7919 * i) % vocab for i in range(position)]
+        text = text or [7919 * i % target.config.vocab_size for i in range(position)]
         prompt = [text[i % len(text)] for i in range(position + 1)]
         session = Session().open(target.caches, capacity_for(position + _NODES), target.dtype)
         read(target, prompt, session, USUAL)
