@@ -22,6 +22,7 @@ from mlx_redrafter.decoding.policy import Fixed
 from mlx_redrafter.drafters.lookup import Lookup
 from mlx_redrafter.models import AdaptedModel, load_model
 from mlx_redrafter.models.experts import Experts, distinct
+from mlx_redrafter.tree.nodes import best_nodes
 from mlx_redrafter.tree.shape import TreeShape
 
 PLAIN, WIDE = TreeShape.plain(), TreeShape(1, 0, 8, lookup=7)
@@ -113,6 +114,11 @@ def test_passes_are_timed_over_what_the_model_writes(routed: Any) -> None:
     for node in range(3, 16, 3):
         beside = paths[node - 1]
         assert paths[node][:-1] == beside[:-1] and paths[node][-1] != beside[-1]
+    tree = best_nodes(written._candidates, 16)
+    start = mx.array([len(text)], mx.int32)
+    choices, *_ = written._run(*tree[:3], start, written._caches)
+    longest = [paths.index(paths[-2][: n + 1]) for n in range(10)]
+    assert [choices[node].item() for node in longest] == own
     for nodes in (1, 2, 8):
         once = written.timed(nodes)
         once()

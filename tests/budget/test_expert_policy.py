@@ -125,6 +125,17 @@ def test_it_drafts_on_where_a_busy_machine_makes_everything_slow() -> None:
     assert speed > 1.15
 
 
+def test_a_pace_that_one_shape_shows_is_that_of_all() -> None:
+    machine = Machine((0.7, 0.05, 0.25), 0.5)
+    costs, shape = machine.table(), TreeShape(1, 0, 6, lookup=5)
+    for step in range(140):
+        one = PLAIN if step < 120 and step % 2 else shape
+        _, seconds, experts = machine.step(one)
+        costs.learn(one, NEAR, False, seconds * (2 if step >= 120 else 1), experts)
+    for one in (PLAIN, shape, TreeShape(1, 0, 3, lookup=2)):
+        assert costs.seconds(one) == pytest.approx(2 * costs.table(one), rel=0.15)
+
+
 def test_what_one_shape_shows_of_the_text_is_known_of_the_others() -> None:
     """The table's text shares experts, the text at hand does not."""
     machine = Machine((0.5, 0.0, 0.5), shared=0.9)
