@@ -169,7 +169,9 @@ class _Answer:
                 stand = UNKNOWN if ahead else stand
                 shape, text = in_flight
                 numbers = cast(list[int], text.tolist())
-                experts = numbers.pop() if engine.target.routes else 0
+                experts = engine.target.routes
+                if experts and shape.drafts:
+                    experts = numbers.pop()
                 tokens = [t for t in numbers[1:] if t != END]
                 now = time.perf_counter()
                 stats.decode_seconds += now - mark

@@ -107,12 +107,13 @@ def make_step(
 
     Returns:
         step(state, arrays) -> (text (L+2,) int32: the root's token, the new ones, and END from
-        there on; of a target with experts one number more, how many the nodes chose; the next
-        state).
+        there on; of several nodes and a target with experts one number more, how many the nodes
+        chose; the next state).
     """
     shape = spec.shape
     layers, kinds = read_layers(drafters), all_caches(target, drafters)
     waiting = [waits(kind, shape) for kind in kinds]
+    counted = bool(target.routes) and shape.drafts
 
     def step(state: State, arrays: Arrays) -> tuple[mx.array, State]:
         on_trace()
@@ -125,7 +126,7 @@ def make_step(
 
         run.ancestors = tree.ancestors
         chosen: list[mx.array] = []
-        read = verify(target, tree, run, layers, chosen.append if target.routes else None)
+        read = verify(target, tree, run, layers, chosen.append if counted else None)
 
         windows = {
             name: sampling.recent_tokens(tree, text_so_far, position, size)
@@ -148,7 +149,7 @@ def make_step(
             kept = [r if w else () for r, w in zip(rows, waiting, strict=True)]
             pending = kept, row_slots(tree, last, count, position)
         root = mx.take(choices, last) if shape.drafts else choices
-        if target.routes:
+        if counted:
             text = mx.concatenate([text, distinct_experts(chosen).reshape(1)])
         return text, State(root, position + count, caches, drafts, history, pending)
 

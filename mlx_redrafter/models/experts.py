@@ -151,10 +151,16 @@ def distinct(chosen: Sequence[mx.array]) -> mx.array:
 
     chosen: of every layer (..., N, K). A read of an expert's weights serves all rows that chose it.
     """
-    most = max(layer.size for layer in chosen)
-    rows = [mx.pad(c.reshape(-1), (0, most - c.size), "edge") for c in chosen]  # K may differ
-    found = mx.sort(mx.stack(rows).astype(mx.int32), axis=-1)  # (layers, N*K)
+    layers = [layer.reshape(layer.shape[-2:]) for layer in chosen]  # (N, K)
+    most = max(layer.shape[1] for layer in layers)
+    rows = [x if x.shape[1] == most else _widened(x, most) for x in layers]
+    found = mx.sort(mx.stack(rows).reshape(len(rows), -1), axis=-1)  # (layers, N*K)
     return len(rows) + mx.sum((found[:, 1:] != found[:, :-1]).astype(mx.int32))
+
+
+def _widened(chosen: mx.array, columns: int) -> mx.array:
+    """Experts (N, K), the last of a row over again: (N, columns)."""
+    return mx.pad(chosen, [(0, 0), (0, columns - chosen.shape[1])], "edge")
 
 
 def _alike(first: nn.Module, second: nn.Module) -> bool:
