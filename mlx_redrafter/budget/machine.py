@@ -79,13 +79,13 @@ class Budget:
         def learn(shape: TreeShape, position: int, passed: float, experts: int) -> None:
             known.learn(shape, position, sampled, passed, experts)
 
+        shapes = contenders(self.shapes, tokens, known.table)
         if not known.distinct:
-            shapes = contenders(self.shapes, tokens, known.table)
             return Automatic(shapes, tokens, seconds, learn)
-        # What was learned of other shapes says more of these than the table does.
-        shapes = contenders(self.shapes, tokens, lambda shape: seconds(shape, NEAR))
+        # Others may pay by what was learned; those of the table remain, as a text may change.
+        better = contenders(self.shapes, tokens, lambda shape: seconds(shape, NEAR))
         owed = 0 if known.experts(sampled).compared else FIRST
-        return Automatic(shapes, tokens, seconds, learn, owed)
+        return Automatic(list(dict.fromkeys([*shapes, *better])), tokens, seconds, learn, owed)
 
     def costs(self, say: Say | None = None, again: bool = False) -> Costs:
         """Those of this process, else of an earlier one, else measured now, which ``say``, or the

@@ -66,7 +66,8 @@ def answer(machine: Machine, costs: Costs, tokens: int = 500) -> tuple[float, li
     price = lambda shape, position=NEAR: costs.seconds(shape, position)  # noqa: E731
     learn = lambda shape, at, passed, experts: costs.learn(shape, at, False, passed, experts)  # noqa: E731
     owed = 0 if costs.experts(False).compared else FIRST
-    offered = contenders(yields.shapes(False), yielded, price)
+    offered = [*contenders(yields.shapes(False), yielded, costs.table),
+               *contenders(yields.shapes(False), yielded, price)]  # fmt: skip
     policy = Automatic(offered, yielded, price, learn, owed)
     made, spent, plainly, shapes = 0, 0.0, 0.0, [policy.choose(NEAR)]
     for step in range(tokens):
