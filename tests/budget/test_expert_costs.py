@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,27 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from adapter_cases import TYPES, module_of
-from conftest import run
+from conftest import ByteTokenizer, run
 from tiny_models import build
 
 from mlx_redrafter.api import Model
+from mlx_redrafter.bench import budget as tune
 from mlx_redrafter.bench.counts import host
-from mlx_redrafter.budget.costs import Costs, measure
+from mlx_redrafter.budget import chunks, machine
+from mlx_redrafter.budget.chunks import Chunks
+from mlx_redrafter.budget.costs import NODES, Costs, measure
 from mlx_redrafter.budget.written import Written
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.policy import Fixed
 from mlx_redrafter.drafters.lookup import Lookup
-from mlx_redrafter.models import AdaptedModel, load_model
+from mlx_redrafter.models import AdaptedModel, Decoder, load_model
 from mlx_redrafter.models.experts import Experts, distinct
+from mlx_redrafter.prefill.reading import USUAL
+from mlx_redrafter.runtime.paths import ASSETS
 from mlx_redrafter.tree.nodes import best_nodes
 from mlx_redrafter.tree.shape import TreeShape
 
-PLAIN, WIDE = TreeShape.plain(), TreeShape(1, 0, 8, lookup=7)
+PLAIN = TreeShape.plain()
 PROMPT = [5, 9, 2, 5, 9, 2, 5, 9]
 
 
@@ -135,6 +141,9 @@ def test_the_table_of_a_model_with_experts(routed: Any) -> None:
     assert costs.distinct[2] > costs.distinct[1]
     assert Costs.from_dict(json.loads(json.dumps(costs.as_dict()))) == costs
     assert all(costs.per_token[i] >= 0 for i in (0, 1))
+    shown = tune.passes(costs).columns[-1]
+    assert str(shown.header).startswith("experts") and list(shown.cells)[0] == "1.00"
+    assert len(tune.passes(Costs(costs.verify)).columns) == 4
 
 
 @pytest.mark.measured
@@ -155,3 +164,44 @@ def test_a_table_from_before_experts_were_counted_is_measured_anew(
     file.write_text(json.dumps(stored))
     model.budget._costs = None
     assert model.budget.costs(said.append).distinct and len(said) == 2
+
+
+@pytest.mark.measured
+def test_what_is_timed_is_a_text_where_there_are_experts(
+    routed: Any, target: Decoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLX_REDRAFTER_CACHE", str(tmp_path))
+    monkeypatch.setattr(machine, "load_tokenizer", lambda *_, **__: ByteTokenizer())
+    given: list[Sequence[int]] = []
+    usual = Chunks(*[{USUAL: 1e-5}] * 2)
+    monkeypatch.setattr(chunks, "measure", lambda _, text: given.append(text) or usual)
+    for model in (target, routed):
+        Model.of("tiny", tmp_path / str(model.routes), model, compiled=False).budget.chunks(
+            again=True
+        )
+    stored = json.loads((ASSETS / "selfcheck.json").read_text())
+    text = f"{stored['question']}\n\n{stored['answer']}".encode()
+    assert given == [(), [byte for byte in text if byte < routed.config.vocab_size]]
+    read: list[list[int]] = []
+    monkeypatch.setattr(chunks, "read", lambda _, prompt, *__: read.append(prompt))
+    chunks._reading(routed, 3, 2, [7, 8])()
+    assert read == [[7, 8, 7, 8, 7, 8]]
+
+
+def test_an_answer_teaches_what_its_trees_choose(
+    routed: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And the text is plain decoding's whatever is chosen because of it."""
+    sizes = {n: float(n * routed.routes) for n in NODES}
+    costs = Costs({n: 9e-3 + n * 1e-3 for n in NODES}, distinct=sizes)
+    monkeypatch.setattr(machine.Budget, "costs", lambda _: costs)
+    model = Model.of("tiny", tmp_path, routed, compiled=False)
+    monkeypatch.setattr(model.engine, "_count_trace", lambda: None)  # as if all were compiled
+    text = PROMPT * 8
+    plain = run(model.engine, text, None, PLAIN, 60)
+    assert run(model.engine, text, None, model.budget.policy(False), 60) == plain  # type: ignore[arg-type]
+    known = costs.experts(False)
+    trees = {shape: known.expected(shape) for shape in known._means if shape.drafts}
+    assert known.compared and trees
+    assert all(routed.routes <= d < sizes[shape.nodes] for shape, d in trees.items())
+    assert not costs.experts(True).compared
