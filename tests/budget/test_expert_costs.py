@@ -142,7 +142,7 @@ def test_the_table_of_a_model_with_experts(routed: Any) -> None:
     assert Costs.from_dict(json.loads(json.dumps(costs.as_dict()))) == costs
     assert all(costs.per_token[i] >= 0 for i in (0, 1))
     shown = tune.passes(costs).columns[-1]
-    assert str(shown.header).startswith("experts") and list(shown.cells)[0] == "1.00"
+    assert str(shown.header).startswith("experts") and next(iter(shown.cells)) == "1.00"
     assert len(tune.passes(Costs(costs.verify)).columns) == 4
 
 
