@@ -168,7 +168,11 @@ class _Answer:
                 following = self._launch(len(known) - 1 + self.longest) if ahead else None
                 stand = UNKNOWN if ahead else stand
                 shape, text = in_flight
-                tokens = [t for t in cast(list[int], text.tolist())[1:] if t != END]
+                numbers = cast(list[int], text.tolist())
+                experts = engine.target.routes
+                if experts and shape.drafts:
+                    experts = numbers.pop()
+                tokens = [t for t in numbers[1:] if t != END]
                 now = time.perf_counter()
                 stats.decode_seconds += now - mark
                 in_place = len(known) - self.behind
@@ -177,7 +181,7 @@ class _Answer:
                 stats.record(len(tokens), shape.nodes - 1, str(shape))
                 # A step that was traced first, or waited for the reader, tells nothing.
                 timed = engine.traces == traces and now - mark > (now - read) / 2
-                policy.record(shape, len(tokens), now - read if timed else None)
+                policy.record(shape, len(tokens), now - read if timed else None, experts)
                 read, traces = now, engine.traces
                 known.extend(tokens)
                 if following is not None or (shape.one_path and not self.behind):

@@ -17,7 +17,10 @@ from mlx_redrafter.decoding import sampling
 from mlx_redrafter.decoding.sampling import Arrays
 from mlx_redrafter.drafters import Ask, Drafter, Verified
 from mlx_redrafter.models import Target
+from mlx_redrafter.models.decoder import Functions
+from mlx_redrafter.models.experts import distinct as distinct_experts
 from mlx_redrafter.models.features import Chunk, Features
+from mlx_redrafter.models.layers import Routed
 from mlx_redrafter.tree.accept import accept
 from mlx_redrafter.tree.nodes import (
     DraftTree,
@@ -104,11 +107,13 @@ def make_step(
 
     Returns:
         step(state, arrays) -> (text (L+2,) int32: the root's token, the new ones, and END from
-        there on; the next state).
+        there on; of several nodes and a target with experts one number more, how many the nodes
+        chose; the next state).
     """
     shape = spec.shape
     layers, kinds = read_layers(drafters), all_caches(target, drafters)
     waiting = [waits(kind, shape) for kind in kinds]
+    counted = bool(target.routes) and shape.drafts
 
     def step(state: State, arrays: Arrays) -> tuple[mx.array, State]:
         on_trace()
@@ -120,7 +125,8 @@ def make_step(
         tree = draft(drafters, states, others, ask)
 
         run.ancestors = tree.ancestors
-        read = verify(target, tree, run, layers)
+        chosen: list[mx.array] = []
+        read = verify(target, tree, run, layers, chosen.append if counted else None)
 
         windows = {
             name: sampling.recent_tokens(tree, text_so_far, position, size)
@@ -143,6 +149,8 @@ def make_step(
             kept = [r if w else () for r, w in zip(rows, waiting, strict=True)]
             pending = kept, row_slots(tree, last, count, position)
         root = mx.take(choices, last) if shape.drafts else choices
+        if counted:
+            text = mx.concatenate([text, distinct_experts(chosen).reshape(1)])
         return text, State(root, position + count, caches, drafts, history, pending)
 
     return step
@@ -239,11 +247,17 @@ def row_slots(tree: DraftTree, last: mx.array, count: mx.array, position: mx.arr
     return position + mx.where(accepted, tree.depths, count + integers([n] * n))
 
 
-def verify(target: Target, tree: DraftTree, run: Pass, layers: tuple[int, ...]) -> Features:
+def verify(
+    target: Target,
+    tree: DraftTree,
+    run: Pass,
+    layers: tuple[int, ...],
+    routed: Routed | None = None,
+) -> Features:
     """One pass of the target over the whole tree: N rows of features.
 
     Every node sees the prefix (slots below the root's position) and its own ancestors, whose rows
-    are written to the slots from there on.
+    are written to the slots from there on. routed: see `Functions`.
     """
     capacity = run.capacity(target.caches)
     positions = run.position + tree.depths  # (N,)
@@ -255,7 +269,8 @@ def verify(target: Target, tree: DraftTree, run: Pass, layers: tuple[int, ...]) 
         mask = mx.slice_update(prefix, mask, run.position, (1,))
         key_positions = mx.slice_update(slots, positions, run.position, (0,))
     # A filler's negative token reads some row of the embedding; nobody reads what comes of it.
-    hidden, outputs = target(tree.tokens, positions, mask, key_positions, run, layers)
+    functions = Functions(routed=routed)
+    hidden, outputs = target(tree.tokens, positions, mask, key_positions, run, layers, functions)
     return Features(hidden, layers, outputs)
 
 

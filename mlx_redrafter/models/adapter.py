@@ -69,6 +69,11 @@ class AdaptedModel(nn.Module):
         return self._caches
 
     @property
+    def routes(self) -> int:
+        """Experts that a token is sent to, over all layers, where mlx_lm's own parts hold them."""
+        return self._routes
+
+    @property
     def closed(self) -> bool:
         """Are recurrences computed in closed form?"""
         return self._closed
@@ -96,6 +101,9 @@ class AdaptedModel(nn.Module):
         run = self._running(caches, positions, mask, key_positions)
         self._run(run, tokens, self._places)
         caches.settle(self._caches)
+        if functions.routed is not None:
+            for chosen in run.chosen:
+                functions.routed(chosen)
         assert run.hidden is not None
         wanted = tuple(self._output(run, i) for i in layers)
         return run.hidden.reshape(positions.shape[0], -1), wanted
@@ -216,9 +224,9 @@ class AdaptedModel(nn.Module):
         slots = mx.arange(_PROBE, dtype=mx.int32)
         mask = mx.pad(ancestors, [(0, 0), (0, _PROBE - n)])
         positions = mx.array([0, 1, 1], mx.int32)
-        self._run(
-            self._running(run, positions, mask, slots), mx.zeros((n,), mx.int32), self._places
-        )
+        running = self._running(run, positions, mask, slots)
+        self._run(running, mx.zeros((n,), mx.int32), self._places)
+        self._routes = sum(chosen.size for chosen in running.chosen) // n
         for slot, kind in enumerate(kinds):
             if kind is None:
                 raise TypeError(f"nothing says what becomes of state {slot} at a node")

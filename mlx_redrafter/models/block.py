@@ -49,20 +49,25 @@ class Block(nn.Module):
             return mx.clip(total, -bound, bound).astype(mx.float16)
         return x + r
 
+    def _fed(self, x: mx.array, run: LayerPass) -> mx.array:
+        """The feed-forward part, x (N, D) -> (N, D)."""
+        more = (run.routed,) if "switch_mlp" in self.mlp else ()
+        return self.mlp(x, run.activation, *more)
+
     def __call__(self, x: mx.array, run: LayerPass) -> mx.array:
         """x (N, D) -> (N, D)."""
         inputs = x if self._norms == "post" else self.input_layernorm(x)
         r = self.self_attn(inputs, run)
         if self._norms == "parallel":
-            return self._add(x, r + self.mlp(inputs, run.activation))
+            return self._add(x, r + self._fed(inputs, run))
         # The same checkpoint name is the norm after attention, or (Llama) before the MLP.
         h = self._add(x, r if self._norms == "pre" else self.post_attention_layernorm(r))
         if self._norms == "pre":
-            return self._add(h, self.mlp(self.post_attention_layernorm(h), run.activation))
+            return self._add(h, self._fed(self.post_attention_layernorm(h), run))
         inputs = h if self._norms == "post" else self.pre_feedforward_layernorm(h)
-        r = self.mlp(inputs, run.activation)
+        r = self._fed(inputs, run)
         if "beside" in self:
-            r = self.beside.join(h, r, run.activation)
+            r = self.beside.join(h, r, run)
         h = self._add(h, self.post_feedforward_layernorm(r))
         if run.given is not None:
             h = h + self.layer_input(h, run.given)

@@ -16,16 +16,17 @@ from .attention import Attend, dense
 from .block import Block
 from .config import DecoderConfig
 from .gemma4 import LayerInputs
-from .layers import Activation, LayerPass, Rotate, norm
+from .layers import Activation, LayerPass, Rotate, Routed, norm
 from .rope import Rope, Rotation
 
 
 class Functions(NamedTuple):
     """What a pass computes with: how a layer attends, and the gated activation (None: the
-    family's own)."""
+    family's own). routed: told of the experts (..., N, K) that every layer of them chose."""
 
     attend: Callable[[int], Attend] = dense
     activation: Activation | None = None
+    routed: Routed | None = None
 
 
 DECODING = Functions()
@@ -63,6 +64,7 @@ class Decoder(nn.Module):
         sources = [(i, one.kv_source) for i, one in enumerate(layers)]
         self._slots = [i if source is None else source for i, source in sources]
         self._caches = [Slab(*one.kept) for one in layers if one.kv_source is None]
+        self._routes = sum(one.experts.chosen for one in layers if one.experts is not None)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -73,6 +75,11 @@ class Decoder(nn.Module):
     def caches(self) -> Sequence[LayerCache]:
         """What each layer remembers."""
         return self._caches
+
+    @property
+    def routes(self) -> int:
+        """Experts that a token is sent to, over all layers."""
+        return self._routes
 
     def __call__(
         self,
@@ -114,6 +121,7 @@ class Decoder(nn.Module):
                 functions.activation,
                 growth,
                 None if given is None else given[:, index],
+                functions.routed,
             )
             x = block(x, run)
             outputs.append(x)

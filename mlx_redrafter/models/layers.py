@@ -16,6 +16,7 @@ from .fuse import fuse
 Activation = Callable[[mx.array, mx.array], mx.array]
 LayerWrite = Callable[[mx.array], mx.array]
 Rotate = Callable[[mx.array, int], mx.array]
+Routed = Callable[[mx.array], None]
 
 
 class LayerPass(NamedTuple):
@@ -24,7 +25,8 @@ class LayerPass(NamedTuple):
     mask (N, S); rotate: (N, A, Dh) -> (A, N, Dh), of which so many are rotated; write: adds rows to
     the layer's cache and gives what the layer reads; attend: over that; activation: another than
     the family's own; growth (N, 1): of the queries, where they grow with the position; given
-    (N, *): this layer's own input, where layers have one.
+    (N, *): this layer's own input, where layers have one; routed: told of the experts (N, K) that
+    it chooses.
     """
 
     mask: mx.array
@@ -34,6 +36,7 @@ class LayerPass(NamedTuple):
     activation: Activation | None = None
     growth: mx.array | None = None
     given: mx.array | None = None
+    routed: Routed | None = None
 
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from mlx_redrafter.models.patches import (
     Patch,
@@ -18,6 +19,7 @@ from mlx_redrafter.models.patches import (
     gated_delta,
     query_scales,
     rope,
+    routed,
     ssm,
     stepped,
 )  # fmt: skip
@@ -290,6 +292,7 @@ def places(model: nn.Module) -> list[Place]:
         found += [Place(module, n, patch) for n, patch in functions.items() if hasattr(module, n)]
     if nn.Conv1d in classes:
         found.append(Place(nn.Conv1d, "__call__", conv1d))
+    found += [Place(cls, "__call__", routed) for cls in (SwitchGLU, SwitchMLP) if cls in classes]
     latent = {
         type(m) for m in model.modules()
         if "embed_q" in m and "unembed_out" in m and "indexer" not in m

@@ -107,6 +107,17 @@ def absorbed(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def routed(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Which experts a layer chose: what a pass costs depends on how many."""
+
+    def call(self: Any, x: mx.array, indices: mx.array) -> mx.array:
+        run.chosen.append(indices)
+        out: mx.array = stock(self, x, indices)
+        return out
+
+    return call
+
+
 def conv1d(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
     """A short convolution reads what comes before a node on its own path."""
 

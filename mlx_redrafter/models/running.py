@@ -58,6 +58,7 @@ class Running:
         self.offset = positions if spread else caches.position.reshape(())
         self.hidden: mx.array | None = None
         self.outputs: dict[int, mx.array] = {}
+        self.chosen: list[mx.array] = []  # experts (1, N, K), by layer
         self.read: list[tuple[int, mx.array]] = []  # states that the module holds, by slot
         self.walk: Walk | None = None
         self._parents: mx.array | None = None

@@ -29,6 +29,12 @@ class Target(Protocol):
         """What each layer remembers."""
         ...
 
+    @property
+    def routes(self) -> int:
+        """Experts that a token is sent to, over all layers: 0 where there are none, or where what
+        they choose is not known."""
+        ...
+
     def __call__(
         self,
         tokens: mx.array,

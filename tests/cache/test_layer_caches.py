@@ -98,6 +98,8 @@ class Recurrent:
         self.into = mx.array(rng.standard_normal((LAYERS, 2, D)).astype(np.float32)) * 0.3
         self.out = mx.array(rng.standard_normal((LAYERS, D)).astype(np.float32))
 
+    routes = 0
+
     def __call__(
         self,
         tokens: mx.array,
