@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_redrafter.cache.layer import LayerCache, Pass
+from mlx_redrafter.cache.packed import Packing, packed
 from mlx_redrafter.cache.slabs import Slab
 
 from .attention import Attend, dense
@@ -62,7 +63,9 @@ class Decoder(nn.Module):
         # The layer whose cache each reads; those without one come after those with one.
         sources = [(i, one.kv_source) for i, one in enumerate(layers)]
         self._slots = [i if source is None else source for i, source in sources]
-        self._caches = [Slab(*one.kept) for one in layers if one.kv_source is None]
+        self._caches: list[LayerCache] = [
+            Slab(*one.kept) for one in layers if one.kv_source is None
+        ]
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -73,6 +76,11 @@ class Decoder(nn.Module):
     def caches(self) -> Sequence[LayerCache]:
         """What each layer remembers."""
         return self._caches
+
+    def pack(self, packing: Packing) -> None:
+        """Keep keys and values quantised. Before anything is made of `caches`; raises OptionError
+        where rows do not divide into groups."""
+        self._caches = packed(self._caches, packing)
 
     def __call__(
         self,
