@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter.cache.packed import Packing
+from mlx_redrafter.cache.packed import BITS, GROUP, Packing
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime import checks
@@ -111,7 +111,8 @@ def dtype(value: Any) -> mx.Dtype | None:
 
 def packing(bits: Any, group_size: Any) -> Packing | None:
     """How keys and values are quantised, if they are."""
-    return None if bits is None else Packing(bits, group_size)
+    asked = Packing(BITS[0] if bits is None else bits, GROUP if group_size is None else group_size)
+    return None if bits is None else asked
 
 
 def pair(model: Any, tokenizer: Any, kind: type) -> TokenizerWrapper:

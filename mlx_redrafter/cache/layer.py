@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 Kept = Any
 """A layer's arrays: one, or a tuple of them."""
@@ -160,3 +161,9 @@ def capacity_of(kinds: Sequence[LayerCache], caches: Sequence[Kept]) -> int | No
 def grown(kinds: Sequence[LayerCache], caches: Sequence[Kept], capacity: int) -> list[Kept]:
     """The caches with room for so many tokens."""
     return [kind.grow(kept, capacity) for kind, kept in zip(kinds, caches, strict=True)]
+
+
+def bytes_of(kinds: Sequence[LayerCache], tokens: int, dtype: mx.Dtype) -> int:
+    """Memory of caches with room for so many tokens; no array is made."""
+    arrays: list[tuple[str, mx.array]] = tree_flatten(new_caches(kinds, tokens, dtype))
+    return sum(array.nbytes for _, array in arrays)
