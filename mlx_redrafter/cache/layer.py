@@ -116,6 +116,11 @@ class Pass:
         """Tokens that all layers have room for; None without a limit. Before they are extended."""
         return capacity_of(kinds, list(self._before.values()))
 
+    def room(self, layer: int, kind: LayerCache) -> int | None:
+        """Tokens that a layer has room for; None where room does not depend on them. Before it is
+        extended."""
+        return kind.capacity(self._before[layer])
+
     def settled(self, layer: int, kind: LayerCache) -> Kept:
         """A layer's arrays with the pass before in its place, for whoever only reads them."""
         if layer in self._before:
@@ -165,5 +170,5 @@ def grown(kinds: Sequence[LayerCache], caches: Sequence[Kept], capacity: int) ->
 
 def bytes_of(kinds: Sequence[LayerCache], tokens: int, dtype: mx.Dtype) -> int:
     """Memory of caches with room for so many tokens; no array is made."""
-    arrays: list[tuple[str, mx.array]] = tree_flatten(new_caches(kinds, tokens, dtype))
+    arrays = cast(list[tuple[str, mx.array]], tree_flatten(new_caches(kinds, tokens, dtype)))
     return sum(array.nbytes for _, array in arrays)

@@ -122,16 +122,16 @@ class PackedSlab:
 
     def empty(self, capacity: int, dtype: mx.Dtype, rows: int = 1) -> Parts:
         """Zeros: what they stand for is 0 too."""
-        slab, dtype = self.slab, self.slab.dtype or dtype
-        words = slab.size * self.packing.bits // 32
-        shape = (rows, slab.heads, capacity)
-        scales = mx.zeros((*shape, slab.size // self.packing.group_size), dtype)
-        return mx.zeros((*shape, words), mx.uint32), scales, mx.zeros_like(scales)
+        plain = self.slab.empty(capacity, dtype, rows)
+        words = mx.zeros((*plain.shape[:3], self.slab.size * self.packing.bits // 32), mx.uint32)
+        groups = self.slab.size // self.packing.group_size
+        scales = mx.zeros((*plain.shape[:3], groups), plain.dtype)
+        return words, scales, mx.zeros_like(scales)
 
     def grow(self, kept: Parts, capacity: int) -> Parts:
         return _each(lambda part: self.slab.grow(part, capacity), kept)
 
-    def capacity(self, kept: Parts) -> int:
+    def capacity(self, kept: Parts) -> int | None:
         return self.slab.capacity(kept[0])
 
     def nothing(self, kept: Parts, nodes: int) -> Parts:
@@ -146,8 +146,9 @@ class PackedSlab:
             rows.astype(kept[1].dtype), self.packing.group_size, self.packing.bits
         )
         new = (words, scales, biases)
-        parts = _each(lambda old, rows: self.slab.extend(old, rows, to)[0], kept, new)
-        return parts, new, Packed(parts, self.packing)
+        found = [self.slab.extend(old, rows, to) for old, rows in zip(kept, new, strict=True)]
+        (words, _, w), (scales, _, s), (biases, _, b) = found
+        return (words, scales, biases), new, Packed((w, s, b), self.packing)
 
 
 def _each(change: Callable[..., mx.array], *those: Parts) -> Parts:

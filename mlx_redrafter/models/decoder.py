@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from mlx_redrafter.cache.layer import LayerCache, Pass
 from mlx_redrafter.cache.packed import Packing, packed
+from mlx_redrafter.cache.ring import Ring, ring_of
 from mlx_redrafter.cache.slabs import Slab
 
 from .attention import Attend, dense
@@ -63,8 +64,13 @@ class Decoder(nn.Module):
         # The layer whose cache each reads; those without one come after those with one.
         sources = [(i, one.kv_source) for i, one in enumerate(layers)]
         self._slots = [i if source is None else source for i, source in sources]
+        windows = config.layer_windows
+        # A layer that reads another's keys within another window needs all of them.
+        alike = all(windows[i] == windows[slot] for i, slot in enumerate(self._slots))
         self._caches: list[LayerCache] = [
-            Slab(*one.kept) for one in layers if one.kv_source is None
+            Ring(*one.kept, window=window) if window and alike else Slab(*one.kept)
+            for one, window in zip(layers, windows, strict=True)
+            if one.kv_source is None
         ]
 
     @property
@@ -107,7 +113,7 @@ class Decoder(nn.Module):
         if self.config.embedding_norm:
             x = mx.fast.rms_norm(x, None, self.config.norm_eps)
         rotations = [rope.prepare(positions, x.dtype) for rope in self._ropes]
-        masks = self._masks(mask, positions, key_positions)
+        masks = self._masks(mask, positions, key_positions, caches)
         growth = self._growth(positions, x.dtype)
         inner = self.model.get("layer_inputs")
         given = None if inner is None else inner(tokens, x)
@@ -128,12 +134,17 @@ class Decoder(nn.Module):
         return self.model.norm(x), tuple(outputs[i] for i in layers)
 
     def _masks(
-        self, mask: mx.array, positions: mx.array, key_positions: mx.array
+        self, mask: mx.array, positions: mx.array, key_positions: mx.array, caches: Pass
     ) -> dict[int, mx.array]:
-        """One mask (N, C) per distinct sliding window."""
-        masks = {0: mask}
-        for window in set(self.config.layer_windows) - {0}:
-            masks[window] = mask & (positions[:, None] < key_positions + window)
+        """One mask (N, C) per distinct sliding window, or (N, S) over its layers' rings."""
+        masks, windows = {0: mask}, self.config.layer_windows
+        for window in set(windows) - {0}:
+            layer = self._slots[windows.index(window)]
+            ring = ring_of(self._caches[layer])
+            if ring is not None and caches.room(layer, self._caches[layer]) is None:
+                masks[window] = ring.mask(positions, caches)
+            else:
+                masks[window] = mask & (positions[:, None] < key_positions + window)
         return masks
 
     def _write(self, slabs: dict[int, Any], caches: Pass, layer: int, rows: mx.array) -> Any:
