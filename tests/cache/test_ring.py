@@ -259,7 +259,6 @@ def test_a_tree_over_rings_is_single_steps_and_mlx_lm(tmp_path: Path, case: str)
     expected = mx.concatenate([single(token[None]) for token in tokens[length:]])
     assert_close(tree[mx.array(path)], expected, TOLERANCE)
     theirs = reference(tokens[None], cache=make_prompt_cache(reference))[0]
-    limit = (
-        1e-4 if case == "gemma4_text" else 1e-5
-    )  # mlx_lm's own steps and chunks are as far apart
+    # Of Gemma 4 mlx_lm's own steps and chunks are as far apart.
+    limit = 1e-4 if case == "gemma4_text" else 1e-5
     assert_close(tree[mx.array(path)], theirs[length:], limit)

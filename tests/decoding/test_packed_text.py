@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ NATIVE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def uncompiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiling would take most of the time."""
+    if "graph" not in request.node.name:
+        mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
 def native(folder: Path, case: str, bits: int | None) -> Any:
     build(folder, case, **NATIVE[case])
     target = load_model(folder)
@@ -50,14 +60,9 @@ def adapted(bits: int) -> Any:
 @pytest.mark.parametrize("case", [*NATIVE, "adapted"])
 def test_drafted_text_is_plain_text(tmp_path: Path, case: str, bits: int) -> None:
     """Greedy and sampled, a chain and a tree, a session that is cut and grown again."""
-    if case == "adapted":
-        mx.disable_compile()
-    try:
-        target = adapted(bits) if case == "adapted" else native(tmp_path, case, bits)
-        assert any(isinstance(kind, PackedSlab) for kind in target.caches)
-        exact(target)
-    finally:
-        mx.enable_compile()
+    target = adapted(bits) if case == "adapted" else native(tmp_path, case, bits)
+    assert any(isinstance(kind, PackedSlab) for kind in target.caches)
+    exact(target)
 
 
 def exact(target: Any) -> None:
@@ -74,6 +79,7 @@ def exact(target: Any) -> None:
         assert run(engine, other, params, SHAPES[shape], 8, session) == expected
 
 
+@pytest.mark.slow
 def test_a_step_over_quantised_rows_is_one_graph(tmp_path: Path) -> None:
     target, prompt = native(tmp_path, "llama", 8), prompt_of(21, vocab=V)
     answer = plainly(target, prompt, 120)
