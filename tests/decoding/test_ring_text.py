@@ -3,6 +3,7 @@ over them are cut as far back as they hold."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ SAMPLED = SamplingParams(temp=0.9, top_k=20, seed=5)
 WIDE = SHAPES["beam-3x4-8"]
 
 
+LAYERS: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "sliding_window": WINDOW,
+    "head_dim": 32,
+    "layer_types": MIXED,
+}
+
+
 @pytest.fixture(autouse=True)
 def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Rings that short texts go around several times; compiling would take most of the time."""
@@ -44,10 +53,7 @@ def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 @pytest.fixture
 def target(tmp_path: Path) -> Decoder:
-    return load_model(write_target(tmp_path, layer_types=MIXED, **LAYERS))
-
-
-LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "sliding_window": WINDOW, "head_dim": 32}
+    return load_model(write_target(tmp_path, **LAYERS))
 
 
 def closed(session: Session) -> bool:
@@ -79,6 +85,14 @@ def test_drafted_text_is_plain_text(target: Decoder, bits: int | None) -> None:
 def test_with_sinks_and_shared_keys(tmp_path: Path, case: str) -> None:
     build(tmp_path, case)
     exact(load_model(tmp_path), prompt_of(90, vocab=V), 40)
+
+
+def test_where_every_layer_has_a_window(target: Decoder) -> None:
+    """Nothing says then how long a text may be."""
+    other = Decoder(dataclasses.replace(target.config, layer_windows=(WINDOW, WINDOW)))
+    other.model, other.lm_head = target.model, target.lm_head
+    exact(other, prompt_of(90), 60, ways=1)
+    exact(other, prompt_of(9), 60, ways=1)
 
 
 @pytest.mark.slow
