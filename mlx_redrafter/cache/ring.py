@@ -26,7 +26,8 @@ SPARE = 256  # tokens that are kept beyond the window: a tree's nodes, and for a
 
 @dataclass(frozen=True)
 class Ring(Slab):
-    """A slab that becomes a ring of R + `NODES` slots. A `cache.layer.LayerCache`.
+    """A slab that becomes a ring of R + `NODES` slots. A `cache.layer.LayerCache`, which a session
+    cuts anywhere as long as that leaves it `intact`.
 
     Args:
         window: tokens that a token sees, itself included.
