@@ -64,7 +64,8 @@ class Decoder(nn.Module):
         # The layer whose cache each reads; those without one come after those with one.
         sources = [(i, one.kv_source) for i, one in enumerate(layers)]
         self._slots = [i if source is None else source for i, source in sources]
-        windows = config.layer_windows
+        # A shortened model is told of more layers than it has.
+        self._windows = windows = config.layer_windows[: config.num_layers]
         # A layer that reads another's keys within another window needs all of them.
         alike = all(windows[i] == windows[slot] for i, slot in enumerate(self._slots))
         self._caches: list[LayerCache] = [
@@ -121,7 +122,7 @@ class Decoder(nn.Module):
         outputs = []
         for index, block in enumerate(self.model.layers):
             run = LayerPass(
-                masks[self.config.layer_windows[index]],
+                masks[self._windows[index]],
                 self._rotate(self.config.layer_ropes[index], rotations),
                 functools.partial(self._write, slabs, caches, index),
                 functions.attend(index),
@@ -137,7 +138,7 @@ class Decoder(nn.Module):
         self, mask: mx.array, positions: mx.array, key_positions: mx.array, caches: Pass
     ) -> dict[int, mx.array]:
         """One mask (N, C) per distinct sliding window, or (N, S) over its layers' rings."""
-        masks, windows = {0: mask}, self.config.layer_windows
+        masks, windows = {0: mask}, self._windows
         for window in set(windows) - {0}:
             layer = self._slots[windows.index(window)]
             ring = ring_of(self._caches[layer])
