@@ -84,18 +84,11 @@ Context = Annotated[
 KVBits = Annotated[
     int | None,
     typer.Option(
-        rich_help_panel=PROMPT,
-        show_default="not quantised",
-        help="Keep keys and values in 8 or 4 bits, from the first token on: less memory for long "
-        "texts; it may change the answer.",
+        show_default="off",
+        help="Keep keys and values in 8 or 4 bits, from the first token on; may change the answer.",
     ),
 ]
-KVGroupSize = Annotated[
-    int,
-    typer.Option(
-        rich_help_panel=PROMPT, help="How many of their numbers share a scale: 32, 64 or 128."
-    ),
-]
+KVGroupSize = Annotated[int, typer.Option(help="Numbers that share a scale: 32, 64 or 128.")]
 
 
 def penalty(text: str) -> Any:
@@ -233,7 +226,7 @@ class DecodeOptions:
         int | None,
         typer.Option(
             rich_help_panel=DRAFTING,
-            help="Tokens to draft where the text repeats; 0: off.",
+            help="Tokens to draft where text repeats; 0: off.",
         ),
     ] = None
     prefill_step_size: Annotated[

@@ -64,8 +64,8 @@ class Decoder(nn.Module):
         # The layer whose cache each reads; those without one come after those with one.
         sources = [(i, one.kv_source) for i, one in enumerate(layers)]
         self._slots = [i if source is None else source for i, source in sources]
-        # A shortened model is told of more layers than it has.
-        self._windows = windows = config.layer_windows[: config.num_layers]
+        # A shortened model is told of more layers than it has, one that is only sized of none.
+        self._windows = windows = (*config.layer_windows, *[0] * len(layers))[: len(layers)]
         # A layer that reads another's keys within another window needs all of them.
         alike = all(windows[i] == windows[slot] for i, slot in enumerate(self._slots))
         self._caches: list[LayerCache] = [
