@@ -88,7 +88,7 @@ KVBits = Annotated[
         help="Keep keys and values in 8 or 4 bits, from the first token on; may change the answer.",
     ),
 ]
-KVGroupSize = Annotated[int, typer.Option(help="Numbers that share a scale: 32, 64 or 128.")]
+KVGroupSize = Annotated[int, typer.Option(help="Numbers to a scale: 32, 64 or 128.")]
 
 
 def penalty(text: str) -> Any:
