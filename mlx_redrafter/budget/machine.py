@@ -163,6 +163,7 @@ class Budget:
             "compiled": self.engine.compiled,
             "dtype": str(self.target.dtype),
             "model": _digest(self.folder / "config.json"),
+            "caches": hashlib.sha256(repr(list(self.target.caches)).encode()).hexdigest()[:16],
             "drafter": _digest(drafter / "config.json") if drafter else None,
         }
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 Kept = Any
 """A layer's arrays: one, or a tuple of them."""
@@ -115,6 +116,11 @@ class Pass:
         """Tokens that all layers have room for; None without a limit. Before they are extended."""
         return capacity_of(kinds, list(self._before.values()))
 
+    def room(self, layer: int, kind: LayerCache) -> int | None:
+        """Tokens that a layer has room for; None where room does not depend on them. Before it is
+        extended."""
+        return kind.capacity(self._before[layer])
+
     def settled(self, layer: int, kind: LayerCache) -> Kept:
         """A layer's arrays with the pass before in its place, for whoever only reads them."""
         if layer in self._before:
@@ -160,3 +166,9 @@ def capacity_of(kinds: Sequence[LayerCache], caches: Sequence[Kept]) -> int | No
 def grown(kinds: Sequence[LayerCache], caches: Sequence[Kept], capacity: int) -> list[Kept]:
     """The caches with room for so many tokens."""
     return [kind.grow(kept, capacity) for kind, kept in zip(kinds, caches, strict=True)]
+
+
+def bytes_of(kinds: Sequence[LayerCache], tokens: int, dtype: mx.Dtype) -> int:
+    """Memory of caches with room for so many tokens; no array is made."""
+    arrays = cast(list[tuple[str, mx.array]], tree_flatten(new_caches(kinds, tokens, dtype)))
+    return sum(array.nbytes for _, array in arrays)

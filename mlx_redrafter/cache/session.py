@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from mlx_redrafter.cache.layer import Kept, LayerCache, grown, new_caches
+from mlx_redrafter.cache.ring import ring_of
 from mlx_redrafter.errors import OptionError
 
 BETWEEN_SNAPSHOTS = 512  # tokens of a prompt
@@ -27,6 +28,8 @@ class Session:
     where everything was read densely. ``stand`` is how many tokens the layers that cannot be cut
     anywhere hold, and ``snapshots`` are those layers' arrays at earlier stands. ``covered`` is how
     many tokens the rows of drafters are there for: an answer may have done without them.
+    ``furthest`` is where rows were written up to, and ``rings`` are the rings of windows as they
+    were at the end of the last prompt: back to it a session can be cut wherever the answer went.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -37,6 +40,8 @@ class Session:
     stand: int = 0
     snapshots: dict[int, dict[int, Kept]] = field(default_factory=dict)
     covered: int = 0
+    furthest: int = 0
+    rings: tuple[int, dict[int, Kept]] = (0, {})
     _target: weakref.ref[object] | None = field(default=None, init=False, repr=False, compare=False)
     _drafters: list[weakref.ref[object]] = field(
         default_factory=list, init=False, repr=False, compare=False
@@ -90,11 +95,17 @@ class Session:
         return caches
 
     def holds(
-        self, tokens: Sequence[int], caches: list[Kept], stand: int, covered: int | None = None
+        self,
+        tokens: Sequence[int],
+        caches: list[Kept],
+        stand: int,
+        covered: int | None = None,
+        furthest: int = 0,
     ) -> None:
         """What an answer left behind, which is cut to what every layer can give. covered: None:
-        all of it."""
+        all of it. furthest: where the rows of its trees ended."""
         self.tokens[:], self.caches, self.stand = tokens, caches, stand
+        self.furthest = max(self.furthest, furthest)
         self.covered = len(tokens) if covered is None else covered
         self.trim(len(tokens))
         self.mark()
@@ -105,10 +116,15 @@ class Session:
         if kept:
             self.snapshots[self.stand] = kept
 
+    def hold_rings(self) -> None:
+        """A prompt was read: its windows are kept as they are now."""
+        rings = {i: self.caches[i] for i, kind in enumerate(self.kinds) if ring_of(kind)}
+        self.rings = (len(self.tokens), rings)
+
     def trim(self, length: int) -> None:
         """Forget everything from position ``length`` on, and more where a layer can only go back to
-        a snapshot."""
-        length = self._stand_at(min(length, len(self.tokens)))
+        a snapshot, or to the end of the last prompt."""
+        length = self._stand_at(self._unbroken(min(length, len(self.tokens))))
         del self.tokens[length:]
         self.covered = min(self.covered, length)
         if length <= self.sparse_from:
@@ -117,6 +133,7 @@ class Session:
     def clear(self) -> None:
         self.tokens.clear()
         self.caches, self.snapshots, self.stand, self.covered = [], {}, 0, 0
+        self.furthest, self.rings = 0, (0, {})
         self.tag, self.sparse_from = "", 0
 
     def keep_shared(self, prompt: Sequence[int], tag: str, drafted: bool = False) -> None:
@@ -148,6 +165,27 @@ class Session:
     def _fixed(self) -> list[int]:
         """The layers that cannot be cut anywhere."""
         return [i for i, kind in enumerate(self.kinds) if not kind.cuts_anywhere]
+
+    def _unbroken(self, length: int) -> int:
+        """A number of tokens, at most ``length``, whose windows are all there."""
+        held, saved = self.rings
+        if held > length:
+            held, saved = self.rings = (0, {})
+        if self._intact(length):
+            return length
+        for i, kept in saved.items():
+            self.caches[i] = kept
+        self.furthest = held
+        return held
+
+    def _intact(self, length: int) -> bool:
+        """Is all there that the windows of a token at this position show?"""
+        for kind, kept in zip(self.kinds, self.caches, strict=False):
+            ring = ring_of(kind)
+            closed = ring is not None and kind.capacity(kept) is None
+            if ring is not None and closed and not ring.intact(self.furthest, length):
+                return False
+        return True
 
     def _stand_at(self, length: int) -> int:
         """Bring every layer to one number of tokens, at most ``length``: that number."""

@@ -10,6 +10,7 @@ from typing import cast
 import mlx.core as mx
 
 from mlx_redrafter.cache.layer import Kept, LayerCache, capacity_of, grown
+from mlx_redrafter.cache.ring import check_nodes
 from mlx_redrafter.cache.session import UNKNOWN
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.decoding.policy import Fixed, Policy
@@ -88,11 +89,12 @@ class Engine:
 
         Raises:
             OptionError: what `Request.room` refuses, patterns of another model, a session in use
-                or of another model.
+                or of another model, a tree that is too large for the windows' rings.
         """
         room = request.room(self.target.config)
         policy = self._policy(request.shape)
         awake = self._awake(policy)
+        check_nodes(self.kinds, max(shape.nodes for shape in policy.shapes))
         answer = _Answer(self, request, policy, room, awake)
         with request.session.taken(self.target, self.keeping):
             # The state goes straight through: a name for it here would keep the first slabs alive,
@@ -197,7 +199,8 @@ class _Answer:
             # its own behind them; without one, the last tree's rows are still in tree order, and
             # what drafters keep of its root waits with them.
             caches = [*self.state.caches, *self.asleep]
-            self.request.session.holds(known[:in_place], caches, stand, self.covered)
+            ended = len(known) + self.longest + self.widest
+            self.request.session.holds(known[:in_place], caches, stand, self.covered, ended)
 
     def _launch(self, furthest: int) -> tuple[TreeShape, mx.array]:
         """Start a step whose root is at position ``furthest`` at most."""

@@ -124,6 +124,9 @@ class _Own(Pass):
         self._own.leave(layer, ())
         return seen
 
+    def room(self, layer: int, kind: LayerCache) -> int | None:
+        return self._own.room(layer, self._kinds[layer])
+
 
 class _Beside(Pass):
     """A pass of one level: its rows are kept beside the slabs."""
@@ -136,6 +139,9 @@ class _Beside(Pass):
         rows = rows if before is None else mx.concatenate([before, rows], axis=2)
         self._branches[layer] = rows
         return self._slabs[layer], rows
+
+    def room(self, layer: int, kind: LayerCache) -> int | None:
+        return cast(int, self._slabs[layer].shape[2])
 
 
 class Branches:

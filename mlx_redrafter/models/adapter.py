@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.cache.layer import LayerCache, Pass
+from mlx_redrafter.cache.packed import Packing, packed
 from mlx_redrafter.errors import ModelError, OptionError
 from mlx_redrafter.models import own_patches
 from mlx_redrafter.models.attention import dense
@@ -67,6 +68,10 @@ class AdaptedModel(nn.Module):
     def caches(self) -> Sequence[LayerCache]:
         """What layers remember: keys, values and the arrays of a recurrence, one by one."""
         return self._caches
+
+    def pack(self, packing: Packing) -> None:
+        """As `Decoder.pack`. The module reads them unpacked: a layer's at a time, in every pass."""
+        self._layout.kinds[:] = packed(self._caches, packing)
 
     @property
     def routes(self) -> int:

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_redrafter.cache.layer import Kept, LayerCache, Pass, new_caches
+from mlx_redrafter.cache.ring import whole
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.runtime.compiler import keep_memory
 
@@ -133,7 +134,7 @@ class BatchedTarget:
 
     def caches(self, rows: int, capacity: int) -> list[Kept]:
         """Empty ones for so many sequences."""
-        return new_caches(self.target.caches, capacity, self.target.dtype, rows)
+        return new_caches(whole(self.target.caches), capacity, self.target.dtype, rows)
 
     def _read(
         self, tokens: np.ndarray, pads: np.ndarray, kv: list[mx.array]
@@ -239,7 +240,10 @@ class _RowsPass(Pass):
     def extend(self, layer: int, kind: LayerCache, rows: mx.array) -> mx.array:
         heads, _, dim = rows.shape[1:]  # (1, 2*Hkv, B*n, Dh)
         by_row = rows[0].reshape(heads, self._count, -1, dim).transpose(1, 0, 2, 3)
-        return super().extend(layer, kind, by_row)
+        return super().extend(layer, whole([kind])[0], by_row)
+
+    def room(self, layer: int, kind: LayerCache) -> int | None:
+        return super().room(layer, whole([kind])[0])
 
 
 def vectorised_functions(target: Decoder) -> Functions:

@@ -10,6 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_redrafter.cache.layer import LayerCache, Pass
+from mlx_redrafter.cache.packed import Packing, packed
+from mlx_redrafter.cache.ring import Ring, ring_of
 from mlx_redrafter.cache.slabs import Slab
 
 from .attention import Attend, dense
@@ -63,7 +65,15 @@ class Decoder(nn.Module):
         # The layer whose cache each reads; those without one come after those with one.
         sources = [(i, one.kv_source) for i, one in enumerate(layers)]
         self._slots = [i if source is None else source for i, source in sources]
-        self._caches = [Slab(*one.kept) for one in layers if one.kv_source is None]
+        # A shortened model is told of more layers than it has, one that is only sized of none.
+        self._windows = windows = (*config.layer_windows, *[0] * len(layers))[: len(layers)]
+        # A layer that reads another's keys within another window needs all of them.
+        alike = all(windows[i] == windows[slot] for i, slot in enumerate(self._slots))
+        self._caches: list[LayerCache] = [
+            Ring(*one.kept, window=window) if window and alike else Slab(*one.kept)
+            for one, window in zip(layers, windows, strict=True)
+            if one.kv_source is None
+        ]
         self._routes = sum(one.experts.chosen for one in layers if one.experts is not None)
 
     @property
@@ -80,6 +90,11 @@ class Decoder(nn.Module):
     def routes(self) -> int:
         """Experts that a token is sent to, over all layers."""
         return self._routes
+
+    def pack(self, packing: Packing) -> None:
+        """Keep keys and values quantised. Before anything is made of `caches`; raises OptionError
+        where rows do not divide into groups."""
+        self._caches = packed(self._caches, packing)
 
     def __call__(
         self,
@@ -106,7 +121,7 @@ class Decoder(nn.Module):
         if self.config.embedding_norm:
             x = mx.fast.rms_norm(x, None, self.config.norm_eps)
         rotations = [rope.prepare(positions, x.dtype) for rope in self._ropes]
-        masks = self._masks(mask, positions, key_positions)
+        masks = self._masks(mask, positions, key_positions, caches)
         growth = self._growth(positions, x.dtype)
         inner = self.model.get("layer_inputs")
         given = None if inner is None else inner(tokens, x)
@@ -114,7 +129,7 @@ class Decoder(nn.Module):
         outputs = []
         for index, block in enumerate(self.model.layers):
             run = LayerPass(
-                masks[self.config.layer_windows[index]],
+                masks[self._windows[index]],
                 self._rotate(self.config.layer_ropes[index], rotations),
                 functools.partial(self._write, slabs, caches, index),
                 functions.attend(index),
@@ -128,12 +143,17 @@ class Decoder(nn.Module):
         return self.model.norm(x), tuple(outputs[i] for i in layers)
 
     def _masks(
-        self, mask: mx.array, positions: mx.array, key_positions: mx.array
+        self, mask: mx.array, positions: mx.array, key_positions: mx.array, caches: Pass
     ) -> dict[int, mx.array]:
-        """One mask (N, C) per distinct sliding window."""
-        masks = {0: mask}
-        for window in set(self.config.layer_windows) - {0}:
-            masks[window] = mask & (positions[:, None] < key_positions + window)
+        """One mask (N, C) per distinct sliding window, or (N, S) over its layers' rings."""
+        masks, windows = {0: mask}, self._windows
+        for window in set(windows) - {0}:
+            layer = self._slots[windows.index(window)]
+            ring = ring_of(self._caches[layer])
+            if ring is not None and caches.room(layer, self._caches[layer]) is None:
+                masks[window] = ring.mask(positions, caches)
+            else:
+                masks[window] = mask & (positions[:, None] < key_positions + window)
         return masks
 
     def _write(self, slabs: dict[int, Any], caches: Pass, layer: int, rows: mx.array) -> Any:

@@ -7,7 +7,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.mla import MultiLinear
 
-from .attention import masked_softmax
+from mlx_redrafter.cache.packed import Packed, Seen
+
+from .attention import masked_softmax, mixed, readable, scored
 from .config import DecoderConfig
 from .layers import LayerPass
 
@@ -60,15 +62,17 @@ class LatentAttention(nn.Module):
         return self.o_proj(out.transpose(1, 0, 2).reshape(x.shape[0], -1))
 
 
-def _attend(q: mx.array, slab: mx.array, mask: mx.array, scale: float, values: int) -> mx.array:
+def _attend(q: mx.array, slab: Seen, mask: mx.array, scale: float, values: int) -> mx.array:
     """q (H, B*n, W) over slabs (B, 1, C, W) where mask (B*n, S) is True; (H, B*n, values), of the
     first ``values`` numbers of a row. Only the first S <= C slots are read."""
     heads, total, width = q.shape
     rows, seen = slab.shape[0], mask.shape[1]
-    kept = slab[:, 0, :seen]  # (B, S, W)
+    kept = readable(slab[:, 0, :seen])  # (B, S, W)
     q = (q * mx.array(scale, q.dtype)).reshape(heads, rows, -1, width).transpose(1, 0, 2, 3)
-    scores = q.reshape(rows, -1, width) @ kept.swapaxes(-1, -2)
+    scores = scored(q.reshape(rows, -1, width), kept)
     scores = scores.reshape(rows, heads, -1, seen)
     weights = masked_softmax(scores, mask.reshape(rows, 1, -1, seen))
-    out = weights.reshape(rows, -1, seen) @ kept[..., :values]
+    if not isinstance(kept, Packed):
+        kept = kept[..., :values]
+    out = mixed(weights.reshape(rows, -1, seen), kept)[..., :values]
     return out.reshape(rows, heads, -1, values).transpose(1, 0, 2, 3).reshape(heads, total, values)

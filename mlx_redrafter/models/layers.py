@@ -9,12 +9,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu, swiglu_oai
 
+from mlx_redrafter.cache.packed import Seen
+
 from .attention import Attend, attend
 from .config import DecoderConfig
 from .fuse import fuse
 
 Activation = Callable[[mx.array, mx.array], mx.array]
-LayerWrite = Callable[[mx.array], mx.array]
+LayerWrite = Callable[[mx.array], Seen]
 Rotate = Callable[[mx.array, int], mx.array]
 Routed = Callable[[mx.array], None]
 

@@ -20,6 +20,7 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_redrafter.cache.layer import LayerCache, Pass
+from mlx_redrafter.cache.packed import Seen, plain
 from mlx_redrafter.cache.recurrent import LastRows, State, TapedState, parents_of, windows_of
 from mlx_redrafter.cache.slabs import Slab
 
@@ -178,8 +179,8 @@ class KeysValues(KVCache):
             return mx.zeros((*rows.shape[:2], seen, rows.shape[3]), rows.dtype)
         kind = run.kinds[slot]
         assert kind is not None
-        slab: mx.array = run.caches.extend(slot, kind, rows)
-        return slab[:, :, :seen]
+        slab: Seen = run.caches.extend(slot, kind, rows)
+        return plain(slab[:, :, :seen])
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         return self.keys, self.values

@@ -101,6 +101,7 @@ def read(
     if progress is not None:
         progress(len(prompt), len(prompt))
     session.mark()
+    session.hold_rings()
     return found
 
 
@@ -148,6 +149,7 @@ def _read(
         raise
     session.tokens.extend(chunk[:-1])
     session.stand = len(session.tokens)
+    session.furthest = max(session.furthest, session.stand)
     if absorb is not None or not others:
         session.covered = session.stand
     if session.stand % BETWEEN_SNAPSHOTS == 0:
