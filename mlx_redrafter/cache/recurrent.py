@@ -7,6 +7,7 @@ waits, and the next pass takes in those that were accepted.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 
@@ -37,23 +38,45 @@ def windows_of(parents: mx.array, stored: int) -> mx.array:
     return mx.stack(rows[::-1], axis=1)
 
 
+class Lineage:
+    """Whom the N nodes of a tree go on from, worked out once for all layers of a pass."""
+
+    def __init__(self, ancestors: mx.array) -> None:
+        self.ancestors, self.n = ancestors, ancestors.shape[0]
+        self._windows: dict[int, mx.array] = {}
+
+    @cached_property
+    def parents(self) -> mx.array:
+        """(N,) int32, -1 for the root."""
+        return parents_of(self.ancestors)
+
+    def windows(self, rows: mx.array) -> mx.array:
+        """Rows (K-1+N, C), the first K-1 of them old -> what a convolution reads (N, K, C)."""
+        if self.n == 1:
+            return rows[None]
+        stored = rows.shape[0] - self.n
+        if stored not in self._windows:
+            self._windows[stored] = windows_of(self.parents, stored)
+        return rows[self._windows[stored]]
+
+
 @dataclass(frozen=True)
 class State:
     """Of a recurrence, as it is after every node: N states wait. A `cache.layer.LayerCache`.
 
     Args:
         shape: of one sequence's state, which has one row.
-        dtype: of the state.
+        dtype: of the state; None: what the model computes with.
     """
 
     shape: tuple[int, ...]
-    dtype: mx.Dtype
+    dtype: mx.Dtype | None
     in_place = False
     cuts_anywhere = False
     ahead = 0
 
     def empty(self, capacity: int, dtype: mx.Dtype, rows: int = 1) -> mx.array:
-        return mx.zeros((rows * self.shape[0], *self.shape[1:]), self.dtype)
+        return mx.zeros((rows * self.shape[0], *self.shape[1:]), self.dtype or dtype)
 
     def grow(self, kept: mx.array, capacity: int) -> mx.array:
         return kept

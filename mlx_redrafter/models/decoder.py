@@ -10,13 +10,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_redrafter.cache.layer import LayerCache, Pass
+from mlx_redrafter.cache.recurrent import Lineage
 from mlx_redrafter.cache.slabs import Slab
 
+from . import delta
 from .attention import Attend, dense
 from .block import Block
 from .config import DecoderConfig
 from .gemma4 import LayerInputs
-from .layers import Activation, LayerPass, Rotate, norm
+from .layers import Activation, LayerPass, Memory, Rotate, norm
 from .rope import Rope, Rotation
 
 
@@ -59,10 +61,14 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, config.head_bias)
         self._ropes = [Rope(rope) for rope in config.ropes]
         layers = [config.layer(i) for i in range(config.num_layers)]
-        # The layer whose cache each reads; those without one come after those with one.
-        sources = [(i, one.kv_source) for i, one in enumerate(layers)]
-        self._slots = [i if source is None else source for i, source in sources]
-        self._caches = [Slab(*one.kept) for one in layers if one.kv_source is None]
+        # The first of the caches that each reads: its own, or those of an earlier layer.
+        self._caches: list[LayerCache] = []
+        self._slots: list[int] = []
+        for one in layers:
+            own = one.kv_source is None
+            self._slots.append(len(self._caches) if own else self._slots[one.kv_source])
+            if own:
+                self._caches += [Slab(*one.kept)] if one.delta is None else delta.caches(one)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -101,12 +107,14 @@ class Decoder(nn.Module):
         rotations = [rope.prepare(positions, x.dtype) for rope in self._ropes]
         masks = self._masks(mask, positions, key_positions)
         growth = self._growth(positions, x.dtype)
+        lineage = None if caches.ancestors is None else Lineage(caches.ancestors)
         inner = self.model.get("layer_inputs")
         given = None if inner is None else inner(tokens, x)
         slabs: dict[int, Any] = {}
         outputs = []
         for index, block in enumerate(self.model.layers):
             run = LayerPass(
+                Memory(caches, self._caches, self._slots[index], lineage),
                 masks[self.config.layer_windows[index]],
                 self._rotate(self.config.layer_ropes[index], rotations),
                 functools.partial(self._write, slabs, caches, index),
@@ -132,7 +140,7 @@ class Decoder(nn.Module):
         """What a layer reads: its cache with these rows, or what the layer whose cache it is
         read in this pass."""
         slot = self._slots[layer]
-        if slot == layer:
+        if slot not in slabs:
             slabs[slot] = caches.extend(slot, self._caches[slot], rows)
         return slabs[slot]
 

@@ -1,4 +1,7 @@
-"""Recurrences over the nodes of a tree in closed form: the state is read once, for all of them.
+"""Recurrences over the nodes of a tree, in two forms.
+
+By steps, each of which goes on from its parent's state: to the bit what single tokens give. Closed:
+the state is read once for all nodes.
 
 The delta rule (Gated DeltaNet, KDA): with log gates summed along a node's path, G, and A_ij =
 beta_i exp(G_i - G_j) k_i.k_j for its proper ancestors j, what node i adds is delta = (1 + A)^-1
@@ -8,9 +11,100 @@ causal one. Mamba2 adds dt x along B and needs no inverse (arXiv 2405.21060).
 
 from __future__ import annotations
 
-import mlx.core as mx
+from collections.abc import Callable
+from typing import Any
 
-from mlx_redrafter.cache.recurrent import Tape
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_redrafter.cache.recurrent import Lineage, Tape
+
+
+class Walk:
+    """The states of a tree's nodes, each made from its parent's.
+
+    Args:
+        start: (1, ...), before the root.
+    """
+
+    def __init__(self, lineage: Lineage, start: mx.array) -> None:
+        self.lineage, self.start, self.done = lineage, start, 0
+        self.states: mx.array | None = None  # (N, ...), of the nodes that are done
+
+    def before(self) -> mx.array:
+        """The state that the next node goes on from."""
+        if self.states is None:
+            return self.start
+        return mx.take(self.states, self.lineage.parents[self.done : self.done + 1], axis=0)
+
+    def after(self, state: mx.array) -> bool:
+        """What the node made of it; was it the last?"""
+        if self.states is None:
+            self.states = mx.broadcast_to(state, (self.lineage.n, *state.shape[1:]))
+        else:
+            self.states = mx.slice_update(self.states, state, mx.array([self.done]), (0,))
+        self.done += 1
+        return self.done == self.lineage.n
+
+
+def stepped(
+    lineage: Lineage,
+    start: mx.array,
+    step: Callable[[int, mx.array], tuple[mx.array, mx.array]],
+    axis: int = 1,
+) -> tuple[mx.array, mx.array]:
+    """The outputs of N nodes, joined along an axis, and the states (N, ...) behind them."""
+    walk, out = Walk(lineage, start), []
+    for i in range(lineage.n):
+        y, after = step(i, walk.before())
+        walk.after(after)
+        out.append(y)
+    assert walk.states is not None
+    return mx.concatenate(out, axis=axis), walk.states
+
+
+def gated_delta(
+    stock: Callable[..., tuple[mx.array, mx.array]],
+    rows: tuple[mx.array, mx.array, mx.array, mx.array, mx.array],
+    rates: tuple[mx.array, mx.array],
+    state: mx.array,
+    lineage: Lineage | None,
+    closed: bool,
+    **options: Any,
+) -> tuple[mx.array, mx.array | Tape]:
+    """Gated DeltaNet and KDA over a tree, or over a chunk of a prompt.
+
+    Args:
+        stock: mlx_lm's gated_delta_update, with these options.
+        rows: its q, k, v, a and b, (1, N, ...).
+        rates: A_log and dt_bias.
+        lineage: None: a chunk.
+
+    Returns:
+        outputs (1, N, H, Dv), and what the state's cache is extended by.
+    """
+    if lineage is None:
+        return stock(*rows, *rates, state, **options)
+    if not closed:
+
+        def step(i: int, before: mx.array) -> tuple[mx.array, mx.array]:
+            return stock(*(x[:, i : i + 1] for x in rows), *rates, before, **options)
+
+        return stepped(lineage, state, step)
+    q, k, v, a, b = (x[0] for x in rows)
+    beta = mx.sigmoid(b) * (2.0 if options.get("allow_neg_eigval") else 1.0)
+    gates = _log_gates(*rates, a, options.get("lower_bound"))
+    q, k = (mx.repeat(x, v.shape[1] // x.shape[1], axis=1) for x in (q, k))
+    out, tape = delta_rule(q, k, v, gates, beta, state, lineage.ancestors)
+    return out[None].astype(q.dtype), tape
+
+
+def _log_gates(A_log: mx.array, dt_bias: mx.array, a: mx.array, lower: float | None) -> mx.array:
+    """The logarithm of mlx_lm's gates: of what may be 0 none can be taken."""
+    if lower is not None:
+        rate = mx.exp(A_log.astype(mx.float32))
+        return lower * mx.sigmoid(rate * (a.astype(mx.float32) + dt_bias))
+    return -mx.exp(A_log.astype(mx.float32)) * nn.softplus(a + dt_bias).astype(mx.float32)
 
 
 def delta_rule(

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_redrafter.models.forms import Walk
 from mlx_redrafter.models.patches import (
     Patch,
     Place,
@@ -21,7 +22,7 @@ from mlx_redrafter.models.patches import (
     ssm,
     stepped,
 )  # fmt: skip
-from mlx_redrafter.models.running import Running, Walk
+from mlx_redrafter.models.running import Running
 
 
 class _Standing:
@@ -110,12 +111,13 @@ def mamba(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(self: Any, x: mx.array, A: mx.array, state: mx.array) -> Any:
         if any(held is state for _, held in run.read):
-            at[:] = [Walk(run, state) if run.tree else state, 0]
+            at[:] = [Walk(run.lineage, state) if run.lineage else state, 0]
         before = at[0].before() if run.tree else state
         y, after = stock(self, x, A, before)
         at[1] += 1
         if run.tree:
-            at[0].after(after)
+            if at[0].after(after):
+                run.state(at[0].start, at[0].states)
         elif at[1] == run.n:
             run.state(at[0], after)
         return y, after

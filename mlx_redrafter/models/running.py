@@ -20,7 +20,7 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_redrafter.cache.layer import LayerCache, Pass
-from mlx_redrafter.cache.recurrent import LastRows, State, TapedState, parents_of, windows_of
+from mlx_redrafter.cache.recurrent import LastRows, Lineage, State, TapedState
 from mlx_redrafter.cache.slabs import Slab
 
 Kinds = list[LayerCache | None]
@@ -59,20 +59,7 @@ class Running:
         self.hidden: mx.array | None = None
         self.outputs: dict[int, mx.array] = {}
         self.read: list[tuple[int, mx.array]] = []  # states that the module holds, by slot
-        self.walk: Walk | None = None
-        self._parents: mx.array | None = None
-
-    @property
-    def ancestors(self) -> mx.array:
-        assert self.caches.ancestors is not None
-        return self.caches.ancestors
-
-    @property
-    def parents(self) -> mx.array:
-        """(N,) int32, -1 for the root."""
-        if self._parents is None:
-            self._parents = parents_of(self.ancestors)
-        return self._parents
+        self.lineage = None if caches.ancestors is None else Lineage(caches.ancestors)
 
     def window(self, size: int) -> mx.array:
         """The mask (N, S) of a sliding window; 0: of none."""
@@ -82,7 +69,8 @@ class Running:
 
     def windows(self, rows: mx.array) -> mx.array:
         """Rows (K-1+N, C), the first K-1 of them old -> what a convolution reads (N, K, C)."""
-        return rows[windows_of(self.parents, rows.shape[0] - self.n)]
+        assert self.lineage is not None
+        return self.lineage.windows(rows)
 
     def slot_of(self, state: mx.array) -> int:
         """Whose state the module passes on."""
@@ -116,35 +104,6 @@ class Running:
         self.claim(
             self.slot_of(state), lambda kept: TapedState(kept.shape, kept.dtype, gates), rows
         )
-
-
-class Walk:
-    """The states of a tree's nodes, each made from its parent's.
-
-    Args:
-        start: (1, ...), before the root.
-    """
-
-    def __init__(self, run: Running, start: mx.array) -> None:
-        self.run, self.start, self.done = run, start, 0
-        self.pool: mx.array | None = None
-
-    def before(self) -> mx.array:
-        """The state that the next node goes on from."""
-        if self.done == 0:
-            return self.start
-        assert self.pool is not None
-        return mx.take(self.pool, self.run.parents[self.done : self.done + 1], axis=0)
-
-    def after(self, state: mx.array) -> None:
-        """What the node made of it."""
-        if self.pool is None:
-            self.pool = mx.broadcast_to(state, (self.run.n, *state.shape[1:]))
-        else:
-            self.pool = mx.slice_update(self.pool, state, mx.array([self.done]), (0,))
-        self.done += 1
-        if self.done == self.run.n:
-            self.run.state(self.start, self.pool)
 
 
 class KeysValues(KVCache):
