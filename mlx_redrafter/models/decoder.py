@@ -65,9 +65,9 @@ class Decoder(nn.Module):
         self._caches: list[LayerCache] = []
         self._slots: list[int] = []
         for one in layers:
-            own = one.kv_source is None
-            self._slots.append(len(self._caches) if own else self._slots[one.kv_source])
-            if own:
+            source = one.kv_source
+            self._slots.append(len(self._caches) if source is None else self._slots[source])
+            if source is None:
                 self._caches += [Slab(*one.kept)] if one.delta is None else delta.caches(one)
 
     @property
