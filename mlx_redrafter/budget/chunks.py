@@ -115,6 +115,8 @@ def _reading(target: Decoder, n: int, at: int) -> clock.Run:
     prompt = [0] * (at + n + 1)
     session = Session(prompt[:at])
     session.open(target.caches, capacity_for(len(prompt)), target.dtype)
+    session.stand = at  # where layers that cannot be cut go back to
+    session.mark()
 
     def once() -> None:
         read(target, prompt, session, n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from expert_cases import apart
 from mlx_lm import utils as mlx_lm_utils
 from tiny_models import Runner, assert_close, save
 
+from mlx_redrafter.budget import chunks
 from mlx_redrafter.cache import recurrent
 from mlx_redrafter.cache.recurrent import LastRows, State, TapedState
 from mlx_redrafter.cache.session import Session
@@ -181,3 +183,12 @@ def test_several_sequences_in_a_pass(target: Decoder) -> None:
 def test_prompts_are_read_densely(target: Any) -> None:
     with pytest.raises(OptionError, match="has recurrent layers: its prompts are read densely"):
         check_able(target.config)
+
+
+def test_a_chunk_is_timed_alone(target: Decoder) -> None:
+    """And not with all that is before it, where a state cannot be cut."""
+    once = chunks._reading(target, 8, 40)
+    for _ in range(2):
+        once()
+        session = inspect.getclosurevars(once).nonlocals["session"]
+        assert (len(session.tokens), session.stand) == (40, 40)
