@@ -221,9 +221,13 @@ class DecoderConfig:
         nothing."""
         if self.latent is not None:
             return "latent attention"
-        if self.delta is not None:
-            return "recurrent layers"
         return "attention sinks" if self.sinks else ""
+
+    @property
+    def not_attention(self) -> str:
+        """What some of its layers are besides attention that can be told where to look; else
+        nothing."""
+        return "recurrent layers" if self.delta is not None else self.own_attention
 
     @property
     def widest_row(self) -> int:

@@ -7,7 +7,6 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
@@ -20,6 +19,7 @@ from conftest import RANKS, SHAPES, Oracle, engine_of, plainly, prompt_of, run
 from delta_cases import DELTA_CASES, published
 from expert_cases import apart
 from mlx_lm import utils as mlx_lm_utils
+from prefill_cases import SMALL, read_by
 from tiny_models import Runner, assert_close, save
 
 from mlx_redrafter.budget import chunks
@@ -31,6 +31,7 @@ from mlx_redrafter.errors import ModelError, OptionError
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.models.batched import BatchedTarget, Request
 from mlx_redrafter.models.weights import parameters
+from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.sparse import check_able
 from mlx_redrafter.stats import DraftStats
 
@@ -180,8 +181,17 @@ def test_several_sequences_in_a_pass(target: Decoder) -> None:
         assert np.allclose(ours, answer.features, atol=2e-3)
 
 
-def test_prompts_are_read_densely(target: Any) -> None:
-    with pytest.raises(OptionError, match="has recurrent layers: its prompts are read densely"):
+def test_attention_layers_read_a_prompt_sparsely(target: Decoder) -> None:
+    """With every key as densely, with fewer not; the recurrent layers read all of it."""
+    prompt = prompt_of(7 * 16 + 1)  # the last token too
+    expected, _, _ = read_by(target, prompt)
+    for local, same in ((512, True), (16, False)):
+        options = SparsePrefill("a_shape", **{**SMALL, "local": local})
+        hidden, session, stats = read_by(target, prompt, options)
+        assert stats is not None and stats.sparse_layers == stats.sparse_chunks == 2
+        assert bool(mx.abs(hidden - expected).max().item() < 1e-4) == same
+        assert session.stand == len(prompt) - 1
+    with pytest.raises(OptionError, match="has recurrent layers"):
         check_able(target.config)
 
 

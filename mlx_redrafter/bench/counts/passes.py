@@ -5,6 +5,7 @@ From shapes alone: bytes are those of the sizes themselves, dispatches are count
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -15,29 +16,39 @@ from mlx_redrafter.terminal import tables
 from mlx_redrafter.tree.shape import TreeShape
 
 _MB = 1e6
+_LAYERS = 4  # of a thin model: after so many all begin again
 
 
 def passes(tree: TreeShape, context: int) -> dict[str, dict[str, Any]]:
     """By base and number of nodes: dispatches of the verify pass, of the head and of moving what
     was accepted, and bytes; of weights the fewest and the most, which only experts tell apart."""
+    shapes = (TreeShape.plain(), tree)
     found: dict[str, dict[str, Any]] = {}
     for name, config in kinds.BASES.items():
-        thin, target = kinds.thin(config), kinds.base_of(config)
-        drafter = kinds.usual(thin)
-        kinds.evaluated(drafter)
+        target = kinds.base_of(config)
+        less, more = (_counted(config, shapes, n) for n in (_LAYERS, 2 * _LAYERS))
+        further = target.config.num_layers / _LAYERS - 1
         found[name] = {}
-        for shape in (TreeShape.plain(), tree):
-            counts = parts.count(thin, [Lookup(), drafter.bind(thin)], shape)
+        for i, shape in enumerate(shapes):
             least, most = (
                 sizes.read(target, None, shape, context, alike) for alike in (True, False)
             )
             found[name][str(shape.nodes)] = {
-                "dispatches": sum(counts.parts.get(part, (0, 0))[1] for part in parts.VERIFY),
-                "unknown_kinds": sorted(counts.unknown),
+                "dispatches": round(less[i] + further * (more[i] - less[i])),
                 "weight_bytes": [least.target, most.target],
                 "kept_bytes": least.kv,
             }
     return found
+
+
+def _counted(config: Mapping[str, Any], shapes: tuple[TreeShape, ...], layers: int) -> list[int]:
+    """Dispatches of the passes of a model with so many layers."""
+    thin = kinds.thin({**config, "num_hidden_layers": layers, "vocab_size": 4096})
+    drafter = kinds.usual(thin)
+    kinds.evaluated(drafter)
+    drafters = [Lookup(), drafter.bind(thin)]
+    counts = [parts.count(thin, drafters, shape) for shape in shapes]
+    return [sum(one.parts.get(part, (0, 0))[1] for part in parts.VERIFY) for one in counts]
 
 
 def table(found: dict[str, dict[str, Any]]) -> Table:

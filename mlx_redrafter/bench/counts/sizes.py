@@ -88,8 +88,8 @@ def _sum(drafter: nn.Module, pattern: str) -> int:
 
 
 def _of_target(target: Decoder, nodes: int, alike: bool = False) -> int:
-    """Of experts as many as rows choose, all the same or all others; of tables only rows, but a tied one
-    is read as the output head too."""
+    """Of experts as many as rows choose, all the same or all others; of tables only rows, but a
+    tied one is read as the output head too."""
     total, experts = 0, target.config.experts
     for name, value in parameters(target).items():
         if ".switch_mlp." in name and experts is not None:
