@@ -15,7 +15,7 @@ from mlx_redrafter.cache.layer import Pass
 
 Tape = tuple[mx.array, mx.array, mx.array]
 """What N nodes do to a state of H heads: log gates summed along the path (H, N, 1 or Dk), keys
-(H, N, Dk) and what is added along them (H, N, Dv)."""
+(Hk, N, Dk), each of as many heads as there are for one, and what is added along them (H, N, Dv)."""
 
 
 def parents_of(ancestors: mx.array) -> mx.array:
@@ -109,14 +109,20 @@ class TapedState(State):
 
     Args:
         gates: of a head; 1, or Dk.
+        sharing: heads that have one key.
     """
 
     gates: int = 1
+    sharing: int = 1
 
     def nothing(self, kept: mx.array, nodes: int) -> Tape:
-        heads, values, keys = kept.shape[1:]
-        sizes = (self.gates, keys, values)
-        total, key, delta = (mx.zeros((heads, nodes, size), mx.float32) for size in sizes)
+        heads, values, size = kept.shape[1:]
+        total, key, delta = (
+            mx.zeros((count, nodes, width), mx.float32)
+            for count, width in (
+                (heads, self.gates), (heads // self.sharing, size), (heads, values)
+            )
+        )  # fmt: skip
         return total, key, delta
 
     def commit(  # type: ignore[override]
@@ -124,10 +130,18 @@ class TapedState(State):
     ) -> mx.array:
         accepted, last = _accepted(slots, position)
         total, keys, delta = pending
-        end = mx.take(total, last, axis=1)  # (H, 1, 1 or Dk)
-        weight = mx.exp(mx.minimum(end - total, 0)) * accepted[None, :, None]
-        state = mx.exp(end) * kept[0].astype(mx.float32) + delta.swapaxes(1, 2) @ (keys * weight)
-        return mx.where(mx.any(accepted), state[None].astype(kept.dtype), kept)
+        count, n = keys.shape[:2]
+        grouped = (count, self.sharing)
+        total, delta = (x.reshape(*grouped, n, -1) for x in (total, delta))
+        state = kept.astype(mx.float32).reshape(*grouped, *kept.shape[2:])
+        if n == 1:
+            after = mx.exp(total) * state + delta.swapaxes(2, 3) * keys[:, None]
+        else:
+            end = mx.take(total, last, axis=2)  # (Hk, R, 1, 1 or Dk)
+            weight = mx.exp(mx.minimum(end - total, 0)) * accepted[:, None]
+            after = mx.exp(end) * state + delta.swapaxes(2, 3) @ (keys[:, None] * weight)
+        after = mx.where(mx.any(accepted), after, state)
+        return after.reshape(kept.shape).astype(kept.dtype)
 
     def extend(  # type: ignore[override]
         self, kept: mx.array, rows: mx.array | Tape, to: Pass
@@ -145,15 +159,16 @@ class LastRows(State):
     def commit(
         self, kept: mx.array, pending: mx.array, slots: mx.array, position: mx.array
     ) -> mx.array:
-        """pending (1, N', C): the accepted rows move in, in the order of their slots."""
+        """pending (1, K-1+N', C), behind the old rows: the accepted ones move in, in the order of
+        their slots."""
         accepted, _ = _accepted(slots, position)
-        ordered = mx.take(pending, mx.argsort(slots), axis=1)
-        count = mx.sum(accepted).astype(mx.int32)
-        rows = mx.arange(kept.shape[1], dtype=mx.int32) + count
-        return mx.take(mx.concatenate([kept, ordered], axis=1), rows, axis=1)
+        stored = kept.shape[1]
+        order = mx.concatenate([mx.arange(stored), stored + mx.argsort(slots)])
+        rows = mx.arange(stored, dtype=mx.int32) + mx.sum(accepted).astype(mx.int32)
+        return mx.take(pending, mx.take(order, rows), axis=1)
 
     def nothing(self, kept: mx.array, nodes: int) -> mx.array:
-        return mx.zeros((1, nodes, kept.shape[2]), kept.dtype)
+        return mx.pad(kept, [(0, 0), (0, nodes), (0, 0)])
 
     def extend(  # type: ignore[override]
         self, kept: mx.array, rows: mx.array, to: Pass
@@ -162,7 +177,7 @@ class LastRows(State):
         every = mx.concatenate([kept, rows.astype(kept.dtype)], axis=1)
         if to.ancestors is None:
             return every[:, -kept.shape[1] :], (), every
-        return kept, rows.astype(kept.dtype), every
+        return kept, every, every
 
 
 def _accepted(slots: mx.array, position: mx.array) -> tuple[mx.array, mx.array]:

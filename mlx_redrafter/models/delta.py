@@ -35,8 +35,10 @@ def caches(config: DecoderConfig) -> list[LayerCache]:
     delta = config.delta
     assert delta is not None, "a recurrent layer has a configuration"
     shape = (1, delta.value_heads, delta.value_size, delta.key_size)
-    kind = TapedState if _closed(config) else State
-    return [LastRows((1, delta.kernel - 1, delta.channels), None), kind(shape, mx.float32)]
+    state = State(shape, mx.float32)
+    if _closed(config):
+        state = TapedState(shape, mx.float32, sharing=delta.value_heads // delta.key_heads)
+    return [LastRows((1, delta.kernel - 1, delta.channels), None), state]
 
 
 def _closed(config: DecoderConfig) -> bool:
@@ -89,29 +91,35 @@ class DeltaNet(nn.Module):
         if several > 1:  # a row that sees nothing is padding
             seen = mx.any(run.mask, axis=-1).reshape(several, n)
             mixed = mx.where(seen[..., None], mixed, 0)
-        every = memory.write(ROWS, mixed)  # (B, K-1+n, C)
-        if memory.lineage is None:
+        every, lineage = memory.write(ROWS, mixed), memory.lineage  # (B, K-1+n, C)
+        if lineage is None:
             rows = [every[:, i : i + n] for i in range(delta.kernel)]
         else:
-            windows = memory.lineage.windows(every[0])  # (N, K, C)
-            rows = [windows[None, :, i] for i in range(delta.kernel)]
-        q, k, v = self._heads(_convolved()(self.taps, *rows))
-        out, left = forms.gated_delta(
-            gated_delta_update, (q, k, v, a, b), (self.A_log, self.dt_bias), state,
-            memory.lineage, self._closed, mask=seen,
-        )  # fmt: skip
+            windows = lineage.windows(every.squeeze(0))  # (N, K, C)
+            rows = [x.squeeze(1)[None] for x in mx.split(windows, delta.kernel, axis=1)]
+        qk, v = self._heads(_convolved()(self.taps, *rows))
+        rates, scale = (self.A_log, self.dt_bias), delta.key_size**-0.5
+        if lineage is not None and self._closed:
+            inputs = (x.squeeze(0) for x in (qk, v, a, b))
+            out, left = forms.closed_delta(*inputs, rates, state, lineage.ancestors, scale)
+            out = out[None].astype(x.dtype)
+        else:
+            q, k = (part.squeeze(2) for part in mx.split(qk, 2, axis=2))
+            values = (scale**2 * q, scale * k, v, a, b)
+            out, left = forms.gated_delta(
+                gated_delta_update, values, rates, state, lineage, self._closed, mask=seen
+            )
         memory.write(STATE, left)
         out = precise_swiglu(out, gate.reshape(out.shape), self.norm(out))
         return self.out_proj(out.reshape(x.shape[0], -1))
 
-    def _heads(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """x (B, n, C) -> normed queries and keys (B, n, Hk, Dk), and values (B, n, Hv, Dv)."""
-        delta, scale = self._delta, self._delta.key_size**-0.5
+    def _heads(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """x (B, n, C) -> normed queries and keys (B, n, 2, Hk, Dk), and values (B, n, Hv, Dv)."""
+        delta = self._delta
         qk, v = mx.split(x, [2 * delta.keys], axis=-1)
-        qk = qk.reshape(*x.shape[:2], 2 * delta.key_heads, delta.key_size)
-        q, k = mx.split(mx.fast.rms_norm(qk, None, _EPS * scale**2), 2, axis=2)
+        qk = qk.reshape(*x.shape[:2], 2, delta.key_heads, delta.key_size)
         v = v.reshape(*x.shape[:2], delta.value_heads, delta.value_size)
-        return scale**2 * q, scale * k, v
+        return mx.fast.rms_norm(qk, None, _EPS / delta.key_size), v
 
 
 @functools.cache
@@ -123,7 +131,7 @@ def _convolved() -> Callable[..., mx.array]:
 
     def convolved(taps: mx.array, *rows: mx.array) -> mx.array:
         """taps (K, C), K rows (B, n, C), a token's own last -> (B, n, C)."""
-        terms = (row.astype(mx.float32) * taps[i] for i, row in enumerate(rows))
+        terms = (row.astype(mx.float32) * taps[i : i + 1] for i, row in enumerate(rows))
         return nn.silu(functools.reduce(mx.add, terms).astype(rows[0].dtype))
 
     return mx.compile(convolved)

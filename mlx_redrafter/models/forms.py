@@ -91,12 +91,35 @@ def gated_delta(
             return stock(*(x[:, i : i + 1] for x in rows), *rates, before, **options)
 
         return stepped(lineage, state, step)
-    q, k, v, a, b = (x[0] for x in rows)
+    q, k, *others = (x.squeeze(0) for x in rows)
+    out, tape = closed_delta(
+        mx.stack([q, k], axis=1), *others, rates, state, lineage.ancestors, **options
+    )
+    return out[None].astype(q.dtype), tape
+
+
+def closed_delta(
+    qk: mx.array,
+    v: mx.array,
+    a: mx.array,
+    b: mx.array,
+    rates: tuple[mx.array, mx.array],
+    state: mx.array,
+    ancestors: mx.array,
+    scale: float = 1.0,
+    **options: Any,
+) -> tuple[mx.array, Tape]:
+    """Queries and keys as one, qk (N, 2, Hk, Dk), and the others as mlx_lm has them, (N, ...).
+
+    Args:
+        scale: queries are still to be multiplied by its square, and keys by it.
+    """
     beta = mx.sigmoid(b) * (2.0 if options.get("allow_neg_eigval") else 1.0)
     gates = _log_gates(*rates, a, options.get("lower_bound"))
-    q, k = (mx.repeat(x, v.shape[1] // x.shape[1], axis=1) for x in (q, k))
-    out, tape = delta_rule(q, k, v, gates, beta, state, lineage.ancestors)
-    return out[None].astype(q.dtype), tape
+    scales = mx.array([scale**2, scale])[:, None, None]
+    # (Hk, 2, N, Dk): in this order by the same kernel.
+    qk = qk.transpose(2, 1, 0, 3).astype(mx.float32) * scales
+    return delta_rule(qk, v, gates, beta, state, ancestors)
 
 
 def _log_gates(A_log: mx.array, dt_bias: mx.array, a: mx.array, lower: float | None) -> mx.array:
@@ -108,28 +131,55 @@ def _log_gates(A_log: mx.array, dt_bias: mx.array, a: mx.array, lower: float | N
 
 
 def delta_rule(
-    q: mx.array,
-    k: mx.array,
+    qk: mx.array,
     v: mx.array,
     gates: mx.array,
     beta: mx.array,
     state: mx.array,
     ancestors: mx.array,
 ) -> tuple[mx.array, Tape]:
-    """q, k (N, H, Dk), v (N, H, Dv), gates (N, H) or (N, H, Dk) as logarithms, beta (N, H), state
-    (1, H, Dv, Dk), ancestors (N, N) -> outputs (N, H, Dv), tape."""
-    q, k, v = (x.astype(mx.float32).transpose(1, 0, 2) for x in (q, k, v))
+    """qk (Hk, 2, N, Dk), v (N, H, Dv), gates (N, H) or (N, H, Dk) as logarithms, beta (N, H), state
+    (1, H, Dv, Dk), ancestors (N, N) -> outputs (N, H, Dv), tape.
+
+    As few kernels as there can be: a state is multiplied by queries and keys at once.
+    """
+    groups, _, n, size = qk.shape
+    each, width = v.shape[1] // groups, v.shape[2]
+
+    def by_group(x: mx.array) -> mx.array:
+        """(N, H, *) -> (Hk, R, N, *)"""
+        return x.astype(mx.float32).reshape(n, groups, each, -1).transpose(1, 2, 0, 3)
+
     gates = gates.astype(mx.float32)
-    gates = (gates if gates.ndim == 3 else gates[..., None]).transpose(1, 0, 2)
-    total = ancestors.astype(mx.float32) @ gates  # (H, N, 1 or Dk)
-    kk, qk = _decayed(k, k, total, ancestors), _decayed(q, k, total, ancestors)
-    weight = beta.astype(mx.float32).T[..., None]
-    n = ancestors.shape[0]
-    above = weight * kk * (1 - mx.eye(n))
-    before = state[0].astype(mx.float32).swapaxes(1, 2)  # (H, Dk, Dv)
-    delta = _solve(above, weight * (v - (mx.exp(total) * k) @ before))
-    out = (mx.exp(total) * q) @ before + qk @ delta
-    return out.transpose(1, 0, 2), (total, k, delta)
+    if n > 1:
+        gates = ancestors.astype(mx.float32) @ gates.reshape(n, -1)
+    total = by_group(gates)  # along every path, (Hk, R, N, 1 or Dk)
+    grown, weight, v = mx.exp(total), by_group(beta), by_group(v)
+    before = state.squeeze(0).astype(mx.float32).reshape(groups, each, width, size)
+    before = before.swapaxes(2, 3)
+    if total.shape[-1] == 1:
+        rows = qk.reshape(groups, 1, 2 * n, size)
+        read = rows @ before  # (Hk, R, 2N, Dv)
+        products = rows @ rows[:, :, n:].swapaxes(2, 3)  # (Hk, 1, 2N, N)
+        of_queries, of_keys = (grown * part for part in mx.split(read, 2, axis=2))
+        decay = _decay(total, ancestors)[..., 0] if n > 1 else mx.array(1.0)
+        qs, ks = (decay * part for part in mx.split(products, 2, axis=2))
+    else:
+        both = qk[:, None] * grown[:, :, None]  # (Hk, R, 2, N, Dk)
+        read = both.reshape(groups, each, 2 * n, size) @ before
+        of_queries, of_keys = mx.split(read, 2, axis=2)
+        q, k = (part for part in mx.split(qk, 2, axis=1))  # (Hk, 1, N, Dk)
+        decay = _decay(total, ancestors)
+        qs, ks = (mx.sum(x[:, :, :, None] * k[:, :, None] * decay, axis=-1) for x in (q, k))
+    delta = weight * (v - of_keys)
+    if n == 1:
+        out = of_queries + qs * delta
+    else:
+        delta = _solve(weight * ks * (1 - mx.eye(n)), delta)
+        out = mx.addmm(of_queries, qs, delta)
+    keys = mx.split(qk, 2, axis=1)[1].squeeze(1)
+    tape = total.reshape(-1, n, total.shape[-1]), keys, delta.reshape(-1, n, width)
+    return out.transpose(2, 0, 1, 3).reshape(n, -1, width), tape
 
 
 def mamba2(
@@ -148,25 +198,27 @@ def mamba2(
     total = ancestors.astype(mx.float32) @ (steps * rates).T[..., None]  # (H, N, 1)
     added = (steps[..., None] * x.astype(mx.float32)).transpose(1, 0, 2)  # (H, N, Dh)
     out = _decayed(c, b, total, ancestors) @ added
-    out = out + mx.exp(total) * (c @ state[0].astype(mx.float32).swapaxes(1, 2))
+    out = out + mx.exp(total) * (c @ state.squeeze(0).astype(mx.float32).swapaxes(1, 2))
     return out.transpose(1, 0, 2), (total, b, added)
 
 
 def _decayed(q: mx.array, k: mx.array, total: mx.array, ancestors: mx.array) -> mx.array:
     """Products (H, N, N) of every node with its ancestors, decayed along the way."""
-    below = mx.where(
-        ancestors[None, :, :, None], total[:, :, None] - total[:, None], mx.array(-mx.inf)
-    )
-    decay = mx.exp(below)  # (H, N, N, 1 or Dk)
-    if decay.shape[-1] == 1:
-        return decay[..., 0] * (q @ k.swapaxes(1, 2))
-    return mx.sum(q[:, :, None] * k[:, None] * decay, axis=-1)
+    return _decay(total, ancestors)[..., 0] * (q @ k.swapaxes(1, 2))
+
+
+def _decay(total: mx.array, ancestors: mx.array) -> mx.array:
+    """total (..., N, G) -> what is left of every ancestor at a node, (..., N, N, G)."""
+    below = total[..., :, None, :] - total[..., None, :, :]
+    return mx.exp(mx.where(ancestors[:, :, None], below, mx.array(-mx.inf)))
 
 
 def _solve(above: mx.array, right: mx.array) -> mx.array:
-    """(1 + above)^-1 right, where above (H, N, N) is nilpotent: (1 - A)(1 + A^2)(1 + A^4)..."""
+    """(1 + above)^-1 right, where above (..., N, N) is nilpotent: (1 - A)(1 + A^2)(1 + A^4)..."""
     reach, power = 1, -above
-    while reach < above.shape[-1]:
-        right = right + power @ right
-        power, reach = power @ power, 2 * reach
-    return right
+    while True:
+        right = mx.addmm(right, power, right)
+        reach *= 2
+        if reach >= above.shape[-1]:
+            return right
+        power = power @ power

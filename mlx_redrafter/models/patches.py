@@ -134,7 +134,8 @@ def gated_delta(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
             stock, (q, k, v, a, b), (A_log, dt_bias), state, run.lineage, run.closed, **options
         )
         if run.closed:
-            run.taped(state, left, a.shape[-1] if a.ndim == 4 else 1)
+            gates = a.shape[-1] if a.ndim == 4 else 1
+            run.taped(state, left, gates, v.shape[2] // k.shape[2])
         else:
             run.state(state, cast(mx.array, left))
         return out, state

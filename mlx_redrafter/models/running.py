@@ -99,10 +99,12 @@ class Running:
         """after: the states after N nodes (N, ...), or the one after a chunk of a prompt."""
         self.claim(self.slot_of(state), lambda kept: State(kept.shape, kept.dtype), after)
 
-    def taped(self, state: mx.array, rows: Any, gates: int) -> None:
-        """rows: a tape, or the state after a chunk of a prompt."""
+    def taped(self, state: mx.array, rows: Any, gates: int, sharing: int = 1) -> None:
+        """rows: a tape, or the state after a chunk of a prompt; the others: see `TapedState`."""
         self.claim(
-            self.slot_of(state), lambda kept: TapedState(kept.shape, kept.dtype, gates), rows
+            self.slot_of(state),
+            lambda kept: TapedState(kept.shape, kept.dtype, gates, sharing),
+            rows,
         )
 
 
