@@ -7,7 +7,6 @@ waits, and the next pass takes in those that were accepted.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import mlx.core as mx
 
@@ -16,48 +15,6 @@ from mlx_redrafter.cache.layer import Pass
 Tape = tuple[mx.array, mx.array, mx.array]
 """What N nodes do to a state of H heads: log gates summed along the path (H, N, 1 or Dk), keys
 (Hk, N, Dk), each of as many heads as there are for one, and what is added along them (H, N, Dv)."""
-
-
-def parents_of(ancestors: mx.array) -> mx.array:
-    """ancestors (N, N) -> (N,) int32, the node that every node goes on from, -1 for the root."""
-    above = ancestors & ~mx.eye(ancestors.shape[0], dtype=mx.bool_)
-    depths = mx.sum(ancestors, axis=-1).astype(mx.int32)
-    nearest = mx.argmax(mx.where(above, depths, mx.array(-1, mx.int32)), axis=-1)
-    return mx.where(mx.any(above, axis=-1), nearest.astype(mx.int32), mx.array(-1, mx.int32))
-
-
-def windows_of(parents: mx.array, stored: int) -> mx.array:
-    """The rows that a convolution over stored + 1 of them reads for every node, among ``stored``
-    old rows and N new ones: (N, stored + 1) int32, a node's own last."""
-    n = parents.shape[0]
-    before = mx.arange(-1, stored - 1, dtype=mx.int32)  # of an old row: the one before it
-    up = mx.concatenate([before, parents + stored])  # -1 + stored: the last old row
-    rows = [mx.arange(stored, stored + n, dtype=mx.int32)]
-    for _ in range(stored):
-        rows.append(mx.take(up, rows[-1]))
-    return mx.stack(rows[::-1], axis=1)
-
-
-class Lineage:
-    """Whom the N nodes of a tree go on from, worked out once for all layers of a pass."""
-
-    def __init__(self, ancestors: mx.array) -> None:
-        self.ancestors, self.n = ancestors, ancestors.shape[0]
-        self._windows: dict[int, mx.array] = {}
-
-    @cached_property
-    def parents(self) -> mx.array:
-        """(N,) int32, -1 for the root."""
-        return parents_of(self.ancestors)
-
-    def windows(self, rows: mx.array) -> mx.array:
-        """Rows (K-1+N, C), the first K-1 of them old -> what a convolution reads (N, K, C)."""
-        if self.n == 1:
-            return rows[None]
-        stored = rows.shape[0] - self.n
-        if stored not in self._windows:
-            self._windows[stored] = windows_of(self.parents, stored)
-        return rows[self._windows[stored]]
 
 
 @dataclass(frozen=True)
@@ -92,7 +49,8 @@ class State:
     ) -> mx.array:
         """pending (N', ...): the state is that after the last accepted node."""
         accepted, last = _accepted(slots, position)
-        return mx.where(mx.any(accepted), mx.take(pending, last, axis=0), kept)
+        after = pending if len(pending) == 1 else mx.take(pending, last, axis=0)
+        return mx.where(mx.any(accepted), after, kept)
 
     def extend(
         self, kept: mx.array, rows: mx.array, to: Pass
@@ -156,28 +114,16 @@ class TapedState(State):
 class LastRows(State):
     """The last rows of a sequence, as a short convolution reads them: (1, K-1, C)."""
 
-    def commit(
-        self, kept: mx.array, pending: mx.array, slots: mx.array, position: mx.array
-    ) -> mx.array:
-        """pending (1, K-1+N', C), behind the old rows: the accepted ones move in, in the order of
-        their slots."""
-        accepted, _ = _accepted(slots, position)
-        stored = kept.shape[1]
-        order = mx.concatenate([mx.arange(stored), stored + mx.argsort(slots)])
-        rows = mx.arange(stored, dtype=mx.int32) + mx.sum(accepted).astype(mx.int32)
-        return mx.take(pending, mx.take(order, rows), axis=1)
-
-    def nothing(self, kept: mx.array, nodes: int) -> mx.array:
-        return mx.pad(kept, [(0, 0), (0, nodes), (0, 0)])
-
     def extend(  # type: ignore[override]
         self, kept: mx.array, rows: mx.array, to: Pass
     ) -> tuple[mx.array, mx.array | tuple[()], mx.array]:
-        """rows (1, N, C); what is read: the kept rows and these, (1, K-1+N, C)."""
+        """rows (1, N, C); what is read: for every node of a tree its own last rows (N, K, C), of a
+        chunk the kept rows and these (1, K-1+N, C)."""
         every = mx.concatenate([kept, rows.astype(kept.dtype)], axis=1)
-        if to.ancestors is None:
+        if to.lineage is None:
             return every[:, -kept.shape[1] :], (), every
-        return kept, every, every
+        windows = to.lineage.windows(every.squeeze(0))
+        return kept, windows[:, 1:], windows
 
 
 def _accepted(slots: mx.array, position: mx.array) -> tuple[mx.array, mx.array]:

@@ -10,7 +10,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_redrafter.cache.layer import LayerCache, Pass
-from mlx_redrafter.cache.recurrent import Lineage
 from mlx_redrafter.cache.slabs import Slab
 
 from . import delta
@@ -107,14 +106,13 @@ class Decoder(nn.Module):
         rotations = [rope.prepare(positions, x.dtype) for rope in self._ropes]
         masks = self._masks(mask, positions, key_positions)
         growth = self._growth(positions, x.dtype)
-        lineage = None if caches.ancestors is None else Lineage(caches.ancestors)
         inner = self.model.get("layer_inputs")
         given = None if inner is None else inner(tokens, x)
         slabs: dict[int, Any] = {}
         outputs = []
         for index, block in enumerate(self.model.layers):
             run = LayerPass(
-                Memory(caches, self._caches, self._slots[index], lineage),
+                Memory(caches, self._caches, self._slots[index]),
                 masks[self.config.layer_windows[index]],
                 self._rotate(self.config.layer_ropes[index], rotations),
                 functools.partial(self._write, slabs, caches, index),

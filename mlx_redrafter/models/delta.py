@@ -91,17 +91,16 @@ class DeltaNet(nn.Module):
         if several > 1:  # a row that sees nothing is padding
             seen = mx.any(run.mask, axis=-1).reshape(several, n)
             mixed = mx.where(seen[..., None], mixed, 0)
-        every, lineage = memory.write(ROWS, mixed), memory.lineage  # (B, K-1+n, C)
-        if lineage is None:
-            rows = [every[:, i : i + n] for i in range(delta.kernel)]
-        else:
-            windows = lineage.windows(every.squeeze(0))  # (N, K, C)
-            rows = [x.squeeze(1)[None] for x in mx.split(windows, delta.kernel, axis=1)]
+        read, lineage = memory.write(ROWS, mixed), memory.lineage
+        if lineage is None:  # (B, K-1+n, C)
+            rows = [read[:, i : i + n] for i in range(delta.kernel)]
+        else:  # (N, K, C)
+            rows = [x.transpose(1, 0, 2) for x in mx.split(read, delta.kernel, axis=1)]
         qk, v = self._heads(_convolved()(self.taps, *rows))
         rates, scale = (self.A_log, self.dt_bias), delta.key_size**-0.5
         if lineage is not None and self._closed:
             inputs = (x.squeeze(0) for x in (qk, v, a, b))
-            out, left = forms.closed_delta(*inputs, rates, state, lineage.ancestors, scale)
+            out, left = forms.closed_delta(*inputs, rates, state, lineage, scale)
             out = out[None].astype(x.dtype)
         else:
             q, k = (part.squeeze(2) for part in mx.split(qk, 2, axis=2))

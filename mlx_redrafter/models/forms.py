@@ -17,7 +17,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_redrafter.cache.recurrent import Lineage, Tape
+from mlx_redrafter.cache.lineage import Lineage
+from mlx_redrafter.cache.recurrent import Tape
 
 
 class Walk:
@@ -92,9 +93,7 @@ def gated_delta(
 
         return stepped(lineage, state, step)
     q, k, *others = (x.squeeze(0) for x in rows)
-    out, tape = closed_delta(
-        mx.stack([q, k], axis=1), *others, rates, state, lineage.ancestors, **options
-    )
+    out, tape = closed_delta(mx.stack([q, k], axis=1), *others, rates, state, lineage, **options)
     return out[None].astype(q.dtype), tape
 
 
@@ -105,7 +104,7 @@ def closed_delta(
     b: mx.array,
     rates: tuple[mx.array, mx.array],
     state: mx.array,
-    ancestors: mx.array,
+    lineage: Lineage,
     scale: float = 1.0,
     **options: Any,
 ) -> tuple[mx.array, Tape]:
@@ -119,7 +118,7 @@ def closed_delta(
     scales = mx.array([scale**2, scale])[:, None, None]
     # (Hk, 2, N, Dk): in this order by the same kernel.
     qk = qk.transpose(2, 1, 0, 3).astype(mx.float32) * scales
-    return delta_rule(qk, v, gates, beta, state, ancestors)
+    return delta_rule(qk, v, gates, beta, state, lineage)
 
 
 def _log_gates(A_log: mx.array, dt_bias: mx.array, a: mx.array, lower: float | None) -> mx.array:
@@ -136,10 +135,10 @@ def delta_rule(
     gates: mx.array,
     beta: mx.array,
     state: mx.array,
-    ancestors: mx.array,
+    lineage: Lineage,
 ) -> tuple[mx.array, Tape]:
     """qk (Hk, 2, N, Dk), v (N, H, Dv), gates (N, H) or (N, H, Dk) as logarithms, beta (N, H), state
-    (1, H, Dv, Dk), ancestors (N, N) -> outputs (N, H, Dv), tape.
+    (1, H, Dv, Dk) -> outputs (N, H, Dv), tape.
 
     As few kernels as there can be: a state is multiplied by queries and keys at once.
     """
@@ -148,11 +147,10 @@ def delta_rule(
 
     def by_group(x: mx.array) -> mx.array:
         """(N, H, *) -> (Hk, R, N, *)"""
-        return x.astype(mx.float32).reshape(n, groups, each, -1).transpose(1, 2, 0, 3)
+        return x.reshape(n, groups, each, -1).transpose(1, 2, 0, 3).astype(mx.float32)
 
-    gates = gates.astype(mx.float32)
     if n > 1:
-        gates = ancestors.astype(mx.float32) @ gates.reshape(n, -1)
+        gates = lineage.ancestors.astype(mx.float32) @ gates.reshape(n, -1)
     total = by_group(gates)  # along every path, (Hk, R, N, 1 or Dk)
     grown, weight, v = mx.exp(total), by_group(beta), by_group(v)
     before = state.squeeze(0).astype(mx.float32).reshape(groups, each, width, size)
@@ -162,20 +160,20 @@ def delta_rule(
         read = rows @ before  # (Hk, R, 2N, Dv)
         products = rows @ rows[:, :, n:].swapaxes(2, 3)  # (Hk, 1, 2N, N)
         of_queries, of_keys = (grown * part for part in mx.split(read, 2, axis=2))
-        decay = _decay(total, ancestors)[..., 0] if n > 1 else mx.array(1.0)
+        decay = _decay(total, lineage.ancestors)[..., 0] if n > 1 else mx.array(1.0)
         qs, ks = (decay * part for part in mx.split(products, 2, axis=2))
     else:
         both = qk[:, None] * grown[:, :, None]  # (Hk, R, 2, N, Dk)
         read = both.reshape(groups, each, 2 * n, size) @ before
         of_queries, of_keys = mx.split(read, 2, axis=2)
         q, k = (part for part in mx.split(qk, 2, axis=1))  # (Hk, 1, N, Dk)
-        decay = _decay(total, ancestors)
+        decay = _decay(total, lineage.ancestors)
         qs, ks = (mx.sum(x[:, :, :, None] * k[:, :, None] * decay, axis=-1) for x in (q, k))
     delta = weight * (v - of_keys)
     if n == 1:
         out = of_queries + qs * delta
     else:
-        delta = _solve(weight * ks * (1 - mx.eye(n)), delta)
+        delta = _solve(mx.where(lineage.above, weight * ks, mx.array(0.0)), delta)
         out = mx.addmm(of_queries, qs, delta)
     keys = mx.split(qk, 2, axis=1)[1].squeeze(1)
     tape = total.reshape(-1, n, total.shape[-1]), keys, delta.reshape(-1, n, width)

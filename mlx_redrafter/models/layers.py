@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx_lm.models.activations import swiglu, swiglu_oai
 
 from mlx_redrafter.cache.layer import Kept, LayerCache, Pass
-from mlx_redrafter.cache.recurrent import Lineage
+from mlx_redrafter.cache.lineage import Lineage
 
 from .attention import Attend, attend
 from .config import DecoderConfig
@@ -22,12 +22,16 @@ Rotate = Callable[[mx.array, int], mx.array]
 
 
 class Memory(NamedTuple):
-    """What one layer remembers, by slot, while a pass is run; lineage: None where it is a chunk."""
+    """What one layer remembers, by slot, while a pass is run."""
 
     caches: Pass
     kinds: Sequence[LayerCache]
     first: int
-    lineage: Lineage | None
+
+    @property
+    def lineage(self) -> Lineage | None:
+        """Whom the nodes go on from; None: a chunk of a prompt."""
+        return self.caches.lineage
 
     def read(self, slot: int) -> Kept:
         """As it is before this pass."""

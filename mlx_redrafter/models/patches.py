@@ -115,10 +115,8 @@ def conv1d(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
         if self.padding or kept != self.weight.shape[1] - 1 or x.shape[0] != 1 or not kept:
             return stock(self, x)
         slot = run.slot_of_rows(kept, x.shape[2])
-        every = run.last_rows(slot, x[:, kept:])
-        if not run.tree:
-            return stock(self, every)
-        return stock(self, run.windows(every[0]))[:, 0][None]
+        out = stock(self, run.last_rows(slot, x[:, kept:]))
+        return out.transpose(1, 0, 2) if run.tree else out
 
     return call
 

@@ -20,7 +20,7 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_redrafter.cache.layer import LayerCache, Pass
-from mlx_redrafter.cache.recurrent import LastRows, Lineage, State, TapedState
+from mlx_redrafter.cache.recurrent import LastRows, State, TapedState
 from mlx_redrafter.cache.slabs import Slab
 
 Kinds = list[LayerCache | None]
@@ -59,18 +59,13 @@ class Running:
         self.hidden: mx.array | None = None
         self.outputs: dict[int, mx.array] = {}
         self.read: list[tuple[int, mx.array]] = []  # states that the module holds, by slot
-        self.lineage = None if caches.ancestors is None else Lineage(caches.ancestors)
+        self.lineage = caches.lineage
 
     def window(self, size: int) -> mx.array:
         """The mask (N, S) of a sliding window; 0: of none."""
         if not size:
             return self.mask
         return self.mask & (self.positions[:, None] < self.key_positions + size)
-
-    def windows(self, rows: mx.array) -> mx.array:
-        """Rows (K-1+N, C), the first K-1 of them old -> what a convolution reads (N, K, C)."""
-        assert self.lineage is not None
-        return self.lineage.windows(rows)
 
     def slot_of(self, state: mx.array) -> int:
         """Whose state the module passes on."""
@@ -91,9 +86,10 @@ class Running:
         return self.caches.extend(slot, known, rows)
 
     def last_rows(self, slot: int, rows: mx.array) -> mx.array:
-        """rows (1, N, C) behind those that are kept, (1, K-1+N, C)."""
-        every: mx.array = self.claim(slot, lambda kept: LastRows(kept.shape, kept.dtype), rows)
-        return every
+        """Of every node of a tree (N, K, C), rows (1, N, C) being their own; of a chunk these
+        behind those that are kept, (1, K-1+N, C)."""
+        read: mx.array = self.claim(slot, lambda kept: LastRows(kept.shape, kept.dtype), rows)
+        return read
 
     def state(self, state: mx.array, after: mx.array) -> None:
         """after: the states after N nodes (N, ...), or the one after a chunk of a prompt."""

@@ -23,7 +23,7 @@ from prefill_cases import SMALL, read_by
 from tiny_models import Runner, assert_close, save
 
 from mlx_redrafter.budget import chunks
-from mlx_redrafter.cache import recurrent
+from mlx_redrafter.cache import lineage
 from mlx_redrafter.cache.recurrent import LastRows, State, TapedState
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.sampling import SamplingParams
@@ -97,12 +97,12 @@ def forgetful(patch: pytest.MonkeyPatch) -> None:
 
 def of_the_neighbour(patch: pytest.MonkeyPatch) -> None:
     """Every node goes on from the one before it in the tree."""
-    patch.setattr(recurrent, "parents_of", lambda a: mx.arange(-1, len(a) - 1))
+    patch.setattr(lineage, "parents_of", lambda a: mx.arange(-1, len(a) - 1))
 
 
 def without_windows(patch: pytest.MonkeyPatch) -> None:
     """The convolution reads rows in the order of the tree."""
-    patch.setattr(recurrent, "windows_of", lambda parents, k: mx.arange(k + 1) + parents[:, None])
+    patch.setattr(lineage, "windows_of", lambda parents, k: mx.arange(k + 1) + parents[:, None])
 
 
 @pytest.mark.parametrize("mutate", [forgetful, of_the_neighbour, without_windows])
