@@ -15,7 +15,7 @@ from mlx_lm.models.activations import precise_swiglu
 from mlx_lm.models.gated_delta import gated_delta_update
 
 from mlx_redrafter.cache.layer import LayerCache
-from mlx_redrafter.cache.recurrent import LastRows, State, TapedState
+from mlx_redrafter.cache.recurrent import LastRows, State, Tape, TapedState
 
 from ..runtime.device import fused_kernels
 from . import forms
@@ -97,10 +97,11 @@ class DeltaNet(nn.Module):
         else:  # (N, K, C)
             rows = [x.transpose(1, 0, 2) for x in mx.split(read, delta.kernel, axis=1)]
         qk, v = self._heads(_convolved()(self.taps, *rows))
+        left: mx.array | Tape
         rates, scale = (self.A_log, self.dt_bias), delta.key_size**-0.5
         if lineage is not None and self._closed:
-            inputs = (x.squeeze(0) for x in (qk, v, a, b))
-            out, left = forms.closed_delta(*inputs, rates, state, lineage, scale)
+            inputs = (qk.squeeze(0), v.squeeze(0), a.squeeze(0), b.squeeze(0))
+            out, left = forms.closed_delta(inputs, rates, state, lineage, scale)
             out = out[None].astype(x.dtype)
         else:
             q, k = (part.squeeze(2) for part in mx.split(qk, 2, axis=2))

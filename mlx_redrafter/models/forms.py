@@ -92,27 +92,27 @@ def gated_delta(
             return stock(*(x[:, i : i + 1] for x in rows), *rates, before, **options)
 
         return stepped(lineage, state, step)
-    q, k, *others = (x.squeeze(0) for x in rows)
-    out, tape = closed_delta(mx.stack([q, k], axis=1), *others, rates, state, lineage, **options)
+    q, k, v, a, b = (x.squeeze(0) for x in rows)
+    joined = (mx.stack([q, k], axis=1), v, a, b)
+    out, tape = closed_delta(joined, rates, state, lineage, **options)
     return out[None].astype(q.dtype), tape
 
 
 def closed_delta(
-    qk: mx.array,
-    v: mx.array,
-    a: mx.array,
-    b: mx.array,
+    rows: tuple[mx.array, mx.array, mx.array, mx.array],
     rates: tuple[mx.array, mx.array],
     state: mx.array,
     lineage: Lineage,
     scale: float = 1.0,
     **options: Any,
 ) -> tuple[mx.array, Tape]:
-    """Queries and keys as one, qk (N, 2, Hk, Dk), and the others as mlx_lm has them, (N, ...).
+    """`gated_delta` over a tree in closed form: outputs (N, H, Dv), tape.
 
     Args:
+        rows: queries and keys as one, (N, 2, Hk, Dk), v, a and b (N, ...).
         scale: queries are still to be multiplied by its square, and keys by it.
     """
+    qk, v, a, b = rows
     beta = mx.sigmoid(b) * (2.0 if options.get("allow_neg_eigval") else 1.0)
     gates = _log_gates(*rates, a, options.get("lower_bound"))
     scales = mx.array([scale**2, scale])[:, None, None]

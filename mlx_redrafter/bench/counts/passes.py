@@ -11,12 +11,14 @@ from typing import Any
 from rich.table import Table
 
 from mlx_redrafter.bench.counts import kinds, parts, sizes
+from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.drafters.lookup import Lookup
 from mlx_redrafter.terminal import tables
 from mlx_redrafter.tree.shape import TreeShape
 
 _MB = 1e6
-_LAYERS = 4  # of a thin model: after so many all begin again
+# Of thin models: from the first number on every layer adds as many kernels as the one four before.
+_LAYERS = (8, 12)
 
 
 def passes(tree: TreeShape, context: int) -> dict[str, dict[str, Any]]:
@@ -26,8 +28,8 @@ def passes(tree: TreeShape, context: int) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, config in kinds.BASES.items():
         target = kinds.base_of(config)
-        less, more = (_counted(config, shapes, n) for n in (_LAYERS, 2 * _LAYERS))
-        further = target.config.num_layers / _LAYERS - 1
+        less, more = (_counted(config, shapes, n) for n in _LAYERS)
+        further = (target.config.num_layers - _LAYERS[0]) / (_LAYERS[1] - _LAYERS[0])
         found[name] = {}
         for i, shape in enumerate(shapes):
             least, most = (
@@ -46,7 +48,7 @@ def _counted(config: Mapping[str, Any], shapes: tuple[TreeShape, ...], layers: i
     thin = kinds.thin({**config, "num_hidden_layers": layers, "vocab_size": 4096})
     drafter = kinds.usual(thin)
     kinds.evaluated(drafter)
-    drafters = [Lookup(), drafter.bind(thin)]
+    drafters: list[Drafter] = [Lookup(), drafter.bind(thin)]
     counts = [parts.count(thin, drafters, shape) for shape in shapes]
     return [sum(one.parts.get(part, (0, 0))[1] for part in parts.VERIFY) for one in counts]
 

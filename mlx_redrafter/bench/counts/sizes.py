@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -71,7 +71,8 @@ def read(
 def _kept(kind: LayerCache, context: int, dtype: mx.Dtype) -> int:
     """What a pass moves of a cache that holds so many tokens."""
     kept = kind.empty(context, dtype)
-    size = sum(array.nbytes for _, array in tree_flatten([kept]))
+    arrays = cast("list[tuple[str, mx.array]]", tree_flatten([kept]))
+    size = sum(array.nbytes for _, array in arrays)
     return size if kind.capacity(kept) is not None else 2 * size
 
 
