@@ -140,7 +140,7 @@ def delta_rule(
     """qk (Hk, 2, N, Dk), v (N, H, Dv), gates (N, H) or (N, H, Dk) as logarithms, beta (N, H), state
     (1, H, Dv, Dk) -> outputs (N, H, Dv), tape.
 
-    As few kernels as there can be: a state is multiplied by queries and keys at once.
+    A state is multiplied by queries and keys at once, and keys are not repeated for their heads.
     """
     groups, _, n, size = qk.shape
     each, width = v.shape[1] // groups, v.shape[2]
