@@ -26,8 +26,10 @@ from mlx_redrafter.budget import chunks
 from mlx_redrafter.cache import lineage
 from mlx_redrafter.cache.recurrent import LastRows, State, TapedState
 from mlx_redrafter.cache.session import Session
+from mlx_redrafter.convert.base import plan_base
+from mlx_redrafter.convert.checkpoint import open_checkpoint
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.errors import ModelError, OptionError
+from mlx_redrafter.errors import ConvertError, ModelError, OptionError
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.models.batched import BatchedTarget, Request
 from mlx_redrafter.models.weights import parameters
@@ -132,6 +134,8 @@ def test_models_as_they_are_published(case: str, tmp_path: Path) -> None:
     assert_close(logits_of(tmp_path), expected, 1e-4)
     mlx_lm = mlx_lm_utils.load_model(tmp_path)[0](mx.array([prompt_of(9)]))[0]
     assert_close(mlx_lm, expected, 1e-4)
+    with pytest.raises(ConvertError, match=r"run `mlx_lm.convert --hf-path .* runs as it is"):
+        plan_base(open_checkpoint(tmp_path))
 
 
 def test_packed_weights_of_two_precisions(tmp_path: Path) -> None:
