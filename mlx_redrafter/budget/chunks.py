@@ -116,6 +116,8 @@ def _reading(target: Decoder, n: int, at: int, text: Sequence[int]) -> clock.Run
     prompt = [text[i % len(text)] for i in range(at + n + 1)]
     session = Session(prompt[:at])
     session.open(target.caches, capacity_for(len(prompt)), target.dtype)
+    session.stand = at  # where layers that cannot be cut go back to
+    session.mark()
 
     def once() -> None:
         read(target, prompt, session, n)

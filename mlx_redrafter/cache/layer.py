@@ -13,6 +13,8 @@ from typing import Any, Protocol, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlx_redrafter.cache.lineage import Lineage
+
 Kept = Any
 """A layer's arrays: one, or a tuple of them."""
 Rows = Any
@@ -96,6 +98,14 @@ class Pass:
         self._before, self._after = dict(enumerate(caches)), dict[int, Kept]()
         self._rows = dict.fromkeys(self._before, cast(Rows, ()))
         self.position, self.ancestors, self.pending = position, ancestors, pending
+        self._lineage: Lineage | None = None
+
+    @property
+    def lineage(self) -> Lineage | None:
+        """Whom every node goes on from; None: a chunk of a prompt."""
+        if self._lineage is None and self.ancestors is not None:
+            self._lineage = Lineage(self.ancestors)
+        return self._lineage
 
     @property
     def caches(self) -> list[Kept]:

@@ -240,7 +240,7 @@ def check(folder: Path, target: Decoder) -> None:
 
 def _check(config: DecoderConfig, target: Decoder, folder: Path) -> None:
     """Sizes of one family differ by padding only. Raises DrafterError."""
-    if reason := config.own_attention:
+    if reason := config.not_attention:
         raise DrafterError(
             f"the model in {folder} has {reason}, and cannot draft: use a small model without, or "
             "no drafter"

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_redrafter.cache.layer import Kept, LayerCache, Pass, new_caches
+from mlx_redrafter.cache.layer import Kept, LayerCache, Pass, capacity_of, new_caches
+from mlx_redrafter.cache.recurrent import State
 from mlx_redrafter.cache.ring import whole
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.runtime.compiler import keep_memory
@@ -150,7 +151,8 @@ class BatchedTarget:
     ) -> tuple[mx.array, mx.array]:
         """One pass of tokens (B, n) that go to the slots from ``start``; ``kv`` is replaced."""
         n = tokens.shape[1]
-        slots = np.arange(min(capacity_for(start + n), kv[0].shape[2]), dtype=np.int32)
+        room = capacity_of(self.target.caches, kv) or start + n
+        slots = np.arange(min(capacity_for(start + n), room), dtype=np.int32)
         queries = np.arange(start, start + n, dtype=np.int32)
         seen = (slots <= queries[:, None])[None] & (slots >= pads[:, None])[:, None]
         positions = np.maximum(queries - pads[:, None], 0)
@@ -238,6 +240,8 @@ class _RowsPass(Pass):
         self._count = rows
 
     def extend(self, layer: int, kind: LayerCache, rows: mx.array) -> mx.array:
+        if isinstance(kind, State):  # by sequence already
+            return super().extend(layer, kind, rows)
         heads, _, dim = rows.shape[1:]  # (1, 2*Hkv, B*n, Dh)
         by_row = rows[0].reshape(heads, self._count, -1, dim).transpose(1, 0, 2, 3)
         return super().extend(layer, whole([kind])[0], by_row)

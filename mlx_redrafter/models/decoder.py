@@ -14,11 +14,12 @@ from mlx_redrafter.cache.packed import Packing, packed
 from mlx_redrafter.cache.ring import Ring, ring_of
 from mlx_redrafter.cache.slabs import Slab
 
+from . import delta
 from .attention import Attend, dense
 from .block import Block
 from .config import DecoderConfig
 from .gemma4 import LayerInputs
-from .layers import Activation, LayerPass, Rotate, Routed, norm
+from .layers import Activation, LayerPass, Memory, Rotate, Routed, norm
 from .rope import Rope, Rotation
 
 
@@ -62,18 +63,19 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, config.head_bias)
         self._ropes = [Rope(rope) for rope in config.ropes]
         layers = [config.layer(i) for i in range(config.num_layers)]
-        # The layer whose cache each reads; those without one come after those with one.
-        sources = [(i, one.kv_source) for i, one in enumerate(layers)]
-        self._slots = [i if source is None else source for i, source in sources]
         # A shortened model is told of more layers than it has, one that is only sized of none.
         self._windows = windows = (*config.layer_windows, *[0] * len(layers))[: len(layers)]
         # A layer that reads another's keys within another window needs all of them.
-        alike = all(windows[i] == windows[slot] for i, slot in enumerate(self._slots))
-        self._caches: list[LayerCache] = [
-            Ring(*one.kept, window=window) if window and alike else Slab(*one.kept)
-            for one, window in zip(layers, windows, strict=True)
-            if one.kv_source is None
-        ]
+        sources = [(i, one.kv_source) for i, one in enumerate(layers)]
+        rings = all(source is None or windows[i] == windows[source] for i, source in sources)
+        # The first of the caches that each reads: its own, or those of an earlier layer.
+        self._caches: list[LayerCache] = []
+        self._slots: list[int] = []
+        for one, window in zip(layers, windows, strict=True):
+            source = one.kv_source
+            self._slots.append(len(self._caches) if source is None else self._slots[source])
+            if source is None:
+                self._caches += _kept(one, window if rings else 0)
         self._routes = sum(one.experts.chosen for one in layers if one.experts is not None)
 
     @property
@@ -129,6 +131,7 @@ class Decoder(nn.Module):
         outputs = []
         for index, block in enumerate(self.model.layers):
             run = LayerPass(
+                Memory(caches, self._caches, self._slots[index]),
                 masks[self._windows[index]],
                 self._rotate(self.config.layer_ropes[index], rotations),
                 functools.partial(self._write, slabs, caches, index),
@@ -160,7 +163,7 @@ class Decoder(nn.Module):
         """What a layer reads: its cache with these rows, or what the layer whose cache it is
         read in this pass."""
         slot = self._slots[layer]
-        if slot == layer:
+        if slot not in slabs:
             slabs[slot] = caches.extend(slot, self._caches[slot], rows)
         return slabs[slot]
 
@@ -216,3 +219,10 @@ class Decoder(nn.Module):
                 mode=head.mode,
             )
         return rows.astype(self.dtype)
+
+
+def _kept(layer: DecoderConfig, window: int) -> Sequence[LayerCache]:
+    """What a layer remembers, within a window or (0) of everything."""
+    if layer.delta is not None:
+        return delta.caches(layer)
+    return [Ring(*layer.kept, window=window) if window else Slab(*layer.kept)]

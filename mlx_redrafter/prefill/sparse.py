@@ -102,10 +102,10 @@ class SparseAttention:
 
 def check_able(config: DecoderConfig) -> None:
     """Refuse to measure what a model does not do; raises OptionError."""
-    if reason := config.own_attention:
+    if reason := config.not_attention:
         raise OptionError(
-            f"model_type '{config.model_type}' has {reason}: its prompts are read densely; "
-            "measure a model without"
+            f"model_type '{config.model_type}' has {reason}: reading its prompts sparsely is not "
+            "measured; measure a model without"
         )
 
 

@@ -184,8 +184,8 @@ def test_the_command_says_that_there_are_none() -> None:
 
 
 def test_a_type_that_nothing_is_trained_for_is_not_told_to_train() -> None:
-    said = remarks.no_drafter("org/some-hybrid", "qwen3_next")
-    assert "none can be trained for model_type qwen3_next yet" in said
+    said = remarks.no_drafter("org/some-hybrid", "nemotron_h")
+    assert "none can be trained for model_type nemotron_h yet" in said
     assert "mlx-redrafter train" not in said
     assert "mlx-redrafter train -m org/some-hybrid" in remarks.no_drafter(
         "org/some-hybrid", "llama"
