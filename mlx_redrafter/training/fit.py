@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_redrafter.drafters.rollout import final_hidden
 from mlx_redrafter.models import Decoder
-from mlx_redrafter.models.batched import BatchedTarget
+from mlx_redrafter.models.batched import over
 from mlx_redrafter.training import kinds
 from mlx_redrafter.training.config import TrainConfig
 from mlx_redrafter.training.conversations import Conversations
@@ -54,7 +54,7 @@ class Fit:
         layers = self.trainee.layers_of(self.trainee.shape, target.config)
         self.runs = max(1, config.batch_positions // config.segment)
         self.data = (Conversations if self.trainee.whole else Positions)(
-            folder, BatchedTarget(target, layers), config.segment, config.rollout,
+            folder, over(target, layers), config.segment, config.rollout,
             config.cache_gb * 1e9,
         )  # fmt: skip
         self.step, self.seconds = 0, 0.0

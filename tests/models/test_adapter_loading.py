@@ -18,7 +18,6 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.errors import ModelError
 from mlx_redrafter.models import AdaptedModel, config_of, load_model
-from mlx_redrafter.models.batched import BatchedTarget
 
 
 def write(folder: Path, kind: str = "dots1", dtype: mx.Dtype = mx.float32) -> Raw:
@@ -89,9 +88,3 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path: Path) -> None:
     mx.save_safetensors(str(file), weights)
     (tmp_path / "config.json").write_text(json.dumps({**raw, "num_attention_heads": "many"}))
     refused("mlx-lm cannot load", "dots1")
-
-
-def test_training_on_it_is_declined_in_a_line(tmp_path: Path) -> None:
-    write(tmp_path)
-    with pytest.raises(ModelError, match="one sequence at a time"):
-        BatchedTarget(load_model(tmp_path), ())

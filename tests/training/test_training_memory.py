@@ -159,7 +159,7 @@ def test_evaluation_and_writing_are_measured_so(
 ) -> None:
     clock, target = Clock(), cast(Any, Clock.target)
     monkeypatch.setattr(estimate, "time", clock)
-    monkeypatch.setattr(estimate, "BatchedTarget", lambda *_: clock)
+    monkeypatch.setattr(estimate, "over", lambda *_: clock)
     config = TrainConfig(max_tokens=1000)
     assert estimate._decoding(target, config) == pytest.approx(0.1, rel=0.1)
     assert estimate._writing(cast(Any, clock), config) == pytest.approx(640, rel=0.1)
