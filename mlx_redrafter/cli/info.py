@@ -219,7 +219,7 @@ def _model_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _drafter_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     drafter = facts["drafter"]
     if drafter is None:
-        return [("drafter", remarks.no_drafter(facts["name"], facts["model"]["model_type"]))]
+        return [("drafter", remarks.no_drafter(facts["name"]))]
     rows = [("drafter", drafter["folder"]), ("from", drafter["origin"])]
     if drafter.get("base"):
         rows.append(("made for", str(drafter["base"])))

@@ -73,7 +73,9 @@ def test_the_seed_of_an_answer_is_its_own(adapted: AdaptedModel) -> None:
     assert texts[0] == texts[2] != texts[1]
 
 
-@pytest.mark.parametrize("wrong", ["features of another layer", "shifted draws", "a position too far"])
+@pytest.mark.parametrize(
+    "wrong", ["features of another layer", "shifted draws", "a position too far"]
+)
 def test_mutations_are_caught(target: Decoder, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     if wrong == "features of another layer":
         stacked = sequences.stacked
