@@ -153,5 +153,5 @@ def _read(
     if absorb is not None or not others:
         session.covered = session.stand
     if session.stand % BETWEEN_SNAPSHOTS == 0:
-        session.mark()
+        session.mark(turn=False)
     return found
