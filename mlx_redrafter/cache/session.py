@@ -11,14 +11,11 @@ import mlx.core as mx
 
 from mlx_redrafter.cache.layer import Kept, LayerCache, grown, new_caches
 from mlx_redrafter.cache.ring import ring_of
-from mlx_redrafter.cache.snapshots import Snapshots
+from mlx_redrafter.cache.snapshots import Snapshots, limit_of
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.runtime.checks import whole
-from mlx_redrafter.runtime.device import memory_bytes
 
 BETWEEN_SNAPSHOTS = 512  # tokens of a prompt
 UNKNOWN = -1  # a stand, while a step is in flight
-_SHARE = 16  # of the machine's memory, one for snapshots
 
 
 @dataclass
@@ -57,9 +54,7 @@ class Session:
     _taken: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        given = self.snapshot_bytes
-        limit = memory_bytes() // _SHARE if given is None else whole("snapshot_bytes", given, 0)
-        self.snapshots = Snapshots(limit)
+        self.snapshots = Snapshots(limit_of(self.snapshot_bytes))
 
     @contextlib.contextmanager
     def taken(self, target: object, drafters: Sequence[object] = ()) -> Iterator[None]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 import mlx.core as mx
-from mlx.utils import tree_reduce
+from mlx.utils import tree_flatten
 
-from mlx_redrafter.cache.layer import Kept
+from mlx_redrafter.cache.layer import Kept, LayerCache
+from mlx_redrafter.runtime.checks import whole
+from mlx_redrafter.runtime.device import memory_bytes
+
+_SHARE = 16  # of the machine's memory, one for snapshots
 
 
 class Snapshots:
@@ -67,10 +72,27 @@ class Snapshots:
         return min(within or triples, key=lambda t: (t[2] - t[0]) / (newest - t[1]))[1]
 
 
+def limit_of(given: int | None) -> int:
+    """Bytes for all snapshots of a session; None: a share of the machine's memory.
+
+    Raises OptionError.
+    """
+    return memory_bytes() // _SHARE if given is None else whole("snapshot_bytes", given, 0)
+
+
+def states(kinds: Sequence[LayerCache], element: int) -> int:
+    """Bytes of one snapshot: what layers hold that cannot be cut anywhere. Nothing is computed.
+
+    Args:
+        element: bytes of an activation where the model runs.
+    """
+    kept = [kind.empty(1, mx.float16) for kind in kinds if not kind.cuts_anywhere]
+    arrays = cast(list[tuple[str, mx.array]], tree_flatten(kept))
+    return sum(array.size * max(array.itemsize, element) for _, array in arrays)
+
+
 def nbytes(kept: Kept) -> int:
     """Of a layer's arrays, or of several layers'."""
 
-    def add(total: int, array: mx.array) -> int:
-        return total + array.nbytes
-
-    return int(tree_reduce(add, kept, 0))
+    arrays = cast(list[tuple[str, mx.array]], tree_flatten(kept))
+    return sum(array.nbytes for _, array in arrays)

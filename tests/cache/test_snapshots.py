@@ -9,12 +9,14 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import mlx.core as mx  # isort: skip
 import pytest
+from adapter_cases import TYPES, module_of
 from conftest import SHAPES, engine_of, prompt_of, run
 from test_layer_caches import LAYERS, Recurrent, plain
 
 from mlx_redrafter.cache.session import Session
-from mlx_redrafter.cache.snapshots import Snapshots, nbytes
+from mlx_redrafter.cache.snapshots import Snapshots, nbytes, states
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.models import AdaptedModel, adapted
 from mlx_redrafter.prefill import reading
 from mlx_redrafter.runtime.device import memory_bytes
 from mlx_redrafter.stats import DraftStats
@@ -63,20 +65,22 @@ def test_texts_are_true_after_every_cut(
     assert (max(most) == room * ONE) is (room < 1000)  # what is there is used
 
 
-def test_a_conversation_goes_on_from_its_end_in_the_least_room(recurrent: Any) -> None:
-    engine, session = engine_of(recurrent, None, compiled=False), Session(snapshot_bytes=ONE)
-    prompt = prompt_of(40, seed=2)
-    for turn in range(3):
-        stats, known = DraftStats(), len(session.tokens)
-        prompt += run(engine, prompt, None, SHAPES["chain"], 9, session, stats)
-        assert stats.prefill_tokens <= 7 if turn else known == 0
-        prompt += prompt_of(5, seed=turn)
+@pytest.mark.parametrize(("keeps", "room"), [(True, 0), (False, 3)])
+def test_a_conversation_goes_on_where_it_was(recurrent: Any, keeps: bool, room: int) -> None:
+    """From the end of the answer, or from where it began: a template may leave its thought out."""
+    engine = engine_of(recurrent, None, compiled=False)
+    session, prompt = Session(snapshot_bytes=room * ONE), prompt_of(40, seed=2)
+    for turn in range(6):
+        stats = DraftStats()
+        answer = run(engine, prompt, None, SHAPES["chain"], 9, session, stats)
+        assert stats.prefill_tokens <= (8 if turn else 40)
+        prompt += (answer if keeps else []) + prompt_of(5, seed=turn)
 
 
 def test_the_newest_dropped_is_caught(recurrent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Snapshots, "_least", lambda self: max(self))
     with pytest.raises(AssertionError):
-        test_a_conversation_goes_on_from_its_end_in_the_least_room(recurrent)
+        test_a_conversation_goes_on_where_it_was(recurrent, False, 3)
 
 
 def test_what_is_within_a_turn_makes_room_first() -> None:
@@ -103,3 +107,18 @@ def test_the_room_is_a_share_of_the_machine_or_as_given() -> None:
         with pytest.raises(OptionError, match="snapshot_bytes"):
             Session(snapshot_bytes=wrong)  # type: ignore[arg-type]
     assert nbytes({0: mx.zeros((3,)), 1: (mx.zeros((2,), mx.float16), ())}) == 16
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "lfm2", "qwen3_5"])
+def test_a_snapshot_takes_what_is_told_without_weights(kind: str) -> None:
+    raw = TYPES[kind]
+    told = states(adapted.sized(raw).caches, 4)
+    model = AdaptedModel(module_of(raw), raw)
+    session = Session().open(model.caches, 128, model.dtype)
+    session.stand = 1
+    session.mark()
+    assert told == session.snapshots.nbytes > 0
+    if kind == "mamba2":
+        assert session.caches and session.snapshots.nbytes == sum(c.nbytes for c in session.caches)
+    if kind == "qwen3_5":  # three delta layers: heads x Dv x Dk, and rows of a short convolution
+        assert told == 4 * 3 * (4 * 32 * 32 + 2 * (2 * 4 * 32 + 4 * 32))
