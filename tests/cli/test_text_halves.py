@@ -3,6 +3,7 @@ read; thoughts and tool calls are text, and no end of it."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Iterator
@@ -109,7 +110,7 @@ def reciting(folder: Path, special: bool) -> Path:
     weights: dict[str, Any] = dict(mx.load(file))  # type: ignore[arg-type]
     after = mx.zeros((size, size))
     chain = [words.index("assistant"), *map(words.index, SAID), END]
-    for one, two in zip(chain, chain[1:], strict=False):
+    for one, two in itertools.pairwise(chain):
         after[two, one] = 20.0
     silent = {n: mx.zeros_like(w) for n, w in weights.items() if "o_proj" in n or "down_proj" in n}
     weights |= silent | {"model.embed_tokens.weight": mx.eye(size), "lm_head.weight": after}
@@ -137,6 +138,5 @@ def test_an_end_that_is_taken_for_one_is_seen(
     from mlx_redrafter.text import turn_ends
 
     monkeypatch.setattr(turn_ends, "of_template", lambda _: "</think>")
-    warned = pytest.raises(AssertionError)
-    with warned:
+    with pytest.raises(AssertionError):
         assert said(reciting(tmp_path, True), "generate").split() == SAID
