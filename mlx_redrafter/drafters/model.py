@@ -20,7 +20,7 @@ from mlx_redrafter.cache.slabs import Slab
 from mlx_redrafter.drafters import Ask, Verified, files
 from mlx_redrafter.drafters.beam import lineage, search
 from mlx_redrafter.errors import DrafterError, ModelError
-from mlx_redrafter.models import AdaptedModel, Decoder, load_model, registry
+from mlx_redrafter.models import AdaptedModel, Decoder, Target, load_model, registry
 from mlx_redrafter.models.attention import attend_branches
 from mlx_redrafter.models.decoder import Functions
 from mlx_redrafter.models.features import Chunk, Features
@@ -116,11 +116,8 @@ class _Own(Pass):
     """A pass over the small model's own caches, whose rows never wait."""
 
     def __init__(self, own: Pass, kinds: Sequence[LayerCache]) -> None:
+        super().__init__((), own.position)
         self._own, self._kinds = own, kinds
-        self.position, self.ancestors = own.position, None
-
-    def settle(self, kinds: Sequence[LayerCache]) -> None:
-        """Its layers were all extended."""
 
     def extend(self, layer: int, kind: LayerCache, rows: Any) -> Any:
         seen = self._own.extend(layer, self._kinds[layer], rows)
@@ -143,11 +140,8 @@ class _Beside(Pass):
         self, slabs: Sequence[Kept], rows: dict[int, mx.array], beams: int, position: mx.array,
         joined: bool,
     ) -> None:  # fmt: skip
+        super().__init__((), position, mx.eye(beams, dtype=mx.bool_))
         self._slabs, self._branches, self._joined = slabs, rows, joined
-        self.position, self.ancestors = position, mx.eye(beams, dtype=mx.bool_)
-
-    def settle(self, kinds: Sequence[LayerCache]) -> None:
-        """Nothing is put into place."""
 
     def extend(self, layer: int, kind: LayerCache, rows: mx.array) -> Any:
         before = self._branches.get(layer)
@@ -239,7 +233,7 @@ def is_one(folder: Path, raw: Any, names: Any) -> bool:
     return True
 
 
-def load(folder: Path, target: Decoder) -> DraftModel:
+def load(folder: Path, target: Target) -> DraftModel:
     """The model in a folder, as a drafter for the target.
 
     Raises:
@@ -253,7 +247,7 @@ def load(folder: Path, target: Decoder) -> DraftModel:
     return DraftModel(model, target.config.vocab_size)
 
 
-def check(folder: Path, target: Decoder) -> None:
+def check(folder: Path, target: Target) -> None:
     """Configuration and tensors. Raises DrafterError."""
     try:
         model, _ = read_model(folder)
@@ -262,7 +256,7 @@ def check(folder: Path, target: Decoder) -> None:
     _check(model, target, folder)
 
 
-def _check(model: Decoder, target: Decoder, folder: Path) -> None:
+def _check(model: Decoder, target: Target, folder: Path) -> None:
     """Sizes of one family differ by padding only. Raises DrafterError."""
     config, reason = model.config, model.config.own_attention
     if not all(isinstance(kind, Slab) for kind in model.caches):

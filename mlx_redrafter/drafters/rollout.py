@@ -11,7 +11,7 @@ from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.drafters import Ask, Drafter
 from mlx_redrafter.drafters.levels import LevelDrafter
 from mlx_redrafter.drafters.recurrent import ReDrafter
-from mlx_redrafter.models import AdaptedModel, Decoder, DecoderConfig
+from mlx_redrafter.models import DecoderConfig, Target
 from mlx_redrafter.models.features import Chunk, Features
 from mlx_redrafter.tree.shape import TreeShape
 
@@ -23,13 +23,12 @@ def feature_layers(target: DecoderConfig, layers: Sequence[int]) -> tuple[int, .
     return tuple(sorted({*layers, target.num_layers - 1}))
 
 
-def final_hidden(target: Decoder, features: mx.array) -> mx.array:
+def final_hidden(target: Target, features: mx.array) -> mx.array:
     """features (..., L, D) -> the hidden states after the target's final norm (..., D)."""
-    norm = target.norm if isinstance(target, AdaptedModel) else target.model.norm
-    return norm(features[..., -1, :].astype(target.dtype))
+    return target.norm(features[..., -1, :].astype(target.dtype))
 
 
-def contexts(drafter: ReDrafter | LevelDrafter, target: Decoder, features: mx.array) -> mx.array:
+def contexts(drafter: ReDrafter | LevelDrafter, target: Target, features: mx.array) -> mx.array:
     """features (R, L, D) -> the drafter's contexts (R, D)."""
     layers = feature_layers(target.config, drafter.features)
     inner = tuple(features[:, i].astype(target.dtype) for i in range(len(layers)))

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_redrafter.cache.layer import Kept, LayerCache, Pass, new_caches
 from mlx_redrafter.cache.ring import whole
-from mlx_redrafter.cache.slabs import Slab, capacity_for
+from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.runtime.compiler import keep_memory
 
 from ..runtime.device import fused_kernels
@@ -22,27 +22,28 @@ from . import vectorised
 from .attention import attend
 from .decoder import Decoder, Functions
 from .sequences import Answer, OneByOne, Request, Sequences, sample, stacked
+from .target import Target
 
 ROWS_PER_PASS = 4096  # bounds the activations of a pass
 _SHRINK = 0.6  # sequences that are left, as a share of the batch, when it is made smaller
 
 
-def takes(target: Decoder) -> bool:
+def takes(target: Target) -> bool:
     """Can a pass of this target run several sequences?"""
-    return isinstance(target, Decoder) and all(type(kind) is Slab for kind in target.caches)
+    return isinstance(target, Decoder)
 
 
-def over(target: Decoder, layers: Sequence[int]) -> Sequences:
+def over(target: Target, layers: Sequence[int]) -> Sequences:
     """A target over many sequences: together where that is possible, else one by one."""
     return (BatchedTarget if takes(target) else OneByOne)(target, layers)
 
 
 class BatchedTarget(Sequences):
-    """Our own decoder whose layers keep slabs, over B sequences per pass."""
+    """Our own decoder, over B sequences per pass."""
 
     together = True
 
-    def __init__(self, target: Decoder, layers: Sequence[int]) -> None:
+    def __init__(self, target: Target, layers: Sequence[int]) -> None:
         super().__init__(target, layers)
         keep_memory()
         self._functions = vectorised_functions(target)
@@ -213,7 +214,7 @@ class _RowsPass(Pass):
         return super().room(layer, whole([kind])[0])
 
 
-def vectorised_functions(target: Decoder) -> Functions:
+def vectorised_functions(target: Target) -> Functions:
     """Faster element-wise functions for many rows on a CPU, equal to decoding's up to 1e-6."""
     if fused_kernels() or target.dtype != mx.float32:
         return Functions()

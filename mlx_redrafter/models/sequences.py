@@ -13,7 +13,7 @@ import numpy as np
 from mlx_redrafter.cache.layer import Kept, Pass, new_caches
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.models import vectorised
-from mlx_redrafter.models.decoder import Decoder
+from mlx_redrafter.models.target import Target
 from mlx_redrafter.runtime.compiler import keep_memory
 
 _CHUNK = 512  # tokens of a pass over one sequence
@@ -57,7 +57,7 @@ class Sequences(ABC):
     together: ClassVar[bool]
     """Does a pass read the weights once for many sequences?"""
 
-    def __init__(self, target: Decoder, layers: Sequence[int]) -> None:
+    def __init__(self, target: Target, layers: Sequence[int]) -> None:
         self.target, self.layers = target, tuple(layers)
 
     @abstractmethod
@@ -84,7 +84,7 @@ class OneByOne(Sequences):
 
     together = False
 
-    def __init__(self, target: Decoder, layers: Sequence[int]) -> None:
+    def __init__(self, target: Target, layers: Sequence[int]) -> None:
         super().__init__(target, layers)
         keep_memory()
         self._step = mx.compile(self._next)

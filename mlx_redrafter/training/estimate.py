@@ -18,7 +18,7 @@ from rich.table import Table
 from mlx_redrafter.evaluation.positions import RECORDED, SHAPES, TEMPERATURES
 from mlx_redrafter.evaluation.prompts import read_prompts
 from mlx_redrafter.hub import resolve
-from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.models import Target, load_model
 from mlx_redrafter.models.batched import over, takes
 from mlx_redrafter.models.sequences import Request, Sequences
 from mlx_redrafter.runtime.device import device
@@ -181,7 +181,7 @@ def _timed(work: Callable[[int], int], first: int) -> float:
     return done / passed
 
 
-def _requests(config: TrainConfig, target: Decoder, rows: int, length: int) -> list[Request]:
+def _requests(config: TrainConfig, target: Target, rows: int, length: int) -> list[Request]:
     random = np.random.default_rng(0)
     tokens = random.integers(target.config.vocab_size, size=(rows, length))
     return [Request(row.tolist(), 0.8, i) for i, row in enumerate(tokens)]
@@ -236,7 +236,7 @@ def _reading(target: Sequences, config: TrainConfig) -> float:
     return _timed(passes, 1) * rows * length
 
 
-def _fitting(target: Decoder, config: TrainConfig, layers: tuple[int, ...]) -> tuple[float, int]:
+def _fitting(target: Target, config: TrainConfig, layers: tuple[int, ...]) -> tuple[float, int]:
     """Seconds of an optimiser step on random data, and bytes of a checkpoint."""
     with tempfile.TemporaryDirectory(prefix="redrafter-estimate-") as name:
         place = Path(name)
@@ -262,7 +262,7 @@ class _EnoughError(Exception):
 
 
 def _random_answers(
-    place: Path, target: Decoder, config: TrainConfig, layers: tuple[int, ...]
+    place: Path, target: Target, config: TrainConfig, layers: tuple[int, ...]
 ) -> None:
     random = np.random.default_rng(0)
     length = max(config.segment + config.rollout + 1, min(config.max_tokens, 128))
@@ -281,7 +281,7 @@ def _random_answers(
     save_features(shard.features_file, [features])
 
 
-def _decoding(target: Decoder, config: TrainConfig) -> float:
+def _decoding(target: Target, config: TrainConfig) -> float:
     """Seconds of a decoding step that checks a small tree: as many tokens in one pass, or one
     where sequences do not share any."""
     sequences = over(target, ())

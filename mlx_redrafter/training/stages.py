@@ -19,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.errors import HubError, ModelError, OptionError
 from mlx_redrafter.hub import kept, resolve
-from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.models import Decoder, Target, load_model
 from mlx_redrafter.models.batched import over, takes
 from mlx_redrafter.models.sequences import Request, Sequences
 from mlx_redrafter.runtime.device import device
@@ -53,7 +53,7 @@ class Run:
     """
 
     config: TrainConfig
-    target: Decoder
+    target: Target
     tokenizer: TokenizerWrapper
     evaluating: Evaluating = field(default_factory=Evaluating)
     place: Path = Path()  # of the model's files
@@ -315,7 +315,7 @@ def evaluate(run: Run) -> None:
         raise OptionError(
             f"{config.out} has no drafter yet: run `{lines.train(config, needed)}` first"
         )
-    # Loaded anew with its drafter; the run's own copy would double the memory.
+    # Decoder anew with its drafter; the run's own copy would double the memory.
     run.forget()
     model, tokenizer = load(config.model, str(place))
     dates.settle(tokenizer, folder.began(config.out))

@@ -20,7 +20,7 @@ from mlx_redrafter.drafters import eagle_files, files
 from mlx_redrafter.drafters.eagle import Eagle, EagleConfig
 from mlx_redrafter.drafters.rollout import feature_layers
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.models import Decoder, DecoderConfig
+from mlx_redrafter.models import DecoderConfig, Target
 from mlx_redrafter.models.config import RopeConfig
 from mlx_redrafter.models.weights import parameters, shapes
 from mlx_redrafter.training.config import TrainConfig
@@ -76,7 +76,7 @@ class EagleTrainee(Trainee):
         return 2 * (8 * shape.hidden_size + 3 * shape.intermediate_size + heads) + scores
 
     @staticmethod
-    def load(folder: Path, target: Decoder) -> Eagle:
+    def load(folder: Path, target: Target) -> Eagle:
         return eagle_files.load(folder, target)
 
     def read(self, folder: Path) -> Eagle:

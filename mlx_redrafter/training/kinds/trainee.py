@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_redrafter.drafters.files import VOCABULARY
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.models import Decoder, DecoderConfig
+from mlx_redrafter.models import DecoderConfig, Target
 from mlx_redrafter.models.weights import parameters
 from mlx_redrafter.training.config import TrainConfig
 
@@ -51,7 +51,7 @@ class Trainee(ABC):
     module: nn.Module
     """What is trained; there is one after ``begin`` or ``go_on``."""
 
-    def __init__(self, target: Decoder, config: TrainConfig) -> None:
+    def __init__(self, target: Target, config: TrainConfig) -> None:
         self.target, self.config = target, config
         self.shape: Any = self.shape_of(config, target.config)
 
@@ -83,7 +83,7 @@ class Trainee(ABC):
 
     @staticmethod
     @abstractmethod
-    def load(folder: Path, target: Decoder) -> Any:
+    def load(folder: Path, target: Target) -> Any:
         """A drafter of this kind, in the units of inference. Raises DrafterError."""
 
     @staticmethod
@@ -201,7 +201,7 @@ def frequent(frequencies: np.ndarray, count: int) -> np.ndarray:
     return np.sort(order[:count]).astype(np.int32)
 
 
-def first_rows(target: Decoder, vocabulary: np.ndarray | None, width: int) -> mx.array:
+def first_rows(target: Target, vocabulary: np.ndarray | None, width: int) -> mx.array:
     """What an output matrix of a drafter's own begins with, the target's rows: (Vd, E) float32."""
     ids = mx.arange(target.config.vocab_size) if vocabulary is None else mx.array(vocabulary)
     rows = target.head_rows(ids).astype(mx.float32)
