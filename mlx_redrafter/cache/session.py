@@ -14,7 +14,7 @@ from mlx_redrafter.cache.ring import ring_of
 from mlx_redrafter.cache.snapshots import Snapshots, limit_of
 from mlx_redrafter.errors import OptionError
 
-BETWEEN_SNAPSHOTS = 512  # tokens of a prompt
+BETWEEN_SNAPSHOTS = 512  # tokens of a prompt, at least
 UNKNOWN = -1  # a stand, while a step is in flight
 
 
@@ -123,6 +123,11 @@ class Session:
         kept = {i: self.caches[i] for i in self._fixed()}
         if kept and self.stand > 0:
             self.snapshots.add(self.stand, kept, turn)
+
+    def mark_within(self) -> None:
+        """The same within a prompt, where the one before is far enough back."""
+        if self.stand - max(self.snapshots, default=0) >= BETWEEN_SNAPSHOTS:
+            self.mark(turn=False)
 
     def hold_rings(self) -> None:
         """A prompt was read: its windows are kept as they are now."""

@@ -68,10 +68,18 @@ class Observed:
 
 
 def dequantised(head: nn.Module, ids: mx.array) -> mx.array:
-    """ids (K,) -> rows (K, D) of a head or an embedding."""
+    """ids (K,) -> rows (K, D) of a head or an embedding.
+
+    Raises ModelError where they are stored in a form of the module's own.
+    """
     rows: mx.array = head["weight"][ids]
     if "scales" not in head:
         return rows
+    if not hasattr(head, "mode"):
+        raise ModelError(
+            f"this model's output rows are stored as {type(head).__name__} has them, and cannot "
+            "be shared; needed: drafts from the text"
+        )
     biases = head.get("biases")
     return mx.dequantize(
         rows,

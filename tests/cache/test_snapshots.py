@@ -13,11 +13,11 @@ from adapter_cases import TYPES, module_of
 from conftest import SHAPES, engine_of, prompt_of, run
 from test_layer_caches import LAYERS, Recurrent, plain
 
+from mlx_redrafter.cache import session as session_file
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cache.snapshots import Snapshots, nbytes, states
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import AdaptedModel, adapted
-from mlx_redrafter.prefill import reading
 from mlx_redrafter.runtime.device import memory_bytes
 from mlx_redrafter.stats import DraftStats
 
@@ -51,7 +51,7 @@ def test_texts_are_true_after_every_cut(
         assert self.nbytes == ONE * len(list(self)) <= self.limit
 
     monkeypatch.setattr(Snapshots, "add", watched)
-    monkeypatch.setattr(reading, "BETWEEN_SNAPSHOTS", 16)
+    monkeypatch.setattr(session_file, "BETWEEN_SNAPSHOTS", 16)
     engine = engine_of(recurrent, None, compiled=False)
     first = prompt_of(70, seed=1)
     session = Session(snapshot_bytes=room * ONE)
@@ -75,6 +75,17 @@ def test_a_conversation_goes_on_where_it_was(recurrent: Any, keeps: bool, room: 
         answer = run(engine, prompt, None, SHAPES["chain"], 9, session, stats)
         assert stats.prefill_tokens <= (8 if turn else 40)
         prompt += (answer if keeps else []) + prompt_of(5, seed=turn)
+
+
+def test_a_later_turn_has_snapshots_too(recurrent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts begin where the last answer ended, and not at multiples of anything."""
+    monkeypatch.setattr(session_file, "BETWEEN_SNAPSHOTS", 16)
+    engine, session = engine_of(recurrent, None, compiled=False), Session()
+    prompt = prompt_of(21)
+    prompt += run(engine, prompt, None, SHAPES["chain"], 9, session) + prompt_of(60, seed=2)
+    run(engine, prompt, None, SHAPES["chain"], 2, session, step_size=16)
+    stands = [0, *session.snapshots]
+    assert max(b - a for a, b in itertools.pairwise(stands)) <= 16 + 4
 
 
 def test_the_newest_dropped_is_caught(recurrent: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import mlx.core as mx  # isort: skip
 import pytest
-from adapter_cases import write_module
+from adapter_cases import TYPES, module_of, write_module
 from conftest import SHAPES, engine_of, prompt_of, run
 from tiny_chat import END, WORDS, begin, contents, lines_of, write_tokenizer
 
@@ -17,8 +17,9 @@ import convert
 from mlx_redrafter.api import load
 from mlx_redrafter.cli import info
 from mlx_redrafter.decoding.sampling import SamplingParams
+from mlx_redrafter.errors import ModelError
 from mlx_redrafter.models import AdaptedModel, load_model
-from mlx_redrafter.training import stages
+from mlx_redrafter.training import kinds, stages
 from mlx_redrafter.training.config import Evaluating, TrainConfig
 from mlx_redrafter.training.kinds import eagle, trainee
 
@@ -97,3 +98,12 @@ def test_what_is_copied_of_the_target(tmp_path: Path, of: str) -> None:
     assert head.num_heads * head.head_dim <= 4 * target.config.hidden_size  # of a recurrence too
     first = trainee.first_rows(target, None, 8)
     assert first.shape == (target.config.vocab_size, 8)
+
+
+@pytest.mark.parametrize("of", ["nanochat", "gemma3n", "kimi_k3"])
+def test_what_cannot_be_trained_for_is_said_at_once(tmp_path: Path, of: str) -> None:
+    """No norm of its own; outputs of another form; a last layer that is not all the head reads."""
+    raw = TYPES[of]
+    target = AdaptedModel(module_of(raw, lively=True), raw)
+    with pytest.raises(ModelError, match=f"no drafter can be trained for model_type '{of}'"):
+        kinds.of(TrainConfig())(target, TrainConfig())

@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_redrafter.drafters.files import VOCABULARY
+from mlx_redrafter.drafters.rollout import check_final
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import DecoderConfig, Target
 from mlx_redrafter.models.weights import parameters
@@ -42,6 +43,7 @@ class Trainee(ABC):
 
     Raises:
         OptionError: options that do not go with the model.
+        ModelError: a model that no drafter can be trained for.
     """
 
     title: ClassVar[str]
@@ -52,6 +54,7 @@ class Trainee(ABC):
     """What is trained; there is one after ``begin`` or ``go_on``."""
 
     def __init__(self, target: Target, config: TrainConfig) -> None:
+        check_final(target)
         self.target, self.config = target, config
         self.shape: Any = self.shape_of(config, target.config)
 
