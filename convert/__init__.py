@@ -315,8 +315,7 @@ def _sizes_of(target: str) -> Any:
     from types import SimpleNamespace
 
     from mlx_redrafter.hub import resolve
-    from mlx_redrafter.models.families import decoder_config
+    from mlx_redrafter.models import config_of
     from mlx_redrafter.models.weights import read_json
 
-    raw = read_json(resolve(target) / "config.json")
-    return SimpleNamespace(config=decoder_config(raw))
+    return SimpleNamespace(config=config_of(read_json(resolve(target) / "config.json")))

@@ -11,9 +11,10 @@ import mlx.core as mx
 
 from mlx_redrafter.cache.layer import Kept, LayerCache, grown, new_caches
 from mlx_redrafter.cache.ring import ring_of
+from mlx_redrafter.cache.snapshots import Snapshots, limit_of
 from mlx_redrafter.errors import OptionError
 
-BETWEEN_SNAPSHOTS = 512  # tokens of a prompt
+BETWEEN_SNAPSHOTS = 512  # tokens of a prompt, at least
 UNKNOWN = -1  # a stand, while a step is in flight
 
 
@@ -30,6 +31,8 @@ class Session:
     many tokens the rows of drafters are there for: an answer may have done without them.
     ``furthest`` is where rows were written up to, and ``rings`` are the rings of windows as they
     were at the end of the last prompt: back to it a session can be cut wherever the answer went.
+
+    ``snapshot_bytes`` is what all snapshots may take; None: a sixteenth of the machine's memory.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -38,15 +41,20 @@ class Session:
     sparse_from: int = 0
     kinds: Sequence[LayerCache] = ()
     stand: int = 0
-    snapshots: dict[int, dict[int, Kept]] = field(default_factory=dict)
     covered: int = 0
     furthest: int = 0
     rings: tuple[int, dict[int, Kept]] = (0, {})
+    snapshot_bytes: int | None = None
+    snapshots: Snapshots = field(init=False)
+    _dtype: mx.Dtype = field(default=mx.float32, init=False, repr=False)
     _target: weakref.ref[object] | None = field(default=None, init=False, repr=False, compare=False)
     _drafters: list[weakref.ref[object]] = field(
         default_factory=list, init=False, repr=False, compare=False
     )
     _taken: bool = field(default=False, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.snapshots = Snapshots(limit_of(self.snapshot_bytes))
 
     @contextlib.contextmanager
     def taken(self, target: object, drafters: Sequence[object] = ()) -> Iterator[None]:
@@ -81,10 +89,9 @@ class Session:
 
     def open(self, kinds: Sequence[LayerCache], capacity: int, dtype: mx.Dtype) -> Session:
         """Make the caches of a model, or room in those that are there; itself."""
-        self.kinds = kinds
+        self.kinds, self._dtype = kinds, dtype
         if not self.caches:
             self.caches = new_caches(kinds, capacity, dtype)
-            self.mark()
         else:
             self.caches = grown(kinds, self.caches, capacity)
         return self
@@ -110,11 +117,17 @@ class Session:
         self.trim(len(tokens))
         self.mark()
 
-    def mark(self) -> None:
-        """Take a snapshot of the layers that could not be brought back here otherwise."""
+    def mark(self, turn: bool = True) -> None:
+        """Take a snapshot of the layers that could not be brought back here otherwise; turn: a
+        prompt or an answer ends here."""
         kept = {i: self.caches[i] for i in self._fixed()}
-        if kept:
-            self.snapshots[self.stand] = kept
+        if kept and self.stand > 0:
+            self.snapshots.add(self.stand, kept, turn)
+
+    def mark_within(self) -> None:
+        """The same within a prompt, where the one before is far enough back."""
+        if self.stand - max(self.snapshots, default=0) >= BETWEEN_SNAPSHOTS:
+            self.mark(turn=False)
 
     def hold_rings(self) -> None:
         """A prompt was read: its windows are kept as they are now."""
@@ -132,8 +145,9 @@ class Session:
 
     def clear(self) -> None:
         self.tokens.clear()
-        self.caches, self.snapshots, self.stand, self.covered = [], {}, 0, 0
         self.furthest, self.rings = 0, (0, {})
+        self.snapshots.clear()
+        self.caches, self.stand, self.covered = [], 0, 0
         self.tag, self.sparse_from = "", 0
 
     def keep_shared(self, prompt: Sequence[int], tag: str, drafted: bool = False) -> None:
@@ -194,9 +208,11 @@ class Session:
             return length
         if 0 <= self.stand <= length:
             return self.stand
-        stand = max(n for n in self.snapshots if n <= length)
-        self.snapshots = {n: kept for n, kept in self.snapshots.items() if n <= stand}
+        stand = self.snapshots.cut(length)
         for i in fixed:
-            self.caches[i] = self.snapshots[stand][i]
-        self.stand = stand
-        return stand
+            before = (
+                self.kinds[i].empty(1, self._dtype) if stand is None else self.snapshots[stand][i]
+            )
+            self.caches[i] = before
+        self.stand = stand or 0
+        return self.stand

@@ -94,6 +94,7 @@ def _model(folder: Path, context: int | None, packing: Packing | None = None) ->
     import mlx.core as mx
 
     from mlx_redrafter.cache.layer import bytes_of
+    from mlx_redrafter.cache.snapshots import limit_of, states
     from mlx_redrafter.models.loading import read_model, unpacked_like
     from mlx_redrafter.models.weights import parameters
 
@@ -121,6 +122,8 @@ def _model(folder: Path, context: int | None, packing: Packing | None = None) ->
         "cache_tokens": tokens,
         "cache_bytes": cache,
         "cache_bytes_per_token": (bytes_of(model.caches, 2 * tokens, dtype) - cache) / tokens,
+        "state_bytes": states(model.caches, element),
+        "snapshots_bytes": limit_of(None),
     }
 
 
@@ -213,13 +216,26 @@ def _model_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{_megabytes(model['weights_bytes'])} weights"),
         ("", f"{_megabytes(model['cache_bytes'])} cache for {model['cache_tokens']:,} tokens"),
         ("", f"{model['cache_bytes_per_token'] / 1e3:,.1f} kB for each of them"),
+        *_state_rows(model),
+    ]
+
+
+def _state_rows(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What recurrences and convolutions keep, however long the text is."""
+    if not model["state_bytes"]:
+        return []
+    state = _megabytes(model["state_bytes"])
+    most = _megabytes(model["snapshots_bytes"])
+    return [
+        ("", f"{state} of it states of fixed size, and as much for each snapshot of a session"),
+        ("", f"{most} snapshots at most (one every 512 tokens and turn while there is room)"),
     ]
 
 
 def _drafter_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     drafter = facts["drafter"]
     if drafter is None:
-        return [("drafter", remarks.no_drafter(facts["name"], facts["model"]["model_type"]))]
+        return [("drafter", remarks.no_drafter(facts["name"]))]
     rows = [("drafter", drafter["folder"]), ("from", drafter["origin"])]
     if drafter.get("base"):
         rows.append(("made for", str(drafter["base"])))

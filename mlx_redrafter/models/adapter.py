@@ -208,7 +208,9 @@ class AdaptedModel(nn.Module):
         masked = any(type(m).__name__ == "KimiK3DeltaAttention" for m in self.module.modules())
         self._layout = Layout(caches, masked, own_patches.ROWS.get(self._type))
         blocks = list(getattr(self.module, "layers", ()))
-        self.config = config_of(raw, seen, self._layout.arrays, len(blocks))
+        pairs = zip(self._layout.arrays, self._layout.kinds, strict=True)
+        slabs = [array for array, kind in pairs if kind is not None]
+        self.config = config_of(raw, seen, slabs, len(blocks))
         final = Place(type(self._seen.backbone), "__call__", capture(self._seen.backbone))
         self._places = [*own_patches.places(self.module), final]
         self._places += [Place(cls, "__call__", layers(blocks)) for cls in {*map(type, blocks)}]

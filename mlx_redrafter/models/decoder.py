@@ -200,6 +200,11 @@ class Decoder(nn.Module):
             out = mx.tanh(out / cap) * cap
         return out
 
+    def norm(self, x: mx.array) -> mx.array:
+        """What the last layer puts out (..., D) -> what the head reads."""
+        out: mx.array = self.model.norm(x)
+        return out
+
     def embed(self, tokens: mx.array) -> mx.array:
         """tokens (...,) -> rows of the input embedding (..., D), without the embedding scale."""
         return self.model.embed_tokens(tokens).astype(self.dtype)

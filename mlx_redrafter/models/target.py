@@ -1,4 +1,4 @@
-"""What decoding needs of a model that it checks drafts with."""
+"""What decoding needs of a model that it checks drafts with, and drafters of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from .decoder import Functions
 
 
 class Target(Protocol):
-    """A model whose layers remember what `caches` says; `Decoder` is the usual one."""
+    """A model whose layers remember what `caches` says: a `Decoder` or an `AdaptedModel`.
+
+    Drafters that share parts of it ask for the rest of it than a pass and its logits too.
+    """
 
     @property
     def config(self) -> DecoderConfig: ...
@@ -50,4 +53,20 @@ class Target(Protocol):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden (M, D) -> (M, V)."""
+        ...
+
+    def scaled(self, out: mx.array) -> mx.array:
+        """Products with output rows (M, *) -> logits, scaled and soft-capped."""
+        ...
+
+    def norm(self, x: mx.array) -> mx.array:
+        """What the last layer puts out (..., D) -> what the head reads."""
+        ...
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """tokens (...,) -> rows of the input embedding (..., D), without the embedding scale."""
+        ...
+
+    def head_rows(self, ids: mx.array) -> mx.array:
+        """ids (K,) -> rows (K, D) of the output head or tied embedding, dequantised."""
         ...

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_redrafter.cache.layer import Kept, Pass, capacity_of
-from mlx_redrafter.cache.session import BETWEEN_SNAPSHOTS, Session
+from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.models import Target
 from mlx_redrafter.models.decoder import Functions
@@ -152,6 +152,5 @@ def _read(
     session.furthest = max(session.furthest, session.stand)
     if absorb is not None or not others:
         session.covered = session.stand
-    if session.stand % BETWEEN_SNAPSHOTS == 0:
-        session.mark()
+    session.mark_within()
     return found

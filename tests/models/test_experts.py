@@ -21,7 +21,8 @@ from mlx_redrafter.cli import info
 from mlx_redrafter.drafters import model as draft_model
 from mlx_redrafter.errors import DrafterError, ModelError
 from mlx_redrafter.models import experts, load_model
-from mlx_redrafter.models.batched import BatchedTarget, Request
+from mlx_redrafter.models.batched import BatchedTarget
+from mlx_redrafter.models.sequences import Request
 from mlx_redrafter.models.weights import parameters
 from mlx_redrafter.tree.shape import TreeShape
 

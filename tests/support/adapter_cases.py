@@ -13,7 +13,7 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -173,3 +173,15 @@ def figures(
     return Figures(
         prompt_error, step_error, tree_error, off(mx.stack(after), mx.stack(single((5, 7), end)))
     )
+
+
+def write_module(folder: Path, kind: str, dtype: mx.Dtype = mx.float32, **changes: Any) -> Raw:
+    """A folder of a type, as mlx_lm saves it: its config.json, and lively weights."""
+    raw = {**TYPES[kind], **changes}
+    module = module_of(raw, lively=True)
+    module.set_dtype(dtype)
+    weights = dict(tree_flatten(module.parameters()))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(raw))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return raw
