@@ -277,11 +277,11 @@ class Quantisation:
 
         self.config = config
         self._prefix = "language_model." if config["model_type"] in _NESTED else ""
-        names = [self._stored(name) for name in names]
+        names = [self.stored(name) for name in names]
         self._chosen: dict[str, tuple[int, int, str]] = {}
         if bits is None:
             return
-        model = _mlx_lm_model(config, names)
+        model = mlx_lm_model(config, names)
         try:
             # It prints how many bits came out.
             with contextlib.redirect_stdout(io.StringIO()):
@@ -302,20 +302,20 @@ class Quantisation:
                 "so none can be quantised; choose another --q-group-size"
             )
 
-    def _stored(self, target: str) -> str:
+    def stored(self, target: str) -> str:
         return self._prefix + stored_name(self.config["model_type"], target)
 
     def bits(self, target: str) -> int | None:
         """Of a tensor when it is quantised; None if it is not."""
-        base, _, last = self._stored(target).rpartition(".")
+        base, _, last = self.stored(target).rpartition(".")
         return self._chosen[base][1] if last == "weight" and base in self._chosen else None
 
     def apply(self, target: str, value: mx.array) -> Iterator[tuple[str, mx.array, int]]:
         """The arrays to store for one weight, under mlx-lm's names; how many weights each holds."""
         if self.bits(target) is None:
-            yield self._stored(target), value, value.size
+            yield self.stored(target), value, value.size
             return
-        base = self._stored(target).removesuffix(".weight")
+        base = self.stored(target).removesuffix(".weight")
         group_size, bits, mode = self._chosen[base]
         packed = mx.quantize(value, group_size, bits, mode=mode)
         for part, array in zip(("weight", "scales", "biases"), packed, strict=False):
@@ -351,7 +351,7 @@ class Stacks:
             yield parts[0][0], mx.stack([p[1] for p in parts]), sum(p[2] for p in parts)
 
 
-def _mlx_lm_model(config: Config, names: Sequence[str]) -> Any:
+def mlx_lm_model(config: Config, names: Sequence[str]) -> Any:
     """mlx-lm's model of this configuration; its arrays are promises and must stay so."""
     from mlx_lm.utils import _get_classes
 
