@@ -10,7 +10,7 @@ from typing import Any
 from mlx_redrafter.hub.gguf.keys import Keys
 
 Raw = dict[str, Any]
-_SOFTMAX, _SIGMOID = 1, 2
+_SOFTMAX, _SIGMOID, _CHOSEN = 1, 2, 3
 # Gemma's largest models divide scores by another size than that of a head.
 _GEMMA_LARGEST = (46, 62)
 _LOCAL_THETA = 10000.0
@@ -128,6 +128,7 @@ def minimax(keys: Keys) -> Raw:
 
 
 def gpt_oss(keys: Keys) -> Raw:
+    _gated(keys, _CHOSEN)
     windowed = keys.windowed(2)
     return {
         **_experts(keys, "num_local_experts"),

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+import numpy as np
+
 from mlx_redrafter.errors import ConvertError
 from mlx_redrafter.hub.gguf.file import GgufFile
 
 # What changes nothing, whatever it says; positions are read elsewhere, all of them.
-_IDLE = ("context_length", "vocab_size", "tensor_data_layout", "n_deepstack_layers")
+_IDLE = (
+    "context_length", "vocab_size", "tensor_data_layout", "n_deepstack_layers",
+    "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon",
+)  # fmt: skip
 # What has no place in config.json may say only what holds without it.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
@@ -27,9 +32,11 @@ class Keys:
         self._start, self._read = f"{architecture}.", set(_IDLE)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A value, or ``default``."""
+        """A value, or ``default``. Files have float32: 0.2 is what was meant by 0.20000000298."""
         self._read.add(key)
-        return self.file.get(self._start + key, default)
+        value = self.file.get(self._start + key, default)
+        short = np.float32(value) if isinstance(value, float) else None
+        return float(str(short)) if short is not None and short == value else value
 
     def need(self, key: str) -> Any:
         """A value. ConvertError if there is none."""

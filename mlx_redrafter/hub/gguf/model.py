@@ -102,7 +102,7 @@ class GgufModel:
             "num_hidden_layers": keys.layers,
             "num_key_value_heads": self.kv_heads,
             "pad_token_id": self.tokenizer.token_id("padding"),
-            kind.eps: round(keys.need(epsilon), 12),
+            kind.eps: keys.need(epsilon),
             "rope_scaling": positions.scaling,
             "rope_theta": keys.get("rope.freq_base", 10000.0),
             "tie_word_embeddings": "output.weight" not in self.file.tensors,

@@ -1,0 +1,309 @@
+"""Tiny models of every architecture as the GGUF files that llama.cpp's converter makes of them.
+
+The names are those of gguf-py/gguf/constants.py, the keys those of set_gguf_parameters and the
+values those of modify_tensors in conversion/*.py, written down here a second time.
+"""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import numpy as np
+from expert_cases import MSCALED
+from gguf_files import encode, permute, write
+from tiny_gguf import BOOL, F32, I32, STRING, U32, metadata
+
+PRE = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "model.final_layernorm": "output_norm",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output",
+    "self_attn.dense": "attn_output", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm", "self_attn.sinks": "attn_sinks.weight",
+    "self_attn.q_a_proj": "attn_q_a", "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b", "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm", "self_attn.embed_q": "attn_k_b",
+    "self_attn.unembed_out": "attn_v_b",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "mlp.gate_up_proj": "ffn_up", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+    "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down",
+    "mlp.gate": "ffn_gate_inp", "mlp.router": "ffn_gate_inp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+}  # fmt: skip
+for _hf, _gguf in (("gate_proj", "gate"), ("up_proj", "up"), ("down_proj", "down")):
+    for _stack in ("mlp.switch_mlp", "mlp.experts", "block_sparse_moe.switch_mlp"):
+        PRE[f"{_stack}.{_hf}"] = f"ffn_{_gguf}_exps"
+    for _shared in ("mlp.shared_expert", "mlp.shared_experts"):
+        PRE[f"{_shared}.{_hf}"] = f"ffn_{_gguf}_shexp"
+_POST = {"post_attention_layernorm": "post_attention_norm"}
+_BOTH = {
+    **_POST,
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_GLM4 = {
+    "post_self_attn_layernorm": "post_attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "post_mlp_layernorm": "post_ffw_norm",
+}
+# case of tiny_models -> architecture, changes of its configuration, names of its own.
+CASES: dict[str, tuple[str, dict, dict]] = {
+    "llama": ("llama", {}, {}),
+    "mixtral": ("llama", {}, {}),
+    "qwen2": ("qwen2", {}, {}),
+    "qwen3": ("qwen3", {}, {}),
+    "qwen3-vl": ("qwen3vl", {}, {}),
+    "qwen2_moe": ("qwen2moe", {}, {}),
+    "qwen3_moe": ("qwen3moe", {"mlp_only_layers": []}, {}),
+    "gemma": ("gemma", {"head_dim": 16}, {}),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 16, "sliding_window": 64}, _BOTH),
+    "gemma3_text": (
+        "gemma3",
+        {"query_pre_attn_scalar": 16, "num_hidden_layers": 6, "sliding_window_pattern": 6},
+        _BOTH,
+    ),
+    "phi": ("phi2", {}, {}),
+    "phi3": ("phi3", {}, {}),
+    "phi3-longrope": ("phi3", {"max_position_embeddings": 128}, {}),
+    "gpt_oss": ("gpt-oss", {}, _POST),
+    "starcoder2": ("starcoder2", {}, {}),
+    "stablelm": ("stablelm", {}, {}),
+    "stablelm-parallel": ("stablelm", {}, {}),
+    "olmo2": ("olmo2", {}, _BOTH),
+    "olmo3": ("olmo2", {}, _BOTH),
+    "olmoe": ("olmoe", {}, {}),
+    "granite": ("granite", {}, {}),
+    "cohere": ("command-r", {"logit_scale": 0.0625, "layer_norm_eps": 1e-5}, {}),
+    "cohere2": ("cohere2", {"num_hidden_layers": 4, "sliding_window_pattern": 4}, {}),
+    "glm4": ("glm4", {}, _GLM4),
+    "glm4_moe": ("glm4moe", {}, _POST),
+    "minimax_m2": ("minimax-m2", {}, {}),
+    "nemotron": ("nemotron", {}, {}),
+    "smollm3": ("smollm3", {}, {}),
+    "mistral": ("mistral3", {"sliding_window": None}, {}),
+    "ministral3": ("mistral3", {"layer_types": None, "sliding_window": None}, {}),
+    "exaone4": ("exaone4", {}, _BOTH),
+    "exaone4-window": ("exaone4", {}, _BOTH),
+    "seed_oss": ("seed_oss", {"attention_out_bias": False}, _POST),
+    "deepseek_v3": ("deepseek2", {"rope_scaling": {**MSCALED, "mscale": 0.7}}, {}),
+    "glm4_moe_lite": ("deepseek2", {"attention_bias": False}, {}),
+}
+_PERMUTED = ("llama", "granite", "smollm3", "mistral3")
+_PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
+    "original_max_position_embeddings": 32, "mscale": 1.0, "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+}  # fmt: skip
+
+
+def changes(case):
+    """What a tiny configuration is built with for this test."""
+    more = {"rope_parameters": _YARN} if case == "ministral3" else {}
+    return {**CASES[case][1], **more}
+
+
+def gguf_like(path, folder, case, kind="F32", **changed):
+    """The GGUF file of a folder with mlx-lm's names; ``changed`` replaces keys (None: no such key)
+    and tensors."""
+    config = json.loads((folder / "config.json").read_text())
+    arch, _, own = CASES[case]
+    tensors = {}
+    for name, value in mx.load(str(folder / "model.safetensors")).items():
+        rows = _changed(name, np.array(value.astype(mx.float32)), arch, config)
+        plain = rows.ndim < 2 or "gate_inp" in gguf_name(name, own)
+        stored = "F32" if plain else kind
+        tensors[gguf_name(name, own)] = (stored, rows.shape, encode(rows, stored))
+    meta = {k: v for k, v in metadata().items() if not k.startswith(("llama.", "general.arch"))}
+    meta["general.architecture"] = (STRING, arch)
+    meta |= _vocabulary(config["vocab_size"])
+    if case == "glm4_moe_lite":
+        meta["tokenizer.ggml.pre"] = (STRING, "glm4")
+    found = {**_common(config), **_special(arch, config, tensors)}
+    meta |= {f"{arch}.{key}": _typed(value) for key, value in found.items() if value is not None}
+    for key, value in changed.items():
+        into = tensors if key in tensors or (value and not isinstance(value[0], int)) else meta
+        if value is None:
+            into.pop(key)
+        else:
+            into[key] = value
+    return write(path, meta, tensors)
+
+
+def gguf_name(name, own):
+    """`model.layers.0.mlp.up_proj.weight` -> `blk.0.ffn_up.weight`."""
+    names = {**PRE, **own}
+    if name.endswith("e_score_correction_bias"):
+        return f"blk.{name.split('.')[2]}.exp_probs_b.bias"
+    if name.endswith("self_attn.sinks"):
+        return f"blk.{name.split('.')[2]}.attn_sinks.weight"
+    base, _, part = name.rpartition(".")
+    if base.startswith("model.layers."):
+        _, _, layer, rest = base.split(".", 3)
+        return f"blk.{layer}.{names[rest]}.{part}"
+    return f"{names[base]}.{part}"
+
+
+def _changed(name, rows, arch, config):
+    """What modify_tensors does."""
+    if arch in _PERMUTED and ".q_proj." in name:
+        return permute(rows, config["num_attention_heads"])
+    if arch in _PERMUTED and ".k_proj." in name:
+        return permute(rows, config["num_key_value_heads"])
+    if arch in _PLUS_ONE and name.endswith("norm.weight"):
+        return rows + np.float32(1)
+    if name.endswith("shared_expert_gate.weight"):
+        return rows.squeeze()
+    return rows
+
+
+def _vocabulary(size):
+    words = [f"t{i}" for i in range(1, size - 3)]
+    return {
+        "tokenizer.ggml.tokens": (STRING, ["t", "1", *words, "<a>", "<b>"]),
+        "tokenizer.ggml.token_type": (I32, [1] * (size - 2) + [3, 3]),
+        "tokenizer.ggml.merges": (STRING, ["t 1"]),
+    }
+
+
+def _typed(value):
+    first = value[0] if isinstance(value, list) else value
+    return {bool: BOOL, int: U32, float: F32, str: STRING}[type(first)], value
+
+
+def _common(config):
+    """TextModel.set_gguf_parameters of conversion/base.py."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = rope.get("full_attention", rope)
+    kind = rope.get("rope_type") or rope.get("type")
+    scaling = {}
+    if kind in ("linear", "yarn"):
+        scaling = {"type": kind, "factor": float(rope["factor"])}
+    if kind == "yarn":
+        scaling["original_context_length"] = rope["original_max_position_embeddings"]
+        if "beta_fast" in rope:
+            scaling["yarn_beta_fast"] = float(rope["beta_fast"])
+            scaling["yarn_beta_slow"] = float(rope["beta_slow"])
+    layer_eps = config.get("layer_norm_eps", config.get("norm_epsilon"))
+    return {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "attention.layer_norm_epsilon": layer_eps,
+        "rope.freq_base": float(rope.get("rope_theta", config["rope_theta"])),
+        "attention.key_length": config.get("head_dim"),
+        "attention.value_length": config.get("head_dim"),
+        "expert_count": config.get("num_local_experts", config.get("num_experts")),
+        "expert_used_count": config.get("num_experts_per_tok"),
+        "expert_group_count": config.get("n_group"),
+        "expert_group_used_count": config.get("topk_group"),
+        **{f"rope.scaling.{key}": value for key, value in scaling.items()},
+    }
+
+
+def _special(arch, config, tensors):
+    """set_gguf_parameters of the architecture's own class."""
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    window = config.get("sliding_window")
+    part = int(head * config.get("partial_rotary_factor", 1.0))
+    experts = {"expert_feed_forward_length": config.get("moe_intermediate_size")}
+    routed = {
+        **experts,
+        "expert_count": config.get("n_routed_experts"),
+        "expert_shared_count": config.get("n_shared_experts"),
+        "expert_weights_scale": config.get("routed_scaling_factor"),
+        "expert_weights_norm": config.get("norm_topk_prob"),
+        "expert_gating_func": 2,
+        "leading_dense_block_count": config.get("first_k_dense_replace"),
+    }
+    kinds = [t == "sliding_attention" for t in config.get("layer_types") or []]
+    if arch == "olmo2" and window and not kinds:
+        kinds = [(i + 1) % 4 != 0 for i in range(config["num_hidden_layers"])]
+    pattern = {"attention.sliding_window": window, "attention.sliding_window_pattern": kinds}
+    multipliers = {
+        "attention.scale": config.get("attention_multiplier"),
+        "embedding_scale": config.get("embedding_multiplier"),
+        "residual_scale": config.get("residual_multiplier"),
+        "logit_scale": config.get("logits_scaling"),
+    }
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    log = rope.get("mscale_all_dim")
+    found = {
+        "llama": {"vocab_size": config["vocab_size"], "rope.dimension_count": head},
+        "qwen2moe": {
+            **experts,
+            "expert_shared_feed_forward_length": config.get("shared_expert_intermediate_size"),
+        },
+        "qwen3moe": experts,
+        "qwen3vl": {"rope.dimension_sections": [4, 2, 2, 0], "n_deepstack_layers": 3},
+        "gemma2": {
+            "attention.sliding_window": window,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        "gemma3": {"attention.sliding_window": window},
+        "phi2": {"rope.dimension_count": part},
+        "phi3": {
+            "rope.dimension_count": part,
+            "rope.scaling.original_context_length": config.get(
+                "original_max_position_embeddings", config["max_position_embeddings"]
+            ),
+            "attention.sliding_window": 0,
+        },
+        "gpt-oss": {
+            "attention.sliding_window": window,
+            "expert_feed_forward_length": config["intermediate_size"],
+        },
+        "stablelm": {"rope.dimension_count": part, "use_parallel_residual": True},
+        "olmo2": pattern if window else {},
+        "granite": multipliers,
+        "command-r": {"logit_scale": config.get("logit_scale"), "rope.scaling.type": "none"},
+        "cohere2": {
+            "logit_scale": config.get("logit_scale"),
+            "attention.sliding_window": window,
+            "rope.dimension_count": head,
+            "rope.scaling.type": "none",
+        },
+        "glm4": {"rope.dimension_count": part},
+        "glm4moe": {**routed, "rope.dimension_count": part, "nextn_predict_layers": 0},
+        "minimax-m2": {
+            "expert_feed_forward_length": config["intermediate_size"],
+            "expert_gating_func": 2,
+            "rope.dimension_count": config.get("rotary_dim"),
+        },
+        "nemotron": {"rope.dimension_count": part, "attention.layer_norm_epsilon": 1e-5},
+        "mistral3": {
+            "rope.scaling.yarn_log_multiplier": log,
+            "attention.temperature_scale": rope.get("llama_4_scaling_beta"),
+        },
+        "exaone4": pattern if window else {},
+    }.get(arch, {})
+    if arch == "deepseek2":
+        rank, turned = config["kv_lora_rank"], config["qk_rope_head_dim"]
+        found = {
+            **routed,
+            "attention.head_count_kv": 1,
+            "attention.q_lora_rank": config["q_lora_rank"],
+            "attention.kv_lora_rank": rank,
+            "attention.key_length": rank + turned,
+            "attention.value_length": rank,
+            "attention.key_length_mla": config["qk_nope_head_dim"] + turned,
+            "attention.value_length_mla": config["v_head_dim"],
+            "rope.dimension_count": turned,
+            "rope.scaling.yarn_log_multiplier": 0.1 * log if log else None,
+        }
+    if rope.get("long_factor"):
+        stretch = config["max_position_embeddings"] / config["original_max_position_embeddings"]
+        first = config["original_max_position_embeddings"]
+        found["rope.scaling.attn_factor"] = float(np.sqrt(1 + np.log(stretch) / np.log(first)))
+        for which in ("long", "short"):
+            factors = np.array(rope[f"{which}_factor"], np.float32)
+            tensors[f"rope_factors_{which}.weight"] = ("F32", factors.shape, factors.tobytes())
+    return found
