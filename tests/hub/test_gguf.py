@@ -131,8 +131,8 @@ def test_another_gguf_is_refused(tmp_path, cache, changed):
 
 
 def test_an_unknown_tensor_is_refused(tmp_path, cache):
-    write_gguf(tmp_path / "other.gguf", extra=["blk.0.attn_q_norm"])
-    assert "attn_q_norm" in failure("cpu", partial(source, tmp_path / "other.gguf", []))
+    write_gguf(tmp_path / "other.gguf", extra=["blk.0.attn_rot_embd"])
+    assert "attn_rot_embd" in failure("cpu", partial(source, tmp_path / "other.gguf", []))
     assert left_over(cache) == []
 
 
