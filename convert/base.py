@@ -31,7 +31,11 @@ from .writer import OutputFolder, Progress, ShardWriter, sixteen_bits
 Config = dict[str, Any]
 
 # mlx-lm keeps their text half under the name it has in the multimodal model.
-_NESTED = ("gemma3", "gemma4", "gemma4_unified", "mistral3", "qwen3_vl", "qwen3_vl_moe")
+_NESTED = (
+    "gemma3", "gemma4", "gemma4_unified", "mistral3", "qwen3_5", "qwen3_5_moe", "qwen3_vl",
+    "qwen3_vl_moe",
+)  # fmt: skip
+NESTED_PREFIX = "language_model."
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -276,7 +280,7 @@ class Quantisation:
         from mlx_lm.utils import quantize_model
 
         self.config = config
-        self._prefix = "language_model." if config["model_type"] in _NESTED else ""
+        self._prefix = NESTED_PREFIX if config["model_type"] in _NESTED else ""
         names = [self.stored(name) for name in names]
         self._chosen: dict[str, tuple[int, int, str]] = {}
         if bits is None:
@@ -359,7 +363,7 @@ def mlx_lm_model(config: Config, names: Sequence[str]) -> Any:
     model = model_class(arguments.from_dict(config))
     if hasattr(model, "sanitize"):
         # Gemma 3 drops its head here if the weights hold none.
-        model.sanitize({name: mx.array(0) for name in names})
+        model.sanitize({name: mx.array([0]) for name in names})
     return model
 
 

@@ -12,11 +12,19 @@ from mlx_redrafter.hub.gguf.file import GgufTensor
 from mlx_redrafter.hub.gguf.model import Forms, GgufModel
 from mlx_redrafter.hub.gguf.packed import ALL, KEPT, Form
 from mlx_redrafter.hub.gguf.rope import FACTORS
+from mlx_redrafter.hub.gguf.rows import reordered_heads
 from mlx_redrafter.models import decoder_config, registry
 from mlx_redrafter.models.weights import Shape, parameters, shapes
 from mlx_redrafter.runtime.device import dtype_name
 
-from .base import Config, Quantisation, check_fit, expected_shapes, mlx_lm_model
+from .base import (
+    NESTED_PREFIX,
+    Config,
+    Quantisation,
+    check_fit,
+    expected_shapes,
+    mlx_lm_model,
+)
 from .base_files import write_config
 from .mapping import Mapping, size_text
 from .writer import OutputFolder, Progress, ShardWriter, sixteen_bits
@@ -54,7 +62,7 @@ class GgufPlan:
         self.model = model = GgufModel(path)
         found = {model.target(t): model.shape(t) for t in model.tensors}
         self.config = model.config()
-        check_fit(_expected(self.config, list(found), path), found, path)
+        check_fit(_expected(self.config, list(found), model), found, path)
         default = KEPT if bits is None and dtype is None else {}
         self.forms: Forms = ALL if keep else default
         self.dtype = dtype or model.dense_dtype(self.forms)
@@ -69,7 +77,7 @@ class GgufPlan:
         for tensor in self.model.tensors:
             target, bits = self.model.target(tensor), self._bits(tensor)
             notes = [f"{tensor.kind}, {f'{bits} bits' if bits else dtype_name(self.dtype)} in MLX"]
-            if self.model.reordered_heads(tensor):
+            if reordered_heads(tensor.name, self.model.kind, self.model.keys):
                 notes.append("rows back in rotary order")
             shape = self.model.shape(tensor)
             rows.append(Mapping(tensor.name, target, shape, ", ".join(notes)))
@@ -172,12 +180,15 @@ class GgufPlan:
         return self.quantisation.stored(f"{name}.weight").removesuffix(".weight")
 
 
-def _expected(config: Config, names: list[str], path: Path) -> dict[str, Shape]:
-    """Of our decoder's parameters, or of mlx_lm's for a type that it runs."""
+def _expected(config: Config, names: list[str], model: GgufModel) -> dict[str, Shape]:
+    """Of our decoder's parameters, or of mlx_lm's for a type that it runs or cuts otherwise."""
     try:
-        if registry.way(config) == "adapter":
-            return shapes(parameters(mlx_lm_model(config, names)))
-        _check_positions(config, path)
+        native = registry.way(config) == "native"
+        if native:
+            _check_positions(config, model.file.path)
+        if not native or model.kind.recurrent:
+            found = shapes(parameters(mlx_lm_model(config, names)))
+            return {name.removeprefix(NESTED_PREFIX): shape for name, shape in found.items()}
     except ModelError as error:
         raise ConvertError(str(error)) from error
     return expected_shapes(config, names)
@@ -185,7 +196,7 @@ def _expected(config: Config, names: list[str], path: Path) -> dict[str, Shape]:
 
 def _check_positions(config: Config, path: Path) -> None:
     """Some types of mlx_lm do not read how positions are stretched: that would be another model."""
-    if config["rope_scaling"] and not any(r.scaling for r in decoder_config(config).ropes):
+    if config.get("rope_scaling") and not any(r.scaling for r in decoder_config(config).ropes):
         raise ConvertError(
             f"{path} stretches its positions ({config['rope_scaling']['rope_type']}), which a "
             f"model of type {config['model_type']} cannot in mlx_lm; convert the model's Hugging "

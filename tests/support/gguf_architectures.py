@@ -10,9 +10,11 @@ import json
 
 import mlx.core as mx
 import numpy as np
+from adapter_cases import TYPES
 from expert_cases import MSCALED
 from gguf_files import encode, permute, write
 from tiny_gguf import BOOL, F32, I32, STRING, U32, metadata
+from tiny_models import QWEN3_TEXT, build
 
 PRE = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
@@ -32,6 +34,10 @@ PRE = {
     "mlp.gate": "ffn_gate_inp", "mlp.router": "ffn_gate_inp",
     "block_sparse_moe.gate": "ffn_gate_inp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "linear_attn.in_proj_qkv": "attn_qkv", "linear_attn.in_proj_z": "attn_gate",
+    "linear_attn.in_proj_a": "ssm_alpha", "linear_attn.in_proj_b": "ssm_beta",
+    "linear_attn.conv1d": "ssm_conv1d", "linear_attn.norm": "ssm_norm",
+    "linear_attn.out_proj": "ssm_out",
 }  # fmt: skip
 for _hf, _gguf in (("gate_proj", "gate"), ("up_proj", "up"), ("down_proj", "down")):
     for _stack in ("mlp.switch_mlp", "mlp.experts", "block_sparse_moe.switch_mlp"):
@@ -49,6 +55,7 @@ _GLM4 = {
     "post_attention_layernorm": "ffn_norm",
     "post_mlp_layernorm": "post_ffw_norm",
 }
+_MROPE = {"type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 # case of tiny_models -> architecture, changes of its configuration, names of its own.
 CASES: dict[str, tuple[str, dict, dict]] = {
     "llama": ("llama", {}, {}),
@@ -90,6 +97,15 @@ CASES: dict[str, tuple[str, dict, dict]] = {
     "seed_oss": ("seed_oss", {"attention_out_bias": False}, _POST),
     "deepseek_v3": ("deepseek2", {"rope_scaling": {**MSCALED, "mscale": 0.7}}, {}),
     "glm4_moe_lite": ("deepseek2", {"attention_bias": False}, {}),
+    "qwen3_5": ("qwen35", {"linear_num_key_heads": 2, "rope_parameters": _MROPE}, _POST),
+    "qwen3_5_moe": ("qwen35moe", {"linear_num_key_heads": 1, "rope_parameters": _MROPE}, _POST),
+}
+_OTHER = {
+    "gemma": {"model_type": "gemma"},
+    "cohere": {"model_type": "cohere"},
+    "qwen3-vl": QWEN3_TEXT,
+    "qwen3_5": TYPES["qwen3_5"],
+    "qwen3_5_moe": TYPES["qwen3_5_moe"],
 }
 _PERMUTED = ("llama", "granite", "smollm3", "mistral3")
 _PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")
@@ -100,10 +116,13 @@ _YARN = {
 }  # fmt: skip
 
 
-def changes(case):
-    """What a tiny configuration is built with for this test."""
-    more = {"rope_parameters": _YARN} if case == "ministral3" else {}
-    return {**CASES[case][1], **more}
+def made(tmp_path, case, **more):
+    """A tiny model of a case, in mlx-lm's layout."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    growing = {"rope_parameters": _YARN} if case == "ministral3" else {}
+    build(folder, _OTHER.get(case, case), **{**CASES[case][1], **growing, **more})
+    return folder
 
 
 def gguf_like(path, folder, case, kind="F32", **changed):
@@ -114,7 +133,7 @@ def gguf_like(path, folder, case, kind="F32", **changed):
     tensors = {}
     for name, value in mx.load(str(folder / "model.safetensors")).items():
         rows = _changed(name, np.array(value.astype(mx.float32)), arch, config)
-        plain = rows.ndim < 2 or "gate_inp" in gguf_name(name, own)
+        plain = rows.ndim < 2 or "gate_inp" in gguf_name(name, own) or "conv1d" in name
         stored = "F32" if plain else kind
         tensors[gguf_name(name, own)] = (stored, rows.shape, encode(rows, stored))
     meta = {k: v for k, v in metadata().items() if not k.startswith(("llama.", "general.arch"))}
@@ -136,8 +155,13 @@ def gguf_like(path, folder, case, kind="F32", **changed):
 def gguf_name(name, own):
     """`model.layers.0.mlp.up_proj.weight` -> `blk.0.ffn_up.weight`."""
     names = {**PRE, **own}
+    name = name.removeprefix("language_model.")
     if name.endswith("e_score_correction_bias"):
         return f"blk.{name.split('.')[2]}.exp_probs_b.bias"
+    if name.endswith(".A_log"):
+        return f"blk.{name.split('.')[2]}.ssm_a"
+    if name.endswith(".dt_bias"):
+        return f"blk.{name.split('.')[2]}.ssm_dt.bias"
     if name.endswith("self_attn.sinks"):
         return f"blk.{name.split('.')[2]}.attn_sinks.weight"
     base, _, part = name.rpartition(".")
@@ -157,6 +181,32 @@ def _changed(name, rows, arch, config):
         return rows + np.float32(1)
     if name.endswith("shared_expert_gate.weight"):
         return rows.squeeze()
+    return _tiled(name, rows, config) if ".linear_attn." in name else rows
+
+
+def _tiled(name, rows, config):
+    """_LinearAttentionVReorderBase and Qwen3NextModel; mlx-lm's norms have their 1 already."""
+    keys, size = config["linear_num_key_heads"], config["linear_value_head_dim"]
+    by_key = config["linear_num_value_heads"] // keys
+
+    def reorder(tensor, axis, dim):
+        shape = tensor.shape
+        apart = tensor.reshape(*shape[:axis], keys, by_key, dim, *shape[axis + 1 :])
+        return apart.swapaxes(axis, axis + 1).reshape(shape)
+
+    first = 2 * keys * config["linear_key_head_dim"]
+    if name.endswith("A_log"):
+        return reorder(-np.exp(rows), 0, 1)
+    if name.endswith(("dt_bias", "in_proj_a.weight", "in_proj_b.weight")):
+        return reorder(rows, 0, 1)
+    if name.endswith("in_proj_z.weight"):
+        return reorder(rows, 0, size)
+    if name.endswith("out_proj.weight"):
+        return reorder(rows, 1, size)
+    if name.endswith("conv1d.weight"):
+        rows = rows.squeeze()
+    if name.endswith(("in_proj_qkv.weight", "conv1d.weight")):
+        return np.concatenate([rows[:first], reorder(rows[first:], 0, size)])
     return rows
 
 
@@ -298,6 +348,20 @@ def _special(arch, config, tensors):
             "attention.value_length_mla": config["v_head_dim"],
             "rope.dimension_count": turned,
             "rope.scaling.yarn_log_multiplier": 0.1 * log if log else None,
+        }
+    if arch.startswith("qwen35"):
+        values = config["linear_num_value_heads"]
+        found = {
+            **experts,
+            "expert_shared_feed_forward_length": config.get("shared_expert_intermediate_size"),
+            "ssm.conv_kernel": config["linear_conv_kernel_dim"],
+            "ssm.state_size": config["linear_key_head_dim"],
+            "ssm.group_count": config["linear_num_key_heads"],
+            "ssm.time_step_rank": values,
+            "ssm.inner_size": config["linear_value_head_dim"] * values,
+            "full_attention_interval": config.get("full_attention_interval", 4),
+            "rope.dimension_count": int(head * rope["partial_rotary_factor"]),
+            "rope.dimension_sections": [11, 11, 10, 0],
         }
     if rope.get("long_factor"):
         stretch = config["max_position_embeddings"] / config["original_max_position_embeddings"]

@@ -50,6 +50,8 @@ _BLOCK_NAMES = {
 _WHOLE_NAMES = {
     "attn_sinks.weight": "self_attn.sinks",
     "exp_probs_b.bias": "mlp.e_score_correction_bias",
+    "ssm_a": "linear_attn.A_log",
+    "ssm_dt.bias": "linear_attn.dt_bias",
 }
 _OUTER_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -58,6 +60,19 @@ _OUTER_NAMES = {
 }
 _AROUND = {"ffn_norm": "pre_feedforward_layernorm"}  # norms before and behind both parts
 _JOINED = {"ffn_up": "mlp.gate_up_proj"}
+# Of models with a Gated DeltaNet, in mlx-lm's names: our decoder cuts these tensors otherwise.
+_DELTA = {
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
 
 
 class Architecture(NamedTuple):
@@ -72,6 +87,7 @@ class Architecture(NamedTuple):
         eps: the key of config.json for the epsilon of norms; layer norms have another name for it.
         partial: may turn a part of a head only.
         rope: keys of positions that only these models have.
+        recurrent: most layers are Gated DeltaNets, and names are mlx-lm's.
     """
 
     model_type: str
@@ -83,11 +99,15 @@ class Architecture(NamedTuple):
     eps: str = "rms_norm_eps"
     partial: bool = False
     rope: tuple[str, ...] = ()
+    recurrent: bool = False
 
 
 _LLAMA = Architecture("llama", "Llama", fields.biases, permuted=True)
 _QWEN3 = Architecture("qwen3", "Qwen3", rope=("dimension_sections",))
 _QWEN3_MOE = Architecture("qwen3_moe", "Qwen3Moe", fields.qwen_moe, rope=_QWEN3.rope)
+_QWEN35 = Architecture(
+    "qwen3_5", "Qwen3_5", fields.qwen35, _DELTA, partial=True, rope=_QWEN3.rope, recurrent=True
+)
 _LATENT = Architecture(
     "deepseek_v3", "DeepseekV3", fields.deepseek_v3, partial=True,
     rope=("scaling.yarn_log_multiplier",),
@@ -119,6 +139,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": Architecture("qwen2", "Qwen2"),
     "qwen2moe": Architecture("qwen2_moe", "Qwen2Moe", fields.qwen_moe),
     "qwen3": _QWEN3,
+    "qwen35": _QWEN35,
+    "qwen35moe": _QWEN35._replace(model_type="qwen3_5_moe", heading="Qwen3_5Moe"),
     "qwen3moe": _QWEN3_MOE,
     "qwen3vl": _QWEN3,
     "qwen3vlmoe": _QWEN3_MOE,
@@ -162,18 +184,17 @@ def target_name(name: str, architecture: Architecture) -> str:
     Raises ConvertError for a tensor that no model read here has.
     """
     base, _, part = name.rpartition(".")
-    block = base.split(".")
-    if len(block) == 3 and block[0] == "blk" and block[1].isdecimal():
-        layer = f"model.layers.{block[1]}."
-        if whole := _WHOLE_NAMES.get(f"{block[2]}.{part}"):
-            return layer + whole
-        if inner := architecture.names.get(block[2], _BLOCK_NAMES.get(block[2])):
-            return f"{layer}{inner}.{part}"
     if base in _OUTER_NAMES:
         return f"{_OUTER_NAMES[base]}.{part}"
+    if layer_of(name) is not None:
+        _, number, rest = name.split(".", 2)
+        short, _, part = rest.rpartition(".")
+        inner = architecture.names.get(short, _BLOCK_NAMES.get(short))
+        if found := _WHOLE_NAMES.get(rest, inner and f"{inner}.{part}"):
+            return f"model.layers.{number}.{found}"
     raise ConvertError(
-        f"the GGUF file holds an unknown tensor {base!r}, which no {architecture.model_type} model "
-        "that is read here has; convert the model's Hugging Face version"
+        f"the GGUF file holds an unknown tensor {base or name!r}, which no model of type "
+        f"{architecture.model_type} has here; convert the model's Hugging Face version"
     )
 
 

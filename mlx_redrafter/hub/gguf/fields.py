@@ -265,3 +265,24 @@ def ministral3(keys: Keys) -> Raw:
     """Its queries grow with the position, in steps of the length before the stretching."""
     keys.need("rope.scaling.original_context_length")
     return {"rope_parameters": {"llama_4_scaling_beta": keys.need("attention.temperature_scale")}}
+
+
+def qwen35(keys: Keys) -> Raw:
+    """Gated DeltaNets, and in every n-th layer attention whose output has a gate."""
+    heads, groups = keys.size("ssm.time_step_rank"), keys.size("ssm.group_count")
+    values = keys.size("ssm.inner_size")
+    # Packed columns are moved head by head, in groups of 32.
+    if heads % groups or values % (32 * heads):
+        keys.refuse(f"a recurrence of {groups} and {heads} heads, and values of {values}")
+    experts = qwen_moe(keys) if keys.get("expert_count", 0) else {}
+    return {
+        **experts,
+        **({"norm_topk_prob": True} if experts else {}),
+        "full_attention_interval": keys.get("full_attention_interval", 4),
+        "linear_conv_kernel_dim": keys.size("ssm.conv_kernel"),
+        "linear_key_head_dim": keys.size("ssm.state_size"),
+        "linear_num_key_heads": groups,
+        "linear_num_value_heads": heads,
+        "linear_value_head_dim": values // heads,
+        "rope_parameters": {"partial_rotary_factor": keys.rotated / keys.head_dim},
+    }

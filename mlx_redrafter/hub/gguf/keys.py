@@ -70,6 +70,10 @@ class Keys:
         return self.size("attention.head_count")
 
     @property
+    def kv_heads(self) -> int:
+        return self.size("attention.head_count_kv", self.heads)
+
+    @property
     def head_dim(self) -> int:
         return self.size("attention.key_length", self.size("embedding_length") // self.heads)
 

@@ -18,6 +18,7 @@ from mlx_redrafter.hub.gguf.blocks import dequantise
 from mlx_redrafter.hub.gguf.file import GgufFile, GgufTensor
 from mlx_redrafter.hub.gguf.keys import Keys
 from mlx_redrafter.hub.gguf.packed import Form, quantisation_block, repack
+from mlx_redrafter.hub.gguf.rows import restored
 from mlx_redrafter.hub.gguf.tokenizer import GgufTokenizer
 from mlx_redrafter.models.layout import exact
 from mlx_redrafter.runtime.device import dtype_name
@@ -29,7 +30,8 @@ Forms = Mapping[str, Form]
 # Bounds the memory of a dequantisation: elements unpacked at a time.
 _CHUNK = 1 << 24
 # Routers stay plain: mlx-lm's are no layers that can be packed.
-_PLAIN = (".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight")
+_CONVOLUTION = ".ssm_conv1d.weight"
+_PLAIN = (".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight", _CONVOLUTION)
 
 
 class Converted(NamedTuple):
@@ -66,9 +68,10 @@ class GgufModel:
         return target_name(tensor.name, self.kind)
 
     def shape(self, tensor: GgufTensor) -> tuple[int, ...]:
-        """As the model has it: llama.cpp drops an axis of length 1."""
-        one_row = tensor.name.endswith(_PLAIN[1]) and len(tensor.shape) == 1
-        return (1, *tensor.shape) if one_row else tensor.shape
+        """As the model has it: llama.cpp drops axes of length 1."""
+        if tensor.name.endswith(_PLAIN[1]) and len(tensor.shape) == 1:
+            return (1, *tensor.shape)
+        return (*tensor.shape, 1) if tensor.name.endswith(_CONVOLUTION) else tensor.shape
 
     def config(self) -> dict[str, Any]:
         """`config.json` as transformers and mlx-lm write it. Raises ConvertError."""
@@ -100,7 +103,7 @@ class GgufModel:
             "max_position_embeddings": positions.length,
             "num_attention_heads": keys.heads,
             "num_hidden_layers": keys.layers,
-            "num_key_value_heads": self.kv_heads,
+            "num_key_value_heads": keys.kv_heads,
             "pad_token_id": self.tokenizer.token_id("padding"),
             kind.eps: keys.need(epsilon),
             "rope_scaling": positions.scaling,
@@ -113,7 +116,8 @@ class GgufModel:
             config["partial_rotary_factor"] = keys.rotated / head_dim
         if nested := extra.get("rope_parameters"):
             theta = {"rope_theta": config["rope_theta"]}
-            extra["rope_parameters"] = {**(positions.scaling or {}), **theta, **nested}
+            scaling = positions.scaling or {"type": "default"}
+            extra["rope_parameters"] = {**scaling, **theta, **nested}
             extra["rope_scaling"] = None
         keys.all_read()
         return {**config, **extra}
@@ -138,10 +142,6 @@ class GgufModel:
     @property
     def context_length(self) -> int:
         return int(self.keys.get("context_length", 2048))
-
-    @property
-    def kv_heads(self) -> int:
-        return self.keys.size("attention.head_count_kv", self.keys.heads)
 
     def dense_dtype(self, forms: Forms) -> mx.Dtype:
         """Where none is asked for: as the file's matrices; float16 if any has to be unpacked."""
@@ -176,19 +176,7 @@ class GgufModel:
                 parts = self._packed(tensor, dtype)
             else:
                 parts = {part: self._dense(tensor, dtype)}
-            heads = self.reordered_heads(tensor)
-            if heads:
-                parts = {name: unpermute(rows, heads) for name, rows in parts.items()}
-            yield Converted(tensor, base, parts)
-
-    def reordered_heads(self, tensor: GgufTensor) -> int:
-        """How many heads llama.cpp has reordered in this tensor; 0 for all but q and k of some."""
-        if not self.kind.permuted:
-            return 0
-        base = tensor.name.rpartition(".")[0]
-        if base.endswith(".attn_q"):
-            return self.keys.heads
-        return self.kv_heads if base.endswith(".attn_k") else 0
+            yield Converted(tensor, base, restored(tensor.name, parts, self.kind, self.keys))
 
     def _packed(self, tensor: GgufTensor, dtype: mx.Dtype) -> dict[str, mx.array]:
         import mlx.core as mx
@@ -206,7 +194,8 @@ class GgufModel:
         import mlx.core as mx
 
         norm = tensor.name.endswith("norm.weight")
-        dtype = mx.float32 if exact(self.target(tensor)) else dtype
+        target = self.target(tensor)
+        dtype = mx.float32 if exact(target) or target.endswith(".A_log") else dtype
         pieces = []
         for first, rows in self._steps(tensor):
             values = dequantise(tensor.kind, self.file.read(tensor, first, rows))
@@ -220,7 +209,8 @@ class GgufModel:
                     f"{tensor.name} has values beyond {name}; run again with --dtype bfloat16"
                 )
         whole = mx.concatenate(pieces) if len(pieces) > 1 else pieces[0]
-        return whole.reshape(self.shape(tensor))
+        one_row = tensor.name.endswith(_PLAIN[1])
+        return whole.reshape(self.shape(tensor) if one_row else tensor.shape)
 
     def _steps(self, tensor: GgufTensor) -> Iterator[tuple[int, int]]:
         """First row and number of rows of what is unpacked at a time."""
@@ -233,13 +223,3 @@ class GgufModel:
         if tensor is None:
             raise ConvertError(f"{self.file.path} lacks {name}; download it again")
         return tensor.shape
-
-
-def unpermute(rows: mx.array, heads: int) -> mx.array:
-    """(heads * Dh, ...) rows in llama.cpp's interleaved rotary order -> the half-split order.
-
-    llama.cpp stores the two rotary partners of a head side by side; MLX and transformers keep
-    all first partners, then all second ones (`permute` in llama.cpp's conversion/llama.py).
-    """
-    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
