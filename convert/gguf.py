@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_redrafter.errors import ConvertError, ModelError
+from mlx_redrafter.errors import ConvertError, ModelError, one_line
 from mlx_redrafter.hub.gguf.file import GgufTensor
 from mlx_redrafter.hub.gguf.model import Forms, GgufModel
 from mlx_redrafter.hub.gguf.packed import ALL, KEPT, Form
@@ -182,16 +182,23 @@ class GgufPlan:
 
 def _expected(config: Config, names: list[str], model: GgufModel) -> dict[str, Shape]:
     """Of our decoder's parameters, or of mlx_lm's for a type that it runs or cuts otherwise."""
+    kind, path = config["model_type"], model.file.path
     try:
         native = registry.way(config) == "native"
         if native:
-            _check_positions(config, model.file.path)
+            _check_positions(config, path)
         if not native or model.kind.recurrent:
             found = shapes(parameters(mlx_lm_model(config, names)))
             return {name.removeprefix(NESTED_PREFIX): shape for name, shape in found.items()}
+        return expected_shapes(config, names)
     except ModelError as error:
         raise ConvertError(str(error)) from error
-    return expected_shapes(config, names)
+    except ConvertError:
+        raise
+    except (ArithmeticError, IndexError, TypeError, ValueError) as error:
+        raise ConvertError(
+            f"{path} has sizes that no {kind} model can have ({one_line(error)}); download it again"
+        ) from error
 
 
 def _check_positions(config: Config, path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from gguf_architectures import CASES, gguf_like, made
 from gguf_files import run, weights_of
 from mlx_lm.utils import load_model as load_mlx_lm
-from tiny_gguf import F32, STRING, U32
+from tiny_gguf import F32, I32, STRING, U32
 from tiny_models import Runner, tokens_of
 
 from mlx_redrafter.convert.gguf import GgufPlan
@@ -105,6 +105,10 @@ REFUSED = {
     "long factors alone": (
         "phi3-longrope", {"rope_factors_short.weight": None}, "without rope_factors_short.weight",
     ),
+    "a size that nothing has": (
+        "deepseek_v3", {"deepseek2.expert_shared_count": (I32, -1)}, "sizes that no deepseek_v3",
+    ),
+    "heads of nothing": ("phi", {"phi2.embedding_length": (U32, 3)}, "4 heads of 3 entries"),
     "windows in no order": (
         "gemma3_text",
         {"gemma3.attention.sliding_window_pattern": (7, [True, False, False, True, True, True])},

@@ -75,7 +75,10 @@ class Keys:
 
     @property
     def head_dim(self) -> int:
-        return self.size("attention.key_length", self.size("embedding_length") // self.heads)
+        size = self.size("attention.key_length", self.size("embedding_length") // self.heads)
+        if size < 1:
+            self.refuse(f"{self.heads} heads of {self.size('embedding_length')} entries")
+        return size
 
     @property
     def rotated(self) -> int:

@@ -124,7 +124,7 @@ class _Keys:
                 self._refuse(f"rope.{key} is {value!r}, which is not read here")
         if self.given.get("scaling.type") not in (None, "none", "longrope"):
             self._refuse(f"rope scaling {self.given['scaling.type']!r} and {LONG_FACTORS[0]}")
-        original = self.original or self.context
+        original = max(self.original or self.context, 2)
         stretch = max(self.context / original, 1.0)
         usual = math.sqrt(1 + math.log(stretch) / math.log(original))
         given = self.given.get("scaling.attn_factor", 1.0)
