@@ -131,7 +131,9 @@ def test_experts_stay_packed(tmp_path, case):
     sizes = {"kv_lora_rank": 32, "q_lora_rank": 32}
     sizes |= {"qk_nope_head_dim": 32, "v_head_dim": 16} if case == "deepseek_v3" else {}
     folder = made(tmp_path, case, **sizes)
-    path = gguf_like(tmp_path / "x.gguf", folder, case, kind)
+    router = ("Q8_0", (8, 64), random_blocks("Q8_0", 8 * 64))
+    more = {"blk.0.ffn_gate_inp.weight": router} if case == "qwen3_moe" else {}
+    path = gguf_like(tmp_path / "x.gguf", folder, case, kind, **more)
     run(path, tmp_path / "kept", keep=True, dtype=mx.float32)
     run(path, tmp_path / "full", dtype=mx.float32)
     run(path, tmp_path / "usual")  # these types stay packed without the option
@@ -152,6 +154,17 @@ def test_experts_stay_packed(tmp_path, case):
         found.append(Runner(load_model(tmp_path / "kept"))(tokens))
     for logits in found:
         assert mx.abs(logits - full).max() <= 1e-4 * mx.abs(full).max()
+
+
+@pytest.mark.parametrize("case", ["cohere", "glm4", "gpt_oss", "qwen3_5"])
+def test_quantised_anew(tmp_path, case):
+    """As mlx_lm.convert does it, in its names, whoever runs the type."""
+    run(gguf_like(tmp_path / "x.gguf", made(tmp_path, case), case), tmp_path / "out",
+        bits=4, group_size=32)  # fmt: skip
+    block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    assert (block["bits"], block["group_size"]) == (4, 32)
+    module = load_mlx_lm(tmp_path / "out")[0]
+    assert any(name.endswith("o_proj") for name, m in module.named_modules() if hasattr(m, "bits"))
 
 
 def test_the_option(tmp_path):
