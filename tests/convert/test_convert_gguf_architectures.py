@@ -58,13 +58,14 @@ def test_a_layer_that_drafts_is_left_out(tmp_path):
     assert notes == ["of a layer that drafts"] * 2
 
 
-def test_blocks_of_the_fused_and_stacked_stay_what_they_are(tmp_path):
-    """The file's 16-bit numbers, in the shapes of mlx-lm."""
+@pytest.mark.parametrize(("kind", "dtype"), [("F16", mx.float16), ("BF16", mx.bfloat16)])
+def test_numbers_of_16_bits_stay_what_they_are(tmp_path, kind, dtype):
+    """In the file's type, though its routers have 32."""
     folder = made(tmp_path, "gpt_oss")
-    run(gguf_like(tmp_path / "x.gguf", folder, "gpt_oss", "F16"), tmp_path / "out")
+    run(gguf_like(tmp_path / "x.gguf", folder, "gpt_oss", kind), tmp_path / "out")
     found = weights_of(tmp_path / "out")
     for name, value in weights_of(folder).items():
-        assert mx.array_equal(found[name], value.astype(mx.float16)), name
+        assert mx.array_equal(found[name], value.astype(dtype)), name
 
 
 REFUSED = {

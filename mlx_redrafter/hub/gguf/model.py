@@ -150,6 +150,8 @@ class GgufModel:
         kinds = {t.kind for t in self.tensors if len(t.shape) >= 2}
         if any(self.form(tensor, forms) for tensor in self.tensors):
             return mx.float16
+        if len(kinds) > 1:
+            kinds.discard("F32")  # routers
         names = {"F32": mx.float32, "BF16": mx.bfloat16}
         return names[kinds.pop()] if len(kinds) == 1 and kinds <= names.keys() else mx.float16
 
