@@ -60,7 +60,7 @@ class GgufPlan:
         keep: bool = False,
     ) -> None:
         self.model = model = GgufModel(path)
-        found = {model.target(t): model.shape(t) for t in model.tensors}
+        found = {name: s for t in model.tensors for name, s in model.targets(t).items()}
         self.config = model.config()
         check_fit(_expected(self.config, list(found), model), found, path)
         default = KEPT if bits is None and dtype is None else {}
@@ -75,18 +75,17 @@ class GgufPlan:
         """Every tensor of the file."""
         rows = []
         for tensor in self.model.tensors:
-            target, bits = self.model.target(tensor), self._bits(tensor)
+            bits = self._bits(tensor)
             notes = [f"{tensor.kind}, {f'{bits} bits' if bits else dtype_name(self.dtype)} in MLX"]
             if reordered_heads(tensor.name, self.model.kind, self.model.keys):
                 notes.append("rows back in rotary order")
-            shape = self.model.shape(tensor)
-            rows.append(Mapping(tensor.name, target, shape, ", ".join(notes)))
+            for target, shape in self.model.targets(tensor).items():
+                rows.append(Mapping(tensor.name, target, shape, ", ".join(notes)))
         for name in FACTORS:
             if factors := self.model.file.tensors.get(name):
                 note = "becomes rope_scaling of config.json"
                 rows.append(Mapping(name, "", factors.shape, note))
-        dropped = self.model.dropped
-        return rows + [Mapping(t.name, "", t.shape, "of a layer that drafts") for t in dropped]
+        return rows + [Mapping(t.name, "", t.shape, why) for t, why in self.model.dropped]
 
     def notes(self) -> list[str]:
         """What a person may not expect of the size, or of the precision."""
@@ -143,11 +142,11 @@ class GgufPlan:
         total = len(self.model.tensors)
         for done, tensor in enumerate(self.model.converted(self.forms, self.dtype)):
             progress(done, total)
-            packed = self.model.form(tensor.source, self.forms) is not None
+            form = self.model.form(tensor.source, self.forms)
             for part, value in tensor.parts.items():
                 name = f"{tensor.base}.{part}"
-                if packed:
-                    holds = math.prod(tensor.source.shape) if part == "weight" else 0
+                if form:
+                    holds = value.size * 32 // form.bits if part == "weight" else 0
                     writer.add(self.quantisation.stored(name), value, holds)
                     continue
                 for target, array, holds in self.quantisation.apply(name, value):
@@ -159,7 +158,7 @@ class GgufPlan:
 
     def _bits(self, tensor: GgufTensor) -> int | None:
         form: Form | None = self.model.form(tensor, self.forms)
-        return form.bits if form else self.quantisation.bits(self.model.target(tensor))
+        return form.bits if form else self.quantisation.bits(next(iter(self.model.targets(tensor))))
 
     def _write_files(self, out: OutputFolder) -> None:
         config = {**self.quantisation.config, "dtype": dtype_name(self.dtype)}

@@ -159,6 +159,21 @@ def test_sentencepiece_from_its_scores(trained, step):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
+def test_gemma_4_stores_the_merges(trained):
+    """With them, the pieces' scores say nothing."""
+    order = list(range(trained.vocab_size()))
+    by_score = GgufTokenizer(spm_metadata(trained, order, add_space_prefix=False), "x")
+    merges = [" ".join(pair) for pair in json.loads(by_score.build().to_str())["model"]["merges"]]
+    given = spm_metadata(
+        trained, order, add_space_prefix=False, model="gemma4", pre="gemma4", merges=merges,
+        scores=[-1000.0] * len(order),
+    )  # fmt: skip
+    stored = GgufTokenizer(given, "x").build()
+    for text in ("the fox and  the crow", "def f(x):\n\treturn x", "naïve 你好 🦊"):
+        assert stored.encode(text).ids == by_score.build().encode(text).ids
+        assert stored.decode(stored.encode(text).ids) == text
+
+
 def test_a_broken_tokenizer_is_one_line(tmp_path):
     changed = {"tokenizer.ggml.merges": (STRING, ["no such"])}
     write_gguf(tmp_path / "x.gguf", metadata(**changed))

@@ -50,6 +50,18 @@ _BOTH = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+_GEMMA4 = {
+    **_BOTH, "per_layer_input_gate": "inp_gate", "per_layer_projection": "proj",
+    "post_per_layer_input_norm": "post_norm", "router.proj": "ffn_gate_inp",
+    "experts.switch_glu.gate_proj": "ffn_gate_exps", "experts.switch_glu.up_proj": "ffn_up_exps",
+    "experts.switch_glu.down_proj": "ffn_down_exps",
+    "pre_feedforward_layernorm_2": "pre_ffw_norm_2",
+    "post_feedforward_layernorm_1": "post_ffw_norm_1",
+    "post_feedforward_layernorm_2": "post_ffw_norm_2",
+    "model.embed_tokens_per_layer": "per_layer_token_embd",
+    "model.per_layer_model_projection": "per_layer_model_proj",
+    "model.per_layer_projection_norm": "per_layer_proj_norm",
+}  # fmt: skip
 _GLM4 = {
     "post_self_attn_layernorm": "post_attention_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -72,6 +84,9 @@ CASES: dict[str, tuple[str, dict, dict]] = {
         {"query_pre_attn_scalar": 16, "num_hidden_layers": 6, "sliding_window_pattern": 6},
         _BOTH,
     ),
+    "gemma4_text": ("gemma4", {}, _GEMMA4),
+    "gemma4_text-keys": ("gemma4", {}, _GEMMA4),
+    "gemma4_text-experts": ("gemma4", {}, _GEMMA4),
     "phi": ("phi2", {}, {}),
     "phi3": ("phi3", {}, {}),
     "phi3-longrope": ("phi3", {"max_position_embeddings": 128}, {}),
@@ -107,6 +122,11 @@ _OTHER = {
     "qwen3_5": TYPES["qwen3_5"],
     "qwen3_5_moe": TYPES["qwen3_5_moe"],
 }
+_WHOLE = {
+    ".layer_scalar": "layer_output_scale.weight",
+    ".router.scale": "ffn_gate_inp.scale",
+    ".router.per_expert_scale": "ffn_down_exps.scale",
+}
 _PERMUTED = ("llama", "granite", "smollm3", "mistral3")
 _PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")
 _YARN = {
@@ -136,6 +156,8 @@ def gguf_like(path, folder, case, kind="F32", **changed):
         plain = rows.ndim < 2 or "gate_inp" in gguf_name(name, own) or "conv1d" in name
         stored = "F32" if plain else kind
         tensors[gguf_name(name, own)] = (stored, rows.shape, encode(rows, stored))
+    if arch == "gemma4":
+        _join(tensors, kind)
     meta = {k: v for k, v in metadata().items() if not k.startswith(("llama.", "general.arch"))}
     meta["general.architecture"] = (STRING, arch)
     meta |= _vocabulary(config["vocab_size"])
@@ -152,12 +174,26 @@ def gguf_like(path, folder, case, kind="F32", **changed):
     return write(path, meta, tensors)
 
 
+def _join(tensors, kind):
+    """Hugging Face has gate and up of Gemma 4's experts as one, (E, 2 F, D)."""
+    for name in [n for n in tensors if "ffn_gate_exps" in n]:
+        both = [tensors.pop(n) for n in (name, name.replace("gate", "up"))]
+        count, rows, columns = both[0][1]
+        parts = [np.frombuffer(data, np.uint8).reshape(count, -1) for _, _, data in both]
+        data = np.concatenate(parts, 1).tobytes()
+        name = name.replace("ffn_gate_exps", "ffn_gate_up_exps")
+        tensors[name] = (kind, (count, 2 * rows, columns), data)
+
+
 def gguf_name(name, own):
     """`model.layers.0.mlp.up_proj.weight` -> `blk.0.ffn_up.weight`."""
     names = {**PRE, **own}
     name = name.removeprefix("language_model.")
     if name.endswith("e_score_correction_bias"):
         return f"blk.{name.split('.')[2]}.exp_probs_b.bias"
+    for end, short in _WHOLE.items():
+        if name.endswith(end):
+            return f"blk.{name.split('.')[2]}.{short}"
     if name.endswith(".A_log"):
         return f"blk.{name.split('.')[2]}.ssm_a"
     if name.endswith(".dt_bias"):
@@ -349,6 +385,10 @@ def _special(arch, config, tensors):
             "rope.dimension_count": turned,
             "rope.scaling.yarn_log_multiplier": 0.1 * log if log else None,
         }
+    if arch == "gemma4":
+        found = _gemma4(config)
+        factors = np.array([1.0] * 4 + [1e30] * 12, np.float32)
+        tensors["rope_freqs.weight"] = ("F32", factors.shape, factors.tobytes())
     if arch.startswith("qwen35"):
         values = config["linear_num_value_heads"]
         found = {
@@ -371,3 +411,30 @@ def _special(arch, config, tensors):
             factors = np.array(rope[f"{which}_factor"], np.float32)
             tensors[f"rope_factors_{which}.weight"] = ("F32", factors.shape, factors.tobytes())
     return found
+
+
+def _gemma4(config):
+    count, shared = config["num_hidden_layers"], config["num_kv_shared_layers"]
+    local = [(i + 1) % config["sliding_window_pattern"] != 0 for i in range(count)]
+    inner, heads = config["intermediate_size"], config["num_key_value_heads"]
+    full = config.get("num_global_key_value_heads")
+    large, size = config["global_head_dim"], config["head_dim"]
+    return {
+        "attention.shared_kv_layers": shared,
+        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
+        "attention.sliding_window": config["sliding_window"],
+        "attention.sliding_window_pattern": local,
+        "attention.key_length": large,
+        "attention.value_length": large,
+        "attention.key_length_swa": size,
+        "attention.value_length_swa": size,
+        "attention.head_count_kv": [heads if one else full for one in local] if full else heads,
+        "feed_forward_length": [inner * (1 if i < count - shared else 2) for i in range(count)],
+        "expert_feed_forward_length": config.get("moe_intermediate_size"),
+        "expert_used_count": config.get("top_k_experts"),
+        "final_logit_softcapping": 30.0,
+        "rope.dimension_count": large,
+        "rope.dimension_count_swa": size,
+        "rope.freq_base": 1e6,
+        "rope.freq_base_swa": 1e4,
+    }

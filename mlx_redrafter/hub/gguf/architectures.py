@@ -52,14 +52,35 @@ _WHOLE_NAMES = {
     "exp_probs_b.bias": "mlp.e_score_correction_bias",
     "ssm_a": "linear_attn.A_log",
     "ssm_dt.bias": "linear_attn.dt_bias",
+    "layer_output_scale.weight": "layer_scalar",
+    "ffn_gate_inp.scale": "beside.scale",
+    "ffn_down_exps.scale": "beside.expert_scale",
 }
 _OUTER_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
+    "per_layer_token_embd": "model.layer_inputs.embedding",
+    "per_layer_model_proj": "model.layer_inputs.projection",
+    "per_layer_proj_norm": "model.layer_inputs.norm",
 }
+# What some files store as one: the rows of the first, then those of the second.
+_TWO = {"ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
 _AROUND = {"ffn_norm": "pre_feedforward_layernorm"}  # norms before and behind both parts
 _JOINED = {"ffn_up": "mlp.gate_up_proj"}
+_GEMMA4 = {
+    **_AROUND,
+    "inp_gate": "layer_input.gate",
+    "proj": "layer_input.projection",
+    "post_norm": "layer_input.norm",
+    "ffn_gate_inp": "beside.gate",
+    "ffn_gate_exps": "beside.switch_mlp.gate_proj",
+    "ffn_up_exps": "beside.switch_mlp.up_proj",
+    "ffn_down_exps": "beside.switch_mlp.down_proj",
+    "pre_ffw_norm_2": "beside.norm",
+    "post_ffw_norm_1": "beside.norm_dense",
+    "post_ffw_norm_2": "beside.norm_experts",
+}
 # Of models with a Gated DeltaNet, in mlx-lm's names: our decoder cuts these tensors otherwise.
 _DELTA = {
     "attn_qkv": "linear_attn.in_proj_qkv",
@@ -87,6 +108,7 @@ class Architecture(NamedTuple):
         eps: the key of config.json for the epsilon of norms; layer norms have another name for it.
         partial: may turn a part of a head only.
         rope: keys of positions that only these models have.
+        own_positions: `fields` says all of them.
         recurrent: most layers are Gated DeltaNets, and names are mlx-lm's.
     """
 
@@ -99,6 +121,7 @@ class Architecture(NamedTuple):
     eps: str = "rms_norm_eps"
     partial: bool = False
     rope: tuple[str, ...] = ()
+    own_positions: bool = False
     recurrent: bool = False
 
 
@@ -122,6 +145,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3": Architecture(
         "gemma3_text", "Gemma3", fields.gemma3, _AROUND, offset=1.0, rope=("freq_base_swa",)
     ),
+    "gemma4": Architecture("gemma4_text", "Gemma4", fields.gemma4, _GEMMA4, own_positions=True),
     "glm4": Architecture("glm4", "Glm4", fields.glm4, {**_AROUND, **_JOINED}, partial=True),
     "glm4moe": Architecture("glm4_moe", "Glm4Moe", fields.glm4_moe, partial=True),
     "gpt-oss": Architecture("gpt_oss", "GptOss", fields.gpt_oss),
@@ -176,6 +200,13 @@ def architecture_of(keys: Keys) -> Architecture:
     if name == "deepseek2" and keys.file.get("tokenizer.ggml.pre") in ("glm4", "chatglm-bpe"):
         return _LATENT._replace(model_type="glm4_moe_lite", heading="Glm4MoeLite")
     return found
+
+
+def target_names(name: str, architecture: Architecture) -> list[str]:
+    """The names of what a tensor holds: of itself, or of two that lie one after the other."""
+    short = name.split(".")[2] if layer_of(name) is not None else ""
+    names = [name.replace(short, one) for one in _TWO[short]] if short in _TWO else [name]
+    return [target_name(one, architecture) for one in names]
 
 
 def target_name(name: str, architecture: Architecture) -> str:

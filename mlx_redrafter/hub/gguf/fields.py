@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlx_redrafter.hub.gguf.keys import Keys
+from mlx_redrafter.hub.gguf.rope import ROPE_FACTORS, factors_of
 
 Raw = dict[str, Any]
 _SOFTMAX, _SIGMOID, _CHOSEN = 1, 2, 3
@@ -285,4 +286,85 @@ def qwen35(keys: Keys) -> Raw:
         "linear_num_value_heads": heads,
         "linear_value_head_dim": values // heads,
         "rope_parameters": {"partial_rotary_factor": keys.rotated / keys.head_dim},
+    }
+
+
+def gemma4(keys: Keys) -> Raw:
+    """Full layers have larger heads; the last layers read the keys and values of earlier ones."""
+    windowed = keys.windowed(5)
+    local, full = windowed.index(True), windowed.index(False)
+    shared = int(keys.get("attention.shared_kv_layers", 0))
+    heads, sizes = (_by_layer(keys, k) for k in ("attention.head_count_kv", "feed_forward_length"))
+    same = not keys.has(f"blk.{full}.attn_v.weight")
+    first, size = len(windowed) - shared, keys.need("attention.key_length_swa")
+    wide = shared > 0 and sizes[-1] == 2 * sizes[0]
+    expected = [sizes[0] * (2 if wide and i >= first else 1) for i in range(len(windowed))]
+    if sizes != expected or heads != [heads[local if one else full] for one in windowed]:
+        keys.refuse("heads or inner sizes in no known order of layers")
+    if heads[local] != heads[full] and not same:
+        keys.refuse(f"full layers of {heads[full]} heads of keys, others of {heads[local]}")
+    values = (keys.get("attention.value_length"), keys.get("attention.value_length_swa", size))
+    if values != (keys.head_dim, size):
+        keys.refuse("values of another size than keys")
+    return {
+        **gemma(keys),
+        **_experts_beside(keys),
+        "attention_k_eq_v": same,
+        "final_logit_softcapping": keys.get("final_logit_softcapping", 30.0),
+        "global_head_dim": keys.head_dim,
+        "head_dim": size,
+        "hidden_size_per_layer_input": int(keys.get("embedding_length_per_layer_input", 0)),
+        "intermediate_size": sizes[0],
+        "layer_types": _layer_types(windowed),
+        "num_global_key_value_heads": heads[full] if same else None,
+        "num_key_value_heads": heads[local],
+        "num_kv_shared_layers": shared,
+        "rope_parameters": _proportional(keys, size),
+        "sliding_window": keys.need("attention.sliding_window"),
+        "use_double_wide_mlp": wide,
+        "vocab_size_per_layer_input": keys.file.tensors["token_embd.weight"].shape[0],
+    }
+
+
+def _by_layer(keys: Keys, key: str) -> list[int]:
+    given = keys.need(key)
+    return [int(one) for one in given] if isinstance(given, list) else [given] * keys.layers
+
+
+def _experts_beside(keys: Keys) -> Raw:
+    if not keys.get("expert_count", 0):
+        return {"enable_moe_block": False}
+    return {
+        "enable_moe_block": True,
+        "num_experts": keys.size("expert_count"),
+        "top_k_experts": keys.size("expert_used_count"),
+        "moe_intermediate_size": keys.size("expert_feed_forward_length"),
+    }
+
+
+def _proportional(keys: Keys, size: int) -> Raw:
+    """Of full layers only the first entries turn: others are divided by 1e30 in the file."""
+    known = ("freq_base", "freq_base_swa", "dimension_count", "dimension_count_swa")
+    start = f"{keys.architecture}.rope."
+    for key in keys.file.metadata:
+        if key.startswith(start) and key[len(start) :] not in known:
+            keys.refuse(f"{key} is not read here")
+    turned = keys.get("rope.dimension_count_swa", size), keys.rotated
+    factors = factors_of(keys.file, ROPE_FACTORS)
+    half = keys.head_dim // 2
+    ones = 0 if factors is None else int((factors == 1).sum())
+    if turned != (size, keys.head_dim) or factors is None or len(factors) != half:
+        keys.refuse("positions that turn other parts of a head")
+    if not (factors[:ones] == 1).all() or not (factors[ones:] > 1e20).all() or not ones:
+        keys.refuse(f"factors of its own ({ROPE_FACTORS})")
+    return {
+        "full_attention": {
+            "rope_type": "proportional",
+            "partial_rotary_factor": ones / half,
+            "rope_theta": keys.get("rope.freq_base", 1e6),
+        },
+        "sliding_attention": {
+            "rope_type": "default",
+            "rope_theta": keys.get("rope.freq_base_swa", _LOCAL_THETA),
+        },
     }

@@ -10,10 +10,11 @@ import numpy as np
 from mlx_redrafter.errors import ConvertError
 from mlx_redrafter.hub.gguf.file import GgufFile
 
-# What changes nothing, whatever it says; positions are read elsewhere, all of them.
+# What changes nothing, or is another key's too; positions are read elsewhere, all of them.
 _IDLE = (
     "context_length", "vocab_size", "tensor_data_layout", "n_deepstack_layers",
     "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon",
+    "attention.head_count_kv", "feed_forward_length",
 )  # fmt: skip
 # What has no place in config.json may say only what holds without it.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -46,7 +47,10 @@ class Keys:
 
     def size(self, key: str, default: int | None = None) -> int:
         """A size of the model, which cannot exceed what the file holds. Raises ConvertError."""
-        value = int(self.need(key) if default is None else self.get(key, default))
+        given = self.need(key) if default is None else self.get(key, default)
+        if isinstance(given, list):
+            self.refuse(f"{key} is a list of {len(given)} values")
+        value = int(given)
         tensors = self.file.tensors.values()
         most = max((max(*t.shape, len(tensors)) for t in tensors), default=0)
         if value > most:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_redrafter.errors import ConvertError
 from mlx_redrafter.hub.gguf import rope
-from mlx_redrafter.hub.gguf.architectures import architecture_of, layer_of, target_name
+from mlx_redrafter.hub.gguf.architectures import architecture_of, layer_of, target_names
 from mlx_redrafter.hub.gguf.blocks import dequantise
 from mlx_redrafter.hub.gguf.file import GgufFile, GgufTensor
 from mlx_redrafter.hub.gguf.keys import Keys
@@ -53,21 +53,34 @@ class GgufModel:
         self.keys = Keys(self.file, self.architecture)
         self.kind = architecture_of(self.keys)
         self.tokenizer = GgufTokenizer(self.file.metadata, self.file.path.name)
-        tensors = [t for t in self.file.tensors.values() if t.name not in rope.FACTORS]
-        # Layers behind the last one draft; they are not the model's.
-        drafting = bool(self.keys.get("nextn_predict_layers", 0))
-        count = self.keys.layers if drafting else 0
-        last = [drafting and (layer_of(t.name) or 0) >= count for t in tensors]
-        self.dropped = [t for t, out in zip(tensors, last, strict=True) if out]
-        self.tensors = [t for t, out in zip(tensors, last, strict=True) if not out]
-        for tensor in self.tensors:
-            self.target(tensor)
+        self.dropped: list[tuple[GgufTensor, str]] = []
+        self.tensors: list[GgufTensor] = []
+        for tensor in self.file.tensors.values():
+            if reason := self._beyond(tensor.name):
+                self.dropped.append((tensor, reason))
+            elif tensor.name not in rope.FACTORS:
+                self.tensors.append(tensor)
+                self.targets(tensor)
 
-    def target(self, tensor: GgufTensor) -> str:
-        """The tensor's name in our decoder. Raises ConvertError."""
-        return target_name(tensor.name, self.kind)
+    def _beyond(self, name: str) -> str:
+        """Why a tensor is not the model's; else nothing."""
+        layer, layers = layer_of(name), int(self.keys.need("block_count"))
+        if layer is None:
+            return ""
+        if layer >= layers - int(self.keys.get("nextn_predict_layers", 0)) and layer < layers:
+            return "of a layer that drafts"
+        shared = int(self.keys.get("attention.shared_kv_layers", 0))
+        own = not name.split(".")[2].startswith(("attn_k", "attn_v"))
+        return "" if own or layer < layers - shared else "of a layer that reads an earlier one's"
 
-    def shape(self, tensor: GgufTensor) -> tuple[int, ...]:
+    def targets(self, tensor: GgufTensor) -> dict[str, tuple[int, ...]]:
+        """Names in our decoder of what a tensor holds, and the shapes. Raises ConvertError."""
+        names, shape = target_names(tensor.name, self.kind), self._whole_shape(tensor)
+        if len(names) > 1:
+            shape = (*shape[:-2], shape[-2] // len(names), shape[-1])
+        return dict.fromkeys(names, shape)
+
+    def _whole_shape(self, tensor: GgufTensor) -> tuple[int, ...]:
         """As the model has it: llama.cpp drops axes of length 1."""
         if tensor.name.endswith(_PLAIN[1]) and len(tensor.shape) == 1:
             return (1, *tensor.shape)
@@ -86,7 +99,7 @@ class GgufModel:
         ends = self.tokenizer.end_ids()
         extra = kind.fields(keys)
         head_dim = extra.get("head_dim", keys.head_dim)
-        positions = rope.positions(self.file, self.architecture, self._rotated(head_dim), kind.rope)
+        positions = self._positions(head_dim)
         rms = kind.eps == "rms_norm_eps"
         epsilon = f"attention.layer_norm_{'rms_' if rms else ''}epsilon"
         config: dict[str, Any] = {
@@ -99,11 +112,11 @@ class GgufModel:
             "hidden_act": "silu",
             "hidden_size": hidden,
             "initializer_range": hidden**-0.5,
-            "intermediate_size": keys.size("feed_forward_length", self._expert_size()),
+            "intermediate_size": extra.get("intermediate_size") or self._inner(),
             "max_position_embeddings": positions.length,
             "num_attention_heads": keys.heads,
             "num_hidden_layers": keys.layers,
-            "num_key_value_heads": keys.kv_heads,
+            "num_key_value_heads": extra.get("num_key_value_heads") or keys.kv_heads,
             "pad_token_id": self.tokenizer.token_id("padding"),
             kind.eps: keys.need(epsilon),
             "rope_scaling": positions.scaling,
@@ -114,7 +127,8 @@ class GgufModel:
         }
         if kind.partial:
             config["partial_rotary_factor"] = keys.rotated / head_dim
-        if nested := extra.get("rope_parameters"):
+        nested = extra.get("rope_parameters")
+        if nested and not kind.own_positions:
             theta = {"rope_theta": config["rope_theta"]}
             scaling = positions.scaling or {"type": "default"}
             extra["rope_parameters"] = {**scaling, **theta, **nested}
@@ -122,7 +136,9 @@ class GgufModel:
         keys.all_read()
         return {**config, **extra}
 
-    def _rotated(self, head_dim: int) -> int:
+    def _positions(self, head_dim: int) -> rope.Positions:
+        if self.kind.own_positions:
+            return rope.Positions(self.context_length, None)
         rotated = int(self.keys.get("rope.dimension_count", head_dim))
         value = self.keys.get("attention.value_length", self.keys.head_dim)
         if rotated != head_dim and not self.kind.partial:
@@ -132,12 +148,12 @@ class GgufModel:
             )
         if value != self.keys.head_dim and self.architecture != "deepseek2":
             self.keys.refuse(f"values of {value} entries beside keys of {self.keys.head_dim}")
-        return rotated
+        return rope.positions(self.file, self.architecture, rotated, self.kind.rope)
 
-    def _expert_size(self) -> int | None:
+    def _inner(self) -> int:
         """Some files of experts do not say the size of layers without any."""
         size = self.keys.get("expert_feed_forward_length")
-        return int(size) if size else None
+        return self.keys.size("feed_forward_length", int(size) if size else None)
 
     @property
     def context_length(self) -> int:
@@ -163,22 +179,30 @@ class GgufModel:
     def quantisation(self, forms: Forms) -> dict[str, Any] | None:
         """The `quantization` block, in our decoder's names; None where nothing is packed."""
         found = {
-            self.target(t).removesuffix(".weight"): form
+            name.removesuffix(".weight"): form
             for t in self.tensors
             if (form := self.form(t, forms))
+            for name in self.targets(t)
         }
         return quantisation_block(found) if found else None
 
     def converted(self, forms: Forms, dtype: mx.Dtype) -> Iterator[Converted]:
         """All tensors, one after the other; those of the forms stay packed."""
+        import mlx.core as mx
+
         for tensor in self.tensors:
-            target = self.target(tensor)
-            base, _, part = target.rpartition(".")
+            names = list(self.targets(tensor))
             if self.form(tensor, forms):
                 parts = self._packed(tensor, dtype)
             else:
-                parts = {part: self._dense(tensor, dtype)}
-            yield Converted(tensor, base, restored(tensor.name, parts, self.kind, self.keys))
+                part = names[0].rpartition(".")[2]
+                parts = {part: self._dense(tensor, names[0], dtype)}
+            parts = restored(tensor.name, parts, self.kind, self.keys)
+            for i, name in enumerate(names):
+                own = parts
+                if len(names) > 1:
+                    own = {part: mx.split(v, len(names), -2)[i] for part, v in parts.items()}
+                yield Converted(tensor, name.rpartition(".")[0], own)
 
     def _packed(self, tensor: GgufTensor, dtype: mx.Dtype) -> dict[str, mx.array]:
         import mlx.core as mx
@@ -192,11 +216,10 @@ class GgufModel:
         whole = {name: mx.concatenate(values) for name, values in pieces.items()}
         return {name: v.reshape(*tensor.shape[:-1], v.shape[-1]) for name, v in whole.items()}
 
-    def _dense(self, tensor: GgufTensor, dtype: mx.Dtype) -> mx.array:
+    def _dense(self, tensor: GgufTensor, target: str, dtype: mx.Dtype) -> mx.array:
         import mlx.core as mx
 
         norm = tensor.name.endswith("norm.weight")
-        target = self.target(tensor)
         dtype = mx.float32 if exact(target) or target.endswith(".A_log") else dtype
         pieces = []
         for first, rows in self._steps(tensor):
@@ -212,7 +235,7 @@ class GgufModel:
                 )
         whole = mx.concatenate(pieces) if len(pieces) > 1 else pieces[0]
         one_row = tensor.name.endswith(_PLAIN[1])
-        return whole.reshape(self.shape(tensor) if one_row else tensor.shape)
+        return whole.reshape(self._whole_shape(tensor) if one_row else tensor.shape)
 
     def _steps(self, tensor: GgufTensor) -> Iterator[tuple[int, int]]:
         """First row and number of rows of what is unpacked at a time."""

@@ -37,6 +37,13 @@ _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
 _LOG = "scaling.yarn_log_multiplier"
 
 
+def factors_of(file: GgufFile, name: str) -> np.ndarray | None:
+    """One factor for every frequency, float32; None where the file has none."""
+    if (tensor := file.tensors.get(name)) is None:
+        return None
+    return dequantise(tensor.kind, file.read(tensor)).reshape(-1)
+
+
 class Positions(NamedTuple):
     """`max_position_embeddings` and `rope_scaling` of config.json."""
 
@@ -143,8 +150,9 @@ class _Keys:
         return name in self.file.tensors
 
     def _stored(self, name: str) -> np.ndarray:
-        tensor = self.file.tensors[name]
-        return dequantise(tensor.kind, self.file.read(tensor)).reshape(-1)
+        found = factors_of(self.file, name)
+        assert found is not None
+        return found
 
     def _llama3(self, head_dim: int) -> dict[str, Any] | None:
         """The parameters behind the factors of Llama 3.1, which the file stores computed."""

@@ -37,7 +37,9 @@ class GgufTokenizer:
                 if number is not None:
                     self.kinds[number] = _CONTROL
         needed = "scores" if kind == "llama" else "merges"
-        if kind not in ("gpt2", "llama") or (kind == "gpt2" and splitter not in SPLITTERS):
+        if kind not in ("gemma4", "gpt2", "llama") or (
+            kind == "gpt2" and splitter not in SPLITTERS
+        ):
             raise ConvertError(
                 f"{file_name} has the tokenizer {kind!r} with the splitter {splitter!r}; needed: "
                 f"'llama', or 'gpt2' with one of {', '.join(sorted(SPLITTERS))}; convert "
@@ -45,7 +47,7 @@ class GgufTokenizer:
             )
         if not self.tokens or not self._get(needed) or len(self.kinds) != len(self.tokens):
             raise ConvertError(f"{file_name} lacks its tokenizer's tokens, types or {needed}")
-        self.style = "spm" if kind == "llama" else str(splitter)
+        self.style = str(splitter) if kind == "gpt2" else "spm"
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` into the folder."""
@@ -122,7 +124,7 @@ class GgufTokenizer:
     def _byte_level(self, vocabulary: dict[str, int]) -> Tokenizer:
         from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-        merges = [tuple(pair.split(" ", 1)) for pair in self._get("merges")]
+        merges = self._stored_merges()
         splitter = SPLITTERS[self.style]
         whole = {"ignore_merges": True} if splitter.whole else {}
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **whole))
@@ -142,7 +144,10 @@ class GgufTokenizer:
     def _sentencepiece(self, vocabulary: dict[str, int]) -> Tokenizer:
         from tokenizers import Tokenizer, decoders, models, normalizers
 
-        merges = _merges(vocabulary, self._get("scores"), self.kinds)
+        known = self._get("model") == "gemma4"
+        merges = (
+            self._stored_merges() if known else _merges(vocabulary, self._get("scores"), self.kinds)
+        )
         tokenizer = Tokenizer(
             models.BPE(
                 vocab=vocabulary,
@@ -161,6 +166,10 @@ class GgufTokenizer:
         tokenizer.normalizer = normalizers.Sequence(normal)
         tokenizer.decoder = decoders.Sequence(decode)
         return tokenizer
+
+    def _stored_merges(self) -> list[tuple[str, str]]:
+        pairs = (pair.split(" ", 1) for pair in self._get("merges"))
+        return [(first, second) for first, second in pairs]
 
     def _add_ends(self, tokenizer: Tokenizer) -> None:
         """Let every text begin (or end) with the tokens that the file asks for."""
