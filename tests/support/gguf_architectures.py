@@ -1,7 +1,7 @@
 """Tiny models of every architecture as the GGUF files that llama.cpp's converter makes of them.
 
-The names are those of gguf-py/gguf/constants.py, the keys those of set_gguf_parameters and the
-values those of modify_tensors in conversion/*.py, written down here a second time.
+The names are those of gguf-py/gguf/constants.py and the values those of modify_tensors in
+conversion/*.py, written down here a second time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 from adapter_cases import TYPES
 from expert_cases import MSCALED
 from gguf_files import encode, permute, write
-from tiny_gguf import BOOL, F32, I32, STRING, U32, metadata
+from gguf_metadata import metadata_of, rope_tensors
+from tiny_gguf import I32, STRING, metadata
 from tiny_models import QWEN3_TEXT, build
 
 PRE = {
@@ -163,8 +164,8 @@ def gguf_like(path, folder, case, kind="F32", **changed):
     meta |= _vocabulary(config["vocab_size"])
     if case == "glm4_moe_lite":
         meta["tokenizer.ggml.pre"] = (STRING, "glm4")
-    found = {**_common(config), **_special(arch, config, tensors)}
-    meta |= {f"{arch}.{key}": _typed(value) for key, value in found.items() if value is not None}
+    meta |= {f"{arch}.{key}": value for key, value in metadata_of(arch, config).items()}
+    tensors |= rope_tensors(arch, config)
     for key, value in changed.items():
         into = tensors if key in tensors or (value and not isinstance(value[0], int)) else meta
         if value is None:
@@ -252,189 +253,4 @@ def _vocabulary(size):
         "tokenizer.ggml.tokens": (STRING, ["t", "1", *words, "<a>", "<b>"]),
         "tokenizer.ggml.token_type": (I32, [1] * (size - 2) + [3, 3]),
         "tokenizer.ggml.merges": (STRING, ["t 1"]),
-    }
-
-
-def _typed(value):
-    first = value[0] if isinstance(value, list) else value
-    return {bool: BOOL, int: U32, float: F32, str: STRING}[type(first)], value
-
-
-def _common(config):
-    """TextModel.set_gguf_parameters of conversion/base.py."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope = rope.get("full_attention", rope)
-    kind = rope.get("rope_type") or rope.get("type")
-    scaling = {}
-    if kind in ("linear", "yarn"):
-        scaling = {"type": kind, "factor": float(rope["factor"])}
-    if kind == "yarn":
-        scaling["original_context_length"] = rope["original_max_position_embeddings"]
-        if "beta_fast" in rope:
-            scaling["yarn_beta_fast"] = float(rope["beta_fast"])
-            scaling["yarn_beta_slow"] = float(rope["beta_slow"])
-    layer_eps = config.get("layer_norm_eps", config.get("norm_epsilon"))
-    return {
-        "block_count": config["num_hidden_layers"],
-        "context_length": config["max_position_embeddings"],
-        "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
-        "attention.head_count": config["num_attention_heads"],
-        "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-        "attention.layer_norm_epsilon": layer_eps,
-        "rope.freq_base": float(rope.get("rope_theta", config["rope_theta"])),
-        "attention.key_length": config.get("head_dim"),
-        "attention.value_length": config.get("head_dim"),
-        "expert_count": config.get("num_local_experts", config.get("num_experts")),
-        "expert_used_count": config.get("num_experts_per_tok"),
-        "expert_group_count": config.get("n_group"),
-        "expert_group_used_count": config.get("topk_group"),
-        **{f"rope.scaling.{key}": value for key, value in scaling.items()},
-    }
-
-
-def _special(arch, config, tensors):
-    """set_gguf_parameters of the architecture's own class."""
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    window = config.get("sliding_window")
-    part = int(head * config.get("partial_rotary_factor", 1.0))
-    experts = {"expert_feed_forward_length": config.get("moe_intermediate_size")}
-    routed = {
-        **experts,
-        "expert_count": config.get("n_routed_experts"),
-        "expert_shared_count": config.get("n_shared_experts"),
-        "expert_weights_scale": config.get("routed_scaling_factor"),
-        "expert_weights_norm": config.get("norm_topk_prob"),
-        "expert_gating_func": 2,
-        "leading_dense_block_count": config.get("first_k_dense_replace"),
-    }
-    kinds = [t == "sliding_attention" for t in config.get("layer_types") or []]
-    if arch == "olmo2" and window and not kinds:
-        kinds = [(i + 1) % 4 != 0 for i in range(config["num_hidden_layers"])]
-    pattern = {"attention.sliding_window": window, "attention.sliding_window_pattern": kinds}
-    multipliers = {
-        "attention.scale": config.get("attention_multiplier"),
-        "embedding_scale": config.get("embedding_multiplier"),
-        "residual_scale": config.get("residual_multiplier"),
-        "logit_scale": config.get("logits_scaling"),
-    }
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    log = rope.get("mscale_all_dim")
-    found = {
-        "llama": {"vocab_size": config["vocab_size"], "rope.dimension_count": head},
-        "qwen2moe": {
-            **experts,
-            "expert_shared_feed_forward_length": config.get("shared_expert_intermediate_size"),
-        },
-        "qwen3moe": experts,
-        "qwen3vl": {"rope.dimension_sections": [4, 2, 2, 0], "n_deepstack_layers": 3},
-        "gemma2": {
-            "attention.sliding_window": window,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-        },
-        "gemma3": {"attention.sliding_window": window},
-        "phi2": {"rope.dimension_count": part},
-        "phi3": {
-            "rope.dimension_count": part,
-            "rope.scaling.original_context_length": config.get(
-                "original_max_position_embeddings", config["max_position_embeddings"]
-            ),
-            "attention.sliding_window": 0,
-        },
-        "gpt-oss": {
-            "attention.sliding_window": window,
-            "expert_feed_forward_length": config["intermediate_size"],
-        },
-        "stablelm": {"rope.dimension_count": part, "use_parallel_residual": True},
-        "olmo2": pattern if window else {},
-        "granite": multipliers,
-        "command-r": {"logit_scale": config.get("logit_scale"), "rope.scaling.type": "none"},
-        "cohere2": {
-            "logit_scale": config.get("logit_scale"),
-            "attention.sliding_window": window,
-            "rope.dimension_count": head,
-            "rope.scaling.type": "none",
-        },
-        "glm4": {"rope.dimension_count": part},
-        "glm4moe": {**routed, "rope.dimension_count": part, "nextn_predict_layers": 0},
-        "minimax-m2": {
-            "expert_feed_forward_length": config["intermediate_size"],
-            "expert_gating_func": 2,
-            "rope.dimension_count": config.get("rotary_dim"),
-        },
-        "nemotron": {"rope.dimension_count": part, "attention.layer_norm_epsilon": 1e-5},
-        "mistral3": {
-            "rope.scaling.yarn_log_multiplier": log,
-            "attention.temperature_scale": rope.get("llama_4_scaling_beta"),
-        },
-        "exaone4": pattern if window else {},
-    }.get(arch, {})
-    if arch == "deepseek2":
-        rank, turned = config["kv_lora_rank"], config["qk_rope_head_dim"]
-        found = {
-            **routed,
-            "attention.head_count_kv": 1,
-            "attention.q_lora_rank": config["q_lora_rank"],
-            "attention.kv_lora_rank": rank,
-            "attention.key_length": rank + turned,
-            "attention.value_length": rank,
-            "attention.key_length_mla": config["qk_nope_head_dim"] + turned,
-            "attention.value_length_mla": config["v_head_dim"],
-            "rope.dimension_count": turned,
-            "rope.scaling.yarn_log_multiplier": 0.1 * log if log else None,
-        }
-    if arch == "gemma4":
-        found = _gemma4(config)
-        factors = np.array([1.0] * 4 + [1e30] * 12, np.float32)
-        tensors["rope_freqs.weight"] = ("F32", factors.shape, factors.tobytes())
-    if arch.startswith("qwen35"):
-        values = config["linear_num_value_heads"]
-        found = {
-            **experts,
-            "expert_shared_feed_forward_length": config.get("shared_expert_intermediate_size"),
-            "ssm.conv_kernel": config["linear_conv_kernel_dim"],
-            "ssm.state_size": config["linear_key_head_dim"],
-            "ssm.group_count": config["linear_num_key_heads"],
-            "ssm.time_step_rank": values,
-            "ssm.inner_size": config["linear_value_head_dim"] * values,
-            "full_attention_interval": config.get("full_attention_interval", 4),
-            "rope.dimension_count": int(head * rope["partial_rotary_factor"]),
-            "rope.dimension_sections": [11, 11, 10, 0],
-        }
-    if rope.get("long_factor"):
-        stretch = config["max_position_embeddings"] / config["original_max_position_embeddings"]
-        first = config["original_max_position_embeddings"]
-        found["rope.scaling.attn_factor"] = float(np.sqrt(1 + np.log(stretch) / np.log(first)))
-        for which in ("long", "short"):
-            factors = np.array(rope[f"{which}_factor"], np.float32)
-            tensors[f"rope_factors_{which}.weight"] = ("F32", factors.shape, factors.tobytes())
-    return found
-
-
-def _gemma4(config):
-    count, shared = config["num_hidden_layers"], config["num_kv_shared_layers"]
-    local = [(i + 1) % config["sliding_window_pattern"] != 0 for i in range(count)]
-    inner, heads = config["intermediate_size"], config["num_key_value_heads"]
-    full = config.get("num_global_key_value_heads")
-    large, size = config["global_head_dim"], config["head_dim"]
-    return {
-        "attention.shared_kv_layers": shared,
-        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
-        "attention.sliding_window": config["sliding_window"],
-        "attention.sliding_window_pattern": local,
-        "attention.key_length": large,
-        "attention.value_length": large,
-        "attention.key_length_swa": size,
-        "attention.value_length_swa": size,
-        "attention.head_count_kv": [heads if one else full for one in local] if full else heads,
-        "feed_forward_length": [inner * (1 if i < count - shared else 2) for i in range(count)],
-        "expert_feed_forward_length": config.get("moe_intermediate_size"),
-        "expert_used_count": config.get("top_k_experts"),
-        "final_logit_softcapping": 30.0,
-        "rope.dimension_count": large,
-        "rope.dimension_count_swa": size,
-        "rope.freq_base": 1e6,
-        "rope.freq_base_swa": 1e4,
     }
