@@ -58,6 +58,16 @@ def test_a_layer_that_drafts_is_left_out(tmp_path):
     assert notes == ["of a layer that drafts"] * 2
 
 
+def test_keys_that_nobody_reads_are_left_out(tmp_path):
+    """Gemma 4's last layers read those of earlier ones; files have theirs too."""
+    folder = made(tmp_path, "gemma4_text")
+    more = {"blk.5.attn_k.weight": ("F32", (64, 64), bytes(4 * 64 * 64))}
+    mapping = run(gguf_like(tmp_path / "x.gguf", folder, "gemma4_text", **more), tmp_path / "out")
+    assert weights_of(tmp_path / "out").keys() == weights_of(folder).keys()
+    notes = {m.source: m.note for m in mapping if not m.target}
+    assert notes["blk.5.attn_k.weight"] == "of a layer that reads an earlier one's"
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [("F16", mx.float16), ("BF16", mx.bfloat16)])
 def test_numbers_of_16_bits_stay_what_they_are(tmp_path, kind, dtype):
     """In the file's type, though its routers have 32."""
@@ -110,6 +120,13 @@ REFUSED = {
         "deepseek_v3", {"deepseek2.expert_shared_count": (I32, -1)}, "sizes that no deepseek_v3",
     ),
     "heads of nothing": ("phi", {"phi2.embedding_length": (U32, 3)}, "4 heads of 3 entries"),
+    "windows everywhere": (
+        "gemma4_text", {"gemma4.attention.sliding_window_pattern": (U32, 1)}, "in all layers, or",
+    ),
+    "sizes in no order": (
+        "gemma4_text", {"gemma4.feed_forward_length": (U32, [96, 96, 64, 96, 96, 96])},
+        "inner sizes in no known order",
+    ),
     "windows in no order": (
         "gemma3_text",
         {"gemma3.attention.sliding_window_pattern": (7, [True, False, False, True, True, True])},

@@ -292,6 +292,8 @@ def qwen35(keys: Keys) -> Raw:
 def gemma4(keys: Keys) -> Raw:
     """Full layers have larger heads; the last layers read the keys and values of earlier ones."""
     windowed = keys.windowed(5)
+    if len(set(windowed)) < 2:
+        keys.refuse("windows in all layers, or in none")
     local, full = windowed.index(True), windowed.index(False)
     shared = int(keys.get("attention.shared_kv_layers", 0))
     heads, sizes = (_by_layer(keys, k) for k in ("attention.head_count_kv", "feed_forward_length"))
