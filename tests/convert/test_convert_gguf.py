@@ -96,11 +96,14 @@ def test_other_blocks_are_dequantised_even_beside_kept_ones(tmp_path, kind):
 
 def test_large_tensors_are_unpacked_in_pieces(tmp_path, monkeypatch):
     write_gguf(tmp_path / "x.gguf")
-    run(tmp_path / "x.gguf", tmp_path / "whole", dtype=mx.float32)
+    kinds = {"plain": {"dtype": mx.float32}, "kept": {}}
+    for name, options in kinds.items():
+        run(tmp_path / "x.gguf", tmp_path / name, **options)
     monkeypatch.setattr("mlx_redrafter.hub.gguf.model._CHUNK", 5 * 64)
-    run(tmp_path / "x.gguf", tmp_path / "pieces", dtype=mx.float32)
-    whole, pieces = weights_of(tmp_path / "whole"), weights_of(tmp_path / "pieces")
-    assert all(mx.array_equal(pieces[name], value) for name, value in whole.items())
+    for name, options in kinds.items():
+        run(tmp_path / "x.gguf", tmp_path / f"{name} in pieces", **options)
+        whole, pieces = weights_of(tmp_path / name), weights_of(tmp_path / f"{name} in pieces")
+        assert all(mx.array_equal(pieces[name], value) for name, value in whole.items())
 
 
 @pytest.mark.parametrize(("factor", "good"), [(8.0, True), (32.0, True), (8.0, False)])

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 Forms = Mapping[str, Form]
-# Bounds the memory of a dequantisation: elements unpacked at a time.
+# Bounds the memory of a dequantisation: elements unpacked at a time; of bits, a quarter.
 _CHUNK = 1 << 24
 # Routers stay plain: mlx-lm's are no layers that can be packed.
 _CONVOLUTION = ".ssm_conv1d.weight"
@@ -208,7 +208,7 @@ class GgufModel:
         import mlx.core as mx
 
         pieces: dict[str, list[mx.array]] = {}
-        for first, rows in self._steps(tensor):
+        for first, rows in self._steps(tensor, _CHUNK // 4):
             found = repack(tensor.kind, self.file.read(tensor, first, rows), dtype)
             mx.eval(list(found.values()))
             for name, value in found.items():
@@ -222,7 +222,7 @@ class GgufModel:
         norm = tensor.name.endswith("norm.weight")
         dtype = mx.float32 if exact(target) or target.endswith(".A_log") else dtype
         pieces = []
-        for first, rows in self._steps(tensor):
+        for first, rows in self._steps(tensor, _CHUNK):
             values = dequantise(tensor.kind, self.file.read(tensor, first, rows))
             if norm and self.kind.offset:
                 values = values - np.float32(self.kind.offset)
@@ -237,9 +237,9 @@ class GgufModel:
         one_row = tensor.name.endswith(_PLAIN[1])
         return whole.reshape(self._whole_shape(tensor) if one_row else tensor.shape)
 
-    def _steps(self, tensor: GgufTensor) -> Iterator[tuple[int, int]]:
+    def _steps(self, tensor: GgufTensor, elements: int) -> Iterator[tuple[int, int]]:
         """First row and number of rows of what is unpacked at a time."""
-        step = max(1, _CHUNK // tensor.shape[-1])
+        step = max(1, elements // tensor.shape[-1])
         for first in range(0, tensor.rows, step):
             yield first, min(step, tensor.rows - first)
 
