@@ -12,6 +12,7 @@ import mlx.core as mx  # isort: skip
 import pytest
 from adapter_cases import TYPES, module_of
 from conftest import RANKS, SHAPES, Oracle, engine_of, plainly, prompt_of, run, write_target
+from delta_cases import DELTA_CASES
 from tiny_models import V, build
 
 from mlx_redrafter.cache.packed import PackedSlab, Packing
@@ -23,12 +24,14 @@ from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.stats import DraftStats
 
 TOKENS = 20
-# Keys and values of its own, sinks and a window, shared ones of two sizes, a latent vector.
+# Keys and values of its own, sinks and a window, shared ones of two sizes, a latent vector, and
+# attention beside recurrences.
 NATIVE: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 32},
     "gpt_oss": {"head_dim": 32},
     "gemma4_text": {"head_dim": 32, "global_head_dim": 64},
     "glm4_moe_lite": {"qk_rope_head_dim": 32},
+    "qwen3_next": {"head_dim": 32},
 }
 
 
@@ -42,7 +45,7 @@ def uncompiled(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def native(folder: Path, case: str, bits: int | None) -> Any:
-    build(folder, case, **NATIVE[case])
+    build(folder, DELTA_CASES.get(case, case), **NATIVE[case])
     target = load_model(folder)
     if bits is not None:
         target.pack(Packing(bits, 32))
