@@ -259,7 +259,7 @@ def check(folder: Path, target: Target) -> None:
 def _check(model: Loaded, target: Target, folder: Path) -> None:
     """Sizes of one family differ by padding only. Raises DrafterError."""
     config, reason = model.config, model.config.not_attention
-    if not all(isinstance(kind, Slab) for kind in model.caches):
+    if not reason and not all(isinstance(kind, Slab) for kind in model.caches):
         reason = "recurrences or short convolutions, which read one text at a time"
     if reason:
         raise DrafterError(
