@@ -27,7 +27,7 @@ from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.drafters.lookup import Lookup
 from mlx_redrafter.drafters.model import DraftModel
 from mlx_redrafter.hub import find_drafter, resolve
-from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.models import Loaded, load_model
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import Progress
 from mlx_redrafter.runtime import blas, checks, threads
@@ -50,7 +50,7 @@ class Model:
 
     name: str
     folder: Path
-    target: Decoder
+    target: Loaded
     drafter: Drafter | None
     drafter_folder: Path | None
     engine: Engine
@@ -62,7 +62,7 @@ class Model:
         cls,
         name: str,
         folder: Path,
-        target: Decoder,
+        target: Loaded,
         drafter: Drafter | None = None,
         drafter_folder: Path | None = None,
         *,
@@ -285,7 +285,7 @@ def _compiler_present() -> bool:
 
 
 @contextlib.contextmanager
-def _wired(target: Decoder) -> Iterator[None]:
+def _wired(target: Loaded) -> Iterator[None]:
     """On Metal keep the weights resident while generating, as mlx_lm does."""
     if not mx.metal.is_available():
         yield

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cache.slabs import capacity_for
-from mlx_redrafter.models import Decoder, DecoderConfig
+from mlx_redrafter.models import Decoder, DecoderConfig, Target
 from mlx_redrafter.prefill.reading import USUAL, read
 from mlx_redrafter.runtime import clock
 from mlx_redrafter.runtime.device import fused_kernels
@@ -78,7 +78,7 @@ def most(config: DecoderConfig, prompt: int) -> int:
     return max(min(SIZES), _SCORES // (4 * config.num_heads * capacity_for(prompt)))
 
 
-def measure(target: Decoder, text: Sequence[int] = ()) -> Chunks:
+def measure(target: Target, text: Sequence[int] = ()) -> Chunks:
     """Time passes over a few of the target's layers; sizes beyond the usual one until they are
     clearly slower. text: what is read, over and over; where there are no experts, it may be any.
     """
@@ -100,7 +100,7 @@ def measure(target: Decoder, text: Sequence[int] = ()) -> Chunks:
     return Chunks(near, far, few.config.num_layers)
 
 
-def _shallow(target: Decoder) -> Decoder:
+def _shallow(target: Target) -> Target:
     """The first layers alone, with the target's weights; all of a module that is not ours."""
     if not isinstance(target, Decoder):
         return target
@@ -111,7 +111,7 @@ def _shallow(target: Decoder) -> Decoder:
     return few
 
 
-def _reading(target: Decoder, n: int, at: int, text: Sequence[int]) -> clock.Run:
+def _reading(target: Target, n: int, at: int, text: Sequence[int]) -> clock.Run:
     """Reads n tokens behind so many, in one pass."""
     prompt = [text[i % len(text)] for i in range(at + n + 1)]
     session = Session(prompt[:at])

@@ -22,7 +22,7 @@ from mlx_redrafter.cache.layer import Kept, Pass, new_caches
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.decoding.step import State, StepSpec, blank_state, joined_passes, passes
 from mlx_redrafter.drafters import Ask, Drafter
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Target
 from mlx_redrafter.runtime import clock
 from mlx_redrafter.tree.shape import BEAMS, TreeShape
 
@@ -151,7 +151,7 @@ class Costs:
 
 
 def measure(
-    target: Decoder,
+    target: Target,
     drafters: Sequence[Drafter],
     step_function: Callable[[StepSpec], Any],
     compiled: bool = True,
@@ -198,7 +198,7 @@ def measure(
 
 def _measure_draft(
     costs: Costs,
-    target: Decoder,
+    target: Target,
     drafters: Sequence[Drafter],
     step_function: Any,
     build: Any,
@@ -224,7 +224,7 @@ def _measure_draft(
         costs.rest = max(taken["whole"] / slower - known, 0.0)
 
 
-def bare_pass(target: Decoder) -> BarePass:
+def bare_pass(target: Target) -> BarePass:
     """A pass over tokens that follow one another, to be compiled or not.
 
     Returns:
@@ -245,7 +245,7 @@ def bare_pass(target: Decoder) -> BarePass:
     return run
 
 
-def verify_pass(target: Decoder) -> BarePass:
+def verify_pass(target: Target) -> BarePass:
     """The same with the choice after every token, (N,) int32, in the place of the hidden states."""
     bare = bare_pass(target)
 
@@ -258,7 +258,7 @@ def verify_pass(target: Decoder) -> BarePass:
     return run
 
 
-def _timed_pass(target: Decoder, nodes: int, position: int, build: Any) -> clock.Run:
+def _timed_pass(target: Target, nodes: int, position: int, build: Any) -> clock.Run:
     """The target over a chain of so many tokens."""
     capacity = capacity_for(position + nodes)
     caches = new_caches(target.caches, capacity, target.dtype)
@@ -274,7 +274,7 @@ def _timed_pass(target: Decoder, nodes: int, position: int, build: Any) -> clock
 
 
 def _draft_levels(
-    target: Decoder, drafters: Sequence[Drafter], width: int, depth: int, build: Any
+    target: Target, drafters: Sequence[Drafter], width: int, depth: int, build: Any
 ) -> clock.Run:
     """What the drafters of beams propose for a shape of so many levels."""
     shape = TreeShape(width, depth, 1 + width * depth)
@@ -307,7 +307,7 @@ def _draft_levels(
 
 
 def _whole_step(
-    target: Decoder,
+    target: Target,
     drafters: Sequence[Drafter],
     shape: TreeShape,
     step_function: Any,

@@ -24,7 +24,7 @@ from mlx_redrafter.budget.chunks import Chunks
 from mlx_redrafter.budget.costs import NEAR, Costs, measure
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.errors import HubError
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Target
 from mlx_redrafter.prefill.reading import USUAL
 from mlx_redrafter.runtime import blas
 from mlx_redrafter.runtime.paths import ASSETS, cache_dir
@@ -48,7 +48,7 @@ class Budget:
     """
 
     engine: Engine
-    target: Decoder
+    target: Target
     folder: Path
     drafter_folder: Path | None = None
     _costs: Costs | None = None

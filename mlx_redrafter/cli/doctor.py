@@ -25,7 +25,7 @@ from mlx_redrafter.terminal import console
 
 if TYPE_CHECKING:
     from mlx_redrafter.api import Model
-    from mlx_redrafter.models import Decoder
+    from mlx_redrafter.models import Loaded
 
 NEEDED_MLX = (0, 32, 4)
 TINY: dict[str, Any] = {
@@ -189,7 +189,7 @@ def compiler() -> Check:
     return Check("compiled graphs", "ok", "they run")
 
 
-def tiny_model(folder: Path) -> Decoder:
+def tiny_model(folder: Path) -> Loaded:
     """A random two-layer llama, written to `folder` by mlx-lm and read back."""
     import mlx.core as mx
     from mlx.utils import tree_flatten

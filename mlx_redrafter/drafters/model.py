@@ -20,7 +20,7 @@ from mlx_redrafter.cache.slabs import Slab
 from mlx_redrafter.drafters import Ask, Verified, files
 from mlx_redrafter.drafters.beam import lineage, search
 from mlx_redrafter.errors import DrafterError, ModelError
-from mlx_redrafter.models import AdaptedModel, Decoder, Target, load_model, registry
+from mlx_redrafter.models import AdaptedModel, Loaded, Target, load_model, registry
 from mlx_redrafter.models.attention import attend_branches
 from mlx_redrafter.models.decoder import Functions
 from mlx_redrafter.models.features import Chunk, Features
@@ -52,7 +52,7 @@ class DraftModel:
     part = BEAMS
     features = None
 
-    def __init__(self, model: Decoder, vocab_size: int) -> None:
+    def __init__(self, model: Loaded, vocab_size: int) -> None:
         self.model = model
         self._size = min(vocab_size, model.config.vocab_size)
         self._kinds = [
@@ -256,10 +256,10 @@ def check(folder: Path, target: Target) -> None:
     _check(model, target, folder)
 
 
-def _check(model: Decoder, target: Target, folder: Path) -> None:
+def _check(model: Loaded, target: Target, folder: Path) -> None:
     """Sizes of one family differ by padding only. Raises DrafterError."""
     config, reason = model.config, model.config.not_attention
-    if not all(isinstance(kind, Slab) for kind in model.caches):
+    if not reason and not all(isinstance(kind, Slab) for kind in model.caches):
         reason = "recurrences or short convolutions, which read one text at a time"
     if reason:
         raise DrafterError(

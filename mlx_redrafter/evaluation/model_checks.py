@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from mlx_redrafter.api import Model
-    from mlx_redrafter.models import Decoder
+    from mlx_redrafter.models import Target
 
 SIZES = range(2, 17)
 # A pass over N rows may round otherwise than one row; beyond this share of the logits' size it is
@@ -60,7 +60,7 @@ def of_model(model: Model, tokenizer: Any, memory_gb: float) -> Iterator[Check]:
     yield guarded("drafted text", lambda: text(model, tokenizer))
 
 
-def verify(name: str, model: Decoder, tokenizer: Any) -> Check:
+def verify(name: str, model: Target, tokenizer: Any) -> Check:
     """Compare passes over a text with single steps over it."""
     prompt = list(tokenizer.encode(PROMPT))
     following = list(islice(cycle(prompt), max(SIZES)))
@@ -68,7 +68,7 @@ def verify(name: str, model: Decoder, tokenizer: Any) -> Check:
 
 
 def differences(
-    model: Decoder, prompt: Sequence[int], following: Sequence[int], sizes: Sequence[int]
+    model: Target, prompt: Sequence[int], following: Sequence[int], sizes: Sequence[int]
 ) -> list[Difference]:
     """Compare one pass over `following[:N]`, after `prompt`, with N single steps, for every N."""
     import mlx.core as mx

@@ -6,7 +6,7 @@ from .adapter import AdaptedModel
 from .config import DecoderConfig, RopeConfig
 from .decoder import Decoder
 from .families import SUPPORTED, decoder_config
-from .loading import config_of, load_model
+from .loading import Loaded, config_of, load_model
 from .target import Target
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "AdaptedModel",
     "Decoder",
     "DecoderConfig",
+    "Loaded",
     "RopeConfig",
     "Target",
     "config_of",

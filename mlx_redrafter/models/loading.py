@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,16 +33,17 @@ from .weights import (
 )
 
 Weights = dict[str, mx.array]
+Loaded = Decoder | AdaptedModel
+"""A target with its weights, whichever way it is run."""
 
 # mode -> the only (bits, group size) it allows, which also identifies it.
 _FLOAT_MODES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
 
 
-def load_model(folder: Path, dtype: mx.Dtype | None = None, native: bool = True) -> Decoder:
+def load_model(folder: Path, dtype: mx.Dtype | None = None, native: bool = True) -> Loaded:
     """The target model in `folder` (config.json and *.safetensors, MLX or Hugging Face layout).
 
-    A type that our decoder does not have, or any with native=False, is run as mlx_lm's own module:
-    then it is an `AdaptedModel`, which does what is asked of a `Decoder` as a target.
+    A type that our decoder does not have, or any with native=False, is run as mlx_lm's own module.
 
     dtype of all floating arrays: as given; else float32 on a CPU device, where 16-bit arithmetic
     is several times slower; else as stored. Raises ModelError.
@@ -53,7 +54,7 @@ def load_model(folder: Path, dtype: mx.Dtype | None = None, native: bool = True)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json; needed: a model in Hugging Face layout")
     if registry.way(read_json(folder / "config.json"), native) == "adapter":
-        return cast(Decoder, adapted.load(folder, dtype))
+        return adapted.load(folder, dtype)
     model, weights = _read_native(folder)
     if dtype is None and not fused_kernels():
         dtype = mx.float32
@@ -70,7 +71,7 @@ def config_of(raw: Mapping[str, Any]) -> DecoderConfig:
     return decoder_config(raw) if registry.way(raw) == "native" else adapted.sized(raw).config
 
 
-def read_model(folder: Path) -> tuple[Decoder, Weights]:
+def read_model(folder: Path) -> tuple[Loaded, Weights]:
     """The model of a folder, by what is stored there, and the weights that go into it.
 
     They have its names and shapes, without a head that is tied. Nothing is evaluated yet.
@@ -79,10 +80,10 @@ def read_model(folder: Path) -> tuple[Decoder, Weights]:
     if registry.way(read_json(folder / "config.json")) == "native":
         return _read_native(folder)
     module, raw = adapted.lazily(folder)
-    return cast(Decoder, AdaptedModel(module, raw)), parameters(module)
+    return AdaptedModel(module, raw), parameters(module)
 
 
-def unpacked_like(model: Decoder, folder: Path) -> nn.Module:
+def unpacked_like(model: Loaded, folder: Path) -> nn.Module:
     """A model of the same sizes whose weights are not packed. No array is made: none is evaluated.
 
     Raises ModelError.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from mlx_redrafter.models import Decoder, DecoderConfig
+from mlx_redrafter.models import Decoder, DecoderConfig, Loaded
 from mlx_redrafter.models.batched import ROWS_PER_PASS
 from mlx_redrafter.models.weights import parameters
 from mlx_redrafter.runtime.device import machine
@@ -31,7 +31,7 @@ def usable_bytes() -> float:
     return float(USABLE * machine()["memory_gb"] * 2**30)
 
 
-def weights_of(target: Decoder) -> int:
+def weights_of(target: Loaded) -> int:
     """Bytes of the target's weights as they are loaded."""
     return sum(value.nbytes for value in parameters(target).values())
 

@@ -19,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.errors import HubError, ModelError, OptionError
 from mlx_redrafter.hub import kept, resolve
-from mlx_redrafter.models import Decoder, Target, load_model
+from mlx_redrafter.models import Loaded, Target, load_model
 from mlx_redrafter.models.batched import over, takes
 from mlx_redrafter.models.sequences import Request, Sequences
 from mlx_redrafter.runtime.device import device
@@ -104,7 +104,7 @@ def open_run(
     return run
 
 
-def _batch(config: TrainConfig, before: TrainConfig | None, target: Decoder) -> int:
+def _batch(config: TrainConfig, before: TrainConfig | None, target: Loaded) -> int:
     """The batch as given, or as low as the memory needs; once there is text, as it was.
 
     Warns of a drafter that is too large.

@@ -44,7 +44,7 @@ def chat_model(folder: Path, kind: str) -> Path:
     [
         ("redrafter", "mamba2"), ("eagle3", "lfm2"),
         pytest.param("medusa", "lfm2", marks=pytest.mark.slow),
-        pytest.param("eagle3", "qwen3_next", marks=pytest.mark.slow),
+        pytest.param("eagle3", "kimi_linear", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_a_drafter_is_trained_measured_and_used(tmp_path: Path, kind: str, of: str) -> None:
@@ -84,7 +84,7 @@ def test_an_answer_that_was_begun_is_the_same_again(tmp_path: Path) -> None:
     assert one == two and len(one) > 2
 
 
-@pytest.mark.parametrize("of", ["mamba2", "lfm2", "qwen3_next"])
+@pytest.mark.parametrize("of", ["mamba2", "lfm2", "kimi_linear"])
 def test_what_is_copied_of_the_target(tmp_path: Path, of: str) -> None:
     """Head rows give its logits, the embedding its inputs, the norm what the head reads."""
     write_module(tmp_path, of)

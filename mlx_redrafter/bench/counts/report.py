@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -22,7 +22,7 @@ from mlx_redrafter.drafters.loading import load_drafter, module_of
 from mlx_redrafter.drafters.lookup import Lookup
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.hub import find_drafter, resolve
-from mlx_redrafter.models import Decoder, load_model, registry
+from mlx_redrafter.models import AdaptedModel, Decoder, load_model, registry
 from mlx_redrafter.models.weights import read_json
 from mlx_redrafter.runtime.checks import at_least, whole
 from mlx_redrafter.runtime.device import machine
@@ -127,8 +127,13 @@ def load_as_on_metal(
         # The drafter's table is a packed product of thousands of rows, half a minute on a CPU.
         with patch.object(nn.QuantizedLinear, "__call__", _zeros):
             loaded = load_drafter(drafter, target)
+    if isinstance(small := module_of(loaded), AdaptedModel):
+        raise OptionError(
+            f"the drafter in {drafter} is of model_type '{small.config.model_type}' and runs as "
+            "mlx_lm's own module, whose steps are not counted; use another drafter"
+        )
     mx.eval(target.parameters(), module_of(loaded).parameters())
-    return target, loaded
+    return cast(Decoder, target), loaded
 
 
 def _zeros(layer: nn.QuantizedLinear, x: mx.array) -> mx.array:

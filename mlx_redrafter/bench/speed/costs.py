@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_redrafter.budget.costs import verify_pass
 from mlx_redrafter.cache.layer import new_caches
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Target
 
 
 class VerifyClock:
@@ -24,7 +24,7 @@ class VerifyClock:
     PASSES = 2  # launched one behind the other, as decoding does, and waited for once
     REPEATS = 3  # of which the median counts: a single one may be disturbed
 
-    def __init__(self, target: Decoder, capacity: int, compiled: bool = True) -> None:
+    def __init__(self, target: Target, capacity: int, compiled: bool = True) -> None:
         run = verify_pass(target)
         self._run = mx.compile(run) if compiled else run
         self._caches = new_caches(target.caches, capacity, target.dtype)

@@ -13,7 +13,7 @@ from mlx_redrafter.budget.costs import bare_pass
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.drafters.beam import BeamDrafter
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Target
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import USUAL, read
 from mlx_redrafter.prefill.sparse import SparseAttention
@@ -37,7 +37,7 @@ class Replay(BeamDrafter):
 
     def __init__(
         self,
-        target: Decoder,
+        target: Target,
         prompt: Sequence[int],
         answer: Sequence[int],
         sparse: SparsePrefill | None = None,
@@ -74,7 +74,7 @@ class Replay(BeamDrafter):
 
 
 def _hidden(
-    target: Decoder, prompt: Sequence[int], answer: Sequence[int], sparse: SparsePrefill | None
+    target: Target, prompt: Sequence[int], answer: Sequence[int], sparse: SparsePrefill | None
 ) -> mx.array:
     """The final hidden states after the last two tokens of the prompt, which is read as the engine
     reads it, and after every token of the answer: (T, D)."""
