@@ -201,7 +201,7 @@ def test_attention_layers_read_a_prompt_sparsely(target: Decoder) -> None:
 
 def test_a_chunk_is_timed_alone(target: Decoder) -> None:
     """And not with all that is before it, where a state cannot be cut."""
-    once = chunks._reading(target, 8, 40)
+    once = chunks._reading(target, 8, 40, (0,))
     for _ in range(2):
         once()
         session = inspect.getclosurevars(once).nonlocals["session"]
