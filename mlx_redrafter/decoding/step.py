@@ -106,46 +106,77 @@ def make_step(
         step(state, arrays) -> (text (L+2,) int32: the root's token, the new ones, and END from
         there on; the next state).
     """
-    shape = spec.shape
-    layers, kinds = read_layers(drafters), all_caches(target, drafters)
-    waiting = [waits(kind, shape) for kind in kinds]
+    layers = read_layers(drafters)
 
     def step(state: State, arrays: Arrays) -> tuple[mx.array, State]:
         on_trace()
-        root, position, caches, states, history, pending = state
-        draw = sampling.draw(arrays, position + 1, shape.depth)
-        text_so_far = None if isinstance(history, tuple) else history
-        run, *others = passes([target, *drafters], caches, position, pending)
-        ask = Ask(root, position, text_so_far, shape, draw)
-        tree = draft(drafters, states, others, ask)
-
-        run.ancestors = tree.ancestors
-        read = verify(target, tree, run, layers)
-
-        windows = {
-            name: sampling.recent_tokens(tree, text_so_far, position, size)
-            for name, size in spec.windows
-            if text_so_far is not None
-        }
-        choices = sampling.sample(target.logits(read.hidden), tree, windows, arrays, position)
-        last, count, text = accept(tree, choices)
-
-        done = Verified(tree, read, last, count, text, choices, position)
-        drafts = tuple(
-            d.commit(s, done._replace(own=own))
-            for d, s, own in zip(drafters, states, others, strict=True)
-        )
-        if not isinstance(history, tuple):
-            history = mx.slice_update(history, text, position, (0,))
-        caches, rows = joined_passes([target, *drafters], [run, *others])
-        pending = ()
-        if any(waiting):
-            kept = [r if w else () for r, w in zip(rows, waiting, strict=True)]
-            pending = kept, row_slots(tree, last, count, position)
-        root = mx.take(choices, last) if shape.drafts else choices
-        return text, State(root, position + count, caches, drafts, history, pending)
+        begun = begin(target, drafters, spec, state, arrays)
+        read = verify(target, begun.tree, begun.run, layers)
+        return finish(target, drafters, spec, begun, read, target.logits(read.hidden), arrays)
 
     return step
+
+
+class Begun(NamedTuple):
+    """A step whose tree is drafted and not yet checked: see `State` and `Ask`. run, others: its
+    passes over the target's caches and over every drafter's."""
+
+    tree: DraftTree
+    run: Pass
+    others: list[Pass]
+    position: mx.array
+    states: tuple[Any, ...]
+    history: mx.array | tuple[()]
+
+
+def begin(
+    target: Target, drafters: Sequence[Drafter], spec: StepSpec, state: State, arrays: Arrays
+) -> Begun:
+    """Draft the tree of a step."""
+    root, position, caches, states, history, pending = state
+    draw = sampling.draw(arrays, position + 1, spec.shape.depth)
+    text_so_far = None if isinstance(history, tuple) else history
+    run, *others = passes([target, *drafters], caches, position, pending)
+    ask = Ask(root, position, text_so_far, spec.shape, draw)
+    tree = draft(drafters, states, others, ask)
+    run.ancestors = tree.ancestors
+    return Begun(tree, run, others, position, states, history)
+
+
+def finish(
+    target: Target,
+    drafters: Sequence[Drafter],
+    spec: StepSpec,
+    begun: Begun,
+    read: Features,
+    logits: mx.array,
+    arrays: Arrays,
+) -> tuple[mx.array, State]:
+    """Accept what the target says of a tree's nodes, logits (N, V); as of `make_step`."""
+    tree, run, others, position, states, history = begun
+    windows = {
+        name: sampling.recent_tokens(tree, history, position, size)
+        for name, size in spec.windows
+        if not isinstance(history, tuple)
+    }
+    choices = sampling.sample(logits, tree, windows, arrays, position)
+    last, count, text = accept(tree, choices)
+
+    done = Verified(tree, read, last, count, text, choices, position)
+    drafts = tuple(
+        d.commit(s, done._replace(own=own))
+        for d, s, own in zip(drafters, states, others, strict=True)
+    )
+    if not isinstance(history, tuple):
+        history = mx.slice_update(history, text, position, (0,))
+    caches, rows = joined_passes([target, *drafters], [run, *others])
+    waiting = [waits(kind, spec.shape) for kind in all_caches(target, drafters)]
+    pending: tuple[list[Rows], mx.array] | tuple[()] = ()
+    if any(waiting):
+        kept = [r if w else () for r, w in zip(rows, waiting, strict=True)]
+        pending = kept, row_slots(tree, last, count, position)
+    root = mx.take(choices, last) if spec.shape.drafts else choices
+    return text, State(root, position + count, caches, drafts, history, pending)
 
 
 class Remembering(Protocol):
