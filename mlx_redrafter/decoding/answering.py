@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast
 
 import mlx.core as mx
 
@@ -15,13 +15,38 @@ from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.step import State, StepSpec, nothing_pending
+from mlx_redrafter.drafters import Drafter
+from mlx_redrafter.models import Target
 from mlx_redrafter.tree.nodes import END
 from mlx_redrafter.tree.shape import TreeShape
 
-if TYPE_CHECKING:
-    from mlx_redrafter.decoding.engine import Engine
-
 _PATIENCE = 32  # steps that keep the rows of drafters whom nobody asks
+
+
+class Runner(Protocol):
+    """What runs the steps; see `Engine`."""
+
+    traces: int
+
+    @property
+    def target(self) -> Target: ...
+
+    @property
+    def drafters(self) -> Sequence[Drafter]: ...
+
+    @property
+    def keeping(self) -> Sequence[Drafter]:
+        """Drafters that keep rows by position."""
+        ...
+
+    @property
+    def kinds(self) -> Sequence[LayerCache]:
+        """What all layers remember."""
+        ...
+
+    def taking_part(self, awake: bool) -> Sequence[Drafter]:
+        """The drafters: all, or those that keep no rows."""
+        ...
 
 
 class Answering:
@@ -40,7 +65,7 @@ class Answering:
     state: State
 
     def __init__(
-        self, engine: Engine, request: Request, policy: Policy, room: int, awake: bool
+        self, engine: Runner, request: Request, policy: Policy, room: int, awake: bool
     ) -> None:
         self.engine, self.request, self.policy = engine, request, policy
         self.awake, self.unasked = awake, 0
