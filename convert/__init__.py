@@ -40,6 +40,7 @@ class _Options:
     group_size: int
     dtype: str | None
     self_check: bool = True
+    keep: bool = False
 
     @property
     def packed_bits(self) -> int | None:
@@ -58,6 +59,12 @@ class _Options:
             )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise OptionError(f"--dtype {self.dtype!r} is unknown; needed: {', '.join(DTYPES)}")
+        if self.keep and kind.value != "gguf":
+            raise OptionError(
+                f"--keep-quantization is for GGUF files, and this is a {kind.label}; drop it"
+            )
+        if self.keep and self.bits is not None:
+            raise OptionError("--keep-quantization keeps a file's own bits; drop it, or -q")
         if self.packed_bits and self.to != "mlx":
             raise OptionError(f"{self.to} has no quantised drafters; drop -q, or --to {self.to}")
         if kind.is_head and self.to != "mlx":
@@ -86,6 +93,7 @@ def convert(
     bits: int | None = None,
     group_size: int = 64,
     dtype: str | None = None,
+    keep_quantization: bool = False,
     self_check: bool = True,
     dry_run: bool = False,
     force: bool = False,
@@ -105,6 +113,8 @@ def convert(
             either, but a GGUF file's own 4 and 8 bits are kept unless a dtype is given, and on a
             Mac with Metal heads of other kinds than ReDrafter get 4 bits unless one is given.
         dtype: float16 | bfloat16 | float32; None: as stored.
+        keep_quantization: of a GGUF file keep all blocks packed, also those whose scales only
+            float32 holds (then in ``dtype``), or which MLX holds in a near form only.
         self_check: load the target too and count how often the drafter's first choice is its next
             token; what the source's files leave open is settled by that.
         dry_run: read headers and account for every tensor, write nothing.
@@ -119,7 +129,10 @@ def convert(
     from .base_files import name_turn_end
     from .writer import output_folder
 
-    options = _Options(to, str(target) if target else None, bits, group_size, dtype, self_check)
+    options = _Options(
+        to, str(target) if target else None, bits, group_size, dtype, self_check,
+        keep_quantization,
+    )  # fmt: skip
     if upload_repo and not dry_run:
         card.check_upload(upload_repo)
     path = _locate(str(source))
@@ -270,7 +283,10 @@ def _plan_gguf(path: Path, options: _Options) -> _Job:
     from .gguf import GgufPlan
 
     options.check(Format.GGUF)
-    plan = GgufPlan(path, bits=options.bits, group_size=options.group_size, dtype=options.mlx_dtype)
+    plan = GgufPlan(
+        path, bits=options.bits, group_size=options.group_size, dtype=options.mlx_dtype,
+        keep=options.keep,
+    )  # fmt: skip
     return _Job(Format.GGUF, plan.mappings(), plan.notes(), plan.write)
 
 
@@ -315,8 +331,7 @@ def _sizes_of(target: str) -> Any:
     from types import SimpleNamespace
 
     from mlx_redrafter.hub import resolve
-    from mlx_redrafter.models.families import decoder_config
+    from mlx_redrafter.models import config_of
     from mlx_redrafter.models.weights import read_json
 
-    raw = read_json(resolve(target) / "config.json")
-    return SimpleNamespace(config=decoder_config(raw))
+    return SimpleNamespace(config=config_of(read_json(resolve(target) / "config.json")))

@@ -31,7 +31,11 @@ from .writer import OutputFolder, Progress, ShardWriter, sixteen_bits
 Config = dict[str, Any]
 
 # mlx-lm keeps their text half under the name it has in the multimodal model.
-_NESTED = ("gemma3", "gemma4", "gemma4_unified", "mistral3", "qwen3_vl", "qwen3_vl_moe")
+_NESTED = (
+    "gemma3", "gemma4", "gemma4_unified", "mistral3", "qwen3_5", "qwen3_5_moe", "qwen3_vl",
+    "qwen3_vl_moe",
+)  # fmt: skip
+NESTED_PREFIX = "language_model."
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -276,12 +280,12 @@ class Quantisation:
         from mlx_lm.utils import quantize_model
 
         self.config = config
-        self._prefix = "language_model." if config["model_type"] in _NESTED else ""
-        names = [self._stored(name) for name in names]
+        self._prefix = NESTED_PREFIX if config["model_type"] in _NESTED else ""
+        names = [self.stored(name) for name in names]
         self._chosen: dict[str, tuple[int, int, str]] = {}
         if bits is None:
             return
-        model = _mlx_lm_model(config, names)
+        model = mlx_lm_model(config, names)
         try:
             # It prints how many bits came out.
             with contextlib.redirect_stdout(io.StringIO()):
@@ -302,20 +306,20 @@ class Quantisation:
                 "so none can be quantised; choose another --q-group-size"
             )
 
-    def _stored(self, target: str) -> str:
+    def stored(self, target: str) -> str:
         return self._prefix + stored_name(self.config["model_type"], target)
 
     def bits(self, target: str) -> int | None:
         """Of a tensor when it is quantised; None if it is not."""
-        base, _, last = self._stored(target).rpartition(".")
+        base, _, last = self.stored(target).rpartition(".")
         return self._chosen[base][1] if last == "weight" and base in self._chosen else None
 
     def apply(self, target: str, value: mx.array) -> Iterator[tuple[str, mx.array, int]]:
         """The arrays to store for one weight, under mlx-lm's names; how many weights each holds."""
         if self.bits(target) is None:
-            yield self._stored(target), value, value.size
+            yield self.stored(target), value, value.size
             return
-        base = self._stored(target).removesuffix(".weight")
+        base = self.stored(target).removesuffix(".weight")
         group_size, bits, mode = self._chosen[base]
         packed = mx.quantize(value, group_size, bits, mode=mode)
         for part, array in zip(("weight", "scales", "biases"), packed, strict=False):
@@ -351,7 +355,7 @@ class Stacks:
             yield parts[0][0], mx.stack([p[1] for p in parts]), sum(p[2] for p in parts)
 
 
-def _mlx_lm_model(config: Config, names: Sequence[str]) -> Any:
+def mlx_lm_model(config: Config, names: Sequence[str]) -> Any:
     """mlx-lm's model of this configuration; its arrays are promises and must stay so."""
     from mlx_lm.utils import _get_classes
 
@@ -359,7 +363,7 @@ def _mlx_lm_model(config: Config, names: Sequence[str]) -> Any:
     model = model_class(arguments.from_dict(config))
     if hasattr(model, "sanitize"):
         # Gemma 3 drops its head here if the weights hold none.
-        model.sanitize({name: mx.array(0) for name in names})
+        model.sanitize({name: mx.array([0]) for name in names})
     return model
 
 

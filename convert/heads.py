@@ -21,7 +21,7 @@ from mlx_redrafter.drafters.block import Block
 from mlx_redrafter.drafters.eagle import Eagle
 from mlx_redrafter.drafters.medusa import Medusa, MedusaConfig
 from mlx_redrafter.drafters.speculator import Speculator, SpeculatorConfig
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Target
 from mlx_redrafter.models.weights import Shape
 
 from . import drafters
@@ -49,7 +49,7 @@ class HeadPlan:
     config: dict[str, Any]
     names: dict[str, str]
     dropped: list[Mapping]
-    fits: Callable[[Decoder], object]
+    fits: Callable[[Target], object]
     quantization: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -77,7 +77,7 @@ def plan_head(checkpoint: Checkpoint, kind: Format) -> HeadPlan:
     if drafters.narrowed(names, checkpoint):
         notes.append("float32 weights become 16-bit ones, unless --dtype float32 is given")
 
-    def fits(target: Decoder) -> object:
+    def fits(target: Target) -> object:
         return head.layout.module(raw, given, target, path)
 
     return HeadPlan(config, names, dropped, fits, quantization, notes)
@@ -142,7 +142,7 @@ _READ = (eagle_files.OFFSETS, eagle_files.MEMBERS)
 """Tensors that are checked by what is in them."""
 
 
-def check_fit(plan: HeadPlan, target: Decoder, path: Path) -> None:
+def check_fit(plan: HeadPlan, target: Target, path: Path) -> None:
     """Are the heads for a model of this one's sizes? Raises DrafterError."""
     plan.fits(target)
 

@@ -17,11 +17,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_redrafter.cache.packed import BITS, GROUP, Packing
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime import checks
 
-_CACHE = "leave it out, the cache keeps the model's whole context in the type of its weights"
 # Options of mlx_lm and its relatives, and what does the same here.
 _HERE = {
     "sampler": "give temp=, top_p=, min_p= and top_k= themselves",
@@ -30,10 +30,10 @@ _HERE = {
     "prompt_cache": "give session=Session(), and the same one with the next prompt",
     "draft_model": "give the drafter when loading: load(model, drafter=...)",
     "num_draft_tokens": "give tree=TreeShape.chain({value})",
-    "max_kv_size": _CACHE,
-    "kv_bits": _CACHE,
-    "kv_group_size": _CACHE,
-    "quantized_kv_start": _CACHE,
+    "max_kv_size": "leave it out, the cache keeps the model's whole context",
+    "kv_bits": "give it to load()",
+    "kv_group_size": "give it to load()",
+    "quantized_kv_start": "leave it out, load(kv_bits=...) quantises from the first token on",
     "input_embeddings": "give the prompt as text or token ids",
     "stream": "leave it out, every thread has its own stream",
     "messages": "give tokenizer.apply_chat_template(messages, add_generation_prompt=True) as the "
@@ -107,6 +107,12 @@ def dtype(value: Any) -> mx.Dtype | None:
     raise OptionError(
         f"dtype {checks.shown(value)} is not possible: give mx.float16, mx.bfloat16 or mx.float32"
     )
+
+
+def packing(bits: Any, group_size: Any) -> Packing | None:
+    """How keys and values are quantised, if they are."""
+    asked = Packing(BITS[0] if bits is None else bits, GROUP if group_size is None else group_size)
+    return None if bits is None else asked
 
 
 def pair(model: Any, tokenizer: Any, kind: type) -> TokenizerWrapper:

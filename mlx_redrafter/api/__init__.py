@@ -18,6 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter import arguments
 from mlx_redrafter.budget.machine import Budget
+from mlx_redrafter.cache.packed import GROUP
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.policy import Policy
@@ -85,6 +86,8 @@ def load(
     revision: str | None = None,
     dtype: mx.Dtype | None = None,
     tokenizer_config: dict[str, Any] | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = GROUP,
     **other: Any,
 ) -> tuple[Model, TokenizerWrapper]:
     """Load a model, its tokenizer and its drafter.
@@ -96,6 +99,9 @@ def load(
         revision: branch, tag or commit of a hub id.
         dtype: type of the weights; None: float32 on a CPU, as stored on Metal.
         tokenizer_config: options for transformers' tokenizer, as in mlx_lm.
+        kv_bits: keep keys and values in 8 or 4 bits, from the first token on (mlx_lm's
+            ``quantized_kv_start`` is 0 here); None: as they are computed.
+        kv_group_size: how many of their numbers share a scale: 32, 64 or 128.
 
     A model that one thread has loaded may be used in another. Options of mlx_lm's ``load`` that
     say nothing (None, False) are let through.
@@ -108,6 +114,7 @@ def load(
     name, dtype = arguments.name_or_folder("model", path_or_hf_repo), arguments.dtype(dtype)
     arguments.instance("revision", revision, str, "a branch, tag or commit as text")
     arguments.options("tokenizer_config", tokenizer_config)
+    packing = arguments.packing(kv_bits, kv_group_size)
     given = None if drafter is None else arguments.name_or_folder("drafter", drafter)
     user_path(given or "")  # what cannot be a path is said before the model is downloaded
     blas.warn_if_slow()
@@ -119,6 +126,8 @@ def load(
     else:
         drafter_folder = resolve(given) if given is not None else None
     target = load_model(folder, dtype)
+    if packing is not None:
+        target.pack(packing)
     loaded = load_drafter(drafter_folder, target) if drafter_folder is not None else None
     tokenizer = load_tokenizer(folder, tokenizer_config)
     if isinstance(loaded, DraftModel) and drafter_folder is not None:

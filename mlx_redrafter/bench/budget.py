@@ -72,14 +72,18 @@ def row(shape: TreeShape, known: Costs, table: yields.Yields, sampled: bool) -> 
 def passes(known: Costs) -> Table:
     """t(N) near the beginning of a text and far into it."""
     titles = (f"ms at {NEAR} cached", "times one token", f"ms at {FAR} cached")
-    shown = tables.table("tokens checked", *titles)
+    more = ("experts, times one token's",) if known.distinct else ()
+    shown = tables.table("tokens checked", *titles, *more)
     for nodes, seconds in known.verify.items():
         far = known.checking(nodes, FAR)
         ratio = seconds / known.verify[1]
-        shown.add_row(str(nodes), f"{1e3 * seconds:.1f}", f"{ratio:.2f}", f"{1e3 * far:.1f}")
+        row = [f"{1e3 * seconds:.1f}", f"{ratio:.2f}", f"{1e3 * far:.1f}"]
+        if known.distinct:
+            row.append(f"{known.distinct[nodes] / known.distinct[1]:.2f}")
+        shown.add_row(str(nodes), *row)
     for width, (first, further) in known.draft.items():
         level = f"{1e3 * first:.2f} + {1e3 * further:.2f} a level"
-        shown.add_row(f"draft, width {width}", level, "", "", style="dim")
+        shown.add_row(f"draft, width {width}", level, "", "", *[""] * len(more), style="dim")
     return shown
 
 

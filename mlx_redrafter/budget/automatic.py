@@ -14,7 +14,7 @@ from mlx_redrafter.tree.shape import TreeShape
 
 Tokens = Callable[[TreeShape], float]
 Seconds = Callable[[TreeShape, int], float]
-Learn = Callable[[TreeShape, int, float], None]
+Learn = Callable[[TreeShape, int, float, int], None]
 
 # Replayed over answers of the built-in model, greedy and at temperature 0.8 (docs/decisions.md).
 _MEMORY = 0.9  # what a step still weighs after the next one
@@ -22,6 +22,8 @@ _PRIOR = 3.0  # drafts' worth of trust in the table
 _PROBE, _LONGEST_PROBE = 12, 96  # plain steps before drafting is tried again; doubled in vain
 _MARGIN = 1.015  # by which a further shape has to be faster on some kind of text
 _WORTH = 1.05  # nothing is tried that could not be so much faster than plain decoding
+_COMPARED = 64  # drafted steps after which a plain one is timed, where prices are compared with it
+FIRST = 4  # plain steps to begin with there: the first ones wait for graphs and are not timed
 
 
 class Automatic:
@@ -31,7 +33,9 @@ class Automatic:
         shapes: to choose from, plain decoding included.
         tokens: what a step of a shape yields on average text.
         seconds: what it costs at present, with so many tokens in the cache.
-        learn: told of every step's shape, cached tokens and duration.
+        learn: told of every step's shape, cached tokens, duration and experts.
+        owed: plain steps to begin with, and one after every ``_COMPARED`` drafted ones: until one
+            of them was timed. None: none are needed.
     """
 
     def __init__(
@@ -39,12 +43,14 @@ class Automatic:
         shapes: Sequence[TreeShape],
         tokens: Tokens,
         seconds: Seconds,
-        learn: Learn = lambda shape, position, seconds: None,
+        learn: Learn = lambda shape, position, seconds, experts: None,
+        owed: int | None = None,
     ) -> None:
         self.shapes = tuple(shapes)
         self._tokens, self._seconds, self._learn = tokens, seconds, learn
         self._accepted = self._foreseen = _PRIOR
         self._plain_steps, self._wait, self._position = 0, _PROBE, 0
+        self._compares, self._owed, self._drafted = owed is not None, owed or 0, 0
 
     @property
     def ease(self) -> float:
@@ -54,6 +60,8 @@ class Automatic:
     def choose(self, position: int) -> TreeShape:
         self._position = position
         best = max(self.shapes, key=self._speed)
+        if best.drafts and self._must_compare():
+            return TreeShape.plain()
         if best.drafts:
             self._plain_steps, self._wait = 0, _PROBE
             return best
@@ -63,13 +71,29 @@ class Automatic:
             return probe
         return best
 
-    def record(self, shape: TreeShape, produced: int, seconds: float | None) -> None:
+    def record(
+        self, shape: TreeShape, produced: int, seconds: float | None, experts: int = 0
+    ) -> None:
         if seconds is not None:
-            self._learn(shape, self._position, seconds)
+            self._learn(shape, self._position, seconds, experts)
+            self._owed = self._owed if shape.drafts else 0
         if shape.drafts:
             self._accepted = _PRIOR + _MEMORY * (self._accepted - _PRIOR) + produced - 1
             foreseen = self._tokens(shape) - 1
             self._foreseen = _PRIOR + _MEMORY * (self._foreseen - _PRIOR) + foreseen
+
+    def _must_compare(self) -> bool:
+        """Where a price says more of one shape than of another, plain steps have to be timed now
+        and then: drafted ones alone cannot tell a machine that is slow from drafts that are."""
+        if not self._compares:
+            return False
+        if self._owed:
+            self._owed -= 1
+            return True
+        self._drafted += 1
+        if self._drafted == _COMPARED:
+            self._owed, self._drafted = 1, 0
+        return False
 
     def _speed(self, shape: TreeShape) -> float:
         return expected(self._tokens(shape), shape, self.ease) / self._price(shape)

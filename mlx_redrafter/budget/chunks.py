@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,16 +78,17 @@ def most(config: DecoderConfig, prompt: int) -> int:
     return max(min(SIZES), _SCORES // (4 * config.num_heads * capacity_for(prompt)))
 
 
-def measure(target: Decoder) -> Chunks:
+def measure(target: Decoder, text: Sequence[int] = ()) -> Chunks:
     """Time passes over a few of the target's layers; sizes beyond the usual one until they are
-    clearly slower."""
+    clearly slower. text: what is read, over and over; where there are no experts, it may be any.
+    """
     few = _shallow(target)
     runs: dict[tuple[int, int], clock.Run] = {}
     least = float("inf")
     for n in SIZES:
         if n > USUAL and n > most(target.config, FAR + n):
             break
-        mine = {(n, at): _reading(few, n, at) for at in (0, FAR)}
+        mine = {(n, at): _reading(few, n, at, text or (0,)) for at in (0, FAR)}
         once = clock.fastest(mine, 1, warm=n == SIZES[0])[n, FAR] / n
         if n > USUAL and once > _SLOWER * least:
             break
@@ -110,11 +111,13 @@ def _shallow(target: Decoder) -> Decoder:
     return few
 
 
-def _reading(target: Decoder, n: int, at: int) -> clock.Run:
+def _reading(target: Decoder, n: int, at: int, text: Sequence[int]) -> clock.Run:
     """Reads n tokens behind so many, in one pass."""
-    prompt = [0] * (at + n + 1)
+    prompt = [text[i % len(text)] for i in range(at + n + 1)]
     session = Session(prompt[:at])
     session.open(target.caches, capacity_for(len(prompt)), target.dtype)
+    session.stand = at  # where layers that cannot be cut go back to
+    session.mark()
 
     def once() -> None:
         read(target, prompt, session, n)

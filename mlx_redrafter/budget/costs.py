@@ -12,10 +12,12 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
+from mlx_redrafter.budget.expert_costs import ExpertCosts
+from mlx_redrafter.budget.written import Written
 from mlx_redrafter.cache.layer import Kept, Pass, new_caches
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.decoding.step import State, StepSpec, blank_state, joined_passes, passes
@@ -44,16 +46,20 @@ class Costs:
         per_token: what a further cached token adds, at 1 node and at the most that was measured.
         draft: by beam width, the first draft level and every further one; empty: no drafter.
         rest: of a drafted step beyond its parts.
+        distinct: experts that those passes chose, over all layers, by nodes; empty: a dense model.
     """
 
     verify: dict[int, float]
     per_token: tuple[float, float] = (0.0, 0.0)
     draft: dict[int, tuple[float, float]] = field(default_factory=dict)
     rest: float = 0.0
+    distinct: dict[int, float] = field(default_factory=dict)
     # Of steps that were timed, greedy or sampled: the last ones' seconds over the table's; and by
     # shape the same over what all shapes took at that time, when the machine was as busy.
     _recent: dict[bool, deque[float]] = field(default_factory=dict, repr=False)
     _apart: dict[tuple[TreeShape, bool], deque[float]] = field(default_factory=dict, repr=False)
+    # Of models with experts in their place, greedy or sampled.
+    _experts: dict[bool, ExpertCosts] = field(default_factory=dict, repr=False, compare=False)
 
     def table(self, shape: TreeShape, position: int = NEAR) -> float:
         """As measured beforehand; infinite for more nodes than were worth measuring."""
@@ -67,16 +73,29 @@ class Costs:
         """The table, corrected by the steps that were timed since."""
         return self.table(shape, position) * self._correction(shape, sampled)
 
-    def learn(self, shape: TreeShape, position: int, sampled: bool, seconds: float) -> None:
-        """A step of the running answer took so long."""
+    def learn(
+        self, shape: TreeShape, position: int, sampled: bool, seconds: float, experts: int = 0
+    ) -> None:
+        """A step of the running answer took so long, and its nodes chose so many experts."""
         ratio = seconds / self.table(shape, position)
+        if self.distinct and experts:
+            self.experts(sampled).learn(shape, experts, ratio)
+            return
         self._recent.setdefault(sampled, deque(maxlen=8)).append(ratio)
         known = self._apart.setdefault((shape, sampled), deque(maxlen=32))
         known.append(ratio / self._pace(sampled))
 
+    def experts(self, sampled: bool) -> ExpertCosts:
+        """What is known of a model with experts beyond the table."""
+        if sampled not in self._experts:
+            self._experts[sampled] = ExpertCosts(self.verify, self.distinct)
+        return self._experts[sampled]
+
     @property
     def drifted(self) -> bool:
         """Do the running steps contradict the table, in what they cost beside each other?"""
+        if any(known.apart() > _APART for known in self._experts.values()):
+            return True
         firm = [statistics.median(x) for x in self._apart.values() if len(x) >= 2 * _ENOUGH]
         return len(firm) > 1 and max(firm) > _APART * min(firm)
 
@@ -87,6 +106,7 @@ class Costs:
             "per_token": list(self.per_token),
             "draft": {str(w): list(t) for w, t in self.draft.items()},
             "rest": self.rest,
+            "distinct": {str(n): d for n, d in self.distinct.items()},
         }
 
     @classmethod
@@ -98,6 +118,7 @@ class Costs:
             (float(near), float(far)),
             {int(w): (float(a), float(b)) for w, (a, b) in stored["draft"].items()},
             float(stored["rest"]),
+            {int(n): float(d) for n, d in stored["distinct"].items()},
         )
 
     def checking(self, nodes: int, position: int = NEAR) -> float:
@@ -114,6 +135,8 @@ class Costs:
         return near + slope * max(position - NEAR, 0)
 
     def _correction(self, shape: TreeShape, sampled: bool) -> float:
+        if self.distinct:
+            return self.experts(sampled).correction(shape)
         own = self._apart.get((shape, sampled), ())
         apart = statistics.median(own) if len(own) >= _ENOUGH else 1.0
         return self._pace(sampled) * apart
@@ -132,14 +155,23 @@ def measure(
     drafters: Sequence[Drafter],
     step_function: Callable[[StepSpec], Any],
     compiled: bool = True,
+    text: Callable[[], Sequence[int]] = lambda: (),
 ) -> Costs:
     """Time the parts of a step: every one ``_ROUNDS`` times in turns, the fastest counts, since
-    whatever else the machine does can only make it slower."""
+    whatever else the machine does can only make it slower.
+
+    Args:
+        text: tokens of a real text, which a model with experts is asked to go on with: what its
+            passes cost depends on what they read.
+    """
     build = mx.compile if compiled else lambda f: f
     far = min(FAR, target.config.max_positions // 2)
+    written = Written(target, text(), NEAR, build) if target.routes else None
     passes: dict[int, clock.Run] = {}
     for nodes in NODES:
-        passes[nodes] = _timed_pass(target, nodes, NEAR, build)
+        passes[nodes] = (
+            _timed_pass(target, nodes, NEAR, build) if written is None else written.timed(nodes)
+        )
         passes[nodes]()  # traces, and may compile kernels
         if nodes in (4, 8):
             few = clock.fastest({1: passes[1], nodes: passes[nodes]}, 2)
@@ -150,16 +182,27 @@ def measure(
     for n in sorted(verify, reverse=True):  # a pass over more tokens is never faster
         least = verify[n] = min(least, verify[n])
     ends = min(verify), max(verify)
+    short = verify
+    if written is not None:  # what is cached far away is not real: neither may the nearer pass be
+        near = {n: _timed_pass(target, n, NEAR, build) for n in ends}
+        short = clock.fastest(near, 3, warm=True)
     long = clock.fastest({n: _timed_pass(target, n, far, build) for n in ends}, 3, warm=True)
-    per_token = [max(long[n] - verify[n], 0.0) / max(far - NEAR, 1) for n in ends]
+    per_token = [max(long[n] - short[n], 0.0) / max(far - NEAR, 1) for n in ends]
     costs = Costs(verify, (per_token[0], per_token[1]))
+    if written is not None:
+        costs.distinct = {n: float(written.distinct[n]) for n in sorted(verify)}
     if any(drafter.part == BEAMS for drafter in drafters):
-        _measure_draft(costs, target, drafters, step_function, build)
+        _measure_draft(costs, target, drafters, step_function, build, passes)
     return costs
 
 
 def _measure_draft(
-    costs: Costs, target: Decoder, drafters: Sequence[Drafter], step_function: Any, build: Any
+    costs: Costs,
+    target: Decoder,
+    drafters: Sequence[Drafter],
+    step_function: Any,
+    build: Any,
+    passes: Mapping[int, clock.Run],
 ) -> None:
     widths = [w for w in WIDTHS if w <= target.config.vocab_size]
     runs = {(w, d): _draft_levels(target, drafters, w, d, build) for w in widths for d in (1, 3)}
@@ -170,11 +213,15 @@ def _measure_draft(
     shape = shape.only(drafter.part for drafter in drafters)
     if shape.nodes > 2 and shape.width in costs.draft:
         # In turns with a pass: what made the machine slower since must not count as the step's.
-        whole = _whole_step(target, drafters, shape, step_function)
-        check = _timed_pass(target, shape.nodes, NEAR, build)
+        chosen: list[int] = []
+        whole = _whole_step(target, drafters, shape, step_function, chosen)
+        check = passes.get(shape.nodes) or _timed_pass(target, shape.nodes, NEAR, build)
         taken = clock.fastest({"whole": whole, "check": check}, _ROUNDS, True)
         slower = taken["check"] / costs.checking(shape.nodes)
-        costs.rest = max(taken["whole"] / slower - costs.table(shape), 0.0)
+        known = costs.table(shape)
+        if costs.distinct:  # the step's text is no text, and its experts are others
+            known *= costs.experts(False).ratio(shape.nodes, chosen[-1])
+        costs.rest = max(taken["whole"] / slower - known, 0.0)
 
 
 def bare_pass(target: Decoder) -> BarePass:
@@ -260,8 +307,13 @@ def _draft_levels(
 
 
 def _whole_step(
-    target: Decoder, drafters: Sequence[Drafter], shape: TreeShape, step_function: Any
+    target: Decoder,
+    drafters: Sequence[Drafter],
+    shape: TreeShape,
+    step_function: Any,
+    chosen: list[int],
 ) -> clock.Run:
+    """chosen: of a target with experts, how many each run chose."""
     state = blank_state(target, drafters, shape, NEAR, capacity_for(NEAR + 32))
     position = state.position
     waiting = state.pending[1].shape[0] if state.pending else 0
@@ -273,5 +325,7 @@ def _whole_step(
         state = State(*after)
         del after
         mx.eval(emitted, state)
+        if target.routes:
+            chosen.append(cast(int, emitted[-1].item()))
 
     return once

@@ -19,14 +19,16 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from mlx_redrafter.budget import chunks, yields
-from mlx_redrafter.budget.automatic import Automatic, contenders
+from mlx_redrafter.budget.automatic import FIRST, Automatic, contenders
 from mlx_redrafter.budget.chunks import Chunks
-from mlx_redrafter.budget.costs import Costs, measure
+from mlx_redrafter.budget.costs import NEAR, Costs, measure
 from mlx_redrafter.decoding.engine import Engine
+from mlx_redrafter.errors import HubError
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.prefill.reading import USUAL
 from mlx_redrafter.runtime import blas
-from mlx_redrafter.runtime.paths import cache_dir
+from mlx_redrafter.runtime.paths import ASSETS, cache_dir
+from mlx_redrafter.text.tokenizer import load_tokenizer
 from mlx_redrafter.tree.shape import BEAMS, TreeShape
 
 Say = Callable[[str], None]
@@ -74,10 +76,16 @@ class Budget:
         def seconds(shape: TreeShape, position: int) -> float:
             return known.seconds(shape, position, sampled)
 
-        def learn(shape: TreeShape, position: int, passed: float) -> None:
-            known.learn(shape, position, sampled, passed)
+        def learn(shape: TreeShape, position: int, passed: float, experts: int) -> None:
+            known.learn(shape, position, sampled, passed, experts)
 
-        return Automatic(contenders(self.shapes, tokens, known.table), tokens, seconds, learn)
+        shapes = contenders(self.shapes, tokens, known.table)
+        if not known.distinct:
+            return Automatic(shapes, tokens, seconds, learn)
+        # Others may pay by what was learned; those of the table remain, as a text may change.
+        better = contenders(self.shapes, tokens, lambda shape: seconds(shape, NEAR))
+        owed = 0 if known.experts(sampled).compared else FIRST
+        return Automatic(list(dict.fromkeys([*shapes, *better])), tokens, seconds, learn, owed)
 
     def costs(self, say: Say | None = None, again: bool = False) -> Costs:
         """Those of this process, else of an earlier one, else measured now, which ``say``, or the
@@ -97,7 +105,9 @@ class Budget:
             (say or engine.say)(
                 "Measuring what drafting costs on this machine (once, a few seconds) ..."
             )
-            found = measure(self.target, engine.drafters, engine.step_function, engine.compiled)
+            found = measure(
+                self.target, engine.drafters, engine.step_function, engine.compiled, self._text
+            )
             _write(_file(facts), {**facts, **found.as_dict()})
         self._costs = found
         return found
@@ -124,10 +134,20 @@ class Budget:
             (say or self.engine.say)(
                 "Measuring in what chunks long prompts are read fastest (once, a few seconds) ..."
             )
-            found = chunks.measure(self.target)
+            found = chunks.measure(self.target, self._text() if self.target.routes else ())
             _write(file, {**facts, **found.as_dict()})
         self._chunks = found
         return found
+
+    def _text(self) -> list[int]:
+        """A question and its answer in the model's tokens; none where it has no tokenizer."""
+        stored = json.loads((ASSETS / "selfcheck.json").read_text())
+        try:
+            tokenizer = load_tokenizer(self.folder, complete=False)
+        except HubError:
+            return []
+        text = tokenizer.encode(f"{stored['question']}\n\n{stored['answer']}")
+        return [token for token in text if token < self.target.config.vocab_size]
 
     def conditions(self) -> dict[str, Any]:
         """Everything that the figures depend on."""
@@ -143,6 +163,7 @@ class Budget:
             "compiled": self.engine.compiled,
             "dtype": str(self.target.dtype),
             "model": _digest(self.folder / "config.json"),
+            "caches": hashlib.sha256(repr(list(self.target.caches)).encode()).hexdigest()[:16],
             "drafter": _digest(drafter / "config.json") if drafter else None,
         }
 

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_redrafter.cache.lineage import Lineage
 
 Kept = Any
 """A layer's arrays: one, or a tuple of them."""
@@ -95,6 +98,14 @@ class Pass:
         self._before, self._after = dict(enumerate(caches)), dict[int, Kept]()
         self._rows = dict.fromkeys(self._before, cast(Rows, ()))
         self.position, self.ancestors, self.pending = position, ancestors, pending
+        self._lineage: Lineage | None = None
+
+    @property
+    def lineage(self) -> Lineage | None:
+        """Whom every node goes on from; None: a chunk of a prompt."""
+        if self._lineage is None and self.ancestors is not None:
+            self._lineage = Lineage(self.ancestors)
+        return self._lineage
 
     @property
     def caches(self) -> list[Kept]:
@@ -114,6 +125,11 @@ class Pass:
     def capacity(self, kinds: Sequence[LayerCache]) -> int | None:
         """Tokens that all layers have room for; None without a limit. Before they are extended."""
         return capacity_of(kinds, list(self._before.values()))
+
+    def room(self, layer: int, kind: LayerCache) -> int | None:
+        """Tokens that a layer has room for; None where room does not depend on them. Before it is
+        extended."""
+        return kind.capacity(self._before[layer])
 
     def settled(self, layer: int, kind: LayerCache) -> Kept:
         """A layer's arrays with the pass before in its place, for whoever only reads them."""
@@ -160,3 +176,9 @@ def capacity_of(kinds: Sequence[LayerCache], caches: Sequence[Kept]) -> int | No
 def grown(kinds: Sequence[LayerCache], caches: Sequence[Kept], capacity: int) -> list[Kept]:
     """The caches with room for so many tokens."""
     return [kind.grow(kept, capacity) for kind, kept in zip(kinds, caches, strict=True)]
+
+
+def bytes_of(kinds: Sequence[LayerCache], tokens: int, dtype: mx.Dtype) -> int:
+    """Memory of caches with room for so many tokens; no array is made."""
+    arrays = cast(list[tuple[str, mx.array]], tree_flatten(new_caches(kinds, tokens, dtype)))
+    return sum(array.nbytes for _, array in arrays)

@@ -14,27 +14,7 @@ from mlx_redrafter.cache.layer import Pass
 
 Tape = tuple[mx.array, mx.array, mx.array]
 """What N nodes do to a state of H heads: log gates summed along the path (H, N, 1 or Dk), keys
-(H, N, Dk) and what is added along them (H, N, Dv)."""
-
-
-def parents_of(ancestors: mx.array) -> mx.array:
-    """ancestors (N, N) -> (N,) int32, the node that every node goes on from, -1 for the root."""
-    above = ancestors & ~mx.eye(ancestors.shape[0], dtype=mx.bool_)
-    depths = mx.sum(ancestors, axis=-1).astype(mx.int32)
-    nearest = mx.argmax(mx.where(above, depths, mx.array(-1, mx.int32)), axis=-1)
-    return mx.where(mx.any(above, axis=-1), nearest.astype(mx.int32), mx.array(-1, mx.int32))
-
-
-def windows_of(parents: mx.array, stored: int) -> mx.array:
-    """The rows that a convolution over stored + 1 of them reads for every node, among ``stored``
-    old rows and N new ones: (N, stored + 1) int32, a node's own last."""
-    n = parents.shape[0]
-    before = mx.arange(-1, stored - 1, dtype=mx.int32)  # of an old row: the one before it
-    up = mx.concatenate([before, parents + stored])  # -1 + stored: the last old row
-    rows = [mx.arange(stored, stored + n, dtype=mx.int32)]
-    for _ in range(stored):
-        rows.append(mx.take(up, rows[-1]))
-    return mx.stack(rows[::-1], axis=1)
+(Hk, N, Dk), each of as many heads as there are for one, and what is added along them (H, N, Dv)."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +23,17 @@ class State:
 
     Args:
         shape: of one sequence's state, which has one row.
-        dtype: of the state.
+        dtype: of the state; None: what the model computes with.
     """
 
     shape: tuple[int, ...]
-    dtype: mx.Dtype
+    dtype: mx.Dtype | None
     in_place = False
     cuts_anywhere = False
     ahead = 0
 
     def empty(self, capacity: int, dtype: mx.Dtype, rows: int = 1) -> mx.array:
-        return mx.zeros((rows * self.shape[0], *self.shape[1:]), self.dtype)
+        return mx.zeros((rows * self.shape[0], *self.shape[1:]), self.dtype or dtype)
 
     def grow(self, kept: mx.array, capacity: int) -> mx.array:
         return kept
@@ -69,7 +49,8 @@ class State:
     ) -> mx.array:
         """pending (N', ...): the state is that after the last accepted node."""
         accepted, last = _accepted(slots, position)
-        return mx.where(mx.any(accepted), mx.take(pending, last, axis=0), kept)
+        after = pending if len(pending) == 1 else mx.take(pending, last, axis=0)
+        return mx.where(mx.any(accepted), after, kept)
 
     def extend(
         self, kept: mx.array, rows: mx.array, to: Pass
@@ -86,14 +67,20 @@ class TapedState(State):
 
     Args:
         gates: of a head; 1, or Dk.
+        sharing: heads that have one key.
     """
 
     gates: int = 1
+    sharing: int = 1
 
     def nothing(self, kept: mx.array, nodes: int) -> Tape:
-        heads, values, keys = kept.shape[1:]
-        sizes = (self.gates, keys, values)
-        total, key, delta = (mx.zeros((heads, nodes, size), mx.float32) for size in sizes)
+        heads, values, size = kept.shape[1:]
+        total, key, delta = (
+            mx.zeros((count, nodes, width), mx.float32)
+            for count, width in (
+                (heads, self.gates), (heads // self.sharing, size), (heads, values)
+            )
+        )  # fmt: skip
         return total, key, delta
 
     def commit(  # type: ignore[override]
@@ -101,10 +88,18 @@ class TapedState(State):
     ) -> mx.array:
         accepted, last = _accepted(slots, position)
         total, keys, delta = pending
-        end = mx.take(total, last, axis=1)  # (H, 1, 1 or Dk)
-        weight = mx.exp(mx.minimum(end - total, 0)) * accepted[None, :, None]
-        state = mx.exp(end) * kept[0].astype(mx.float32) + delta.swapaxes(1, 2) @ (keys * weight)
-        return mx.where(mx.any(accepted), state[None].astype(kept.dtype), kept)
+        count, n = keys.shape[:2]
+        grouped = (count, self.sharing)
+        total, delta = (x.reshape(*grouped, n, -1) for x in (total, delta))
+        state = kept.astype(mx.float32).reshape(*grouped, *kept.shape[2:])
+        if n == 1:
+            after = mx.exp(total) * state + delta.swapaxes(2, 3) * keys[:, None]
+        else:
+            end = mx.take(total, last, axis=2)  # (Hk, R, 1, 1 or Dk)
+            weight = mx.exp(mx.minimum(end - total, 0)) * accepted[:, None]
+            after = mx.exp(end) * state + delta.swapaxes(2, 3) @ (keys[:, None] * weight)
+        after = mx.where(mx.any(accepted), after, state)
+        return after.reshape(kept.shape).astype(kept.dtype)
 
     def extend(  # type: ignore[override]
         self, kept: mx.array, rows: mx.array | Tape, to: Pass
@@ -119,27 +114,16 @@ class TapedState(State):
 class LastRows(State):
     """The last rows of a sequence, as a short convolution reads them: (1, K-1, C)."""
 
-    def commit(
-        self, kept: mx.array, pending: mx.array, slots: mx.array, position: mx.array
-    ) -> mx.array:
-        """pending (1, N', C): the accepted rows move in, in the order of their slots."""
-        accepted, _ = _accepted(slots, position)
-        ordered = mx.take(pending, mx.argsort(slots), axis=1)
-        count = mx.sum(accepted).astype(mx.int32)
-        rows = mx.arange(kept.shape[1], dtype=mx.int32) + count
-        return mx.take(mx.concatenate([kept, ordered], axis=1), rows, axis=1)
-
-    def nothing(self, kept: mx.array, nodes: int) -> mx.array:
-        return mx.zeros((1, nodes, kept.shape[2]), kept.dtype)
-
     def extend(  # type: ignore[override]
         self, kept: mx.array, rows: mx.array, to: Pass
     ) -> tuple[mx.array, mx.array | tuple[()], mx.array]:
-        """rows (1, N, C); what is read: the kept rows and these, (1, K-1+N, C)."""
+        """rows (1, N, C); what is read: for every node of a tree its own last rows (N, K, C), of a
+        chunk the kept rows and these (1, K-1+N, C)."""
         every = mx.concatenate([kept, rows.astype(kept.dtype)], axis=1)
-        if to.ancestors is None:
+        if to.lineage is None:
             return every[:, -kept.shape[1] :], (), every
-        return kept, rows.astype(kept.dtype), every
+        windows = to.lineage.windows(every.squeeze(0))
+        return kept, windows[:, 1:], windows
 
 
 def _accepted(slots: mx.array, position: mx.array) -> tuple[mx.array, mx.array]:

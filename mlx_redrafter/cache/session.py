@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from mlx_redrafter.cache.layer import Kept, LayerCache, grown, new_caches
+from mlx_redrafter.cache.ring import ring_of
+from mlx_redrafter.cache.snapshots import Snapshots, limit_of
 from mlx_redrafter.errors import OptionError
 
-BETWEEN_SNAPSHOTS = 512  # tokens of a prompt
+BETWEEN_SNAPSHOTS = 512  # tokens of a prompt, at least
 UNKNOWN = -1  # a stand, while a step is in flight
 
 
@@ -27,6 +29,10 @@ class Session:
     where everything was read densely. ``stand`` is how many tokens the layers that cannot be cut
     anywhere hold, and ``snapshots`` are those layers' arrays at earlier stands. ``covered`` is how
     many tokens the rows of drafters are there for: an answer may have done without them.
+    ``furthest`` is where rows were written up to, and ``rings`` are the rings of windows as they
+    were at the end of the last prompt: back to it a session can be cut wherever the answer went.
+
+    ``snapshot_bytes`` is what all snapshots may take; None: a sixteenth of the machine's memory.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -35,13 +41,20 @@ class Session:
     sparse_from: int = 0
     kinds: Sequence[LayerCache] = ()
     stand: int = 0
-    snapshots: dict[int, dict[int, Kept]] = field(default_factory=dict)
     covered: int = 0
+    furthest: int = 0
+    rings: tuple[int, dict[int, Kept]] = (0, {})
+    snapshot_bytes: int | None = None
+    snapshots: Snapshots = field(init=False)
+    _dtype: mx.Dtype = field(default=mx.float32, init=False, repr=False)
     _target: weakref.ref[object] | None = field(default=None, init=False, repr=False, compare=False)
     _drafters: list[weakref.ref[object]] = field(
         default_factory=list, init=False, repr=False, compare=False
     )
     _taken: bool = field(default=False, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.snapshots = Snapshots(limit_of(self.snapshot_bytes))
 
     @contextlib.contextmanager
     def taken(self, target: object, drafters: Sequence[object] = ()) -> Iterator[None]:
@@ -76,10 +89,9 @@ class Session:
 
     def open(self, kinds: Sequence[LayerCache], capacity: int, dtype: mx.Dtype) -> Session:
         """Make the caches of a model, or room in those that are there; itself."""
-        self.kinds = kinds
+        self.kinds, self._dtype = kinds, dtype
         if not self.caches:
             self.caches = new_caches(kinds, capacity, dtype)
-            self.mark()
         else:
             self.caches = grown(kinds, self.caches, capacity)
         return self
@@ -90,25 +102,42 @@ class Session:
         return caches
 
     def holds(
-        self, tokens: Sequence[int], caches: list[Kept], stand: int, covered: int | None = None
+        self,
+        tokens: Sequence[int],
+        caches: list[Kept],
+        stand: int,
+        covered: int | None = None,
+        furthest: int = 0,
     ) -> None:
         """What an answer left behind, which is cut to what every layer can give. covered: None:
-        all of it."""
+        all of it. furthest: where the rows of its trees ended."""
         self.tokens[:], self.caches, self.stand = tokens, caches, stand
+        self.furthest = max(self.furthest, furthest)
         self.covered = len(tokens) if covered is None else covered
         self.trim(len(tokens))
         self.mark()
 
-    def mark(self) -> None:
-        """Take a snapshot of the layers that could not be brought back here otherwise."""
+    def mark(self, turn: bool = True) -> None:
+        """Take a snapshot of the layers that could not be brought back here otherwise; turn: a
+        prompt or an answer ends here."""
         kept = {i: self.caches[i] for i in self._fixed()}
-        if kept:
-            self.snapshots[self.stand] = kept
+        if kept and self.stand > 0:
+            self.snapshots.add(self.stand, kept, turn)
+
+    def mark_within(self) -> None:
+        """The same within a prompt, where the one before is far enough back."""
+        if self.stand - max(self.snapshots, default=0) >= BETWEEN_SNAPSHOTS:
+            self.mark(turn=False)
+
+    def hold_rings(self) -> None:
+        """A prompt was read: its windows are kept as they are now."""
+        rings = {i: self.caches[i] for i, kind in enumerate(self.kinds) if ring_of(kind)}
+        self.rings = (len(self.tokens), rings)
 
     def trim(self, length: int) -> None:
         """Forget everything from position ``length`` on, and more where a layer can only go back to
-        a snapshot."""
-        length = self._stand_at(min(length, len(self.tokens)))
+        a snapshot, or to the end of the last prompt."""
+        length = self._stand_at(self._unbroken(min(length, len(self.tokens))))
         del self.tokens[length:]
         self.covered = min(self.covered, length)
         if length <= self.sparse_from:
@@ -116,7 +145,9 @@ class Session:
 
     def clear(self) -> None:
         self.tokens.clear()
-        self.caches, self.snapshots, self.stand, self.covered = [], {}, 0, 0
+        self.furthest, self.rings = 0, (0, {})
+        self.snapshots.clear()
+        self.caches, self.stand, self.covered = [], 0, 0
         self.tag, self.sparse_from = "", 0
 
     def keep_shared(self, prompt: Sequence[int], tag: str, drafted: bool = False) -> None:
@@ -149,6 +180,27 @@ class Session:
         """The layers that cannot be cut anywhere."""
         return [i for i, kind in enumerate(self.kinds) if not kind.cuts_anywhere]
 
+    def _unbroken(self, length: int) -> int:
+        """A number of tokens, at most ``length``, whose windows are all there."""
+        held, saved = self.rings
+        if held > length:
+            held, saved = self.rings = (0, {})
+        if self._intact(length):
+            return length
+        for i, kept in saved.items():
+            self.caches[i] = kept
+        self.furthest = held
+        return held
+
+    def _intact(self, length: int) -> bool:
+        """Is all there that the windows of a token at this position show?"""
+        for kind, kept in zip(self.kinds, self.caches, strict=False):
+            ring = ring_of(kind)
+            closed = ring is not None and kind.capacity(kept) is None
+            if ring is not None and closed and not ring.intact(self.furthest, length):
+                return False
+        return True
+
     def _stand_at(self, length: int) -> int:
         """Bring every layer to one number of tokens, at most ``length``: that number."""
         fixed = self._fixed()
@@ -156,9 +208,11 @@ class Session:
             return length
         if 0 <= self.stand <= length:
             return self.stand
-        stand = max(n for n in self.snapshots if n <= length)
-        self.snapshots = {n: kept for n, kept in self.snapshots.items() if n <= stand}
+        stand = self.snapshots.cut(length)
         for i in fixed:
-            self.caches[i] = self.snapshots[stand][i]
-        self.stand = stand
-        return stand
+            before = (
+                self.kinds[i].empty(1, self._dtype) if stand is None else self.snapshots[stand][i]
+            )
+            self.caches[i] = before
+        self.stand = stand or 0
+        return self.stand

@@ -199,7 +199,7 @@ def run(
     """Talk until the user leaves or the input ends; the exit code."""
     missing = model.drafting and model.drafter is None
     if missing and not quiet:
-        console.note(remarks.no_drafter(model.name, model.target.config.model_type))
+        console.note(remarks.no_drafter(model.name))
     if not has_template(tokenizer):
         console.note(remarks.no_template(model.name, options.system_prompt))
     interactive = sys.stdin.isatty() and sys.stdout.isatty()

@@ -75,6 +75,13 @@ def command(
             help="Weights that share a scale: 32, 64 or 128.", show_default=str(GROUP_SIZE)
         ),
     ] = None,
+    keep_quantization: Annotated[
+        bool,
+        typer.Option(
+            "--keep-quantization",
+            help="Keep all blocks of a GGUF file packed, as they are where MLX has the same form.",
+        ),
+    ] = False,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -109,6 +116,7 @@ def command(
             bits=(q_bits or BITS) if quantize else q_bits,
             group_size=q_group_size or GROUP_SIZE,
             dtype=dtype,
+            keep_quantization=keep_quantization,
             self_check=self_check,
             dry_run=dry_run,
             force=force,

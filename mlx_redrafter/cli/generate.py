@@ -49,7 +49,7 @@ def run(
     from mlx_redrafter.api import stream_generate
 
     if model.drafting and model.drafter is None and not (quiet or as_json):
-        console.note(remarks.no_drafter(model.name, model.target.config.model_type))
+        console.note(remarks.no_drafter(model.name))
     if not raw:
         options = options.for_model(tokenizer, model.target.config.max_positions)
     prompt = question.read(model, tokenizer, text, options, raw)

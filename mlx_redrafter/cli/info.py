@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
 from mlx_redrafter.cli import remarks
-from mlx_redrafter.cli.options import DrafterName, Json, ModelArgument
+from mlx_redrafter.cli.options import DrafterName, Json, KVBits, KVGroupSize, ModelArgument
 from mlx_redrafter.errors import DrafterError, ModelError
 from mlx_redrafter.runtime.checks import at_least
 from mlx_redrafter.runtime.device import device, machine
 from mlx_redrafter.runtime.paths import BUILTIN
 from mlx_redrafter.terminal import console
+
+if TYPE_CHECKING:
+    from mlx_redrafter.cache.packed import Packing
 
 
 def command(
@@ -39,11 +42,16 @@ def command(
             help="Load both and count how often the drafter's first choice is the model's own.",
         ),
     ] = False,
+    kv_bits: KVBits = None,
+    kv_group_size: KVGroupSize = 64,
     as_json: Json = False,
 ) -> None:
     """Show a model and its drafter, whether they fit, and the memory they need."""
+    from mlx_redrafter import arguments
+
     at_least(1, context=context)
-    facts = collect(model, drafter, revision, context, self_check)
+    packing = arguments.packing(kv_bits, kv_group_size)
+    facts = collect(model, drafter, revision, context, self_check, packing)
     if as_json:
         typer.echo(json.dumps(facts))
     else:
@@ -56,17 +64,19 @@ def collect(
     revision: str | None = None,
     context: int | None = None,
     self_check: bool = False,
+    packing: Packing | None = None,
 ) -> dict[str, Any]:
     """All facts, as plain values; without the self-check weights are looked at, not loaded.
 
-    Raises HubError, ModelError. A drafter that does not fit is a fact, not an error.
+    Raises HubError, ModelError, and OptionError where rows do not divide into the packing's groups.
+    A drafter that does not fit is a fact, not an error.
     """
     from mlx_redrafter.hub import find_drafter, resolve
     from mlx_redrafter.text.tokenizer import refuse_stand_ins
 
     folder = resolve(name, revision)
     refuse_stand_ins(folder)
-    model = _model(folder, context)
+    model = _model(folder, context, packing)
     found = find_drafter(name, folder) if drafter == "auto" else resolve(drafter)
     known = _drafter(found, folder, model["vocabulary"]) if found is not None else None
     if self_check and found is not None and known is not None and known["fits"]:
@@ -80,8 +90,11 @@ def collect(
     }
 
 
-def _model(folder: Path, context: int | None) -> dict[str, Any]:
-    from mlx_redrafter.cache.slabs import Slab
+def _model(folder: Path, context: int | None, packing: Packing | None = None) -> dict[str, Any]:
+    import mlx.core as mx
+
+    from mlx_redrafter.cache.layer import bytes_of
+    from mlx_redrafter.cache.snapshots import limit_of, states
     from mlx_redrafter.models.loading import read_model, unpacked_like
     from mlx_redrafter.models.weights import parameters
 
@@ -90,8 +103,10 @@ def _model(folder: Path, context: int | None) -> dict[str, Any]:
     size, element = _sizes(weights)
     count = sum(value.size for value in parameters(unpacked_like(model, folder)).values())
     tokens = min(context or config.max_positions, config.max_positions)
-    slabs = [kind for kind in model.caches if isinstance(kind, Slab)]
-    per_token = sum(slab.heads * slab.size for slab in slabs) * element
+    if packing is not None:
+        model.pack(packing)
+    dtype = mx.float32 if element == 4 else mx.float16
+    cache = bytes_of(model.caches, tokens, dtype)
     return {
         "model_type": config.model_type,
         "parameters": count,
@@ -105,7 +120,10 @@ def _model(folder: Path, context: int | None) -> dict[str, Any]:
         "context": config.max_positions,
         "weights_bytes": size,
         "cache_tokens": tokens,
-        "cache_bytes": tokens * per_token,
+        "cache_bytes": cache,
+        "cache_bytes_per_token": (bytes_of(model.caches, 2 * tokens, dtype) - cache) / tokens,
+        "state_bytes": states(model.caches, element),
+        "snapshots_bytes": limit_of(None),
     }
 
 
@@ -197,13 +215,27 @@ def _model_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("context", f"{model['context']:,} tokens"),
         ("memory", f"{_megabytes(model['weights_bytes'])} weights"),
         ("", f"{_megabytes(model['cache_bytes'])} cache for {model['cache_tokens']:,} tokens"),
+        ("", f"{model['cache_bytes_per_token'] / 1e3:,.1f} kB for each of them"),
+        *_state_rows(model),
+    ]
+
+
+def _state_rows(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What recurrences and convolutions keep, however long the text is."""
+    if not model["state_bytes"]:
+        return []
+    state = _megabytes(model["state_bytes"])
+    most = _megabytes(model["snapshots_bytes"])
+    return [
+        ("", f"{state} of it states of fixed size, and as much for each snapshot of a session"),
+        ("", f"{most} snapshots at most (one every 512 tokens and turn while there is room)"),
     ]
 
 
 def _drafter_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     drafter = facts["drafter"]
     if drafter is None:
-        return [("drafter", remarks.no_drafter(facts["name"], facts["model"]["model_type"]))]
+        return [("drafter", remarks.no_drafter(facts["name"]))]
     rows = [("drafter", drafter["folder"]), ("from", drafter["origin"])]
     if drafter.get("base"):
         rows.append(("made for", str(drafter["base"])))

@@ -81,6 +81,14 @@ SparseTau = Annotated[
 Context = Annotated[
     int, typer.Option(rich_help_panel=SAMPLING, help="How many of the last tokens to consider.")
 ]
+KVBits = Annotated[
+    int | None,
+    typer.Option(
+        show_default="off",
+        help="Keep keys and values in 8 or 4 bits, from the first token on; may change the answer.",
+    ),
+]
+KVGroupSize = Annotated[int, typer.Option(help="Numbers to a scale: 32, 64 or 128.")]
 
 
 def penalty(text: str) -> Any:
@@ -102,6 +110,9 @@ class ModelOptions:
         typer.Option(metavar="NAME", help="Branch, tag or commit of a Hugging Face id."),
     ] = None
 
+    kv_bits: KVBits = None
+    kv_group_size: KVGroupSize = 64
+
     def load(self, tree: TreeShape | None = None) -> tuple[Any, Any]:
         """(model, tokenizer) of `mlx_redrafter.load`; raises its errors.
 
@@ -110,7 +121,10 @@ class ModelOptions:
         from mlx_redrafter.api import load
 
         drafter = None if self.no_draft else self.drafter
-        model, tokenizer = load(self.model, drafter, revision=self.revision)
+        model, tokenizer = load(
+            self.model, drafter, revision=self.revision,
+            kv_bits=self.kv_bits, kv_group_size=self.kv_group_size,
+        )  # fmt: skip
         model.engine.say = console.note
         if drafter is not None and tree is None:
             model.budget.costs()
@@ -212,7 +226,7 @@ class DecodeOptions:
         int | None,
         typer.Option(
             rich_help_panel=DRAFTING,
-            help="Tokens to draft where the text repeats; 0: off.",
+            help="Tokens to draft where text repeats; 0: off.",
         ),
     ] = None
     prefill_step_size: Annotated[

@@ -35,16 +35,12 @@ def drafter_name(folder: Path | None) -> str | None:
     return f"{folder.parent.name}/{folder.name}" if folder.name == "drafter" else folder.name
 
 
-def no_drafter(model: str, model_type: str | None = None) -> str:
-    """What to say once of a model for which no trained drafter was found; model_type, where it is
-    known: a drafter can be trained for those that our decoder runs."""
+def no_drafter(model: str) -> str:
+    """What to say once of a model for which no trained drafter was found."""
     from mlx_redrafter.drafters import published
-    from mlx_redrafter.models import SUPPORTED
 
     text = f"no trained drafter for {model} was found, so drafts come from the text itself; "
-    trainable = model_type is None or model_type in SUPPORTED
-    to_train = f"to train one: mlx-redrafter train -m {shlex.quote(model)}"
-    train = to_train if trainable else f"none can be trained for model_type {model_type} yet"
+    train = f"to train one: mlx-redrafter train -m {shlex.quote(model)}"
     if (row := published.recommended(model)) is None:
         small = published.small_member(model)
         member = f"a small model of its family can draft: --drafter {small}; " if small else ""

@@ -76,7 +76,7 @@ class Answering:
         self.final = len(self.known) + room
         self.longest = max(shape.longest for shape in policy.shapes) + 1  # tokens of a step
         self.widest = max(shape.nodes for shape in policy.shapes)
-        self.in_flight: deque[tuple[TreeShape, mx.array]] = deque()
+        self.in_flight: deque[tuple[TreeShape, mx.array, bool]] = deque()
         # Tokens whose rows are in the slabs where they belong, and those that are committed.
         self.in_place = self.stand = len(self.known) - 1
         self.done = False
@@ -109,12 +109,13 @@ class Answering:
         sampling = self.request.sampling
         return StepSpec(shape, sampling.features, sampling.windows, waiting, self.awake)
 
-    def launched(self, spec: StepSpec, text: mx.array, state: State) -> None:
-        """A step of the prepared bucket was started."""
+    def launched(self, spec: StepSpec, text: mx.array, state: State, counted: bool = False) -> None:
+        """A step of the prepared bucket was started. counted: behind the text of one that drafts
+        stands how many experts its nodes chose."""
         if self.in_flight:
             self.stand = UNKNOWN
         self.state = state
-        self.in_flight.append((spec.shape, text))
+        self.in_flight.append((spec.shape, text, counted and spec.shape.drafts))
 
     def read(self, alone: bool = True) -> list[int]:
         """Wait for the oldest step: its tokens, accepted drafts and the bonus.
@@ -122,9 +123,11 @@ class Answering:
         Args:
             alone: nothing else ran with it, so that its time tells what such a step takes.
         """
-        shape, text = self.in_flight.popleft()
+        shape, text, counted = self.in_flight.popleft()
         stats, known, ahead = self.request.stats, self.known, bool(self.in_flight)
-        tokens = [t for t in cast(list[int], text.tolist())[1:] if t != END]
+        numbers = cast(list[int], text.tolist())
+        experts = numbers.pop() if counted else self.engine.target.routes
+        tokens = [t for t in numbers[1:] if t != END]
         now = time.perf_counter()
         stats.decode_seconds += now - self._mark
         self.in_place = len(known) - self.behind
@@ -135,7 +138,7 @@ class Answering:
         # A step that was traced first, or waited for the reader, tells nothing.
         traced = self.engine.traces != self._traces
         timed = alone and not traced and now - self._mark > (now - self._read) / 2
-        self.policy.record(shape, len(tokens), now - self._read if timed else None)
+        self.policy.record(shape, len(tokens), now - self._read if timed else None, experts)
         self._read, self._mark, self._traces = now, now, self.engine.traces
         known.extend(tokens)
         if ahead or (shape.one_path and not self.behind):
@@ -155,7 +158,8 @@ class Answering:
         # its own behind them; without one, the last tree's rows are still in tree order, and
         # what drafters keep of its root waits with them.
         caches = [*self.state.caches, *self.asleep]
-        self.request.session.holds(self.known[: self.in_place], caches, self.stand, self.covered)
+        tokens, ended = self.known[: self.in_place], len(self.known) + self.longest + self.widest
+        self.request.session.holds(tokens, caches, self.stand, self.covered, ended)
 
     @property
     def kinds(self) -> Sequence[LayerCache]:

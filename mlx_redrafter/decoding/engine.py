@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_redrafter.cache.layer import capacity_of
+from mlx_redrafter.cache.ring import check_nodes
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.decoding.answering import Answering
 from mlx_redrafter.decoding.policy import Fixed, Policy
@@ -83,7 +84,7 @@ class Engine:
 
         Raises:
             OptionError: what `Request.room` refuses, patterns of another model, a session in use
-                or of another model.
+                or of another model, a tree that is too large for the windows' rings.
         """
         answer = self.answering(request)
         with request.session.taken(self.target, self.keeping):
@@ -102,13 +103,14 @@ class Engine:
     def answering(self, request: Request) -> Answering:
         """A request's answer, not begun; raises OptionError as `generate` does."""
         room, policy = request.room(self.target.config), self._policy(request.shape)
+        check_nodes(self.kinds, max(shape.nodes for shape in policy.shapes))
         return Answering(self, request, policy, room, self._awake(policy))
 
     def _launch(self, answer: Answering) -> None:
         """Start an answer's next step."""
         spec = answer.prepare()
         text, after = self.step_function(spec)(answer.state, answer.arrays)
-        answer.launched(spec, text, State(*after))
+        answer.launched(spec, text, State(*after), counted=bool(self.target.routes))
         mx.async_eval(text, answer.state)
 
     def _policy(self, shape: TreeShape | Policy) -> Policy:

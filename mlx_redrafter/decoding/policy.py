@@ -23,8 +23,11 @@ class Policy(Protocol):
         """
         ...
 
-    def record(self, shape: TreeShape, produced: int, seconds: float | None) -> None:
-        """A step has produced so many tokens, ``seconds`` after the step before; None: unknown."""
+    def record(
+        self, shape: TreeShape, produced: int, seconds: float | None, experts: int = 0
+    ) -> None:
+        """A step has produced so many tokens, ``seconds`` after the step before; None: unknown.
+        experts: how many its nodes chose, over all layers; 0: there are none."""
         ...
 
 
@@ -37,5 +40,7 @@ class Fixed:
     def choose(self, position: int) -> TreeShape:
         return self.shapes[0]
 
-    def record(self, shape: TreeShape, produced: int, seconds: float | None) -> None:
+    def record(
+        self, shape: TreeShape, produced: int, seconds: float | None, experts: int = 0
+    ) -> None:
         pass

@@ -53,7 +53,7 @@ def check(
     target: Target, begun: Sequence[Begun], layers: tuple[int, ...]
 ) -> list[tuple[Features, mx.array]]:
     """Features and logits of every answer's nodes; the output's weights are read once for all."""
-    reads = [verify(target, one.tree, one.run, layers) for one in begun]
+    reads = verify(target, [(one.tree, one.run) for one in begun], layers)
     logits = target.logits(mx.concatenate([read.hidden for read in reads], axis=0))
     ends = np.cumsum([read.hidden.shape[0] for read in reads])
     return list(zip(reads, mx.split(logits, ends[:-1].tolist(), axis=0), strict=True))

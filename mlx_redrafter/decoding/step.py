@@ -17,7 +17,10 @@ from mlx_redrafter.decoding import sampling
 from mlx_redrafter.decoding.sampling import Arrays
 from mlx_redrafter.drafters import Ask, Drafter, Verified
 from mlx_redrafter.models import Target
+from mlx_redrafter.models.decoder import Functions, Part
+from mlx_redrafter.models.experts import distinct as distinct_experts
 from mlx_redrafter.models.features import Chunk, Features
+from mlx_redrafter.models.layers import Routed
 from mlx_redrafter.tree.accept import accept
 from mlx_redrafter.tree.nodes import (
     DraftTree,
@@ -104,15 +107,22 @@ def make_step(
 
     Returns:
         step(state, arrays) -> (text (L+2,) int32: the root's token, the new ones, and END from
-        there on; the next state).
+        there on; of several nodes and a target with experts one number more, how many the nodes
+        chose; the next state).
     """
-    layers = read_layers(drafters)
+    layers, counted = read_layers(drafters), bool(target.routes) and spec.shape.drafts
 
     def step(state: State, arrays: Arrays) -> tuple[mx.array, State]:
         on_trace()
         begun = begin(target, drafters, spec, state, arrays)
-        read = verify(target, begun.tree, begun.run, layers)
-        return finish(target, drafters, spec, begun, read, target.logits(read.hidden), arrays)
+        chosen: list[mx.array] = []
+        routed = chosen.append if counted else None
+        (read,) = verify(target, [(begun.tree, begun.run)], layers, routed)
+        logits = target.logits(read.hidden)
+        text, state = finish(target, drafters, spec, begun, read, logits, arrays)
+        if counted:
+            text = mx.concatenate([text, distinct_experts(chosen).reshape(1)])
+        return text, state
 
     return step
 
@@ -270,12 +280,23 @@ def row_slots(tree: DraftTree, last: mx.array, count: mx.array, position: mx.arr
     return position + mx.where(accepted, tree.depths, count + integers([n] * n))
 
 
-def verify(target: Target, tree: DraftTree, run: Pass, layers: tuple[int, ...]) -> Features:
-    """One pass of the target over the whole tree: N rows of features.
+def verify(
+    target: Target,
+    trees: Sequence[tuple[DraftTree, Pass]],
+    layers: tuple[int, ...],
+    routed: Routed | None = None,
+) -> list[Features]:
+    """One pass of the target over whole trees, of one sequence each: their N rows of features.
 
     Every node sees the prefix (slots below the root's position) and its own ancestors, whose rows
-    are written to the slots from there on.
+    are written to the slots from there on. routed: see `Functions`.
     """
+    parts = [_part(target, tree, run) for tree, run in trees]
+    found = target.together(parts, layers, Functions(routed=routed))
+    return [Features(hidden, layers, outputs) for hidden, outputs in found]
+
+
+def _part(target: Target, tree: DraftTree, run: Pass) -> Part:
     capacity = run.capacity(target.caches)
     positions = run.position + tree.depths  # (N,)
     mask, key_positions = tree.ancestors, positions
@@ -286,8 +307,7 @@ def verify(target: Target, tree: DraftTree, run: Pass, layers: tuple[int, ...]) 
         mask = mx.slice_update(prefix, mask, run.position, (1,))
         key_positions = mx.slice_update(slots, positions, run.position, (0,))
     # A filler's negative token reads some row of the embedding; nobody reads what comes of it.
-    hidden, outputs = target(tree.tokens, positions, mask, key_positions, run, layers)
-    return Features(hidden, layers, outputs)
+    return Part(tree.tokens, positions, mask, key_positions, run)
 
 
 def blank_state(

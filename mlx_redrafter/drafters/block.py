@@ -37,7 +37,7 @@ from mlx_redrafter.drafters import Ask, Verified, eagle, files
 from mlx_redrafter.drafters.beam import search
 from mlx_redrafter.drafters.eagle import EagleConfig
 from mlx_redrafter.drafters.levels import LevelDrafter, Levels
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Target
 from mlx_redrafter.models.features import Chunk, Features
 from mlx_redrafter.tree.nodes import Candidates, integers
 from mlx_redrafter.tree.shape import BEAMS
@@ -183,7 +183,7 @@ class Block(nn.Module):
             self.freeze(keys="draft_vocab", recurse=False)
         self._kind = Slab(2 * layer.num_kv_heads, layer.head_dim, in_place=False)
 
-    def bind(self, target: Decoder) -> Block:
+    def bind(self, target: Target) -> Block:
         """Take what is the target's: its embedding, its output rows where the drafter has none."""
         layer = self.config.layer
         drafted = self.draft_vocab if layer.draft_vocab_size else None

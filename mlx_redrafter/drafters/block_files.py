@@ -18,7 +18,7 @@ from mlx_redrafter.drafters import eagle_files, files
 from mlx_redrafter.drafters.block import Block, BlockConfig
 from mlx_redrafter.drafters.eagle import EagleConfig
 from mlx_redrafter.errors import DrafterError, ModelError
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Target
 from mlx_redrafter.models.families import decoder_config
 from mlx_redrafter.models.weights import Shape, shapes
 
@@ -322,7 +322,7 @@ def _windows(flat: Raw, count: int, folder: Path) -> tuple[tuple[int, ...], tupl
     return tuple(windows), tuple(causal)
 
 
-def _module(raw: Raw, given: Mapping[str, Shape], target: Decoder, folder: Path) -> Block:
+def _module(raw: Raw, given: Mapping[str, Shape], target: Target, folder: Path) -> Block:
     """A drafter of this shape, if it is for the target."""
     config = config_of(raw, given, target.config.num_layers, folder)
     layer, vocabulary = config.layer, target.config.vocab_size
@@ -338,7 +338,7 @@ def _module(raw: Raw, given: Mapping[str, Shape], target: Decoder, folder: Path)
 LAYOUT = files.Layout(KIND, lambda folder: (), renamed, _module)
 
 
-def load(folder: Path, target: Decoder) -> Block:
+def load(folder: Path, target: Target) -> Block:
     """The drafter in a folder, bound to its target; see ``files.Layout.load``."""
     return LAYOUT.load(folder, target).bind(target)
 

@@ -26,7 +26,7 @@ from mlx_redrafter.cache.layer import LayerCache, Pass
 from mlx_redrafter.cache.slabs import Slab
 from mlx_redrafter.drafters import Ask, Verified, files
 from mlx_redrafter.drafters.beam import lineage, search
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Target
 from mlx_redrafter.models.attention import attend, attend_branches
 from mlx_redrafter.models.config import DecoderConfig, RopeConfig
 from mlx_redrafter.models.features import Chunk, Features
@@ -198,7 +198,7 @@ class Eagle(nn.Module):
             self.freeze(keys="draft_vocab", recurse=False)
         self._kind = Slab(2 * config.num_kv_heads, config.head_dim, in_place=False, ahead=1)
 
-    def bind(self, target: Decoder) -> Eagle:
+    def bind(self, target: Target) -> Eagle:
         """Take what is the target's: its embedding, its output rows where the head has none."""
         config = self.config
         self._embed = self.embed_tokens if config.own_embedding else target.embed

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_redrafter.drafters import files
 from mlx_redrafter.drafters.eagle import Eagle, EagleConfig
 from mlx_redrafter.errors import DrafterError, ModelError
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Target
 from mlx_redrafter.models.families import rope_config
 from mlx_redrafter.models.weights import Shape, shapes
 
@@ -316,7 +316,7 @@ def _unpacked(raw: Raw, scales: Shape, folder: Path) -> int:
     return scales[-1] * group
 
 
-def _module(raw: Raw, given: Mapping[str, Shape], target: Decoder, folder: Path) -> Eagle:
+def _module(raw: Raw, given: Mapping[str, Shape], target: Target, folder: Path) -> Eagle:
     """A head of this shape, if it is for the target."""
     config = config_of(raw, given, target.config.num_layers, folder)
     files.check_sizes(config.target_size, config.vocab_size, target, folder)
@@ -333,7 +333,7 @@ def _module(raw: Raw, given: Mapping[str, Shape], target: Decoder, folder: Path)
 LAYOUT = files.Layout(KIND, lambda folder: (), renamed, _module)
 
 
-def load(folder: Path, target: Decoder) -> Eagle:
+def load(folder: Path, target: Target) -> Eagle:
     """The head in a folder, bound to its target; see ``files.Layout.load``."""
     return LAYOUT.load(folder, target).bind(target)
 

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_lm.utils import dequantize_model
 
 from mlx_redrafter.errors import DrafterError, ModelError
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Target
 from mlx_redrafter.models.files import (
     SAFETENSORS,
     TORCH,
@@ -69,7 +69,7 @@ class Layout(NamedTuple, Generic[Module]):
     kind: str
     files: Callable[[Path], Sequence[Path]]
     renamed: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
-    module: Callable[[Mapping[str, Any], Mapping[str, Shape], Decoder, Path], Module]
+    module: Callable[[Mapping[str, Any], Mapping[str, Shape], Target, Path], Module]
 
     def weights(self, folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
         """config.json, and the tensors by the module's names, not evaluated yet.
@@ -77,7 +77,7 @@ class Layout(NamedTuple, Generic[Module]):
         raw = raw_config(folder)
         return raw, self.renamed(stored_weights(folder, self.files(folder)), raw)
 
-    def load(self, folder: Path, target: Decoder) -> Module:
+    def load(self, folder: Path, target: Target) -> Module:
         """The module with its weights; see ``fill``.
 
         Raises:
@@ -87,7 +87,7 @@ class Layout(NamedTuple, Generic[Module]):
         module = quantised(self.module(raw, shapes(weights), target, folder), raw, weights, folder)
         return fill(module, weights, raw, target, folder, self.kind)
 
-    def check(self, folder: Path, target: Decoder) -> None:
+    def check(self, folder: Path, target: Target) -> None:
         """Configuration, names and shapes. Raises DrafterError."""
         raw = raw_config(folder)
         given = self.renamed(stored_shapes(folder, self.files(folder)), raw)
@@ -169,7 +169,7 @@ def check_rows(stored: int, vocabulary: int, drafted: int | None, folder: Path) 
         )
 
 
-def check_sizes(hidden: int, vocabulary: int, target: Decoder, folder: Path | str) -> None:
+def check_sizes(hidden: int, vocabulary: int, target: Target, folder: Path | str) -> None:
     """Is the drafter for a model of the target's sizes? Raises DrafterError, naming both."""
     for what, mine, theirs in [
         ("hidden size", hidden, target.config.hidden_size),
@@ -224,7 +224,7 @@ def fill(
     module: Module,
     weights: Mapping[str, mx.array],
     raw: Mapping[str, Any],
-    target: Decoder,
+    target: Target,
     folder: Path,
     kind: str,
 ) -> Module:
@@ -263,7 +263,7 @@ def save(folder: Path, config: Mapping[str, Any], weights: dict[str, mx.array]) 
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
 
 
-def _vocabulary(ids: mx.array, target: Decoder, folder: Path) -> mx.array:
+def _vocabulary(ids: mx.array, target: Target, folder: Path) -> mx.array:
     values = cast(list[int], ids.tolist())
     whole = mx.issubdtype(ids.dtype, mx.integer)
     if not whole or not 0 <= min(values) <= max(values) < target.config.vocab_size:
@@ -279,7 +279,7 @@ def cut_rows(layer: nn.Module, ids: mx.array) -> None:
     mx.eval(layer.parameters())
 
 
-def target_logits(target: Decoder, drafted: mx.array | None) -> Any:
+def target_logits(target: Target, drafted: mx.array | None) -> Any:
     """The target's head as a function (M, D) -> (M, Vd)."""
     if drafted is None:
         return target.logits

@@ -20,7 +20,7 @@ from mlx_redrafter.drafters import (
 )
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import DrafterError
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Target
 from mlx_redrafter.models.weights import parameters
 
 # Apple's trainer may leave a norm in the checkpoint that its forward pass never uses.
@@ -35,13 +35,13 @@ class Kind(NamedTuple):
     override it, the likeliest first.
     """
 
-    load: Callable[[Path, Decoder], Drafter]
-    check: Callable[[Path, Decoder], None]
+    load: Callable[[Path, Target], Drafter]
+    check: Callable[[Path, Target], None]
     describe: Callable[[Path], files.Description] = lambda folder: files.Description({}, {}, {}, 0)
     alternatives: Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any]]] = lambda raw: [{}]
 
 
-def load_drafter(folder: Path, target: Decoder) -> Drafter:
+def load_drafter(folder: Path, target: Target) -> Drafter:
     """The drafter in ``folder``, bound to its target.
 
     Its kind is the one that config.json names; where that is none, what its tensors are called
@@ -53,7 +53,7 @@ def load_drafter(folder: Path, target: Decoder) -> Drafter:
     return kind_of(folder).load(folder, target)
 
 
-def check_folder(folder: Path, target: Decoder) -> None:
+def check_folder(folder: Path, target: Target) -> None:
     """Everything about a drafter that its files say before the weights themselves are read.
 
     Args:
@@ -85,7 +85,7 @@ def inside_model(folder: Path) -> bool:
     return False
 
 
-def load_recurrent(folder: Path, target: Decoder) -> ReDrafter:
+def load_recurrent(folder: Path, target: Target) -> ReDrafter:
     """A recurrent drafter (Apple's layout or ours), bound to its target; see ``files.fill``.
 
     Raises:
@@ -99,7 +99,7 @@ def load_recurrent(folder: Path, target: Decoder) -> ReDrafter:
     return files.fill(drafter, weights, raw, target, folder, "ReDrafter").bind(target)
 
 
-def check_recurrent(folder: Path, target: Decoder) -> None:
+def check_recurrent(folder: Path, target: Target) -> None:
     """Configuration, names and shapes of a recurrent drafter. Raises DrafterError."""
     config, raw = _config(folder, target)
     given = {k: v for k, v in files.stored_shapes(folder).items() if k not in _UNUSED}
@@ -123,7 +123,7 @@ def describe_recurrent(folder: Path) -> files.Description:
     return files.Description(facts, weights, weights, config.hidden_size)
 
 
-def _config(folder: Path, target: Decoder) -> tuple[ReDrafterConfig, dict[str, Any]]:
+def _config(folder: Path, target: Target) -> tuple[ReDrafterConfig, dict[str, Any]]:
     """The configuration of a drafter that fits the target, and all of its config.json."""
     raw = files.raw_config(folder)
     config = ReDrafterConfig.from_dict(raw)
@@ -131,7 +131,7 @@ def _config(folder: Path, target: Decoder) -> tuple[ReDrafterConfig, dict[str, A
     return config, raw
 
 
-def check_compatible(config: ReDrafterConfig, target: Decoder, folder: Path | str) -> None:
+def check_compatible(config: ReDrafterConfig, target: Target, folder: Path | str) -> None:
     """Does the drafter fit the model? Sizes only: nothing is read but two configurations.
 
     Raises:

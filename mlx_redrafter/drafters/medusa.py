@@ -26,7 +26,7 @@ from mlx_redrafter.drafters import files
 from mlx_redrafter.drafters.levels import LevelDrafter
 from mlx_redrafter.drafters.recurrent import ResBlock
 from mlx_redrafter.errors import DrafterError
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Target
 from mlx_redrafter.models.files import HEADS
 from mlx_redrafter.models.weights import Shape, parameters, shapes
 from mlx_redrafter.tree.nodes import integers
@@ -165,7 +165,7 @@ class Medusa(nn.Module, LevelDrafter):
     def levels(self) -> int:  # type: ignore[override]
         return self.config.heads
 
-    def bind(self, target: Decoder) -> Medusa:
+    def bind(self, target: Target) -> Medusa:
         """Take what is the target's: its output rows, where the heads have none."""
         drafted = self.draft_vocab if self.config.draft_vocab_size else None
         every = integers(range(target.config.vocab_size))
@@ -303,7 +303,7 @@ def _canonical(name: str) -> str | None:
 
 
 def _module(
-    raw: Mapping[str, Any], given: Mapping[str, Shape], target: Decoder, folder: Path
+    raw: Mapping[str, Any], given: Mapping[str, Shape], target: Target, folder: Path
 ) -> Medusa:
     """Heads of this shape, if they are for the target."""
     config = MedusaConfig.of(raw, given, folder)
@@ -318,7 +318,7 @@ def _module(
 LAYOUT = files.Layout(KIND, _files, renamed, _module)
 
 
-def load(folder: Path, target: Decoder) -> Medusa:
+def load(folder: Path, target: Target) -> Medusa:
     """The Medusa heads in a folder, bound to their target; see ``files.Layout.load``."""
     return LAYOUT.load(folder, target).bind(target)
 

@@ -20,12 +20,11 @@ from mlx_redrafter.cache.slabs import Slab
 from mlx_redrafter.drafters import Ask, Verified, files
 from mlx_redrafter.drafters.beam import lineage, search
 from mlx_redrafter.errors import DrafterError, ModelError
-from mlx_redrafter.models import SUPPORTED, Decoder, DecoderConfig, decoder_config, load_model
+from mlx_redrafter.models import AdaptedModel, Decoder, Target, load_model, registry
 from mlx_redrafter.models.attention import attend_branches
 from mlx_redrafter.models.decoder import Functions
 from mlx_redrafter.models.features import Chunk, Features
 from mlx_redrafter.models.loading import read_model
-from mlx_redrafter.models.weights import parameters
 from mlx_redrafter.tree.nodes import Candidates, integers
 from mlx_redrafter.tree.shape import BEAMS
 
@@ -117,6 +116,7 @@ class _Own(Pass):
     """A pass over the small model's own caches, whose rows never wait."""
 
     def __init__(self, own: Pass, kinds: Sequence[LayerCache]) -> None:
+        super().__init__((), own.position)
         self._own, self._kinds = own, kinds
 
     def extend(self, layer: int, kind: LayerCache, rows: Any) -> Any:
@@ -124,18 +124,34 @@ class _Own(Pass):
         self._own.leave(layer, ())
         return seen
 
+    def room(self, layer: int, kind: LayerCache) -> int | None:
+        return self._own.room(layer, self._kinds[layer])
+
 
 class _Beside(Pass):
-    """A pass of one level: its rows are kept beside the slabs."""
+    """A pass of one level: its rows are kept beside the slabs.
 
-    def __init__(self, slabs: Sequence[Kept], rows: dict[int, mx.array]) -> None:
-        self._slabs, self._branches = slabs, rows
+    Args:
+        beams, position: how many nodes the level has, and where (1,).
+        joined: layers read one array, and not two beside each other.
+    """
+
+    def __init__(
+        self, slabs: Sequence[Kept], rows: dict[int, mx.array], beams: int, position: mx.array,
+        joined: bool,
+    ) -> None:  # fmt: skip
+        super().__init__((), position, mx.eye(beams, dtype=mx.bool_))
+        self._slabs, self._branches, self._joined = slabs, rows, joined
 
     def extend(self, layer: int, kind: LayerCache, rows: mx.array) -> Any:
         before = self._branches.get(layer)
         rows = rows if before is None else mx.concatenate([before, rows], axis=2)
         self._branches[layer] = rows
-        return self._slabs[layer], rows
+        slab = self._slabs[layer]
+        return mx.concatenate([slab, rows], axis=2) if self._joined else (slab, rows)
+
+    def room(self, layer: int, kind: LayerCache) -> int | None:
+        return cast(int, self._slabs[layer].shape[2])
 
 
 class Branches:
@@ -172,10 +188,13 @@ class Branches:
         behind = integers([i for i, n in enumerate(self._levels) for _ in range(n)])
         capacity = self._slots.shape[0]
         seen = mx.broadcast_to(self._slots <= self._position, (beams, capacity))
+        # A module of mlx_lm's attends in its own way: it gets the slabs with the rows behind them.
+        joined = isinstance(self._drafter.model, AdaptedModel)
         hidden, _ = self._drafter.model(
             self._drafter._known(tokens), positions, mx.concatenate([seen, above], axis=1),
             mx.concatenate([self._slots, self._position + behind]),
-            _Beside(self._slabs, self._rows), (), Functions(_attend(capacity)),
+            _Beside(self._slabs, self._rows, beams, positions[:1], joined),
+            (), Functions() if joined else Functions(_attend(capacity)),
         )  # fmt: skip
         return self._drafter.logits(hidden), above
 
@@ -205,11 +224,16 @@ def _attend(capacity: int) -> Any:
 
 def is_one(folder: Path, raw: Any, names: Any) -> bool:
     """Is a folder's model a whole language model?"""
-    whole = not names or any("layers.0." in name for name in names)
-    return raw.get("model_type") in SUPPORTED and whole
+    if names and not any("layers.0." in name for name in names):
+        return False
+    try:
+        registry.way(raw)
+    except ModelError:
+        return False
+    return True
 
 
-def load(folder: Path, target: Decoder) -> DraftModel:
+def load(folder: Path, target: Target) -> DraftModel:
     """The model in a folder, as a drafter for the target.
 
     Raises:
@@ -219,22 +243,25 @@ def load(folder: Path, target: Decoder) -> DraftModel:
         model = load_model(folder)
     except ModelError as error:
         raise DrafterError(str(error)) from None
-    _check(model.config, target, folder)
+    _check(model, target, folder)
     return DraftModel(model, target.config.vocab_size)
 
 
-def check(folder: Path, target: Decoder) -> None:
+def check(folder: Path, target: Target) -> None:
     """Configuration and tensors. Raises DrafterError."""
     try:
         model, _ = read_model(folder)
     except ModelError as error:
         raise DrafterError(str(error)) from None
-    _check(model.config, target, folder)
+    _check(model, target, folder)
 
 
-def _check(config: DecoderConfig, target: Decoder, folder: Path) -> None:
+def _check(model: Decoder, target: Target, folder: Path) -> None:
     """Sizes of one family differ by padding only. Raises DrafterError."""
-    if reason := config.own_attention:
+    config, reason = model.config, model.config.not_attention
+    if not all(isinstance(kind, Slab) for kind in model.caches):
+        reason = "recurrences or short convolutions, which read one text at a time"
+    if reason:
         raise DrafterError(
             f"the model in {folder} has {reason}, and cannot draft: use a small model without, or "
             "no drafter"
@@ -250,16 +277,11 @@ def _check(config: DecoderConfig, target: Decoder, folder: Path) -> None:
 def describe(folder: Path) -> files.Description:
     """What the files say of the model. Raises DrafterError."""
     try:
-        config = decoder_config(files.raw_config(folder))
-        model, weights = read_model(folder)
+        model, given = read_model(folder)
     except ModelError as error:
         raise DrafterError(str(error)) from None
-    given = {name: weights[name] for name in parameters(model) if name in weights}
-    per_level = {
-        name: value
-        for name, value in given.items()
-        if config.tied or not name.startswith("model.embed_tokens.")
-    }
+    config = model.config
+    per_level = {name: value for name, value in given.items() if config.tied or "embed" not in name}
     facts = {
         "architecture": f"{config.model_type} of {config.num_layers} layers",
         "head": "own",

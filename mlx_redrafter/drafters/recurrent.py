@@ -23,7 +23,7 @@ import mlx.nn as nn
 from mlx_redrafter.drafters import files
 from mlx_redrafter.drafters.beam import BeamDrafter
 from mlx_redrafter.errors import DrafterError
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Target
 from mlx_redrafter.tree.nodes import integers
 
 CELLS = ("sum", "elman", "gru")
@@ -145,7 +145,7 @@ class ReDrafter(nn.Module, BeamDrafter):
             self.draft_vocab = mx.zeros((config.draft_vocab_size,), mx.int32)
             self.freeze(keys="draft_vocab", recurse=False)
 
-    def bind(self, target: Decoder) -> ReDrafter:
+    def bind(self, target: Target) -> ReDrafter:
         """Take what is shared from the target: input embedding, and frozen output rows."""
         self._embed = target.embed
         every = integers(range(self.config.vocab_size))

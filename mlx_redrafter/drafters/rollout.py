@@ -11,11 +11,13 @@ from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.drafters import Ask, Drafter
 from mlx_redrafter.drafters.levels import LevelDrafter
 from mlx_redrafter.drafters.recurrent import ReDrafter
-from mlx_redrafter.models import AdaptedModel, Decoder, DecoderConfig
+from mlx_redrafter.errors import ModelError
+from mlx_redrafter.models import Decoder, DecoderConfig, Target
 from mlx_redrafter.models.features import Chunk, Features
 from mlx_redrafter.tree.shape import TreeShape
 
 _AT_ONCE = 32  # drafts whose logits exist at a time
+_PROBE, _OFF = 8, 0.05  # tokens, and how far states may be apart, as a share of the largest
 
 
 def feature_layers(target: DecoderConfig, layers: Sequence[int]) -> tuple[int, ...]:
@@ -23,13 +25,38 @@ def feature_layers(target: DecoderConfig, layers: Sequence[int]) -> tuple[int, .
     return tuple(sorted({*layers, target.num_layers - 1}))
 
 
-def final_hidden(target: Decoder, features: mx.array) -> mx.array:
+def final_hidden(target: Target, features: mx.array) -> mx.array:
     """features (..., L, D) -> the hidden states after the target's final norm (..., D)."""
-    norm = target.norm if isinstance(target, AdaptedModel) else target.model.norm
-    return norm(features[..., -1, :].astype(target.dtype))
+    return target.norm(features[..., -1, :].astype(target.dtype))
 
 
-def contexts(drafter: ReDrafter | LevelDrafter, target: Decoder, features: mx.array) -> mx.array:
+def check_final(target: Target) -> None:
+    """Is what the head reads a norm of what the last layer puts out, as `final_hidden` takes it?
+
+    Raises:
+        ModelError: it is not; nothing that was recorded could be trained on.
+    """
+    if isinstance(target, Decoder):
+        return
+    positions = mx.arange(_PROBE, dtype=mx.int32)
+    caches = Pass(new_caches(target.caches, capacity_for(_PROBE), target.dtype), positions[:1])
+    last = target.config.num_layers - 1
+    problem = "it is no norm of what the last layer puts out"
+    try:
+        mask = positions[None] <= positions[:, None]
+        hidden, [out] = target(positions, positions, mask, positions, caches, [last])
+        off = mx.abs(target.norm(out) - hidden).max() > _OFF * mx.abs(hidden).max()
+        if not off.item():
+            return
+    except ModelError as error:
+        problem = str(error).partition(";")[0]
+    raise ModelError(
+        f"no drafter can be trained for model_type '{target.config.model_type}': what its head "
+        f"reads cannot be made again from what was recorded ({problem}); drafts come from the text"
+    )
+
+
+def contexts(drafter: ReDrafter | LevelDrafter, target: Target, features: mx.array) -> mx.array:
     """features (R, L, D) -> the drafter's contexts (R, D)."""
     layers = feature_layers(target.config, drafter.features)
     inner = tuple(features[:, i].astype(target.dtype) for i in range(len(layers)))

@@ -30,7 +30,7 @@ import mlx.nn as nn
 from mlx_redrafter.drafters import files
 from mlx_redrafter.drafters.levels import LevelDrafter
 from mlx_redrafter.errors import DrafterError
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Target
 from mlx_redrafter.models.fuse import fuse
 from mlx_redrafter.models.weights import Shape, shapes
 from mlx_redrafter.tree.nodes import integers
@@ -163,7 +163,7 @@ class Speculator(nn.Module, LevelDrafter):
     def levels(self) -> int | None:  # type: ignore[override]
         return None if self.config.tied else self.config.trained
 
-    def bind(self, target: Decoder) -> Speculator:
+    def bind(self, target: Target) -> Speculator:
         """Leave only the draft vocabulary's output rows, and join what reads the same input."""
         every = integers(range(target.config.vocab_size))
         self._vocabulary = self.draft_vocab if self.config.draft_vocab_size else every
@@ -246,7 +246,7 @@ def renamed(stored: Mapping[str, T], raw: Mapping[str, Any]) -> dict[str, T]:
 
 
 def _module(
-    raw: Mapping[str, Any], given: Mapping[str, Shape], target: Decoder, folder: Path
+    raw: Mapping[str, Any], given: Mapping[str, Shape], target: Target, folder: Path
 ) -> Speculator:
     """A speculator of this shape, if it is for the target."""
     config = SpeculatorConfig.of(raw, given, folder)
@@ -258,7 +258,7 @@ def _module(
 LAYOUT = files.Layout(KIND, lambda folder: (), renamed, _module)
 
 
-def load(folder: Path, target: Decoder) -> Speculator:
+def load(folder: Path, target: Target) -> Speculator:
     """The speculator in a folder, bound to its target; see ``files.Layout.load``."""
     return LAYOUT.load(folder, target).bind(target)
 

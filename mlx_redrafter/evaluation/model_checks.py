@@ -133,6 +133,7 @@ def memory(model: Model, memory_gb: float) -> Check:
     """Do the weights and a full cache fit into this machine's memory?"""
     from mlx.utils import tree_flatten
 
+    from mlx_redrafter.cache.layer import bytes_of
     from mlx_redrafter.drafters.loading import module_of
 
     config, dtype = model.target.config, model.target.dtype
@@ -143,7 +144,7 @@ def memory(model: Model, memory_gb: float) -> Check:
     token = config.kept_per_token * dtype.size
     kinds = model.drafter.caches if model.drafter is not None else ()
     token += sum(kind.empty(1, dtype).nbytes for kind in kinds)
-    full = config.max_positions * token
+    full = bytes_of([*model.target.caches, *kinds], config.max_positions, dtype)
     known = {"weights_bytes": weights, "cache_bytes": full, "memory_gb": round(memory_gb, 1)}
     text = (
         f"{model.name}, {dtype_name(model.target.dtype)}: {weights / 1e9:.2f} GB of weights, "

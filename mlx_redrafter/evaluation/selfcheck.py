@@ -24,7 +24,7 @@ from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.drafters import Drafter, files, loading
 from mlx_redrafter.drafters.rollout import first_choices
 from mlx_redrafter.errors import DrafterError
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Target
 from mlx_redrafter.models.features import Features
 from mlx_redrafter.runtime.paths import ASSETS
 from mlx_redrafter.text.template import prompt_ids
@@ -82,7 +82,7 @@ class Fit:
 class Along:
     """The stored answer, read by a model once for every set of layers that a drafter wants."""
 
-    def __init__(self, target: Decoder, tokenizer: TokenizerWrapper) -> None:
+    def __init__(self, target: Target, tokenizer: TokenizerWrapper) -> None:
         stored = json.loads(FILE.read_text(encoding="utf-8"))
         prompt = prompt_ids(tokenizer, [{"role": "user", "content": stored["question"]}])
         answer = tokenizer.encode(stored["answer"], add_special_tokens=False)
@@ -99,7 +99,7 @@ class Along:
 
 
 def read(
-    target: Decoder, tokens: Sequence[int], layers: Sequence[int] = (), start: int = 1
+    target: Target, tokens: Sequence[int], layers: Sequence[int] = (), start: int = 1
 ) -> Reading:
     """Read a text in one pass; an answer begins at position ``start``."""
     capacity = capacity_for(len(tokens))

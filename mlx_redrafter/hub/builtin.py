@@ -247,13 +247,16 @@ def _read_gguf(path: Path, out: Path, quantised: bool) -> _Parts:
     """Packed blocks keep float16 scales, and everything else is float16 beside them."""
     import mlx.core as mx
 
+    from mlx_redrafter.hub.gguf.packed import KEPT
+
     model = _smollm(path)
     config = model.config()
-    tensors = model.converted(quantised, mx.float16 if quantised else mx.float32)
+    forms = KEPT if quantised else {}
+    tensors = model.converted(forms, mx.float16 if quantised else mx.float32)
     weights = {f"{t.base}.{part}": value for t in tensors for part, value in t.parts.items()}
     model.tokenizer.save(out)
     tokenizer = model.tokenizer.config(model.context_length)
-    return weights, model.quantisation() if quantised else None, config, tokenizer
+    return weights, model.quantisation(forms), config, tokenizer
 
 
 def _smollm(path: Path) -> GgufModel:
@@ -297,22 +300,21 @@ def _quantise(weights: dict[str, mx.array]) -> tuple[dict[str, mx.array], dict[s
     """
     import mlx.core as mx
 
-    from mlx_redrafter.hub.gguf.blocks import GROUP
-    from mlx_redrafter.hub.gguf.model import quantisation_block
+    from mlx_redrafter.hub.gguf.packed import GROUP, Form, quantisation_block
 
     out: dict[str, mx.array] = {}
-    bits: dict[str, int] = {}
+    forms: dict[str, Form] = {}
     for name, value in weights.items():
         value = value.astype(mx.float16)
         if value.ndim != 2:
             out[name] = value
             continue
         base = name[: -len(".weight")]
-        bits[base] = 8 if base == "model.embed_tokens" else 4
-        packed = mx.quantize(value, group_size=GROUP, bits=bits[base])
+        forms[base] = Form(8 if base == "model.embed_tokens" else 4)
+        packed = mx.quantize(value, group_size=GROUP, bits=forms[base].bits)
         for part, array in zip(("weight", "scales", "biases"), packed, strict=True):
             out[f"{base}.{part}"] = array
-    return out, quantisation_block(bits)
+    return out, quantisation_block(forms)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

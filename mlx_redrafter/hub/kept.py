@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from mlx_redrafter.drafters.loading import check_folder, inside_model
 from mlx_redrafter.errors import DrafterError, HubError, ModelError, OptionError, one_line
-from mlx_redrafter.models import Decoder, config_of
+from mlx_redrafter.models import Target, config_of
 from mlx_redrafter.models.files import weight_files
 from mlx_redrafter.models.weights import read_header, read_json
 from mlx_redrafter.runtime.paths import data_dir, json_or_nothing, shipped_drafter
@@ -130,7 +130,7 @@ def problem(drafter: Path, model: Path) -> str | None:
     except ModelError:
         return None  # said when the model is loaded
     try:
-        check_folder(drafter, cast(Decoder, SimpleNamespace(config=config)))
+        check_folder(drafter, cast(Target, SimpleNamespace(config=config)))
     except DrafterError as error:
         return str(error)
     return None

@@ -14,6 +14,7 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_redrafter.errors import ModelError, one_line
 from mlx_redrafter.models.adapter import AdaptedModel
 from mlx_redrafter.models.files import weight_files
+from mlx_redrafter.models.unread import unread
 from mlx_redrafter.models.weights import finite, materialise, parameters, read_header, read_json
 from mlx_redrafter.runtime.device import fused_kernels
 
@@ -48,13 +49,30 @@ def lazily(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     for file in weight_files(folder):
         read_header(file)
     try:
-        module, _ = mlx_lm_utils.load_model(folder, lazy=True)
+        module, _ = mlx_lm_utils.load_model(folder, lazy=True, get_model_classes=_text_only)
     except _WRONG as error:
         raise ModelError(
             f"mlx-lm cannot load {folder} of model_type '{raw.get('model_type')}' "
             f"({one_line(error)}); download the model again, or convert it with mlx_lm.convert"
         ) from error
+    del module.sanitize
     return module, raw
+
+
+def _text_only(config: dict[str, Any]) -> tuple[Any, Any]:
+    """mlx_lm's classes of a model, which does not see what is `unread`: what mlx_lm drops of it
+    itself depends on the type, and on who converted the checkpoint."""
+    made, arguments = mlx_lm_utils._get_classes(config)
+
+    def make(given: Any) -> nn.Module:
+        module: Any = made(given)
+        stock = getattr(module, "sanitize", dict)
+        module.sanitize = lambda weights: stock(
+            {name: value for name, value in weights.items() if not unread(name)}
+        )
+        return module
+
+    return make, arguments
 
 
 def sized(raw: Mapping[str, Any]) -> AdaptedModel:

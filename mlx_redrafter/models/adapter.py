@@ -14,10 +14,11 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.cache.layer import LayerCache, Pass
+from mlx_redrafter.cache.packed import Packing, packed
 from mlx_redrafter.errors import ModelError, OptionError
 from mlx_redrafter.models import own_patches
 from mlx_redrafter.models.attention import dense
-from mlx_redrafter.models.decoder import DECODING, Functions
+from mlx_redrafter.models.decoder import DECODING, Functions, Part
 from mlx_redrafter.models.observed import Observed, config_of, dequantised
 from mlx_redrafter.models.patches import Place, capture, layers, patched
 from mlx_redrafter.models.running import Layout, Running
@@ -68,6 +69,15 @@ class AdaptedModel(nn.Module):
         """What layers remember: keys, values and the arrays of a recurrence, one by one."""
         return self._caches
 
+    def pack(self, packing: Packing) -> None:
+        """As `Decoder.pack`. The module reads them unpacked: a layer's at a time, in every pass."""
+        self._layout.kinds[:] = packed(self._caches, packing)
+
+    @property
+    def routes(self) -> int:
+        """Experts that a token is sent to, over all layers, where mlx_lm's own parts hold them."""
+        return self._routes
+
     @property
     def closed(self) -> bool:
         """Are recurrences computed in closed form?"""
@@ -96,9 +106,18 @@ class AdaptedModel(nn.Module):
         run = self._running(caches, positions, mask, key_positions)
         self._run(run, tokens, self._places)
         caches.settle(self._caches)
+        if functions.routed is not None:
+            for chosen in run.chosen:
+                functions.routed(chosen)
         assert run.hidden is not None
         wanted = tuple(self._output(run, i) for i in layers)
         return run.hidden.reshape(positions.shape[0], -1), wanted
+
+    def together(
+        self, parts: Sequence[Part], layers: Sequence[int] = (), functions: Functions = DECODING
+    ) -> list[tuple[mx.array, tuple[mx.array, ...]]]:
+        """Run several sequences, one behind the other: a module of mlx_lm reads one."""
+        return [self(*part, layers, functions) for part in parts]
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden (M, D) after the final norm -> logits (M, V)."""
@@ -195,7 +214,9 @@ class AdaptedModel(nn.Module):
         masked = any(type(m).__name__ == "KimiK3DeltaAttention" for m in self.module.modules())
         self._layout = Layout(caches, masked, own_patches.ROWS.get(self._type))
         blocks = list(getattr(self.module, "layers", ()))
-        self.config = config_of(raw, seen, self._layout.arrays, len(blocks))
+        pairs = zip(self._layout.arrays, self._layout.kinds, strict=True)
+        slabs = [array for array, kind in pairs if kind is not None]
+        self.config = config_of(raw, seen, slabs, len(blocks))
         final = Place(type(self._seen.backbone), "__call__", capture(self._seen.backbone))
         self._places = [*own_patches.places(self.module), final]
         self._places += [Place(cls, "__call__", layers(blocks)) for cls in {*map(type, blocks)}]
@@ -216,9 +237,9 @@ class AdaptedModel(nn.Module):
         slots = mx.arange(_PROBE, dtype=mx.int32)
         mask = mx.pad(ancestors, [(0, 0), (0, _PROBE - n)])
         positions = mx.array([0, 1, 1], mx.int32)
-        self._run(
-            self._running(run, positions, mask, slots), mx.zeros((n,), mx.int32), self._places
-        )
+        running = self._running(run, positions, mask, slots)
+        self._run(running, mx.zeros((n,), mx.int32), self._places)
+        self._routes = sum(chosen.size for chosen in running.chosen) // n
         for slot, kind in enumerate(kinds):
             if kind is None:
                 raise TypeError(f"nothing says what becomes of state {slot} at a node")

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from mlx_redrafter.cache.packed import Packed, Seen, plain
+
 from ..runtime.device import fused_kernels
 
 Softmax = Callable[[mx.array], mx.array]
@@ -26,7 +28,7 @@ def softmax(scores: mx.array) -> mx.array:
 
 def attend(
     q: mx.array,
-    slab: mx.array,
+    slab: Seen,
     mask: mx.array | None,
     scale: float,
     softcap: float,
@@ -41,7 +43,8 @@ def attend(
     """
     if mask is not None and mask.shape[1] < slab.shape[2]:
         slab = slab[:, :, : mask.shape[1]]
-    if softcap == 0.0 and fused_kernels():
+    slab = readable(slab)
+    if softcap == 0.0 and fused_kernels() and not isinstance(slab, Packed):
         rows, half = slab.shape[0], slab.shape[1] // 2
         queries = q.reshape(q.shape[0], rows, -1, q.shape[2]).transpose(1, 0, 2, 3)
         out = mx.fast.scaled_dot_product_attention(
@@ -80,13 +83,29 @@ def attend_branches(
     return out.reshape(heads, n, dim).transpose(1, 0, 2).reshape(n, -1)
 
 
-Attend = Callable[[mx.array, mx.array, mx.array, float, float], mx.array]
+Attend = Callable[[mx.array, Seen, mx.array, float, float], mx.array]
 """How one layer of one pass attends; arguments and result as of `attend`."""
 
 
 def dense(layer: int) -> Attend:
     """Every layer looks at every slot that its mask shows."""
     return attend
+
+
+def readable(slab: Seen) -> Seen:
+    """Quantised rows are read as they are, by `mx.quantized_matmul`; on a CPU, whose products of
+    that kind unpack them anew for every query, they are unpacked first."""
+    return slab if fused_kernels() else plain(slab)
+
+
+def scored(q: mx.array, keys: Seen) -> mx.array:
+    """q (..., n, Dh) times keys (..., C, Dh): (..., n, C)."""
+    return keys.times(q, True) if isinstance(keys, Packed) else q @ keys.swapaxes(-1, -2)
+
+
+def mixed(weights: mx.array, values: Seen) -> mx.array:
+    """weights (..., n, C) times values (..., C, Dh): (..., n, Dh)."""
+    return values.times(weights, False) if isinstance(values, Packed) else weights @ values
 
 
 def _by_row(mask: mx.array, rows: int) -> mx.array:
@@ -113,7 +132,7 @@ def _masked(softmax: Softmax) -> Callable[[mx.array, mx.array], mx.array]:
 
 def _attend_unfused(
     q: mx.array,
-    slab: mx.array,
+    slab: Seen,
     mask: mx.array | None,
     scale: float,
     softcap: float,
@@ -131,7 +150,7 @@ def _attend_unfused(
     keys, values = slab[:, :kv_heads], slab[:, kv_heads:]  # (B, Hkv, C, Dh)
     q = q * mx.array(scale, q.dtype)
     q = q.reshape(kv_heads, repeats, rows, n, dim).transpose(2, 0, 1, 3, 4)
-    scores = q.reshape(rows, kv_heads, repeats * n, dim) @ keys.swapaxes(-1, -2)
+    scores = scored(q.reshape(rows, kv_heads, repeats * n, dim), keys)
     if softcap:
         scores = mx.tanh(scores / softcap) * softcap
     scores = scores.reshape(rows, kv_heads, repeats, n, capacity)
@@ -146,6 +165,6 @@ def _attend_unfused(
         seen = mx.pad(seen, [(0, 0)] * (seen.ndim - 1) + [(1, 0)], constant_values=True)
     scores = masked_softmax(scores, seen, softmax)
     scores = scores if sinks is None else scores[..., 1:]
-    out = scores.reshape(rows, kv_heads, repeats * n, capacity) @ values
+    out = mixed(scores.reshape(rows, kv_heads, repeats * n, capacity), values)
     out = out.reshape(rows, kv_heads, repeats, n, dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(total, heads * dim)

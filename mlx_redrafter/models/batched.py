@@ -8,72 +8,48 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_redrafter.cache.layer import Kept, LayerCache, Pass, new_caches
+from mlx_redrafter.cache.layer import Kept, LayerCache, Pass, capacity_of, new_caches
+from mlx_redrafter.cache.recurrent import State
+from mlx_redrafter.cache.ring import whole
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.runtime.compiler import keep_memory
 
-from ..errors import ModelError
 from ..runtime.device import fused_kernels
 from . import vectorised
-from .adapter import AdaptedModel
 from .attention import attend
 from .decoder import Decoder, Functions
+from .sequences import Answer, OneByOne, Request, Sequences, sample, stacked
+from .target import Target
 
 ROWS_PER_PASS = 4096  # bounds the activations of a pass
 _SHRINK = 0.6  # sequences that are left, as a share of the batch, when it is made smaller
 
 
-@dataclass(frozen=True)
-class Request:
-    """A prompt to answer: token ids, temperature (0 is greedy), seed of this answer alone."""
-
-    prompt: Sequence[int]
-    temp: float
-    seed: int
+def takes(target: Target) -> bool:
+    """Can a pass of this target run several sequences?"""
+    return isinstance(target, Decoder)
 
 
-@dataclass
-class Answer:
-    """Token ids, the end token included if it was reached, and features (n, L, D) float16.
-
-    ``features[i]`` are the hidden states that predicted ``tokens[i]``; L is the number of layers
-    asked for.
-    """
-
-    tokens: list[int]
-    features: np.ndarray
+def over(target: Target, layers: Sequence[int]) -> Sequences:
+    """A target over many sequences: together where that is possible, else one by one."""
+    return (BatchedTarget if takes(target) else OneByOne)(target, layers)
 
 
-class BatchedTarget:
-    """A target that runs B sequences per pass and returns features of chosen layers.
+class BatchedTarget(Sequences):
+    """Our own decoder, over B sequences per pass."""
 
-    A feature is a layer's output divided by its root mean square: what every norm after it reads,
-    and small enough for 16 bits.
+    together = True
 
-    Args:
-        layers: indices of the layers whose outputs are wanted.
-
-    Raises:
-        ModelError: a target that is not our own decoder.
-    """
-
-    def __init__(self, target: Decoder, layers: Sequence[int]) -> None:
-        if isinstance(target, AdaptedModel):
-            raise ModelError(
-                f"model_type '{target.config.model_type}' runs as mlx_lm's own module, which reads "
-                "one sequence at a time: no drafter is trained for it or measured on it; it drafts "
-                "from the text, and with published drafters"
-            )
-        self.target, self.layers = target, tuple(layers)
+    def __init__(self, target: Target, layers: Sequence[int]) -> None:
+        super().__init__(target, layers)
         keep_memory()
         self._functions = vectorised_functions(target)
         self._pass = mx.compile(self._run)
-        self._sample = mx.compile(_sample)
+        self._sample = mx.compile(sample)
 
     def _run(
         self,
@@ -91,21 +67,13 @@ class BatchedTarget:
             tokens.reshape(-1), positions.reshape(-1), mask.reshape(rows * n, -1),
             mx.repeat(key_positions, n, axis=0), caches, self.layers, self._functions,
         )  # fmt: skip
-        if inner:
-            stacked = mx.stack([_normalised(x) for x in inner], axis=1)
-        else:
-            stacked = mx.zeros((rows * n, 0, 0), mx.float16)
-        features = stacked.reshape(rows, n, *stacked.shape[1:])
+        features = stacked(inner, rows * n)
+        features = features.reshape(rows, n, *features.shape[1:])
         return hidden.reshape(rows, n, -1), features, caches.caches
 
     def write(
         self, requests: Sequence[Request], max_tokens: int, end_tokens: Collection[int]
     ) -> list[Answer]:
-        """Answer every request with at most ``max_tokens`` tokens.
-
-        An answer depends on its own request; to the bit where matrix products do not depend on
-        their number of rows, else up to rounding.
-        """
         batch = _Batch(self, requests, max_tokens)
         hidden, features = batch.read_prompts()
         for step in range(max_tokens):
@@ -119,10 +87,7 @@ class BatchedTarget:
         return batch.answers()
 
     def read(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
-        """Features (n, L, D) of (prompt, answer) pairs with n answer tokens, as ``write`` makes.
-
-        Pairs of like length should come together: all are padded to the longest.
-        """
+        """Pairs of like length should come together: all are padded to the longest."""
         rows = [list(prompt) + list(answer)[:-1] for prompt, answer in sequences]
         tokens, pads = _padded(rows)
         parts = self._read(tokens, pads, self.caches(*tokens.shape))
@@ -131,9 +96,14 @@ class BatchedTarget:
             result[i, tokens.shape[1] - len(answer) :] for i, (_, answer) in enumerate(sequences)
         ]
 
+    def choices(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
+        tokens = np.array([[*prompt, *answer[:-1]]], np.int32)
+        hidden, _ = self.run(tokens, 0, np.zeros(1, np.int32), self.caches(*tokens.shape))
+        return np.array(mx.argmax(self.target.logits(hidden[0, len(prompt) - 1 :]), axis=-1))
+
     def caches(self, rows: int, capacity: int) -> list[Kept]:
         """Empty ones for so many sequences."""
-        return new_caches(self.target.caches, capacity, self.target.dtype, rows)
+        return new_caches(whole(self.target.caches), capacity, self.target.dtype, rows)
 
     def _read(
         self, tokens: np.ndarray, pads: np.ndarray, kv: list[mx.array]
@@ -149,7 +119,8 @@ class BatchedTarget:
     ) -> tuple[mx.array, mx.array]:
         """One pass of tokens (B, n) that go to the slots from ``start``; ``kv`` is replaced."""
         n = tokens.shape[1]
-        slots = np.arange(min(capacity_for(start + n), kv[0].shape[2]), dtype=np.int32)
+        room = capacity_of(self.target.caches, kv) or start + n
+        slots = np.arange(min(capacity_for(start + n), room), dtype=np.int32)
         queries = np.arange(start, start + n, dtype=np.int32)
         seen = (slots <= queries[:, None])[None] & (slots >= pads[:, None])[:, None]
         positions = np.maximum(queries - pads[:, None], 0)
@@ -170,7 +141,7 @@ class _Batch:
         self.length = self.tokens.shape[1]
         self.rows = np.arange(len(requests))  # which request every row of the batch answers
         self.temps = mx.array([r.temp for r in requests], mx.float32)
-        self.draws = np.stack([np.random.default_rng(r.seed).random(max_tokens) for r in requests])
+        self.draws = np.stack([r.draws(max_tokens) for r in requests])
         self.written = np.zeros((len(requests), max_tokens), np.int32)
         self.lengths = np.zeros(len(requests), np.int32)
         self.done = np.zeros(len(requests), bool)
@@ -237,12 +208,17 @@ class _RowsPass(Pass):
         self._count = rows
 
     def extend(self, layer: int, kind: LayerCache, rows: mx.array) -> mx.array:
+        if isinstance(kind, State):  # by sequence already
+            return super().extend(layer, kind, rows)
         heads, _, dim = rows.shape[1:]  # (1, 2*Hkv, B*n, Dh)
         by_row = rows[0].reshape(heads, self._count, -1, dim).transpose(1, 0, 2, 3)
-        return super().extend(layer, kind, by_row)
+        return super().extend(layer, whole([kind])[0], by_row)
+
+    def room(self, layer: int, kind: LayerCache) -> int | None:
+        return super().room(layer, whole([kind])[0])
 
 
-def vectorised_functions(target: Decoder) -> Functions:
+def vectorised_functions(target: Target) -> Functions:
     """Faster element-wise functions for many rows on a CPU, equal to decoding's up to 1e-6."""
     if fused_kernels() or target.dtype != mx.float32:
         return Functions()
@@ -259,19 +235,3 @@ def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     for line, row in zip(tokens, rows, strict=True):
         line[length - len(row) :] = row
     return tokens, pads
-
-
-def _normalised(x: mx.array) -> mx.array:
-    x = x.astype(mx.float32)
-    return (x * mx.rsqrt(mx.mean(x * x, axis=-1, keepdims=True) + 1e-12)).astype(mx.float16)
-
-
-def _sample(logits: mx.array, temps: mx.array, draws: mx.array) -> mx.array:
-    """logits (B, V), temps (B,), draws (B,) in [0, 1) -> tokens (B,), by the quantile."""
-    logits = logits.astype(mx.float32)
-    best = mx.argmax(logits, axis=-1)
-    top = mx.max(logits, axis=-1, keepdims=True)
-    mass = mx.cumsum(vectorised.exp((logits - top) / mx.maximum(temps, 1e-3)[:, None]), axis=-1)
-    below = mass <= draws[:, None] * mass[:, -1:]
-    sampled = mx.minimum(mx.sum(below, axis=-1), logits.shape[-1] - 1)
-    return mx.where(temps > 0, sampled.astype(mx.uint32), best)

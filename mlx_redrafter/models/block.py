@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import DecoderConfig
+from .delta import DeltaNet
 from .experts import Experts
 from .gemma4 import Beside, LayerInput
 from .latent import LatentAttention
@@ -17,8 +18,8 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        latent = config.latent is not None
-        self.self_attn = LatentAttention(config) if latent else Attention(config)
+        self._mixer = "linear_attn" if config.delta is not None else "self_attn"
+        self[self._mixer] = _mixer(config)
         dense = config.experts is None or config.experts_beside
         self.mlp = MLP(config) if dense else Experts(config)
         if config.experts is not None and config.experts_beside:
@@ -49,20 +50,25 @@ class Block(nn.Module):
             return mx.clip(total, -bound, bound).astype(mx.float16)
         return x + r
 
+    def _fed(self, x: mx.array, run: LayerPass) -> mx.array:
+        """The feed-forward part, x (N, D) -> (N, D)."""
+        more = (run.routed,) if "switch_mlp" in self.mlp else ()
+        return self.mlp(x, run.activation, *more)
+
     def __call__(self, x: mx.array, run: LayerPass) -> mx.array:
         """x (N, D) -> (N, D)."""
         inputs = x if self._norms == "post" else self.input_layernorm(x)
-        r = self.self_attn(inputs, run)
+        r = self[self._mixer](inputs, run)
         if self._norms == "parallel":
-            return self._add(x, r + self.mlp(inputs, run.activation))
+            return self._add(x, r + self._fed(inputs, run))
         # The same checkpoint name is the norm after attention, or (Llama) before the MLP.
         h = self._add(x, r if self._norms == "pre" else self.post_attention_layernorm(r))
         if self._norms == "pre":
-            return self._add(h, self.mlp(self.post_attention_layernorm(h), run.activation))
+            return self._add(h, self._fed(self.post_attention_layernorm(h), run))
         inputs = h if self._norms == "post" else self.pre_feedforward_layernorm(h)
-        r = self.mlp(inputs, run.activation)
+        r = self._fed(inputs, run)
         if "beside" in self:
-            r = self.beside.join(h, r, run.activation)
+            r = self.beside.join(h, r, run)
         h = self._add(h, self.post_feedforward_layernorm(r))
         if run.given is not None:
             h = h + self.layer_input(h, run.given)
@@ -70,7 +76,14 @@ class Block(nn.Module):
 
     def fuse(self) -> None:
         """Join the projections that read the same input, where they can be joined."""
-        self.self_attn.fuse()
+        self[self._mixer].fuse()
         self.mlp.fuse()
         if "beside" in self:
             self.beside.fuse()
+
+
+def _mixer(config: DecoderConfig) -> nn.Module:
+    """What mixes the tokens of a layer."""
+    if config.delta is not None:
+        return DeltaNet(config)
+    return Attention(config) if config.latent is None else LatentAttention(config)

@@ -97,6 +97,37 @@ class LatentConfig:
     bias: bool = False
 
 
+@dataclass(frozen=True)
+class DeltaConfig:
+    """A Gated DeltaNet (arXiv 2412.06464): a short convolution, and a recurrence by heads.
+
+    Args:
+        key_heads, value_heads: of which the latter are a multiple.
+        key_size, value_size: of a head.
+        kernel: rows that the convolution reads, a token's own included.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_size: int
+    value_size: int
+    kernel: int
+
+    @property
+    def keys(self) -> int:
+        """Numbers of a token's keys, and of its queries."""
+        return self.key_heads * self.key_size
+
+    @property
+    def values(self) -> int:
+        return self.value_heads * self.value_size
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys, values."""
+        return 2 * self.keys + self.values
+
+
 ActivationName = Literal["silu", "gelu", "gelu_approx", "relu2", "swiglu_oai"]
 QkNorm = Literal["none", "head", "full", "unit"]
 LayerChanges = Mapping[str, Any]
@@ -129,6 +160,10 @@ class DecoderConfig:
     tied: bool = True
     head_bias: bool = False
     latent: LatentConfig | None = None
+    # In place of attention; of the whole model: some layers have it.
+    delta: DeltaConfig | None = None
+    # Recurrences in closed form, which reads a state once for all nodes; None: as the device wants.
+    closed: bool | None = None
     # The layer whose keys and values this one reads, if not its own.
     kv_source: int | None = None
     values_are_keys: bool = False  # before the norm of the keys
@@ -189,6 +224,12 @@ class DecoderConfig:
         return "attention sinks" if self.sinks else ""
 
     @property
+    def not_attention(self) -> str:
+        """What some of its layers are besides attention that can be told where to look; else
+        nothing."""
+        return "recurrent layers" if self.delta is not None else self.own_attention
+
+    @property
     def widest_row(self) -> int:
         """Inner numbers of the feed-forward layer that makes most of a token."""
         if self.experts is None:
@@ -204,8 +245,8 @@ class DecoderConfig:
 
     @property
     def kept(self) -> tuple[int, int]:
-        """Rows of a layer's slab and their size; of one that reads another's, none."""
-        if self.kv_source is not None:
+        """Rows of a layer's slab and their size; of one that reads another's or has none, none."""
+        if self.kv_source is not None or self.delta is not None:
             return 0, 0
         if self.latent is not None:
             return 1, self.latent.rank + self.latent.rope

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,25 +11,39 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_redrafter.cache.layer import LayerCache, Pass
+from mlx_redrafter.cache.packed import Packing, packed
+from mlx_redrafter.cache.ring import Ring, ring_of
 from mlx_redrafter.cache.slabs import Slab
 
+from . import delta
 from .attention import Attend, dense
 from .block import Block
 from .config import DecoderConfig
 from .gemma4 import LayerInputs
-from .layers import Activation, LayerPass, Rotate, norm
+from .layers import Activation, LayerPass, Memory, Rotate, Routed, norm
 from .rope import Rope, Rotation
 
 
 class Functions(NamedTuple):
     """What a pass computes with: how a layer attends, and the gated activation (None: the
-    family's own)."""
+    family's own). routed: told of the experts (..., N, K) that every layer of them chose."""
 
     attend: Callable[[int], Attend] = dense
     activation: Activation | None = None
+    routed: Routed | None = None
 
 
 DECODING = Functions()
+
+
+class Part(NamedTuple):
+    """One sequence's share of a pass; see `Decoder.__call__`."""
+
+    tokens: mx.array
+    positions: mx.array
+    mask: mx.array
+    key_positions: mx.array
+    caches: Pass
 
 
 class Backbone(nn.Module):
@@ -59,10 +74,20 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, config.head_bias)
         self._ropes = [Rope(rope) for rope in config.ropes]
         layers = [config.layer(i) for i in range(config.num_layers)]
-        # The layer whose cache each reads; those without one come after those with one.
+        # A shortened model is told of more layers than it has, one that is only sized of none.
+        self._windows = windows = (*config.layer_windows, *[0] * len(layers))[: len(layers)]
+        # A layer that reads another's keys within another window needs all of them.
         sources = [(i, one.kv_source) for i, one in enumerate(layers)]
-        self._slots = [i if source is None else source for i, source in sources]
-        self._caches = [Slab(*one.kept) for one in layers if one.kv_source is None]
+        rings = all(source is None or windows[i] == windows[source] for i, source in sources)
+        # The first of the caches that each reads: its own, or those of an earlier layer.
+        self._caches: list[LayerCache] = []
+        self._slots: list[int] = []
+        for one, window in zip(layers, windows, strict=True):
+            source = one.kv_source
+            self._slots.append(len(self._caches) if source is None else self._slots[source])
+            if source is None:
+                self._caches += _kept(one, window if rings else 0)
+        self._routes = sum(one.experts.chosen for one in layers if one.experts is not None)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -73,6 +98,16 @@ class Decoder(nn.Module):
     def caches(self) -> Sequence[LayerCache]:
         """What each layer remembers."""
         return self._caches
+
+    @property
+    def routes(self) -> int:
+        """Experts that a token is sent to, over all layers."""
+        return self._routes
+
+    def pack(self, packing: Packing) -> None:
+        """Keep keys and values quantised. Before anything is made of `caches`; raises OptionError
+        where rows do not divide into groups."""
+        self._caches = packed(self._caches, packing)
 
     def __call__(
         self,
@@ -93,56 +128,71 @@ class Decoder(nn.Module):
 
         Returns hidden (N, D) after the final norm, and the wanted outputs (N, D).
         """
+        part = Part(tokens, positions, mask, key_positions, caches)
+        return self.together([part], layers, functions)[0]
+
+    def together(
+        self, parts: Sequence[Part], layers: Sequence[int] = (), functions: Functions = DECODING
+    ) -> list[tuple[mx.array, tuple[mx.array, ...]]]:
+        """Run the tokens of several sequences, whose caches are their own, in one pass: all that
+        is done to every token alike is done once. What comes of each is, row by row, what it would
+        be alone."""
+        one = len(parts) == 1
+        tokens = parts[0].tokens if one else mx.concatenate([p.tokens for p in parts])
+        positions = parts[0].positions if one else mx.concatenate([p.positions for p in parts])
         x = self.embed(tokens)
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
         if self.config.embedding_norm:
             x = mx.fast.rms_norm(x, None, self.config.norm_eps)
         rotations = [rope.prepare(positions, x.dtype) for rope in self._ropes]
-        masks = self._masks(mask, positions, key_positions)
-        growth = self._growth(positions, x.dtype)
         inner = self.model.get("layer_inputs")
         given = None if inner is None else inner(tokens, x)
-        slabs: dict[int, Any] = {}
+        running = [_Running(self, part, x.dtype) for part in parts]
         outputs = []
         for index, block in enumerate(self.model.layers):
-            run = LayerPass(
-                masks[self.config.layer_windows[index]],
+            common = _Common(
                 self._rotate(self.config.layer_ropes[index], rotations),
-                functools.partial(self._write, slabs, caches, index),
                 functions.attend(index),
                 functions.activation,
-                growth,
                 None if given is None else given[:, index],
+                functions.routed,
             )
+            runs = [sequence.layer(index, common) for sequence in running]
+            run = runs[0] if one else runs[0]._replace(sequences=tuple(runs))
             x = block(x, run)
             outputs.append(x)
-        return self.model.norm(x), tuple(outputs[i] for i in layers)
+        hidden, wanted = self.model.norm(x), [outputs[i] for i in layers]
+        if one:
+            return [(hidden, tuple(wanted))]
+        ends = list(itertools.accumulate(p.tokens.shape[0] for p in parts[:-1]))
+        cut = [mx.split(every, ends, axis=0) for every in (hidden, *wanted)]
+        return [(own[0], tuple(own[1:])) for own in zip(*cut, strict=True)]
 
-    def _masks(
-        self, mask: mx.array, positions: mx.array, key_positions: mx.array
-    ) -> dict[int, mx.array]:
-        """One mask (N, C) per distinct sliding window."""
-        masks = {0: mask}
-        for window in set(self.config.layer_windows) - {0}:
-            masks[window] = mask & (positions[:, None] < key_positions + window)
+    def masks(self, part: Part) -> dict[int, mx.array]:
+        """One mask (N, C) per distinct sliding window, or (N, S) over its layers' rings."""
+        _, positions, mask, key_positions, caches = part
+        masks, windows = {0: mask}, self._windows
+        for window in set(windows) - {0}:
+            layer = self._slots[windows.index(window)]
+            ring = ring_of(self._caches[layer])
+            if ring is not None and caches.room(layer, self._caches[layer]) is None:
+                masks[window] = ring.mask(positions, caches)
+            else:
+                masks[window] = mask & (positions[:, None] < key_positions + window)
         return masks
 
-    def _write(self, slabs: dict[int, Any], caches: Pass, layer: int, rows: mx.array) -> Any:
-        """What a layer reads: its cache with these rows, or what the layer whose cache it is
-        read in this pass."""
-        slot = self._slots[layer]
-        if slot == layer:
-            slabs[slot] = caches.extend(slot, self._caches[slot], rows)
-        return slabs[slot]
-
-    def _growth(self, positions: mx.array, dtype: mx.Dtype) -> mx.array | None:
+    def growth(self, positions: mx.array, dtype: mx.Dtype) -> mx.array | None:
         """How much larger queries are at their positions, (N, 1); Ministral 3."""
         if self.config.query_growth is None:
             return None
         beta, step = self.config.query_growth
         growth = 1 + beta * mx.log(1 + mx.floor(positions / step))
         return growth.astype(dtype)[:, None]
+
+    def place(self, layer: int) -> tuple[int, int]:
+        """Of a layer: the first of its caches, and the window that it sees."""
+        return self._slots[layer], self._windows[layer]
 
     def _rotate(self, index: int, rotations: Sequence[Rotation]) -> Rotate:
         if index < 0:
@@ -169,6 +219,11 @@ class Decoder(nn.Module):
             out = mx.tanh(out / cap) * cap
         return out
 
+    def norm(self, x: mx.array) -> mx.array:
+        """What the last layer puts out (..., D) -> what the head reads."""
+        out: mx.array = self.model.norm(x)
+        return out
+
     def embed(self, tokens: mx.array) -> mx.array:
         """tokens (...,) -> rows of the input embedding (..., D), without the embedding scale."""
         return self.model.embed_tokens(tokens).astype(self.dtype)
@@ -188,3 +243,52 @@ class Decoder(nn.Module):
                 mode=head.mode,
             )
         return rows.astype(self.dtype)
+
+
+def _kept(layer: DecoderConfig, window: int) -> Sequence[LayerCache]:
+    """What a layer remembers, within a window or (0) of everything."""
+    if layer.delta is not None:
+        return delta.caches(layer)
+    return [Ring(*layer.kept, window=window) if window else Slab(*layer.kept)]
+
+
+class _Common(NamedTuple):
+    """What a layer does to all sequences of a pass; see `LayerPass`."""
+
+    rotate: Rotate
+    attend: Attend
+    activation: Activation | None
+    given: mx.array | None
+    routed: Routed | None
+
+
+class _Running:
+    """One sequence while a pass is run."""
+
+    def __init__(self, decoder: Decoder, part: Part, dtype: mx.Dtype) -> None:
+        self._decoder, self._caches = decoder, part.caches
+        self._masks = decoder.masks(part)
+        self._growth = decoder.growth(part.positions, dtype)
+        self._seen: dict[int, Any] = {}
+
+    def layer(self, index: int, common: _Common) -> LayerPass:
+        slot, window = self._decoder.place(index)
+        return LayerPass(
+            Memory(self._caches, self._decoder.caches, slot),
+            self._masks[window],
+            common.rotate,
+            functools.partial(self._write, slot),
+            common.attend,
+            common.activation,
+            self._growth,
+            common.given,
+            common.routed,
+        )
+
+    def _write(self, slot: int, rows: mx.array) -> Any:
+        """What a layer reads: its cache with these rows, or what the layer whose cache it is
+        read in this pass."""
+        if slot not in self._seen:
+            kind = self._decoder.caches[slot]
+            self._seen[slot] = self._caches.extend(slot, kind, rows)
+        return self._seen[slot]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .config import DecoderConfig, ExpertsConfig
-from .layers import GATED, MLP, Activation
+from .layers import GATED, MLP, Activation, Routed
 
 MOST_NODES = 64
 """Rows up to which every pair of a row and an expert is computed alone, as for one row: draft trees
@@ -129,15 +130,37 @@ class Experts(nn.Module):
         out = self.switch_mlp(x, chosen, activation)
         return (out * weights[..., None]).sum(axis=-2).astype(out.dtype)
 
-    def __call__(self, x: mx.array, activation: Activation | None = None) -> mx.array:
+    def __call__(
+        self, x: mx.array, activation: Activation | None = None, routed: Routed | None = None
+    ) -> mx.array:
         """(N, D) -> (N, D)."""
-        out = self.mixed(x, *self.route(x), activation)
+        chosen, weights = self.route(x)
+        if routed is not None:
+            routed(chosen)
+        out = self.mixed(x, chosen, weights, activation)
         if "shared_experts" not in self:
             return out
         shared = self.shared_experts(x, activation)
         if "shared_expert_gate" in self:
             shared = mx.sigmoid(self.shared_expert_gate(x)) * shared
         return out + shared
+
+
+def distinct(chosen: Sequence[mx.array]) -> mx.array:
+    """How many experts the rows of a pass have chosen, over all its layers: () int32.
+
+    chosen: of every layer (..., N, K). A read of an expert's weights serves all rows that chose it.
+    """
+    layers = [layer.reshape(layer.shape[-2:]) for layer in chosen]  # (N, K)
+    most = max(layer.shape[1] for layer in layers)
+    rows = [x if x.shape[1] == most else _widened(x, most) for x in layers]
+    found = mx.sort(mx.stack(rows).reshape(len(rows), -1), axis=-1)  # (layers, N*K)
+    return len(rows) + mx.sum((found[:, 1:] != found[:, :-1]).astype(mx.int32))
+
+
+def _widened(chosen: mx.array, columns: int) -> mx.array:
+    """Experts (N, K), the last of a row over again: (N, columns)."""
+    return mx.pad(chosen, [(0, 0), (0, columns - chosen.shape[1])], "edge")
 
 
 def _alike(first: nn.Module, second: nn.Module) -> bool:

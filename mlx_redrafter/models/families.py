@@ -7,7 +7,14 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from ..errors import ModelError
-from . import families_dense, families_experts, families_gemma, families_llama, families_nested
+from . import (
+    families_delta,
+    families_dense,
+    families_experts,
+    families_gemma,
+    families_llama,
+    families_nested,
+)
 from .config import DecoderConfig, RopeConfig
 from .family import Raw, rope_config
 
@@ -86,6 +93,7 @@ def _check_heads(config: DecoderConfig, rope: RopeConfig | None) -> None:
 
 
 _WHOLE: dict[str, Callable[[Raw], DecoderConfig]] = {
+    **families_delta.FAMILIES,
     **families_dense.FAMILIES,
     **families_experts.FAMILIES,
     **families_gemma.FAMILIES,

@@ -28,9 +28,10 @@ def with_experts(
             f"config.json keeps {experts.kept_groups} of {experts.groups} groups of "
             f"{experts.count} experts; needed: groups of one size, and no more than there are"
         )
-    changes: tuple[LayerChanges, ...] = ()
+    changes: tuple[LayerChanges, ...] = config.layer_changes
     if dense:
-        changes = tuple(_DENSE if i in dense else {} for i in range(config.num_layers))
+        before = changes or ({},) * config.num_layers
+        changes = tuple({**c, **_DENSE} if i in dense else c for i, c in enumerate(before))
     return replace(config, experts=experts, layer_changes=changes)
 
 

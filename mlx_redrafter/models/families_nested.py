@@ -9,6 +9,7 @@ from .config import DecoderConfig
 from .family import Raw
 
 Family = Callable[[Raw], DecoderConfig]
+_MISTRALS = ("llama", "ministral3", "mistral")
 
 
 def text_config(raw: Raw) -> dict[str, object]:
@@ -19,15 +20,25 @@ def text_config(raw: Raw) -> dict[str, object]:
     return {**outside, **text, "model_type": raw["model_type"]}
 
 
+def half_of(raw: Raw) -> str:
+    """The type that a config.json gives its text half; empty: none."""
+    return str((raw.get("text_config") or {}).get("model_type", ""))
+
+
+def elsewhere(raw: Raw) -> bool:
+    """Is a type that our decoder has of a text half that mlx_lm alone has?"""
+    return raw.get("model_type") == "mistral3" and half_of(raw) == "mistral4"
+
+
 def nested(families: Mapping[str, Family]) -> dict[str, Family]:
     """Types by the families of their text half."""
 
     def mistral3(raw: Raw) -> DecoderConfig:
-        kind = str((raw.get("text_config") or {}).get("model_type", "mistral"))
-        if kind not in ("llama", "ministral3", "mistral"):
+        kind = half_of(raw) or "mistral"
+        if kind not in _MISTRALS:
             raise ModelError(
                 f"the text half of model_type 'mistral3' is of type '{kind}', which is not "
-                "supported; needed: mistral or ministral3"
+                "supported; needed: mistral, ministral3 or mistral4"
             )
         return families[kind](text_config(raw))
 

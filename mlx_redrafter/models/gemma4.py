@@ -7,7 +7,7 @@ import mlx.nn as nn
 
 from .config import DecoderConfig
 from .experts import Experts
-from .layers import Activation
+from .layers import LayerPass
 
 
 class LayerInputs(nn.Module):
@@ -61,7 +61,10 @@ class Beside(Experts):
         chosen, weights = super().route(mx.fast.rms_norm(x, self.scale * self._root, self._eps))
         return chosen, weights * self.expert_scale[chosen]
 
-    def join(self, x: mx.array, dense: mx.array, activation: Activation | None = None) -> mx.array:
+    def join(self, x: mx.array, dense: mx.array, run: LayerPass) -> mx.array:
         """The layer's input x (N, D), and what its dense layer made of it (N, D) -> (N, D)."""
-        mixed = self.mixed(self.norm(x), *self.route(x), activation)
+        chosen, weights = self.route(x)
+        if run.routed is not None:
+            run.routed(chosen)
+        mixed = self.mixed(self.norm(x), chosen, weights, run.activation)
         return self.norm_dense(dense) + self.norm_experts(mixed)

@@ -7,7 +7,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.mla import MultiLinear
 
-from .attention import masked_softmax
+from mlx_redrafter.cache.packed import Packed, Seen
+
+from .attention import masked_softmax, mixed, readable, scored
 from .config import DecoderConfig
 from .layers import LayerPass
 
@@ -53,22 +55,31 @@ class LatentAttention(nn.Module):
         turned = mx.concatenate([q[..., latent.plain :], key[:, None]], axis=1)
         turned = run.rotate(turned, heads + 1)  # (H + 1, N, rope)
         rows = mx.concatenate([self.kv_a_layernorm(kept)[None], turned[heads:]], axis=-1)
-        slab = run.write(rows[None])
         absorbed = self.embed_q(q[..., : latent.plain].transpose(1, 0, 2))  # (H, N, rank)
         q = mx.concatenate([absorbed, turned[:heads]], axis=-1)
-        out = self.unembed_out(_attend(q, slab, run.mask, self._scale, latent.rank))
+        out = run.each(self._mixed, q.transpose(1, 0, 2), rows[0])  # (N, H, rank)
+        out = self.unembed_out(out.transpose(1, 0, 2))
         return self.o_proj(out.transpose(1, 0, 2).reshape(x.shape[0], -1))
 
+    def _mixed(self, run: LayerPass, q: mx.array, rows: mx.array) -> mx.array:
+        """q (N, H, rank + rope), rows (N, rank + rope), which are kept -> (N, H, rank)."""
+        assert self._latent is not None
+        slab = run.write(rows[None, None])
+        q = q.transpose(1, 0, 2)
+        return _attend(q, slab, run.mask, self._scale, self._latent.rank).transpose(1, 0, 2)
 
-def _attend(q: mx.array, slab: mx.array, mask: mx.array, scale: float, values: int) -> mx.array:
+
+def _attend(q: mx.array, slab: Seen, mask: mx.array, scale: float, values: int) -> mx.array:
     """q (H, B*n, W) over slabs (B, 1, C, W) where mask (B*n, S) is True; (H, B*n, values), of the
     first ``values`` numbers of a row. Only the first S <= C slots are read."""
     heads, total, width = q.shape
     rows, seen = slab.shape[0], mask.shape[1]
-    kept = slab[:, 0, :seen]  # (B, S, W)
+    kept = readable(slab[:, 0, :seen])  # (B, S, W)
     q = (q * mx.array(scale, q.dtype)).reshape(heads, rows, -1, width).transpose(1, 0, 2, 3)
-    scores = q.reshape(rows, -1, width) @ kept.swapaxes(-1, -2)
+    scores = scored(q.reshape(rows, -1, width), kept)
     scores = scores.reshape(rows, heads, -1, seen)
     weights = masked_softmax(scores, mask.reshape(rows, 1, -1, seen))
-    out = weights.reshape(rows, -1, seen) @ kept[..., :values]
+    if not isinstance(kept, Packed):
+        kept = kept[..., :values]
+    out = mixed(weights.reshape(rows, -1, seen), kept)[..., :values]
     return out.reshape(rows, heads, -1, values).transpose(1, 0, 2, 3).reshape(heads, total, values)

@@ -2,31 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu, swiglu_oai
+
+from mlx_redrafter.cache.layer import Kept, LayerCache, Pass
+from mlx_redrafter.cache.lineage import Lineage
+from mlx_redrafter.cache.packed import Seen
 
 from .attention import Attend, attend
 from .config import DecoderConfig
 from .fuse import fuse
 
 Activation = Callable[[mx.array, mx.array], mx.array]
-LayerWrite = Callable[[mx.array], mx.array]
+LayerWrite = Callable[[mx.array], Seen]
 Rotate = Callable[[mx.array, int], mx.array]
+Routed = Callable[[mx.array], None]
+
+
+class Memory(NamedTuple):
+    """What one layer remembers, by slot, while a pass is run."""
+
+    caches: Pass
+    kinds: Sequence[LayerCache]
+    first: int
+
+    @property
+    def lineage(self) -> Lineage | None:
+        """Whom the nodes go on from; None: a chunk of a prompt."""
+        return self.caches.lineage
+
+    def read(self, slot: int) -> Kept:
+        """As it is before this pass."""
+        return self.caches.settled(self.first + slot, self.kinds[self.first + slot])
+
+    def write(self, slot: int, rows: Any) -> Any:
+        """Add what this pass brings: what the layer reads."""
+        return self.caches.extend(self.first + slot, self.kinds[self.first + slot], rows)
 
 
 class LayerPass(NamedTuple):
     """What one pass over N tokens hands to one layer.
 
-    mask (N, S); rotate: (N, A, Dh) -> (A, N, Dh), of which so many are rotated; write: adds rows to
-    the layer's cache and gives what the layer reads; attend: over that; activation: another than
-    the family's own; growth (N, 1): of the queries, where they grow with the position; given
-    (N, *): this layer's own input, where layers have one.
+    memory: what it keeps; mask (N, S); rotate: (N, A, Dh) -> (A, N, Dh), of which so many are
+    rotated; write: adds rows to the layer's cache and gives what the layer reads; attend: over
+    that; activation: another than the family's own; growth (N, 1): of the queries, where they grow
+    with the position; given (N, *): this layer's own input, where layers have one; routed: told of
+    the experts (N, K) that it chooses; sequences: those of several, whose rows lie one behind the
+    other: `each` goes over them.
     """
 
+    memory: Memory
     mask: mx.array
     rotate: Rotate
     write: LayerWrite
@@ -34,6 +64,23 @@ class LayerPass(NamedTuple):
     activation: Activation | None = None
     growth: mx.array | None = None
     given: mx.array | None = None
+    routed: Routed | None = None
+    sequences: tuple[LayerPass, ...] = ()
+
+    def each(
+        self, f: Callable[..., mx.array], *rows: mx.array, axes: Sequence[int] | None = None
+    ) -> mx.array:
+        """f(pass, *rows) -> (N, *) of every sequence by itself, one behind the other. Nodes lie
+        along these axes of the rows, the first if not told otherwise."""
+        if not self.sequences:
+            return f(self, *rows)
+        ends = list(itertools.accumulate(run.mask.shape[0] for run in self.sequences[:-1]))
+        parts = [
+            mx.split(x, ends, axis=axis)
+            for x, axis in zip(rows, axes or [0] * len(rows), strict=True)
+        ]
+        found = [f(*own) for own in zip(self.sequences, *parts, strict=True)]
+        return mx.concatenate(found, axis=0)
 
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -84,29 +131,33 @@ class Attention(nn.Module):
             if own:
                 self.k_norm = nn.RMSNorm(kv_size if full else head_dim, config.norm_eps)
         if config.output_gate:
-            self.gate_proj = nn.Linear(dim, q_size, bias=False)
+            self.gate_proj = nn.Linear(dim, q_size, bias=bias)
         if config.sinks:
             self.sinks = mx.zeros((config.num_heads,))
 
     def fuse(self) -> None:
-        """Join the stored q, k and v projections into one, where they can be joined."""
-        if "qkv_proj" in self:
-            return
+        """Join the stored q, k, v and gate projections into one, where they can be joined."""
         names = [f"{part}_proj" for part in self._parts]
-        joined = fuse([self[name] for name in names])
-        if joined is not None:
-            self.qkv_proj = joined
-            for name in names:
-                del self[name]
+        for those in ([*names, "gate_proj"], names):
+            if all(name in self for name in those) and (joined := fuse([self[n] for n in those])):
+                self.qkv_proj = joined
+                for name in those:
+                    del self[name]
 
-    def _project(self, x: mx.array) -> mx.array:
-        """x (N, D) -> queries, keys and values together (N, H + 2 Hkv, Dh)."""
+    def _project(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
+        """x (N, D) -> queries, keys and values together (N, H + 2 Hkv, Dh), and the output's gate
+        (N, H*Dh) where there is one."""
         config, n = self._config, x.shape[0]
         changed = config.qk_norm != "none" or config.value_norm or config.query_scale != 1.0
-        if "qkv_proj" in self and len(self._parts) == 3 and not changed:
-            return self.qkv_proj(x).reshape(n, -1, config.head_dim)
-        if "qkv_proj" in self:
-            parts = list(mx.split(self.qkv_proj(x), self._splits, axis=-1))
+        gate = self.gate_proj(x) if "gate_proj" in self else None
+        joined = self.qkv_proj(x) if "qkv_proj" in self else None
+        if joined is not None and config.output_gate and gate is None:
+            size = config.num_heads * config.head_dim
+            joined, gate = mx.split(joined, [joined.shape[-1] - size], axis=-1)
+        if joined is not None and len(self._parts) == 3 and not changed:
+            return joined.reshape(n, -1, config.head_dim), gate
+        if joined is not None:
+            parts = list(mx.split(joined, self._splits, axis=-1))
         else:
             parts = [self[f"{part}_proj"](x) for part in self._parts]
         if config.qk_norm == "full":
@@ -115,7 +166,7 @@ class Attention(nn.Module):
         if config.values_are_keys and self._kv_heads:
             heads.append(heads[1])
         normed = self._normed(heads)
-        return normed[0] if len(normed) == 1 else mx.concatenate(normed, axis=1)
+        return (normed[0] if len(normed) == 1 else mx.concatenate(normed, axis=1)), gate
 
     def _normed(self, heads: list[mx.array]) -> list[mx.array]:
         """Queries, and keys and values if they are the layer's own, by head (N, *, Dh)."""
@@ -133,8 +184,16 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, run: LayerPass) -> mx.array:
         """x (N, D) -> (N, D)."""
+        projected, gate = self._project(x)
+        rows = run.rotate(projected, self._config.num_heads + self._kv_heads)
+        out = run.each(self._mixed, rows, axes=(1,))
+        if gate is not None:
+            out = out * mx.sigmoid(gate)
+        return self.o_proj(out)
+
+    def _mixed(self, run: LayerPass, rows: mx.array) -> mx.array:
+        """rows (H + 2 Hkv, N, Dh): queries, and what is kept -> what they attend to (N, H*Dh)."""
         config, count = self._config, self._config.num_heads
-        rows = run.rotate(self._project(x), count + self._kv_heads)  # (H + 2 Hkv, N, Dh)
         slab = run.write(rows[count:][None])
         q = rows[:count]
         if run.growth is not None:
@@ -142,12 +201,8 @@ class Attention(nn.Module):
         scale, softcap = config.attention_scale, config.attention_softcap
         if "sinks" in self:
             # Whoever replaces the attention of other layers does not know of sinks.
-            out = attend(q, slab, run.mask, scale, softcap, sinks=self.sinks)
-        else:
-            out = run.attend(q, slab, run.mask, scale, softcap)
-        if "gate_proj" in self:
-            out = out * mx.sigmoid(self.gate_proj(x))
-        return self.o_proj(out)
+            return attend(q, slab, run.mask, scale, softcap, sinks=self.sinks)
+        return run.attend(q, slab, run.mask, scale, softcap)
 
 
 class MLP(nn.Module):

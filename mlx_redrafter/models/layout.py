@@ -9,12 +9,14 @@ from typing import Any, cast
 import mlx.core as mx
 
 from ..errors import ModelError
+from . import layout_delta
 
 Weights = dict[str, mx.array]
 Names = Sequence[tuple[str, str]]
 
 _SPARSE: Names = ((".block_sparse_moe.", ".mlp."),)
 _ROUTED: Names = ((".mlp.gate.e_score_correction_bias", ".mlp.e_score_correction_bias"),)
+_SHARED: Names = ((".mlp.shared_expert.", ".mlp.shared_experts."),)
 _GEMMA4: Names = (
     ("model.embed_tokens_per_layer.", "model.layer_inputs.embedding."),
     ("model.per_layer_model_projection.", "model.layer_inputs.projection."),
@@ -55,7 +57,10 @@ _RENAMED: dict[str, Names] = {
         (".mlp.fc2.", ".mlp.down_proj."),
         ("model.final_layernorm.", "model.norm."),
     ),
-    "qwen2_moe": ((".mlp.shared_expert.", ".mlp.shared_experts."),),
+    "qwen2_moe": _SHARED,
+    "qwen3_5": _SHARED,
+    "qwen3_5_moe": _SHARED,
+    "qwen3_next": _SHARED,
     "starcoder2": ((".mlp.c_fc.", ".mlp.up_proj."), (".mlp.c_proj.", ".mlp.down_proj.")),
 }
 # Their tensors are cut or joined otherwise in Hugging Face's layout; mlx-lm knows how.
@@ -63,7 +68,8 @@ _BY_MLX_LM = (
     "deepseek_v3", "gemma4", "gemma4_text", "gemma4_unified", "glm4_moe_lite", "gpt_oss",
     "joyai_llm_flash", "kimi_k2",
 )  # fmt: skip
-RESHAPED = (*_BY_MLX_LM, "qwen3_vl_moe")
+_DELTA = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
+RESHAPED = (*_BY_MLX_LM, *_DELTA, "qwen3_vl_moe")
 # They store a drafting layer behind the others.
 _MORE_LAYERS = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "joyai_llm_flash", "kimi_k2")
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.(\w+)")
@@ -86,7 +92,7 @@ def stored_name(model_type: str, name: str) -> str:
 
 def exact(name: str) -> bool:
     """Does a tensor keep its type, whatever the others are stored in? mlx-lm keeps it too."""
-    return name.endswith("e_score_correction_bias")
+    return name.endswith(("e_score_correction_bias", ".A_log"))
 
 
 def expert_of(name: str) -> tuple[str, int] | None:
@@ -111,7 +117,9 @@ def arranged(weights: Weights, raw: Mapping[str, Any]) -> Weights:
     if kind in _BY_MLX_LM:
         weights = _as_mlx_lm(weights, raw)
     elif kind == "qwen3_vl_moe":
-        weights = _turned(weights)
+        weights = _apart(weights, turned=True)
+    elif kind in _DELTA:
+        weights = layout_delta.arranged(_apart(weights), raw)
     result: Weights = {}
     experts: dict[str, dict[int, mx.array]] = {}
     for name, value in weights.items():
@@ -132,15 +140,15 @@ def _stacked(name: str, parts: list[mx.array]) -> mx.array:
     return mx.stack(parts)
 
 
-def _turned(weights: Weights) -> Weights:
-    """Experts that are stored stacked, as (E, in, out), gate and up as one."""
+def _apart(weights: Weights, turned: bool = False) -> Weights:
+    """Experts that are stored stacked, gate and up as one; turned: as (E, in, out)."""
     result: Weights = {}
     for name, value in weights.items():
         before, found, matrix = name.rpartition(".mlp.experts.")
         if not found or matrix not in ("gate_up_proj", "down_proj"):
             result[name] = value
             continue
-        value, to = value.swapaxes(-1, -2), f"{before}.mlp.switch_mlp"
+        value, to = value.swapaxes(-1, -2) if turned else value, f"{before}.mlp.switch_mlp"
         if matrix == "down_proj":
             result[f"{to}.down_proj.weight"] = value
         else:

@@ -20,6 +20,7 @@ from .families import decoder_config
 from .files import weight_files
 from .layout import arranged, exact
 from .stored import as_stored, packed_layers
+from .unread import unread
 from .weights import (
     finite,
     materialise,
@@ -33,9 +34,6 @@ from .weights import (
 
 Weights = dict[str, mx.array]
 
-_DROPPED = ("vision_tower.", "visual.", "multi_modal_projector.", "vision_model.",
-            "vision_adapter.", "vision_projection.", "vision_embedder.", "embed_vision.",
-            "audio_tower.", "embed_audio.", "medusa_head.", "medusa_heads.")  # fmt: skip
 # mode -> the only (bits, group size) it allows, which also identifies it.
 _FLOAT_MODES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
 
@@ -113,14 +111,11 @@ def sanitize(weights: Mapping[str, mx.array]) -> Weights:
     heads that draft."""
     result = {}
     for name, value in weights.items():
-        # Newer multimodal checkpoints put `model.` before `language_model.`, older ones after it.
-        name = (
-            name.removeprefix("model.")
-            if name.startswith(tuple("model." + part for part in ("language_model.", *_DROPPED)))
-            else name
-        )
-        if name.startswith(_DROPPED) or name.endswith("rotary_emb.inv_freq"):
+        if unread(name):
             continue
+        # Newer multimodal checkpoints put `model.` before `language_model.`, older ones after it.
+        if name.startswith("model.language_model."):
+            name = name.removeprefix("model.")
         if name.startswith("language_model."):
             name = name.removeprefix("language_model.")
             if not name.startswith(("model.", "lm_head.")):

@@ -68,10 +68,18 @@ class Observed:
 
 
 def dequantised(head: nn.Module, ids: mx.array) -> mx.array:
-    """ids (K,) -> rows (K, D) of a head or an embedding."""
+    """ids (K,) -> rows (K, D) of a head or an embedding.
+
+    Raises ModelError where they are stored in a form of the module's own.
+    """
     rows: mx.array = head["weight"][ids]
     if "scales" not in head:
         return rows
+    if not hasattr(head, "mode"):
+        raise ModelError(
+            f"this model's output rows are stored as {type(head).__name__} has them, and cannot "
+            "be shared; needed: drafts from the text"
+        )
     biases = head.get("biases")
     return mx.dequantize(
         rows,
@@ -84,12 +92,12 @@ def dequantised(head: nn.Module, ids: mx.array) -> mx.array:
 
 
 def config_of(
-    raw: Mapping[str, Any], seen: Observed, keys: Sequence[mx.array], layers: int
+    raw: Mapping[str, Any], seen: Observed, slabs: Sequence[mx.array], layers: int
 ) -> DecoderConfig:
     """The sizes of a model, as far as its config.json and its caches say them.
 
     Args:
-        keys: of its layers' caches, and values (1, Hkv, n, Dh).
+        slabs: keys and values of its layers (1, Hkv, n, Dh).
     """
     text = raw.get("text_config")
     text = {**raw, **text} if isinstance(text, Mapping) else raw
@@ -98,7 +106,6 @@ def config_of(
         found = next((text[name] for name in names if isinstance(text.get(name), int)), default)
         return int(found)
 
-    slabs = [array for array in keys if array.ndim == 4]
     kv_heads, head_dim = (slabs[0].shape[1], slabs[0].shape[3]) if slabs else (1, seen.size)
     limit = first(
         "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len",

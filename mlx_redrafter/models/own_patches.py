@@ -8,7 +8,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
+from mlx_redrafter.models.forms import Walk
 from mlx_redrafter.models.patches import (
     Patch,
     Place,
@@ -18,10 +20,11 @@ from mlx_redrafter.models.patches import (
     gated_delta,
     query_scales,
     rope,
+    routed,
     ssm,
     stepped,
 )  # fmt: skip
-from mlx_redrafter.models.running import Running, Walk
+from mlx_redrafter.models.running import Running
 
 
 class _Standing:
@@ -110,12 +113,13 @@ def mamba(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(self: Any, x: mx.array, A: mx.array, state: mx.array) -> Any:
         if any(held is state for _, held in run.read):
-            at[:] = [Walk(run, state) if run.tree else state, 0]
+            at[:] = [Walk(run.lineage, state) if run.lineage else state, 0]
         before = at[0].before() if run.tree else state
         y, after = stock(self, x, A, before)
         at[1] += 1
         if run.tree:
-            at[0].after(after)
+            if at[0].after(after):
+                run.state(at[0].start, at[0].states)
         elif at[1] == run.n:
             run.state(at[0], after)
         return y, after
@@ -156,10 +160,9 @@ def rnn_scan(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
 
 def griffin_conv(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, x: mx.array, cache: mx.array) -> Any:
-        every = run.last_rows(run.slot_of(cache), x)
+        windows = run.last_rows(run.slot_of(cache), x)  # (N, K, C)
         if not run.tree:
             return stock(self, x=x, cache=cache)
-        windows = run.windows(every[0])  # (N, K, C)
         return stock(self, x=windows[:, -1:], cache=windows[:, :-1])[0].transpose(1, 0, 2), cache
 
     return call
@@ -205,7 +208,7 @@ def token_shift(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(self: Any, x: mx.array, state: mx.array) -> mx.array:
         every = run.last_rows(run.slot_of(state), x)
-        return run.windows(every[0])[:, 0][None] if run.tree else every[:, :-1]
+        return every[:, :1].transpose(1, 0, 2) if run.tree else every[:, :-1]
 
     return call
 
@@ -221,7 +224,7 @@ def shifted_keys(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, u: mx.array, weights: mx.array, state: mx.array) -> mx.array:
         heads, size = u.shape[1], u.shape[3]
         every = run.last_rows(run.slot_of(state), _flat(u))
-        rows = run.windows(every[0])[:, 0] if run.tree else every[0, :-1]
+        rows = every[:, 0] if run.tree else every[0, :-1]
         before = rows.reshape(1, run.n, heads, size).transpose(0, 2, 1, 3)
         w = weights.reshape(1, heads, 2, 1, 1)
         return before * w[:, :, 0] + u * w[:, :, 1]
@@ -237,7 +240,7 @@ def ngrams(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
         every = run.last_rows(run.slot_of(state), tokens[..., None])
         if not run.tree:
             return stock(self, every[..., 0])[:, state.shape[1] :]
-        return stock(self, run.windows(every[0])[..., 0])[:, -1:].transpose(1, 0, 2)
+        return stock(self, every[..., 0])[:, -1:].transpose(1, 0, 2)
 
     return call
 
@@ -290,6 +293,7 @@ def places(model: nn.Module) -> list[Place]:
         found += [Place(module, n, patch) for n, patch in functions.items() if hasattr(module, n)]
     if nn.Conv1d in classes:
         found.append(Place(nn.Conv1d, "__call__", conv1d))
+    found += [Place(cls, "__call__", routed) for cls in (SwitchGLU, SwitchMLP) if cls in classes]
     latent = {
         type(m) for m in model.modules()
         if "embed_q" in m and "unembed_out" in m and "indexer" not in m

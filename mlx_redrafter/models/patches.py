@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.ssm import compute_dt
 
 from mlx_redrafter.models import forms
-from mlx_redrafter.models.running import Running, Walk
+from mlx_redrafter.models.running import Running
 
 Patch = Callable[[Running, Callable[..., Any]], Callable[..., Any]]
 _ONE_AT_A_TIME = threading.RLock()
@@ -107,6 +107,17 @@ def absorbed(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def routed(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Which experts a layer chose: what a pass costs depends on how many."""
+
+    def call(self: Any, x: mx.array, indices: mx.array) -> mx.array:
+        run.chosen.append(indices)
+        out: mx.array = stock(self, x, indices)
+        return out
+
+    return call
+
+
 def conv1d(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
     """A short convolution reads what comes before a node on its own path."""
 
@@ -115,10 +126,8 @@ def conv1d(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
         if self.padding or kept != self.weight.shape[1] - 1 or x.shape[0] != 1 or not kept:
             return stock(self, x)
         slot = run.slot_of_rows(kept, x.shape[2])
-        every = run.last_rows(slot, x[:, kept:])
-        if not run.tree:
-            return stock(self, every)
-        return stock(self, run.windows(every[0]))[:, 0][None]
+        out = stock(self, run.last_rows(slot, x[:, kept:]))
+        return out.transpose(1, 0, 2) if run.tree else out
 
     return call
 
@@ -130,39 +139,17 @@ def gated_delta(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
         q: mx.array, k: mx.array, v: mx.array, a: mx.array, b: mx.array, A_log: mx.array,
         dt_bias: mx.array, state: mx.array, mask: Any = None, **options: Any,
     ) -> tuple[mx.array, mx.array]:  # fmt: skip
-        rows = (q, k, v, a, b)
-        gates = a.shape[-1] if a.ndim == 4 else 1
-        if not run.tree:
-            out, after = stock(*rows, A_log, dt_bias, state, None, **options)
-            if run.closed:
-                run.taped(state, after, gates)
-            else:
-                run.state(state, after)
-            return out, after
+        out, left = forms.gated_delta(
+            stock, (q, k, v, a, b), (A_log, dt_bias), state, run.lineage, run.closed, **options
+        )
         if run.closed:
-            beta = mx.sigmoid(b) * (2.0 if options.get("allow_neg_eigval") else 1.0)
-            log = _log_gates(A_log, a, dt_bias, options.get("lower_bound"))
-            repeats = v.shape[2] // q.shape[2]
-            queries, keys = (mx.repeat(x[0], repeats, axis=1) for x in (q, k))
-            out, tape = forms.delta_rule(queries, keys, v[0], log[0], beta[0], state, run.ancestors)
-            run.taped(state, tape, gates)
-            return out[None].astype(q.dtype), state
-
-        def step(i: int, before: mx.array) -> Any:
-            one = [x[:, i : i + 1] for x in rows]
-            return stock(*one, A_log, dt_bias, before, None, **options)
-
-        return stepped(run, state, step), state
+            gates = a.shape[-1] if a.ndim == 4 else 1
+            run.taped(state, left, gates, v.shape[2] // k.shape[2])
+        else:
+            run.state(state, cast(mx.array, left))
+        return out, state
 
     return call
-
-
-def _log_gates(A_log: mx.array, a: mx.array, dt_bias: mx.array, lower: float | None) -> mx.array:
-    """The logarithm of mlx_lm's gates: of what may be 0 none can be taken."""
-    if lower is not None:
-        rate = mx.exp(A_log.astype(mx.float32))
-        return lower * mx.sigmoid(rate * (a.astype(mx.float32) + dt_bias))
-    return -mx.exp(A_log.astype(mx.float32)) * nn.softplus(a + dt_bias).astype(mx.float32)
 
 
 def stepped(
@@ -171,14 +158,11 @@ def stepped(
     step: Callable[[int, mx.array], tuple[mx.array, mx.array]],
     axis: int = 1,
 ) -> mx.array:
-    """The outputs of N nodes, each made from its parent's state: to the bit those of single
-    tokens."""
-    walk, out = Walk(run, state), []
-    for i in range(run.n):
-        y, after = step(i, walk.before())
-        walk.after(after)
-        out.append(y)
-    return mx.concatenate(out, axis=axis)
+    """The outputs of N nodes; see `forms.stepped`."""
+    assert run.lineage is not None
+    out, states = forms.stepped(run.lineage, state, step, axis)
+    run.state(state, states)
+    return out
 
 
 def ssm(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -194,7 +178,7 @@ def ssm(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
                 x[:, at], A_log, B[:, at], C[:, at], D, dt[:, at], dt_bias, before, time_step_limit
             )
 
-        if not run.tree:
+        if run.lineage is None:
             out, after = rows(slice(None), state)
             if run.closed:
                 run.taped(state, after, 1)
@@ -203,8 +187,8 @@ def ssm(run: Running, stock: Callable[..., Any]) -> Callable[..., Any]:
             return out, after
         if run.closed:
             steps, rates = compute_dt(dt, dt_bias, time_step_limit)[0], -mx.exp(A_log)
-            inputs = (x[0], steps, rates.astype(steps.dtype), B[0], C[0], state, run.ancestors)
-            out, tape = forms.mamba2(*inputs)
+            rates, seen = rates.astype(steps.dtype), run.lineage.ancestors
+            out, tape = forms.mamba2(x[0], steps, rates, B[0], C[0], state, seen)
             run.taped(state, tape, 1)
             return (out[None] + x * D.reshape(1, 1, -1, 1)).astype(x.dtype), state
         return stepped(run, state, lambda i, before: rows(slice(i, i + 1), before)), state

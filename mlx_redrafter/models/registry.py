@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from mlx_redrafter.errors import ModelError
 from mlx_redrafter.models.families import SUPPORTED
+from mlx_redrafter.models.families_nested import elsewhere
 
 Way = Literal["native", "adapter"]
 DECLINED: dict[str, str] = {
@@ -29,7 +30,7 @@ def way(raw: Mapping[str, Any], native: bool = True) -> Way:
     Raises ModelError: a type that nothing runs, or of which no draft could be verified.
     """
     kind = str(raw.get("model_type"))
-    if native and kind in SUPPORTED:
+    if native and kind in SUPPORTED and not elsewhere(raw):
         return "native"
     known = mlx_lm_type(raw)
     if reason := DECLINED.get(known or kind):

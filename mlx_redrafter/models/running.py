@@ -20,7 +20,8 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_redrafter.cache.layer import LayerCache, Pass
-from mlx_redrafter.cache.recurrent import LastRows, State, TapedState, parents_of, windows_of
+from mlx_redrafter.cache.packed import Seen, plain
+from mlx_redrafter.cache.recurrent import LastRows, State, TapedState
 from mlx_redrafter.cache.slabs import Slab
 
 Kinds = list[LayerCache | None]
@@ -58,31 +59,15 @@ class Running:
         self.offset = positions if spread else caches.position.reshape(())
         self.hidden: mx.array | None = None
         self.outputs: dict[int, mx.array] = {}
+        self.chosen: list[mx.array] = []  # experts (1, N, K), by layer
         self.read: list[tuple[int, mx.array]] = []  # states that the module holds, by slot
-        self.walk: Walk | None = None
-        self._parents: mx.array | None = None
-
-    @property
-    def ancestors(self) -> mx.array:
-        assert self.caches.ancestors is not None
-        return self.caches.ancestors
-
-    @property
-    def parents(self) -> mx.array:
-        """(N,) int32, -1 for the root."""
-        if self._parents is None:
-            self._parents = parents_of(self.ancestors)
-        return self._parents
+        self.lineage = caches.lineage
 
     def window(self, size: int) -> mx.array:
         """The mask (N, S) of a sliding window; 0: of none."""
         if not size:
             return self.mask
         return self.mask & (self.positions[:, None] < self.key_positions + size)
-
-    def windows(self, rows: mx.array) -> mx.array:
-        """Rows (K-1+N, C), the first K-1 of them old -> what a convolution reads (N, K, C)."""
-        return rows[windows_of(self.parents, rows.shape[0] - self.n)]
 
     def slot_of(self, state: mx.array) -> int:
         """Whose state the module passes on."""
@@ -103,48 +88,22 @@ class Running:
         return self.caches.extend(slot, known, rows)
 
     def last_rows(self, slot: int, rows: mx.array) -> mx.array:
-        """rows (1, N, C) behind those that are kept, (1, K-1+N, C)."""
-        every: mx.array = self.claim(slot, lambda kept: LastRows(kept.shape, kept.dtype), rows)
-        return every
+        """Of every node of a tree (N, K, C), rows (1, N, C) being their own; of a chunk these
+        behind those that are kept, (1, K-1+N, C)."""
+        read: mx.array = self.claim(slot, lambda kept: LastRows(kept.shape, kept.dtype), rows)
+        return read
 
     def state(self, state: mx.array, after: mx.array) -> None:
         """after: the states after N nodes (N, ...), or the one after a chunk of a prompt."""
         self.claim(self.slot_of(state), lambda kept: State(kept.shape, kept.dtype), after)
 
-    def taped(self, state: mx.array, rows: Any, gates: int) -> None:
-        """rows: a tape, or the state after a chunk of a prompt."""
+    def taped(self, state: mx.array, rows: Any, gates: int, sharing: int = 1) -> None:
+        """rows: a tape, or the state after a chunk of a prompt; the others: see `TapedState`."""
         self.claim(
-            self.slot_of(state), lambda kept: TapedState(kept.shape, kept.dtype, gates), rows
+            self.slot_of(state),
+            lambda kept: TapedState(kept.shape, kept.dtype, gates, sharing),
+            rows,
         )
-
-
-class Walk:
-    """The states of a tree's nodes, each made from its parent's.
-
-    Args:
-        start: (1, ...), before the root.
-    """
-
-    def __init__(self, run: Running, start: mx.array) -> None:
-        self.run, self.start, self.done = run, start, 0
-        self.pool: mx.array | None = None
-
-    def before(self) -> mx.array:
-        """The state that the next node goes on from."""
-        if self.done == 0:
-            return self.start
-        assert self.pool is not None
-        return mx.take(self.pool, self.run.parents[self.done : self.done + 1], axis=0)
-
-    def after(self, state: mx.array) -> None:
-        """What the node made of it."""
-        if self.pool is None:
-            self.pool = mx.broadcast_to(state, (self.run.n, *state.shape[1:]))
-        else:
-            self.pool = mx.slice_update(self.pool, state, mx.array([self.done]), (0,))
-        self.done += 1
-        if self.done == self.run.n:
-            self.run.state(self.start, self.pool)
 
 
 class KeysValues(KVCache):
@@ -177,8 +136,8 @@ class KeysValues(KVCache):
             return mx.zeros((*rows.shape[:2], seen, rows.shape[3]), rows.dtype)
         kind = run.kinds[slot]
         assert kind is not None
-        slab: mx.array = run.caches.extend(slot, kind, rows)
-        return slab[:, :, :seen]
+        slab: Seen = run.caches.extend(slot, kind, rows)
+        return plain(slab[:, :, :seen])
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         return self.keys, self.values

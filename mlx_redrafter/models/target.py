@@ -1,4 +1,4 @@
-"""What decoding needs of a model that it checks drafts with."""
+"""What decoding needs of a model that it checks drafts with, and drafters of it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import mlx.core as mx
 from mlx_redrafter.cache.layer import LayerCache, Pass
 
 from .config import DecoderConfig
-from .decoder import Functions
+from .decoder import Functions, Part
 
 
 class Target(Protocol):
-    """A model whose layers remember what `caches` says; `Decoder` is the usual one."""
+    """A model whose layers remember what `caches` says: a `Decoder` or an `AdaptedModel`.
+
+    Drafters that share parts of it ask for the rest of it than a pass and its logits too.
+    """
 
     @property
     def config(self) -> DecoderConfig: ...
@@ -27,6 +30,12 @@ class Target(Protocol):
     @property
     def caches(self) -> Sequence[LayerCache]:
         """What each layer remembers."""
+        ...
+
+    @property
+    def routes(self) -> int:
+        """Experts that a token is sent to, over all layers: 0 where there are none, or where what
+        they choose is not known."""
         ...
 
     def __call__(
@@ -42,6 +51,28 @@ class Target(Protocol):
         """Run N tokens; see :meth:`Decoder.__call__`."""
         ...
 
+    def together(
+        self, parts: Sequence[Part], layers: Sequence[int] = (), functions: Functions = ...
+    ) -> list[tuple[mx.array, tuple[mx.array, ...]]]:
+        """Run the tokens of several sequences; see :meth:`Decoder.together`."""
+        ...
+
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden (M, D) -> (M, V)."""
+        ...
+
+    def scaled(self, out: mx.array) -> mx.array:
+        """Products with output rows (M, *) -> logits, scaled and soft-capped."""
+        ...
+
+    def norm(self, x: mx.array) -> mx.array:
+        """What the last layer puts out (..., D) -> what the head reads."""
+        ...
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """tokens (...,) -> rows of the input embedding (..., D), without the embedding scale."""
+        ...
+
+    def head_rows(self, ids: mx.array) -> mx.array:
+        """ids (K,) -> rows (K, D) of the output head or tied embedding, dequantised."""
         ...

@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar, cast
 import mlx.core as mx
 
 from mlx_redrafter.cache.layer import Kept, Pass, capacity_of
-from mlx_redrafter.cache.session import BETWEEN_SNAPSHOTS, Session
+from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.models import Target
 from mlx_redrafter.models.decoder import Functions
@@ -107,6 +107,7 @@ def reading(
     if progress is not None:
         progress(len(prompt), len(prompt))
     session.mark()
+    session.hold_rings()
     return found
 
 
@@ -172,8 +173,8 @@ def _read(
         raise
     session.tokens.extend(chunk[:-1])
     session.stand = len(session.tokens)
+    session.furthest = max(session.furthest, session.stand)
     if absorb is not None or not others:
         session.covered = session.stand
-    if session.stand % BETWEEN_SNAPSHOTS == 0:
-        session.mark()
+    session.mark_within()
     return found

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from mlx_redrafter.cache.packed import Seen, plain
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import DecoderConfig
 from mlx_redrafter.models.attention import Attend, attend
@@ -58,9 +59,9 @@ class SparseAttention:
 
     def _layer(self, layer: int, offset: int) -> Attend:
         def attend_sparsely(
-            q: mx.array, slab: mx.array, mask: mx.array, scale: float, softcap: float
+            q: mx.array, slab: Seen, mask: mx.array, scale: float, softcap: float
         ) -> mx.array:
-            chunk = Chunk(q, slab, offset, self.options.block, scale, softcap)
+            chunk = Chunk(q, plain(slab), offset, self.options.block, scale, softcap)
             return self.attend(layer, chunk, mask)
 
         return attend_sparsely
@@ -101,10 +102,10 @@ class SparseAttention:
 
 def check_able(config: DecoderConfig) -> None:
     """Refuse to measure what a model does not do; raises OptionError."""
-    if reason := config.own_attention:
+    if reason := config.not_attention:
         raise OptionError(
-            f"model_type '{config.model_type}' has {reason}: its prompts are read densely; "
-            "measure a model without"
+            f"model_type '{config.model_type}' has {reason}: reading its prompts sparsely is not "
+            "measured; measure a model without"
         )
 
 

@@ -49,7 +49,7 @@ def machine(*names: str) -> dict[str, Any]:
     name = blas.used()
     facts = {
         "chip": _chip(found),
-        "memory_gb": _memory_gb(found),
+        "memory_gb": memory_bytes() / 2**30,
         "system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
         "device": device(),
         "blas": name,
@@ -70,7 +70,11 @@ def _chip(found: Mapping[str, Any]) -> str:
     return str(found.get("device_name") or platform.machine())
 
 
-def _memory_gb(found: Mapping[str, Any]) -> float:
+def memory_bytes() -> int:
+    """Of the whole machine."""
+    import mlx.core as mx
+
+    found = mx.device_info()
     if "memory_size" in found:
-        return float(found["memory_size"]) / 2**30
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        return int(found["memory_size"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
-from mlx_redrafter.models.batched import BatchedTarget
+from mlx_redrafter.models.sequences import Sequences
 from mlx_redrafter.terminal import console
 from mlx_redrafter.training import dates, imports
 from mlx_redrafter.training.shards import Conversation, read_conversations
@@ -81,16 +80,12 @@ def warn(supply: Supply) -> None:
             console.warn(f"warning: {text}")
 
 
-def agreement(target: BatchedTarget, conversations: Sequence[Conversation]) -> float:
+def agreement(target: Sequences, conversations: Sequence[Conversation]) -> float:
     """Share of the answers' first tokens that the target would choose."""
     agreed = total = 0
     for c in conversations:
         answer = c.answer[:_TOKENS]
-        tokens = np.array([[*c.prompt, *answer[:-1]]], np.int32)
-        kv = target.caches(*tokens.shape)
-        hidden, _ = target.run(tokens, 0, np.zeros(1, np.int32), kv)
-        choice = mx.argmax(target.target.logits(hidden[0, len(c.prompt) - 1 :]), axis=-1)
-        agreed += int((np.array(choice) == np.array(answer)).sum())
+        agreed += int((target.choices(c.prompt, answer) == np.array(answer)).sum())
         total += len(answer)
     return agreed / total
 
@@ -149,7 +144,7 @@ def _of_written(supply: Supply, files: Sequence[Path]) -> Finding:
 
 
 def _asked(
-    target: BatchedTarget, chosen: Sequence[Conversation], prompts: Sequence[list[int]]
+    target: Sequences, chosen: Sequence[Conversation], prompts: Sequence[list[int]]
 ) -> float:
     """Agreement with the answers after other prompts."""
     pairs = zip(chosen, prompts, strict=True)

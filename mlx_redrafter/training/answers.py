@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import mlx.core as mx
 
-from mlx_redrafter.models.batched import BatchedTarget, Request
+from mlx_redrafter.models.sequences import Request, Sequences
 from mlx_redrafter.training.shards import Shard, batched, save_features, write_lines
 
 TEMPERATURES = (0.0, 0.8, 0.6, 0.0, 1.0, 0.8, 0.6, 0.0, 1.0, 0.8)  # 30 % greedy
@@ -25,7 +25,7 @@ def plan(prompts: Sequence[Sequence[int]], batch: int, seed: int) -> Iterator[li
 
 
 def write_shard(
-    target: BatchedTarget,
+    target: Sequences,
     requests: Sequence[Request],
     shard: Shard,
     *,

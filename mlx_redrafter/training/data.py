@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.models.batched import BatchedTarget
+from mlx_redrafter.models.batched import over
+from mlx_redrafter.models.sequences import Sequences
 from mlx_redrafter.training.shards import (
     Conversation,
     Shard,
@@ -100,7 +101,7 @@ class Positions:
     rows: list[Any]
 
     def __init__(
-        self, folder: Path, target: BatchedTarget, segment: int, rollout: int, cache_bytes: float
+        self, folder: Path, target: Sequences, segment: int, rollout: int, cache_bytes: float
     ) -> None:
         self.target, self.segment, self.rollout = target, segment, rollout
         self.rows = [self.rows_of(shard) for shard in shards(folder, self.whole)]
@@ -217,9 +218,9 @@ class Positions:
             self.rows[i].shard.features_file.unlink(missing_ok=True)
 
 
-def compute_features(target: BatchedTarget, layers: Sequence[int], shard: Shard) -> None:
+def compute_features(target: Sequences, layers: Sequence[int], shard: Shard) -> None:
     """Read a shard's conversations with the target and write their features."""
-    reader = target if target.layers == tuple(layers) else BatchedTarget(target.target, layers)
+    reader = target if target.layers == tuple(layers) else over(target.target, layers)
     conversations = shard.conversations()
     order = sorted(range(len(conversations)), key=lambda i: _length(conversations[i]))
     result: dict[int, np.ndarray] = {}

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -17,8 +18,9 @@ from rich.table import Table
 from mlx_redrafter.evaluation.positions import RECORDED, SHAPES, TEMPERATURES
 from mlx_redrafter.evaluation.prompts import read_prompts
 from mlx_redrafter.hub import resolve
-from mlx_redrafter.models import Decoder, load_model
-from mlx_redrafter.models.batched import BatchedTarget, Request
+from mlx_redrafter.models import Target, load_model
+from mlx_redrafter.models.batched import over, takes
+from mlx_redrafter.models.sequences import Request, Sequences
 from mlx_redrafter.runtime.device import device
 from mlx_redrafter.terminal import console
 from mlx_redrafter.training import imports, kinds, memory
@@ -87,18 +89,17 @@ def measure(config: TrainConfig, evaluating: Evaluating | None = None) -> Estima
     kind = kinds.of(config)
     shape = kind.shape_of(config, target.config)
     weights, on_gpu = memory.weights_of(target), device() == "gpu"
-    batch = memory.fitting_batch(
-        config, target.config, shape, memory.usable_bytes(), weights=weights, on_gpu=on_gpu
-    )
+    here: dict[str, Any] = {"weights": weights, "on_gpu": on_gpu, "together": takes(target)}
+    batch = memory.fitting_batch(config, target.config, shape, memory.usable_bytes(), **here)
     asked, config = config.batch, replace(config, batch=batch)
-    parts = memory.memory(config, target.config, shape, weights=weights, on_gpu=on_gpu)
+    parts = memory.memory(config, target.config, shape, **here)
     layers = kind.layers_of(shape, target.config)
     with Console(stderr=True).status("measuring: evaluation"):
         decoding = _decoding(target, config)
     with Console(stderr=True).status("measuring: writing"):
-        writing = _writing(BatchedTarget(target, () if kind.whole else layers), config)
+        writing = _writing(over(target, () if kind.whole else layers), config)
     with Console(stderr=True).status("measuring: reading"):
-        reading = _reading(BatchedTarget(target, layers), config)
+        reading = _reading(over(target, layers), config)
     with Console(stderr=True).status("measuring: fitting"):
         step, checkpoint = _fitting(target, config, layers)
     speeds = Speeds(writing, reading, step, decoding, checkpoint)
@@ -180,19 +181,20 @@ def _timed(work: Callable[[int], int], first: int) -> float:
     return done / passed
 
 
-def _requests(config: TrainConfig, target: Decoder, rows: int, length: int) -> list[Request]:
+def _requests(config: TrainConfig, target: Target, rows: int, length: int) -> list[Request]:
     random = np.random.default_rng(0)
     tokens = random.integers(target.config.vocab_size, size=(rows, length))
     return [Request(row.tolist(), 0.8, i) for i, row in enumerate(tokens)]
 
 
-def _writing(target: BatchedTarget, config: TrainConfig) -> float:
+def _writing(target: Sequences, config: TrainConfig) -> float:
     """Tokens per second with a full batch, prompts not counted."""
-    requests = _requests(config, target.target, config.batch, 4)
-    return config.batch / _step_seconds(target, requests, config.max_tokens)
+    rows = config.batch if target.together else 1
+    requests = _requests(config, target.target, rows, 4)
+    return rows / _step_seconds(target, requests, config.max_tokens)
 
 
-def _step_seconds(target: BatchedTarget, requests: list[Request], most: int) -> float:
+def _step_seconds(target: Sequences, requests: list[Request], most: int) -> float:
     """Seconds of a step of writing answers of at most so many tokens.
 
     Reading the prompts can take much longer than a few steps, and never takes the same time: so
@@ -219,7 +221,7 @@ def _step_seconds(target: BatchedTarget, requests: list[Request], most: int) -> 
     return max(steps, 1e-9) / (tokens - 1)
 
 
-def _reading(target: BatchedTarget, config: TrainConfig) -> float:
+def _reading(target: Sequences, config: TrainConfig) -> float:
     """Answer tokens per second whose features are computed again."""
     length = min(config.max_tokens, 256)
     rows = max(1, 1024 // length)
@@ -234,7 +236,7 @@ def _reading(target: BatchedTarget, config: TrainConfig) -> float:
     return _timed(passes, 1) * rows * length
 
 
-def _fitting(target: Decoder, config: TrainConfig, layers: tuple[int, ...]) -> tuple[float, int]:
+def _fitting(target: Target, config: TrainConfig, layers: tuple[int, ...]) -> tuple[float, int]:
     """Seconds of an optimiser step on random data, and bytes of a checkpoint."""
     with tempfile.TemporaryDirectory(prefix="redrafter-estimate-") as name:
         place = Path(name)
@@ -260,7 +262,7 @@ class _EnoughError(Exception):
 
 
 def _random_answers(
-    place: Path, target: Decoder, config: TrainConfig, layers: tuple[int, ...]
+    place: Path, target: Target, config: TrainConfig, layers: tuple[int, ...]
 ) -> None:
     random = np.random.default_rng(0)
     length = max(config.segment + config.rollout + 1, min(config.max_tokens, 128))
@@ -279,10 +281,12 @@ def _random_answers(
     save_features(shard.features_file, [features])
 
 
-def _decoding(target: Decoder, config: TrainConfig) -> float:
-    """Seconds of a decoding step that checks a small tree: as many tokens in one pass."""
-    requests = _requests(config, target, _NODES, 64)
-    return _step_seconds(BatchedTarget(target, ()), requests, config.max_tokens)
+def _decoding(target: Target, config: TrainConfig) -> float:
+    """Seconds of a decoding step that checks a small tree: as many tokens in one pass, or one
+    where sequences do not share any."""
+    sequences = over(target, ())
+    requests = _requests(config, target, _NODES if sequences.together else 1, 64)
+    return _step_seconds(sequences, requests, config.max_tokens)
 
 
 def show(estimate: Estimate) -> None:

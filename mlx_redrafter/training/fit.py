@@ -18,8 +18,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_redrafter.drafters.rollout import final_hidden
-from mlx_redrafter.models import Decoder
-from mlx_redrafter.models.batched import BatchedTarget
+from mlx_redrafter.models import Target
+from mlx_redrafter.models.batched import over
 from mlx_redrafter.training import kinds
 from mlx_redrafter.training.config import TrainConfig
 from mlx_redrafter.training.conversations import Conversations
@@ -47,14 +47,14 @@ class Fit:
         folder: with the answers; checkpoint and log go to ``folder/fit``.
     """
 
-    def __init__(self, target: Decoder, config: TrainConfig, folder: Path) -> None:
+    def __init__(self, target: Target, config: TrainConfig, folder: Path) -> None:
         self.target, self.config, self.folder = target, config, folder
         self.steps = config.steps
         self.trainee = kinds.of(config)(target, config)
         layers = self.trainee.layers_of(self.trainee.shape, target.config)
         self.runs = max(1, config.batch_positions // config.segment)
         self.data = (Conversations if self.trainee.whole else Positions)(
-            folder, BatchedTarget(target, layers), config.segment, config.rollout,
+            folder, over(target, layers), config.segment, config.rollout,
             config.cache_gb * 1e9,
         )  # fmt: skip
         self.step, self.seconds = 0, 0.0
@@ -323,7 +323,7 @@ class Fit:
         return folder
 
 
-def fit(target: Decoder, config: TrainConfig, folder: Path, on_step: OnStep) -> Path:
+def fit(target: Target, config: TrainConfig, folder: Path, on_step: OnStep) -> Path:
     """Train, or go on training, on the answers in ``folder``; returns the drafter's folder.
 
     The result does not depend on interruptions, to the bit where the arithmetic does not.

@@ -61,6 +61,7 @@ def memory(
     *,
     weights: float,
     on_gpu: bool = True,
+    together: bool = True,
 ) -> dict[str, int]:
     """Bytes by part: the target's weights, then the parts of WRITING and those of FITTING.
 
@@ -68,16 +69,18 @@ def memory(
         shape: of the drafter.
         weights: bytes of the target's weights as loaded; 4-bit ones take about 4.5 bits each.
         on_gpu: 16-bit activations and fused attention; on a CPU neither.
+        together: a pass of the target runs a batch, else one sequence.
     """
     item, size, batch = (2 if on_gpu else 4), target.hidden_size, config.batch
+    at_once = batch if together else 1
     kind = kinds.of(config)
     layers = len(kind.layers_of(shape, target))
     written = 0 if kind.whole else layers  # layers whose outputs are kept on the way
     prompt = longest_prompt(config)
     per_token = target.kept_per_token * item
     slots = prompt + config.max_tokens
-    most = batch * slots
-    if config.prompts is None:
+    most = at_once * slots
+    if config.prompts is None and together:
         most = max(most, wave(config) * prompt)
     # One layer's slab exists twice while finished answers are dropped.
     slabs = most * per_token * (1 + 1 / target.num_layers)
@@ -91,7 +94,7 @@ def memory(
         "keys and values": round(slabs),
         "pass over prompts": _pass(target, written, prompt, on_gpu),
         # float32: logits, exponentials, their sums, and what is compared.
-        "sampling": batch * target.vocab_size * 4 * 4,
+        "sampling": at_once * target.vocab_size * 4 * 4,
         # float16; once while written and once in one piece for the file.
         "features of a batch": batch * max(prompt, 2 * config.max_tokens) * written * size * 2,
         "drafter": 4 * drafter,
@@ -123,11 +126,15 @@ def fitting_batch(
     *,
     weights: float,
     on_gpu: bool = True,
+    together: bool = True,
 ) -> int:
     """The largest batch of answers, up to ``config.batch``, that fits in so many bytes, or 1."""
 
     def fits(batch: int) -> bool:
-        parts = memory(replace(config, batch=batch), target, shape, weights=weights, on_gpu=on_gpu)
+        parts = memory(
+            replace(config, batch=batch), target, shape,
+            weights=weights, on_gpu=on_gpu, together=together,
+        )  # fmt: skip
         return of_stage(parts, WRITING) <= available
 
     low, high = 1, config.batch

@@ -14,7 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.evaluation.prompts import read_prompts
-from mlx_redrafter.models.batched import BatchedTarget, Request
+from mlx_redrafter.models.sequences import Request, Sequences
 from mlx_redrafter.text.template import has_template, render, render_text
 from mlx_redrafter.training.shards import read_lines
 
@@ -136,7 +136,7 @@ def encode(tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> list[
 
 
 def write_own(
-    target: BatchedTarget,
+    target: Sequences,
     tokenizer: TokenizerWrapper,
     *,
     count: int,

@@ -19,8 +19,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.errors import HubError, ModelError, OptionError
 from mlx_redrafter.hub import kept, resolve
-from mlx_redrafter.models import Decoder, load_model
-from mlx_redrafter.models.batched import BatchedTarget, Request
+from mlx_redrafter.models import Decoder, Target, load_model
+from mlx_redrafter.models.batched import over, takes
+from mlx_redrafter.models.sequences import Request, Sequences
 from mlx_redrafter.runtime.device import device
 from mlx_redrafter.terminal import console
 from mlx_redrafter.text.tokenizer import load_tokenizer
@@ -52,7 +53,7 @@ class Run:
     """
 
     config: TrainConfig
-    target: Decoder
+    target: Target
     tokenizer: TokenizerWrapper
     evaluating: Evaluating = field(default_factory=Evaluating)
     place: Path = Path()  # of the model's files
@@ -68,7 +69,7 @@ class Run:
         if config.warm_start is not None and not folder.fitting(config.out):
             self.trainee.warm()
         self.chats: bool = self.tokenizer.has_chat_template
-        self.writer = BatchedTarget(self.target, ())
+        self.writer = over(self.target, ())
         self._supply: Supply | None = None
 
     @property
@@ -112,10 +113,9 @@ def _batch(config: TrainConfig, before: TrainConfig | None, target: Decoder) -> 
         return config.batch
     shape, on_gpu = kinds.of(config).shape_of(config, target.config), device() == "gpu"
     available, weights = memory.usable_bytes(), memory.weights_of(target)
-    fitting = memory.fitting_batch(
-        config, target.config, shape, available, weights=weights, on_gpu=on_gpu
-    )
-    parts = memory.memory(config, target.config, shape, weights=weights, on_gpu=on_gpu)
+    here: dict[str, Any] = {"weights": weights, "on_gpu": on_gpu, "together": takes(target)}
+    fitting = memory.fitting_batch(config, target.config, shape, available, **here)
+    parts = memory.memory(config, target.config, shape, **here)
     if memory.of_stage(parts, memory.FITTING) > available:
         console.warn(
             f"warning: the fit of this drafter needs about "
@@ -190,9 +190,7 @@ def _wrote(bar: Bar, prompts: int) -> None:
     bar.to(bar.done, f"{prompts} prompts")
 
 
-def _answer_pool(
-    run: Run, target: BatchedTarget, pool: tuple[int, int], tokens: int, bar: Bar
-) -> int:
+def _answer_pool(run: Run, target: Sequences, pool: tuple[int, int], tokens: int, bar: Bar) -> int:
     """Answer what is not answered in a pool of prompts; answer tokens so far, ``tokens`` before."""
     config, size = run.config, run.config.batch
     files = [_shard(config.out, i) for i in range(pool[0] // size, pool[1] // size)]
@@ -212,11 +210,11 @@ def _answer_pool(
     return tokens
 
 
-def _feature_writer(run: Run, tokens: int) -> BatchedTarget:
+def _feature_writer(run: Run, tokens: int) -> Sequences:
     """A target that keeps the features of its answers, if there is room for all of them."""
     if run.trainee.whole or not _cached(run, tokens):
         return run.writer
-    return BatchedTarget(run.target, _settled_layers(run))
+    return over(run.target, _settled_layers(run))
 
 
 def _settled_layers(run: Run) -> tuple[int, ...]:
@@ -266,7 +264,7 @@ def _read_features(run: Run) -> None:
     missing = [(s, s.count()) for s in every if not s.features_file.is_file()]
     if not missing:
         return
-    reader = BatchedTarget(run.target, layers)
+    reader = over(run.target, layers)
     with Bar("reading answers", sum(tokens for _, tokens in missing), "tokens") as bar:
         for shard, tokens in missing:
             compute_features(reader, layers, shard)
@@ -317,7 +315,7 @@ def evaluate(run: Run) -> None:
         raise OptionError(
             f"{config.out} has no drafter yet: run `{lines.train(config, needed)}` first"
         )
-    # Loaded anew with its drafter; the run's own copy would double the memory.
+    # Decoder anew with its drafter; the run's own copy would double the memory.
     run.forget()
     model, tokenizer = load(config.model, str(place))
     dates.settle(tokenizer, folder.began(config.out))

@@ -14,7 +14,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.models.batched import BatchedTarget, Request
+from mlx_redrafter.models.sequences import Request, Sequences
 from mlx_redrafter.terminal import console
 from mlx_redrafter.training import prompts
 from mlx_redrafter.training.answers import POOL, plan
@@ -37,9 +37,7 @@ class Supply:
         target: to write prompts with.
     """
 
-    def __init__(
-        self, config: TrainConfig, target: BatchedTarget, tokenizer: TokenizerWrapper
-    ) -> None:
+    def __init__(self, config: TrainConfig, target: Sequences, tokenizer: TokenizerWrapper) -> None:
         self.config, self.target, self.tokenizer = config, target, tokenizer
         self.folder = config.out / "prompts"
         self.sizes: list[int] = []  # prompts per file

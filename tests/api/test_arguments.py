@@ -17,6 +17,7 @@ from tiny_chat import write_chat_model
 import mlx_redrafter
 from mlx_redrafter import api
 from mlx_redrafter.api import Model, generate, load, stream_generate
+from mlx_redrafter.cache.packed import PackedSlab
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.errors import OptionError
@@ -161,7 +162,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stop": [b"x"]}, "stop [b'x'] is not possible"),
     ({"stop": b"x"}, "stop b'x' is not possible"),
     ({"stop": mx.array(5)}, "stop array(5, dtype=int32) is not possible"),
-    ({"kv_bits": np.array([4, 8])}, "there is no option kv_bits: leave it out"),
+    ({"kv_bits": np.array([4, 8])}, "there is no option kv_bits: give it to load()"),
     ({"stop": ["a", None]}, "stop ['a', None] is not possible"),
     ({"stop_tokens": "x"}, "stop_tokens 'x' is not possible: give token ids; text goes into stop="),
     ({"stop_tokens": [259]}, "stop token 259 is not possible: use 0 to 258"),
@@ -177,7 +178,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt_cache": [1]}, "there is no option prompt_cache: give session=Session()"),
     ({"draft_model": 1}, "there is no option draft_model: give the drafter when loading: load(mo"),
     ({"num_draft_tokens": 3}, "there is no option num_draft_tokens: give tree=TreeShape.chain(3)"),
-    ({"kv_bits": 4}, "there is no option kv_bits: leave it out"),
+    ({"kv_bits": 4}, "there is no option kv_bits: give it to load()"),
     ({"max_kv_size": 512}, "there is no option max_kv_size: leave it out"),
     ({"temperature": 0.5}, "there is no option temperature: give temp="),
     ({"tempp": 0.5}, "there is no option tempp: did you mean temp=?"),
@@ -285,12 +286,31 @@ def test_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (".", {"lazy": True}, "there is no option lazy: leave it out"),
         (".", {"draftr": "x"}, "there is no option draftr: did you mean drafter=?"),
         (".", {"temp": 0.5}, "there is no option temp: give it to generate()"),
+        (".", {"kv_bits": 5}, "kv_bits 5 is not possible: use 8 or 4"),
+        (".", {"kv_group_size": 16}, "kv_group_size 16 is not possible: use 32, 64 or 128"),
     ],
     ids=str,
 )
 def test_load_refuses(given: Any, more: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError, match="^" + re.escape(said)):
         load(given, **more)
+
+
+def test_load_for_quantised_keys_and_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows that divide into groups; a session belongs to the model that was loaded so."""
+    monkeypatch.setattr(api, "_compiler_present", lambda: False)
+    given = write_chat_model(tmp_path, head_dim=32)
+    with pytest.raises(OptionError, match="give a kv group size of 32"):
+        load(given, None, kv_bits=8)
+    pair, session = load(given, None, kv_bits=8, kv_group_size=32), Session()
+    assert all(isinstance(kind, PackedSlab) for kind in pair[0].target.caches)
+    text = generate(*pair, "da da", max_tokens=8, session=session)
+    assert generate(*pair, "da da", max_tokens=8, draft=True) == text
+    with pytest.raises(OptionError, match="the session belongs to another model"):
+        generate(*load(given, None), "da da", session=session)
+    assert pair[0].budget.conditions() != load(given, None)[0].budget.conditions()
 
 
 def test_verbose_is_a_switch(model: Model) -> None:

@@ -16,7 +16,7 @@ import tiny_speculators
 from conftest import random_drafter, write_target
 from typer.testing import CliRunner
 
-from mlx_redrafter.bench.counts import kinds, metal, parts, report, sizes
+from mlx_redrafter.bench.counts import kinds, metal, parts, passes, report, sizes
 from mlx_redrafter.bench.counts.graph import graph, metal_shaped
 from mlx_redrafter.cli import main as cli
 from mlx_redrafter.decoding.sampling import SamplingParams
@@ -258,7 +258,10 @@ def test_dispatches_of_every_kind() -> None:
 
 
 @pytest.mark.parametrize("kind", ["medusa", "lstm"])
-def test_a_step_with_other_drafters_is_counted(tmp_path: Path, kind: str) -> None:
+def test_a_step_with_other_drafters_is_counted(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kinds, "BASES", {})  # of models of other sizes
     target = load_model(write_target(tmp_path / "target"))
     if kind == "medusa":
         heads = tiny_medusa.heads()
@@ -279,7 +282,9 @@ def test_a_base_of_other_sizes(tmp_path: Path) -> None:
         return CliRunner().invoke(cli.app, ["bench", "counts", "--base", str(base), "--json"])
 
     wrong = invoke("llama-9b")
-    assert wrong.exit_code == 1 and "use llama-8b, or the config.json of a model" in wrong.stderr
+    assert (
+        wrong.exit_code == 1 and "use llama-8b, qwen3-30b-a3b, qwen3.5-9b, or the" in wrong.stderr
+    )
     config = {**kinds.LLAMA_8B, "num_hidden_layers": 2, "hidden_size": 512, "vocab_size": 4096}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = invoke(tmp_path)
@@ -290,7 +295,52 @@ def test_a_base_of_other_sizes(tmp_path: Path) -> None:
         assert row["dispatches"] > values["plain_dispatches"] and row["drafter_bytes"] > 0
 
 
-def test_the_command(tmp_path: Path) -> None:
+THIN = {
+    "experts": {
+        **kinds.QWEN3_30B_A3B, "num_hidden_layers": 8, "vocab_size": 4096, "hidden_size": 256,
+        "num_experts": 16, "num_experts_per_tok": 4,
+    },
+    "hybrid": {
+        **kinds.QWEN35_9B, "num_hidden_layers": 10, "vocab_size": 4096, "hidden_size": 512,
+        "full_attention_interval": 2, "linear_num_value_heads": 32,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", THIN)
+def test_passes_of_experts_and_hybrids(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is counted on few layers is what is counted on all; bytes by hand."""
+    monkeypatch.setattr(kinds, "BASES", {case: THIN[case]})
+    monkeypatch.setattr(passes, "_LAYERS", (4, 6))
+    shape, context = TreeShape(1, 0, 4, lookup=3), 100
+    one, four = passes.passes(shape, context)[case].values()
+    layers = THIN[case]["num_hidden_layers"]
+    assert one["dispatches"] == passes._counted(THIN[case], (TreeShape.plain(),), layers)[0]
+    byte = 4.5 / 8
+    if case == "experts":
+        expert = 3 * 256 * 768 * byte
+        assert one["weight_bytes"][0] == one["weight_bytes"][1]
+        least, most = four["weight_bytes"]
+        assert most - least == 8 * (16 - 4) * expert, "4 rows of 4 of 16"
+        assert one["kept_bytes"] == four["kept_bytes"] == 8 * 2 * 4 * 128 * context * 2
+        return
+    assert four["weight_bytes"][0] == four["weight_bytes"][1]
+    state = 32 * 128 * 128 * 4 + 3 * (2 * 16 + 32) * 128 * 2
+    assert one["kept_bytes"] == 5 * 2 * state + 5 * 2 * 4 * 256 * context * 2
+    assert one["dispatches"] < 10 * 26 < four["dispatches"] < 10 * 42
+
+
+def test_what_runs_as_mlx_lm_s_module_is_not_counted(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba2"}))
+    result = CliRunner().invoke(cli.app, ["bench", "counts", "--model", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "'mamba2' runs as mlx_lm's own module, whose steps are not counted" in result.stderr
+    assert "--base llama-8b or" in result.stderr
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "BASES", {})
+
     def invoke(arguments: list[str]) -> Any:
         return CliRunner().invoke(cli.app, ["bench", "counts", *arguments])
 

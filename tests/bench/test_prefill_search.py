@@ -277,4 +277,4 @@ def test_what_is_wrong_is_one_line(
 @pytest.mark.parametrize("density", [1e-9, 1e-320, 5e-324])
 def test_a_density_of_almost_nothing_needs_a_longer_text(density: float) -> None:
     with pytest.raises(OptionError, match=r"--length 3072 is not possible.* use [0-9]+ or more"):
-        check_length(3072, density, 4096, SimpleNamespace(max_positions=8192, own_attention=""))  # type: ignore[arg-type]
+        check_length(3072, density, 4096, SimpleNamespace(max_positions=8192, not_attention=""))  # type: ignore[arg-type]

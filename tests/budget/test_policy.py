@@ -50,7 +50,9 @@ class Dice:
     def choose(self, position: int) -> TreeShape:
         return self.shapes[self._random.integers(len(self.shapes))]
 
-    def record(self, shape: TreeShape, produced: int, seconds: float | None) -> None:
+    def record(
+        self, shape: TreeShape, produced: int, seconds: float | None, experts: int = 0
+    ) -> None:
         assert 1 <= produced <= shape.longest + 1
         assert seconds is None or seconds > 0
 

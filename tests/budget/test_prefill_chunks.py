@@ -92,7 +92,7 @@ def test_measured_at_the_first_long_prompt_and_kept(
     best = Chunks(*[{**FLAT, 256: 0.5e-4}] * 2)
     calls: list[Decoder] = []
     said: list[str] = []
-    monkeypatch.setattr(chunks, "measure", lambda target: calls.append(target) or best)
+    monkeypatch.setattr(chunks, "measure", lambda target, text: calls.append(target) or best)
     loaded.engine.say = said.append
     assert loaded.budget.step_size(2048) == USUAL
     assert loaded.budget.step_size(6000, cached=5000) == USUAL

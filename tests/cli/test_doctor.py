@@ -17,6 +17,7 @@ from conftest import engine_of
 from tiny_chat import write_chat_model
 from typer.testing import CliRunner
 
+from mlx_redrafter.cache.packed import Packing
 from mlx_redrafter.cli import doctor, info
 from mlx_redrafter.cli import main as cli
 from mlx_redrafter.evaluation import model_checks
@@ -206,6 +207,9 @@ def test_info_counts_a_model(tmp_path: Path) -> None:
     assert facts["model"]["parameters"] == 512 * 128 + 2 * layer + 128
     assert facts["model"]["bits_per_weight"] == 32
     assert facts["model"]["cache_bytes"] == 100 * 2 * 2 * 2 * 64 * 4
+    assert facts["model"]["cache_bytes_per_token"] == 2 * 2 * 2 * 64 * 4
+    packed = info.collect(str(tmp_path), packing=Packing(4, 32))["model"]
+    assert packed["cache_bytes_per_token"] == 2 * 2 * 2 * 64 * (4 + 2 * 32 / 32) / 8
     assert facts["drafter"] is None
     result = CliRunner().invoke(cli.app, ["info", str(tmp_path)])
     assert result.exit_code == 0

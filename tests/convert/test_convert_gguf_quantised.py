@@ -106,12 +106,13 @@ def test_what_a_person_may_not_expect_is_noted(tmp_path):
     found = weights_of(tmp_path / "plain")
     size = sum(v.nbytes for v in found.values() if v.ndim == 2 and v.dtype == mx.float16)
     size -= sum(v.nbytes for name, v in found.items() if name.endswith(("scales", "biases")))
-    assert f"no equal of Q4_K: these tensors become float16, {size_text(size)}; " in grown.notes[0]
+    assert "no equal of Q4_K with scales of 16 bits: these tensors become" in grown.notes[0]
+    assert f"become float16, {size_text(size)}; " in grown.notes[0]
     assert {m.source: m.note for m in grown.mapping}["blk.1.ffn_down.weight"] == (
         "Q4_0, 4 bits in MLX"
     )
     again = convert(path, tmp_path / "again", bits=4)
-    assert again.notes[0].startswith("Q4_0 tensors are quantised a second time; without -q")
+    assert again.notes[0].startswith("Q4_0, Q4_K tensors are quantised a second time; --keep")
     full = convert(path, tmp_path / "full", dtype="float32")
     assert {m.source: m.note for m in full.mapping}["blk.1.ffn_down.weight"] == (
         "Q4_0, float32 in MLX"

@@ -12,6 +12,7 @@ from gguf_files import run
 from tiny_gguf import BOOL, I32, STRING, U32, metadata, write_gguf
 
 from mlx_redrafter.errors import ConvertError
+from mlx_redrafter.hub.gguf.splitters import SPLITTERS
 from mlx_redrafter.hub.gguf.tokenizer import GgufTokenizer
 from mlx_redrafter.text.tokenizer import load_tokenizer
 
@@ -51,6 +52,43 @@ def test_splitters(tmp_path, splitter, tokens):
     for text in ("def f(x):\n\treturn x  # 3.14", "naïve 你好 🦊", "I'LL don't"):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
     assert tokenizer.get_vocab_size() == size
+
+
+WORDS = {
+    "gpt-2": ["HelloWorld", "'s", "Ġ", "Ġ12345", "!?", "Ċ", "Ċ", "no", "Ìģ"],
+    "starcoder": [
+        "HelloWorld", "'s", "ĠĠ", "1", "2", "3", "4", "5", "!?", "Ċ", "Ċ", "no", "Ìģ",
+    ],
+    "qwen2": ["HelloWorld", "'s", "Ġ", "Ġ", "1", "2", "3", "4", "5", "!?ĊĊ", "nÃ³"],
+    "qwen35": ["HelloWorld", "'s", "Ġ", "Ġ", "1", "2", "3", "4", "5", "!?ĊĊ", "nÃ³"],
+    "stablelm2": ["HelloWorld", "'s", "Ġ", "Ġ", "1", "2", "3", "4", "5", "!?ĊĊ", "no", "Ìģ"],
+    "smaug-bpe": ["HelloWorld", "'s", "Ġ", "Ġ", "123", "45", "!?ĊĊ", "no", "Ìģ"],
+    "gpt-4o": ["Hello", "World's", "Ġ", "Ġ", "123", "45", "!?ĊĊ", "noÌģ"],
+    "tekken": ["Hello", "World", "'s", "Ġ", "Ġ", "1", "2", "3", "4", "5", "!?ĊĊ", "noÌģ"],
+    "deepseek-v3": ["HelloWorld", "'s", "ĠĠ", "123", "45", "!?ĊĊ", "noÌģ"],
+    "seed-coder": ["HelloWorld", "'s", "Ġ", "Ġ", "1", "2", "3", "4", "5", "!?", "ĊĊ", "no", "Ìģ"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("splitter", WORDS)
+def test_words_of_a_splitter(splitter):
+    given = {"tokenizer.ggml.pre": (STRING, splitter)}
+    tokenizer = GgufTokenizer({k: v[1] for k, v in metadata(**given).items()}, "x").build()
+    text = "HelloWorld's  12345!?\n\nno\u0301"
+    if tokenizer.normalizer:
+        text = tokenizer.normalizer.normalize_str(text)
+    assert [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)] == WORDS[splitter]
+
+
+def test_every_splitter_is_an_expression(tmp_path):
+    for splitter in SPLITTERS:
+        given = {"tokenizer.ggml.pre": (STRING, splitter)}
+        tokenizer = GgufTokenizer({k: v[1] for k, v in metadata(**given).items()}, "x").build()
+        text = "naïve 你好 🦊 I'LL  12345\n\n"
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    given = {"tokenizer.ggml.pre": (STRING, "superbpe")}
+    with pytest.raises(ConvertError, match=r"'superbpe'; needed: .* gpt-4o, .* tekken; convert"):
+        GgufTokenizer({k: v[1] for k, v in metadata(**given).items()}, "x")
 
 
 def test_added_tokens_ends_and_template(tmp_path):
@@ -119,6 +157,21 @@ def test_sentencepiece_from_its_scores(trained, step):
         assert bare.encode(text).ids == expected, text
         assert tokenizer.encode(text).ids == [order.index(trained.bos_id()), *expected]
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_gemma_4_stores_the_merges(trained):
+    """With them, the pieces' scores say nothing."""
+    order = list(range(trained.vocab_size()))
+    by_score = GgufTokenizer(spm_metadata(trained, order, add_space_prefix=False), "x")
+    merges = [" ".join(pair) for pair in json.loads(by_score.build().to_str())["model"]["merges"]]
+    given = spm_metadata(
+        trained, order, add_space_prefix=False, model="gemma4", pre="gemma4", merges=merges,
+        scores=[-1000.0] * len(order),
+    )  # fmt: skip
+    stored = GgufTokenizer(given, "x").build()
+    for text in ("the fox and  the crow", "def f(x):\n\treturn x", "naïve 你好 🦊"):
+        assert stored.encode(text).ids == by_score.build().encode(text).ids
+        assert stored.decode(stored.encode(text).ids) == text
 
 
 def test_a_broken_tokenizer_is_one_line(tmp_path):

@@ -40,7 +40,9 @@ class Sometimes:
         self.left -= 1
         return CHAIN if self.left >= 0 else PLAIN
 
-    def record(self, shape: TreeShape, produced: int, seconds: float | None) -> None:
+    def record(
+        self, shape: TreeShape, produced: int, seconds: float | None, experts: int = 0
+    ) -> None:
         pass
 
 

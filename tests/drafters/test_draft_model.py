@@ -132,7 +132,9 @@ def test_shapes_may_change_from_step_to_step(target: Decoder, itself: DraftModel
             self.count = getattr(self, "count", -1) + 1
             return self.shapes[self.count % 3]
 
-        def record(self, shape: TreeShape, tokens: int, seconds: float | None) -> None:
+        def record(
+            self, shape: TreeShape, tokens: int, seconds: float | None, experts: int = 0
+        ) -> None:
             pass
 
     stats = DraftStats()

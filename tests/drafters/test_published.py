@@ -181,12 +181,3 @@ def test_the_command_says_that_there_are_none() -> None:
         "train -m org/other); to see all that are: mlx-redrafter drafters\n"
     )
     assert json.loads(listed("org/other", "--json")) == {"drafters": []}
-
-
-def test_a_type_that_nothing_is_trained_for_is_not_told_to_train() -> None:
-    said = remarks.no_drafter("org/some-hybrid", "qwen3_next")
-    assert "none can be trained for model_type qwen3_next yet" in said
-    assert "mlx-redrafter train" not in said
-    assert "mlx-redrafter train -m org/some-hybrid" in remarks.no_drafter(
-        "org/some-hybrid", "llama"
-    )

@@ -26,7 +26,7 @@ from tiny_gguf import (
 
 from mlx_redrafter.errors import HubError
 from mlx_redrafter.hub import builtin
-from mlx_redrafter.hub.gguf.model import mlx_name
+from mlx_redrafter.hub.gguf.architectures import ARCHITECTURES, target_name
 from mlx_redrafter.runtime.paths import BUILTIN
 from mlx_redrafter.text.tokenizer import load_tokenizer
 
@@ -41,7 +41,7 @@ def test_weights_are_those_of_the_gguf(tmp_path, cache):
     for name, expected in real.items():
         if name.endswith((".attn_q", ".attn_k")):
             continue
-        got = np.array(weights[f"{mlx_name(name)}.weight"])
+        got = np.array(weights[target_name(f"{name}.weight", ARCHITECTURES["llama"])])
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
 
 
@@ -131,8 +131,8 @@ def test_another_gguf_is_refused(tmp_path, cache, changed):
 
 
 def test_an_unknown_tensor_is_refused(tmp_path, cache):
-    write_gguf(tmp_path / "other.gguf", extra=["blk.0.attn_q_norm"])
-    assert "attn_q_norm" in failure("cpu", partial(source, tmp_path / "other.gguf", []))
+    write_gguf(tmp_path / "other.gguf", extra=["blk.0.attn_rot_embd"])
+    assert "attn_rot_embd" in failure("cpu", partial(source, tmp_path / "other.gguf", []))
     assert left_over(cache) == []
 
 

@@ -70,6 +70,11 @@ WRONG = {
     ),
     "rotary base": ("llama.rope.freq_base", BOOL, True, "freq_base is True; needed: a number"),
     "context": ("llama.context_length", STRING, "8k", "context_length is '8k'; needed: a whole"),
+    "windows": (
+        "llama.attention.sliding_window_pattern", STRING, "all",
+        "needed: a whole number or a list of true and false",
+    ),
+    "experts": ("llama.expert_used_count", F32, 2.0, "used_count is 2.0; needed: a whole number"),
     "lists of other lengths": (
         "tokenizer.ggml.tokens", STRING, [f"t{i}" for i in range(300)], "types or merges"
     ),

@@ -23,7 +23,8 @@ from mlx.utils import tree_flatten, tree_reduce
 from tiny_models import build
 
 from mlx_redrafter.cache.layer import Pass, new_caches
-from mlx_redrafter.cache.recurrent import TapedState, parents_of, windows_of
+from mlx_redrafter.cache.lineage import parents_of, windows_of
+from mlx_redrafter.cache.recurrent import TapedState
 from mlx_redrafter.errors import ModelError, OptionError
 from mlx_redrafter.models import AdaptedModel, Decoder, load_model, patches, registry
 from mlx_redrafter.models.running import Running

@@ -13,6 +13,7 @@ import pytest
 from adapter_cases import TYPES, module_of
 from conftest import RANKS, SHAPES, Oracle, engine_of, prompt_of, run
 
+from mlx_redrafter.cache import lineage
 from mlx_redrafter.cache.recurrent import LastRows, State, TapedState
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.sampling import SamplingParams
@@ -89,7 +90,7 @@ def forgetful(patch: pytest.MonkeyPatch) -> None:
 
 def of_the_neighbour(patch: pytest.MonkeyPatch) -> None:
     """Every node goes on from the one before it in the tree."""
-    patch.setattr(running, "parents_of", lambda a: mx.arange(-1, len(a) - 1))
+    patch.setattr(lineage, "parents_of", lambda a: mx.arange(-1, len(a) - 1))
 
 
 def in_a_row(patch: pytest.MonkeyPatch) -> None:

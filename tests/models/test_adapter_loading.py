@@ -10,26 +10,13 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
-from adapter_cases import TYPES, Raw, module_of
+from adapter_cases import write_module
 from conftest import engine_of, prompt_of, run
-from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.errors import ModelError
 from mlx_redrafter.models import AdaptedModel, config_of, load_model
-from mlx_redrafter.models.batched import BatchedTarget
-
-
-def write(folder: Path, kind: str = "dots1", dtype: mx.Dtype = mx.float32) -> Raw:
-    """A folder of a type, as mlx_lm saves it."""
-    raw = TYPES[kind]
-    module = module_of(raw, lively=True)
-    module.set_dtype(dtype)
-    weights = dict(tree_flatten(module.parameters()))
-    (folder / "config.json").write_text(json.dumps(raw))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    return raw
 
 
 def greedy(module: object, prompt: list[int], n: int) -> list[int]:
@@ -42,7 +29,7 @@ def greedy(module: object, prompt: list[int], n: int) -> list[int]:
 
 
 def test_a_type_that_we_do_not_have_is_loaded_in_float32(tmp_path: Path) -> None:
-    raw = write(tmp_path, dtype=mx.bfloat16)
+    raw = write_module(tmp_path, "dots1", mx.bfloat16)
     model, prompt = load_model(tmp_path), prompt_of(12)
     assert isinstance(model, AdaptedModel)
     assert model.dtype == mx.float32
@@ -56,7 +43,7 @@ def test_a_type_that_we_do_not_have_is_loaded_in_float32(tmp_path: Path) -> None
 
 
 def test_quantised(tmp_path: Path) -> None:
-    write(tmp_path)
+    write_module(tmp_path, "dots1")
     module, config = mlx_lm_utils.load_model(tmp_path)
     module, config = mlx_lm_utils.quantize_model(module, config, group_size=32, bits=4)
     mlx_lm_utils.save_model(tmp_path, module)
@@ -70,7 +57,7 @@ def test_quantised(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_with_a_folder_is_one_line(tmp_path: Path) -> None:
-    raw = write(tmp_path)
+    raw = write_module(tmp_path, "dots1")
     file = tmp_path / "model.safetensors"
     weights = mx.load(str(file))
     name = "model.layers.1.self_attn.q_proj.weight"
@@ -89,9 +76,3 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path: Path) -> None:
     mx.save_safetensors(str(file), weights)
     (tmp_path / "config.json").write_text(json.dumps({**raw, "num_attention_heads": "many"}))
     refused("mlx-lm cannot load", "dots1")
-
-
-def test_training_on_it_is_declined_in_a_line(tmp_path: Path) -> None:
-    write(tmp_path)
-    with pytest.raises(ModelError, match="one sequence at a time"):
-        BatchedTarget(load_model(tmp_path), ())

@@ -15,12 +15,14 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from tiny_models import PREFIX, Runner, assert_close, build, save, tokens_of
 
 from mlx_redrafter.bench.counts import sizes
+from mlx_redrafter.cache.ring import Ring
 from mlx_redrafter.cache.slabs import Slab
 from mlx_redrafter.cli import info
 from mlx_redrafter.drafters import model as draft_model
 from mlx_redrafter.errors import DrafterError, ModelError
 from mlx_redrafter.models import experts, load_model
-from mlx_redrafter.models.batched import BatchedTarget, Request
+from mlx_redrafter.models.batched import BatchedTarget
+from mlx_redrafter.models.sequences import Request
 from mlx_redrafter.models.weights import parameters
 from mlx_redrafter.tree.shape import TreeShape
 
@@ -219,7 +221,7 @@ def test_a_latent_layer_keeps_a_vector_and_a_key(tmp_path: Path) -> None:
 def test_layers_that_read_the_keys_of_others_keep_none(tmp_path: Path) -> None:
     build(tmp_path, "gemma4_text")
     model = load_model(tmp_path)
-    assert model.caches == [Slab(4, 16), Slab(4, 32)] * 2
+    assert model.caches == [Ring(4, 16, window=4), Slab(4, 32)] * 2
     assert model.config.kept_per_token == 2 * (4 * 16 + 4 * 32)
     runner = Runner(model)
     runner(tokens_of(PREFIX))

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from delta_cases import DELTA_CASES
 from expert_cases import GEMMA4_CASES
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.cache import make_prompt_cache
@@ -47,7 +48,9 @@ def model(case: str, tmp_path: Path) -> Decoder:
 
 
 def test_every_supported_type_is_tested() -> None:
-    assert {config["model_type"] for config in CASES.values()} == set(SUPPORTED)
+    """Those with recurrent layers in a file of their own."""
+    every = (*CASES.values(), *DELTA_CASES.values())
+    assert {config["model_type"] for config in every} == set(SUPPORTED)
 
 
 def test_logits_equal_mlx_lm(case: str, model: Decoder, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +13,16 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.cache.layer import Pass, new_caches
+from mlx_redrafter.models import Decoder, Target, decoder_config
 from mlx_redrafter.models.adapter import AdaptedModel
+from mlx_redrafter.models.layout import arranged
+from mlx_redrafter.models.loading import sanitize
+from mlx_redrafter.models.weights import parameters
 
 Raw = dict[str, Any]
 PARENTS = (-1, 0, 0, 1, 1, 2, 3, 6)  # eight nodes, two branchings, five deep
@@ -71,10 +76,21 @@ def path_to(node: int, parents: Sequence[int] = PARENTS) -> list[int]:
     return path
 
 
-class Reader:
-    """An adapted model with its caches, run pass by pass."""
+def native_of(module: nn.Module, raw: Raw, closed: bool = False) -> Decoder:
+    """Our decoder with the weights of mlx_lm's module, its projections joined."""
+    weights = arranged(sanitize(parameters(module)), raw)
+    model = Decoder(replace(decoder_config(raw, weights.keys()), closed=closed))
+    model.load_weights(list(weights.items()))
+    for block in model.model.layers:
+        block.fuse()
+    model.eval()
+    return model
 
-    def __init__(self, model: AdaptedModel, capacity: int = CAPACITY) -> None:
+
+class Reader:
+    """A model with its caches, run pass by pass."""
+
+    def __init__(self, model: Target, capacity: int = CAPACITY) -> None:
         self.model, self.capacity = model, capacity
         self.caches = new_caches(model.caches, capacity, model.dtype)
         self.pending: Any = ()
@@ -116,10 +132,12 @@ class Reader:
         return other
 
 
-def figures(raw: Raw, closed: bool = False, prefix: int = PREFIX) -> Figures:
-    """A model of this configuration through the adapter, against mlx_lm itself."""
-    module = module_of(raw)
-    model = AdaptedModel(module, raw, closed)
+def figures(
+    raw: Raw, closed: bool = False, prefix: int = PREFIX, native: bool = False, lively: bool = False
+) -> Figures:
+    """A model of this configuration through the adapter, or native, against mlx_lm itself."""
+    module = module_of(raw, lively=lively)
+    model = native_of(module, raw, closed) if native else AdaptedModel(module, raw, closed)
     top = min(100, model.config.vocab_size)
     prompt = mx.random.randint(0, top, (prefix,)).tolist()
     tokens = mx.random.randint(0, top, (len(PARENTS),)).tolist()
@@ -155,3 +173,15 @@ def figures(raw: Raw, closed: bool = False, prefix: int = PREFIX) -> Figures:
     return Figures(
         prompt_error, step_error, tree_error, off(mx.stack(after), mx.stack(single((5, 7), end)))
     )
+
+
+def write_module(folder: Path, kind: str, dtype: mx.Dtype = mx.float32, **changes: Any) -> Raw:
+    """A folder of a type, as mlx_lm saves it: its config.json, and lively weights."""
+    raw = {**TYPES[kind], **changes}
+    module = module_of(raw, lively=True)
+    module.set_dtype(dtype)
+    weights = dict(tree_flatten(module.parameters()))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(raw))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return raw

@@ -162,6 +162,7 @@ CONTRADICTIONS = [
     "convert drafter --out new --to apple -q",
     "convert model --out new --to apple",
     "convert model --out new --format gguf",
+    "convert model --out new --keep-quantization",
     "convert drafter --out new --format base",
     "convert model --out new --target model",
     "convert model --out new -q --q-bits 3",

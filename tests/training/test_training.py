@@ -21,7 +21,8 @@ from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.drafters.rollout import final_hidden, head_inputs
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder, load_model
-from mlx_redrafter.models.batched import BatchedTarget, Request
+from mlx_redrafter.models.batched import BatchedTarget
+from mlx_redrafter.models.sequences import Request
 from mlx_redrafter.training import answers
 from mlx_redrafter.training.config import TrainConfig, from_mapping
 from mlx_redrafter.training.data import Positions, compute_features

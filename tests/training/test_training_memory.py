@@ -56,6 +56,15 @@ def test_a_3b_model_in_4_bits_fits_in_16_gb() -> None:
     assert batch == config.batch
 
 
+def test_one_sequence_at_a_time_needs_the_memory_of_one() -> None:
+    config, target = TrainConfig(max_tokens=4096), llama_3b()
+    shape, room = kinds.of(config).shape_of(config, target), memory.USABLE * 16 * 2**30
+    alone = memory.memory(config, target, shape, weights=0, together=False)
+    assert alone["keys and values"] == (160 + 4096) * 29 * 2 * 8 * 128 * 2
+    asked = memory.fitting_batch(config, target, shape, room, weights=0, together=False)
+    assert asked == config.batch
+
+
 def test_a_batch_that_does_not_fit_is_lowered() -> None:
     config = TrainConfig(max_tokens=4096)
     parts, batch = reckon(config)
@@ -129,6 +138,7 @@ class Clock:
     """A machine where reading prompts takes 10 s, now and then more or less, and a step 0.1 s."""
 
     target = SimpleNamespace(config=SimpleNamespace(vocab_size=100))
+    together = True
 
     def __init__(self, *_: Any, waver: tuple[float, ...] = (0.0, 1.0, -1.0), step: float = 0.1):
         self.now, self.step, self.waver = 0.0, step, itertools.cycle(waver)
@@ -159,10 +169,12 @@ def test_evaluation_and_writing_are_measured_so(
 ) -> None:
     clock, target = Clock(), cast(Any, Clock.target)
     monkeypatch.setattr(estimate, "time", clock)
-    monkeypatch.setattr(estimate, "BatchedTarget", lambda *_: clock)
+    monkeypatch.setattr(estimate, "over", lambda *_: clock)
     config = TrainConfig(max_tokens=1000)
     assert estimate._decoding(target, config) == pytest.approx(0.1, rel=0.1)
     assert estimate._writing(cast(Any, clock), config) == pytest.approx(640, rel=0.1)
+    clock.together = False  # a token a step, whatever the batch
+    assert estimate._writing(cast(Any, clock), config) == pytest.approx(10, rel=0.1)
 
 
 def rows(config: TrainConfig, **evaluating: int) -> dict[str, estimate.Stage]:

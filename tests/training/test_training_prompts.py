@@ -12,7 +12,7 @@ import numpy as np  # isort: skip
 import pytest
 from tiny_chat import refusal, write_chat_model
 
-from mlx_redrafter.models.batched import Answer
+from mlx_redrafter.models.sequences import Answer
 from mlx_redrafter.text.tokenizer import load_tokenizer
 from mlx_redrafter.training import prompts
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -45,7 +46,46 @@ LLAMA_8B: dict[str, Any] = {
     "rope_theta": 500000.0,
     "tie_word_embeddings": False,
 }
-BASES = {"llama-8b": LLAMA_8B}
+# huggingface.co/Qwen/Qwen3-30B-A3B, config.json.
+QWEN3_30B_A3B: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+}
+# huggingface.co/Qwen/Qwen3.5-9B, the text half of its config.json.
+QWEN35_9B: dict[str, Any] = {
+    "model_type": "qwen3_5",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 32,
+    "full_attention_interval": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "vocab_size": 248320,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 262144,
+    "tie_word_embeddings": False,
+}
+BASES = {"llama-8b": LLAMA_8B, "qwen3-30b-a3b": QWEN3_30B_A3B, "qwen3.5-9b": QWEN35_9B}
 BITS, DRAFTER_BITS = 4, 4
 PLAIN = "plain"
 DRAFTED = 32000  # tokens of a draft vocabulary
@@ -153,11 +193,10 @@ def quantised(module: nn.Module, bits: int, group: int = _GROUP) -> None:
 
 
 def _decoder(config: Mapping[str, Any]) -> Decoder:
-    """A model of these sizes, its projections joined as they are when it is loaded."""
-    model = Decoder(decoder_config(dict(config)))
+    """A model of these sizes as on Metal, its projections joined as they are when it is loaded."""
+    model = Decoder(replace(decoder_config(dict(config)), closed=True))
     for block in model.model.layers:
-        block.self_attn.fuse()
-        block.mlp.fuse()
+        block.fuse()
     return model
 
 
@@ -171,12 +210,23 @@ def base_of(config: Mapping[str, Any], bits: int = BITS) -> Decoder:
 def thin(config: Mapping[str, Any]) -> Decoder:
     """A model of the same graph that fits everywhere, evaluated."""
     size = 2 * _GROUP
-    target = _decoder(
-        {**config, "hidden_size": size, "intermediate_size": size, "head_dim": _GROUP}
-    )
+    small = {"hidden_size": size, "intermediate_size": size, "head_dim": _GROUP}
+    for name in ("moe_intermediate_size", "shared_expert_intermediate_size"):
+        small |= {name: size} if config.get(name) else {}
+    if chosen := config.get("num_experts_per_tok"):
+        small |= dict.fromkeys(("num_experts", "num_local_experts"), 2 * chosen)
+    if "linear_key_head_dim" in config:
+        small |= {"linear_key_head_dim": _GROUP, "linear_value_head_dim": _GROUP}
+    target = _decoder({**config, **small})
     quantised(target, BITS, _GROUP // 2)
     mx.eval(target.parameters())
     return target
+
+
+def evaluated(drafter: Any) -> None:
+    """Make the packed weights of a thin model's drafter."""
+    quantised(module_of(drafter), DRAFTER_BITS, _GROUP // 2)
+    mx.eval(module_of(drafter).parameters())
 
 
 def dispatches(config: Mapping[str, Any], shape: TreeShape = CHAIN) -> dict[str, parts.Counts]:
@@ -185,8 +235,7 @@ def dispatches(config: Mapping[str, Any], shape: TreeShape = CHAIN) -> dict[str,
     found = {PLAIN: parts.count(target, [], TreeShape.plain())}
     for name, make in KINDS.items():
         drafter = make(target)
-        quantised(module_of(drafter), DRAFTER_BITS, _GROUP // 2)
-        mx.eval(module_of(drafter).parameters())
+        evaluated(drafter)
         bound = drafter.bind(target) if hasattr(drafter, "bind") else drafter
         found[name] = parts.count(target, [Lookup(), bound], shape)
     return found

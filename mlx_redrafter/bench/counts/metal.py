@@ -36,6 +36,8 @@ DISPATCHES = {
     "Full": 1,  # gpu/primitives.cpp: a copy of one number
     "Gather": 1,  # metal/indexing.cpp
     "GatherAxis": 1,  # metal/indexing.cpp
+    "GatherMM": 1,  # metal/matmul.cpp
+    "GatherQMM": 1,  # metal/quantized.cpp
     "LogSumExp": 1,  # metal/logsumexp.cpp
     "Matmul": 1,  # metal/matmul.cpp
     "Pad": 2,  # gpu/slicing.cpp: fill and copy

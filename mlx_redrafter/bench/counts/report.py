@@ -14,7 +14,7 @@ import mlx.nn as nn
 from rich.console import Console
 from rich.table import Table
 
-from mlx_redrafter.bench.counts import host, kinds, metal, parts, sizes
+from mlx_redrafter.bench.counts import host, kinds, metal, parts, passes, sizes
 from mlx_redrafter.bench.counts.graph import metal_shaped
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.drafters import Drafter
@@ -22,7 +22,8 @@ from mlx_redrafter.drafters.loading import load_drafter, module_of
 from mlx_redrafter.drafters.lookup import Lookup
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.hub import find_drafter, resolve
-from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.models import Decoder, load_model, registry
+from mlx_redrafter.models.weights import read_json
 from mlx_redrafter.runtime.checks import at_least, whole
 from mlx_redrafter.runtime.device import machine
 from mlx_redrafter.terminal import tables
@@ -53,6 +54,7 @@ def run(
     whole("context", context, 1, 2**30)
     shapes = (*SHAPES, *([_shape(shape)] if shape else []))
     folder = resolve(model)
+    _check_counted(folder)
     found = find_drafter(model, folder) if drafter == "auto" else resolve(drafter)
     if found is None:
         raise OptionError(f"there is no drafter for {model}: give one with --drafter")
@@ -68,7 +70,7 @@ def run(
         )
         for each in shapes
     ]
-    large = reckoning(shapes, context)
+    large, others = reckoning(shapes, context), passes.passes(USUAL, context)
     facts = machine()
     conditions = {
         "model": model,
@@ -80,9 +82,20 @@ def run(
     }
     if as_json:
         print(json.dumps({"steps": [as_dict(b, budgets[0]) for b in budgets], "8B": large,
-                          "conditions": conditions}))  # fmt: skip
+                          "passes": others, "conditions": conditions}))  # fmt: skip
         return
-    _show(budgets, large, conditions)
+    _show(budgets, [_large(large), passes.table(others)], conditions)
+
+
+def _check_counted(folder: Path) -> None:
+    """Refuse a model whose steps are not taken apart; raises OptionError."""
+    raw = read_json(folder / "config.json")
+    if registry.way(raw) != "native":
+        raise OptionError(
+            f"model_type '{raw.get('model_type')}' runs as mlx_lm's own module, whose steps are "
+            "not counted; use a model that our own decoder runs, or count one of these sizes: "
+            f"--base {' or '.join(kinds.BASES)}"
+        )
 
 
 def _shape(text: str) -> TreeShape:
@@ -183,7 +196,7 @@ def _nonzero(kinds: Counter[str]) -> dict[str, int]:
     return {kind: n for kind, n in kinds.most_common() if n}
 
 
-def _show(budgets: list[Budget], large: dict[str, Any], conditions: dict[str, Any]) -> None:
+def _show(budgets: list[Budget], others: list[Table], conditions: dict[str, Any]) -> None:
     out = Console(highlight=False)
     plain = budgets[0]
     table = tables.table("a step", *(str(b.counts.shape) for b in budgets))
@@ -210,9 +223,9 @@ def _show(budgets: list[Budget], large: dict[str, Any], conditions: dict[str, An
     row("ms to launch, measured here", [f"{1000 * h.launch_seconds:.2f}" for h in hosts])
     out.print(table)
     out.print()
-    out.print(_kinds(budgets))
-    out.print()
-    out.print(_large(large))
+    for other in (_kinds(budgets), *others):
+        out.print(other)
+        out.print()
     if unknown := sorted(set().union(*(b.counts.unknown for b in budgets))):
         out.print(f"kinds without a row in the table, counted as one: {', '.join(unknown)}")
     out.print(", ".join(f"{name} {value}" for name, value in conditions.items()), style="dim")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
+from mlx_redrafter.cache.layer import LayerCache
 from mlx_redrafter.drafters.eagle import Eagle
 from mlx_redrafter.drafters.medusa import Medusa
 from mlx_redrafter.drafters.model import DraftModel
@@ -47,20 +50,30 @@ class Levels(NamedTuple):
         return self.once + levels + self.root + beams * self.token if depth else 0
 
 
-def read(target: Decoder, drafter: Any, shape: TreeShape, context: int) -> Read:
+def read(
+    target: Decoder, drafter: Any, shape: TreeShape, context: int, alike: bool = False
+) -> Read:
     """What a step reads with so many tokens in the cache. drafter: of any kind, bound or not; None.
 
     A pass reads its weights once, whatever its number of rows (kernels for few rows may read them
-    again for every five); of an embedding only the rows of the tokens count.
+    again for every five); of an embedding only the rows of the tokens count. alike: all nodes
+    choose the same experts; else all choose others. The state of a recurrence is written too.
     """
-    config = target.config
-    kv = config.kept_per_token * context * target.dtype.size
+    kv = sum(_kept(kind, context, target.dtype) for kind in target.caches)
     drafted = 0
     if drafter is not None and shape.depth:
         drafted = levels(drafter, target).of(shape)
         kept = [kind.empty(context, target.dtype) for kind in drafter.caches]
         kv += shape.depth * sum(array.nbytes for array in kept)
-    return Read(_of_target(target, shape.nodes), drafted, kv)
+    return Read(_of_target(target, shape.nodes, alike), drafted, kv)
+
+
+def _kept(kind: LayerCache, context: int, dtype: mx.Dtype) -> int:
+    """What a pass moves of a cache that holds so many tokens."""
+    kept = kind.empty(context, dtype)
+    arrays = cast("list[tuple[str, mx.array]]", tree_flatten([kept]))
+    size = sum(array.nbytes for _, array in arrays)
+    return size if kind.capacity(kept) is not None else 2 * size
 
 
 def levels(drafter: Any, target: Decoder) -> Levels:
@@ -75,13 +88,13 @@ def _sum(drafter: nn.Module, pattern: str) -> int:
     return sum(v.nbytes for name, v in parameters(drafter).items() if re.match(pattern, name))
 
 
-def _of_target(target: Decoder, nodes: int) -> int:
-    """Of experts as many as rows choose if all choose others; of tables only rows, but a tied one
-    is read as the output head too."""
+def _of_target(target: Decoder, nodes: int, alike: bool = False) -> int:
+    """Of experts as many as rows choose, all the same or all others; of tables only rows, but a
+    tied one is read as the output head too."""
     total, experts = 0, target.config.experts
     for name, value in parameters(target).items():
         if ".switch_mlp." in name and experts is not None:
-            read = min(nodes * experts.chosen, experts.count)
+            read = min((1 if alike else nodes) * experts.chosen, experts.count)
             total += value.nbytes * read // experts.count
         elif name.startswith("model.layer_inputs.embedding."):
             total += nodes * value.nbytes // target.config.layer_input_vocab

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_redrafter.bench.prefill.whole import STEP, read_once
-from mlx_redrafter.models import Decoder, DecoderConfig
+from mlx_redrafter.models import DecoderConfig, Target
 from mlx_redrafter.models.attention import attend
 from mlx_redrafter.prefill.config import Mode, SparsePrefill
 from mlx_redrafter.prefill.selectors import Blocks, Chunk, Selection
@@ -38,7 +38,7 @@ class Capture(SparseAttention):
         return attend_densely(chunk, mask)
 
 
-def real_chunk(target: Decoder, prompt: Sequence[int], layer: int, prefix: int) -> Chunk:
+def real_chunk(target: Target, prompt: Sequence[int], layer: int, prefix: int) -> Chunk:
     """The last pass of a layer over a prompt, its keys and values repeated up to ``prefix`` tokens.
 
     Positions repeat with them, so that it is fit for timing and says nothing about quality.

@@ -11,7 +11,7 @@ from typing import Any
 from mlx_redrafter.budget.chunks import USUAL
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cache.slabs import capacity_for
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Target
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import read
 from mlx_redrafter.prefill.sparse import SparseAttention
@@ -31,18 +31,18 @@ class Reading:
     stats: PrefillStats | None
 
 
-def read_once(target: Decoder, prompt: Sequence[int], sparse: SparseAttention | None) -> None:
+def read_once(target: Target, prompt: Sequence[int], sparse: SparseAttention | None) -> None:
     """Into a new session; all but the last token."""
     read(target, prompt, new_session(target, len(prompt)), STEP, sparse=sparse)
 
 
-def new_session(target: Decoder, length: int) -> Session:
+def new_session(target: Target, length: int) -> Session:
     """With room for so many tokens."""
     return Session().open(target.caches, capacity_for(length), target.dtype)
 
 
 def timed(
-    target: Decoder, prompt: Sequence[int], way: str, options: SparsePrefill | None
+    target: Target, prompt: Sequence[int], way: str, options: SparsePrefill | None
 ) -> Reading:
     """One prefill on the clock."""
     sparse = SparseAttention(options, target.config) if options is not None else None
@@ -50,7 +50,7 @@ def timed(
 
 
 def probed(
-    target: Decoder, prompt: Sequence[int], sparse: SparseAttention | None, way: str = "probe"
+    target: Target, prompt: Sequence[int], sparse: SparseAttention | None, way: str = "probe"
 ) -> Reading:
     """The same with an attention of one's own."""
     start, busy = time.perf_counter(), time.process_time()
@@ -60,7 +60,7 @@ def probed(
 
 
 def in_turn(
-    target: Decoder,
+    target: Target,
     prompt: Sequence[int],
     ways: Mapping[str, SparsePrefill | None],
     turn: int,

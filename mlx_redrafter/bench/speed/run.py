@@ -51,6 +51,8 @@ class BenchOptions:
     as_json: bool = False
     sparse_prefill: SparsePrefill | None = None
     sparse_prefill_config: str | None = None
+    kv_bits: int | None = None
+    kv_group_size: int = 64
 
     def numbers(self) -> tuple[int, int, int]:
         """Prompts, tokens and rounds.
@@ -91,13 +93,17 @@ def measure(options: BenchOptions) -> bool:
     if options.output is not None:
         _make(options.output)
     dtype = getattr(mx, options.dtype) if options.dtype is not None else None
-    model, tokenizer = load(options.model, options.drafter, dtype=dtype)
+    packed: dict[str, Any] = {}
+    if options.kv_bits is not None:
+        packed = {"kv_bits": options.kv_bits, "kv_group_size": options.kv_group_size}
+    model, tokenizer = load(options.model, options.drafter, dtype=dtype, **packed)
     if model.drafter is None and (options.kind == SWEEP or any(s.depth for s in shapes)):
         raise OptionError(f"there is no drafter for {options.model}: give one with --drafter")
     facts = {"max_tokens": max_tokens, "rounds": rounds, "temps": temps, "seed": options.seed}
     facts |= {"mlx_lm_draft": options.mlx_lm_draft, "shapes": options.shapes}
     facts["against"] = Path(options.against).name if options.against is not None else None
     facts["sparse_prefill"] = _sparse_facts(options)
+    facts |= packed
     encoded = encode(prompts, tokenizer)
     longest = max(len(ids) for _, ids in encoded)
     if sparse is not None and longest <= sparse.min_context:

@@ -25,8 +25,8 @@ def command(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Count every kind of drafter for a model of these sizes instead: llama-8b, or "
-            "the config.json of a model. No weights are needed.",
+            help="Count every kind of drafter for a model of these sizes instead: llama-8b, "
+            "qwen3-30b-a3b, qwen3.5-9b, or the config.json of a model. No weights are needed.",
         ),
     ] = None,
     as_json: Json = False,

@@ -10,6 +10,8 @@ import typer
 from mlx_redrafter.cli.options import (
     DrafterName,
     Json,
+    KVBits,
+    KVGroupSize,
     ModelName,
     SparseConfig,
     SparseMinContext,
@@ -94,6 +96,8 @@ def command(
     sparse_prefill_config: SparseConfig = None,
     sparse_prefill_min_context: SparseMinContext = 32768,
     sparse_prefill_tau: SparseTau = 0.9,
+    kv_bits: KVBits = None,
+    kv_group_size: KVGroupSize = 64,
     sweep: Annotated[
         bool,
         typer.Option(
@@ -149,6 +153,7 @@ def command(
         max_tokens=max_tokens, rounds=rounds, temps=tuple(temp or ()), shapes=tuple(shape or ()),
         mlx_lm_draft=mlx_lm_draft, draft_tokens=draft_tokens, perfect=perfect, seed=seed,
         output=output, as_json=as_json, sparse_prefill_config=sparse_prefill_config,
+        kv_bits=kv_bits, kv_group_size=kv_group_size,
         sparse_prefill=sparse_options(
             sparse_prefill, sparse_prefill_config, sparse_prefill_min_context, sparse_prefill_tau
         ),

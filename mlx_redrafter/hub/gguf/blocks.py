@@ -1,4 +1,4 @@
-"""The block formats of GGUF tensors: dequantised to float32, or repacked as MLX quantisation.
+"""The block formats of GGUF tensors, dequantised to float32.
 
 Layouts: ggml-common.h and ggml-quants.c of https://github.com/ggml-org/ggml. Every product below
 fits into a float32 mantissa, so the order of operations does not matter to the result.
@@ -12,8 +12,6 @@ from typing import NamedTuple
 import numpy as np
 
 Array = np.ndarray
-# MLX quantises these in groups of as many columns as their blocks have.
-GROUP = 32
 
 
 class Block(NamedTuple):
@@ -38,9 +36,23 @@ BLOCKS: dict[str, Block] = {
     "Q4_K": Block(12, 256, 144),
     "Q5_K": Block(13, 256, 176),
     "Q6_K": Block(14, 256, 210),
+    "IQ4_NL": Block(20, 32, 18),
+    "IQ4_XS": Block(23, 256, 136),
+    "MXFP4": Block(39, 32, 17),
 }
-# What has an MLX equal, and its bits.
-KEPT_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
+# Of an IQ4 nibble, and of a 4-bit float (twice its value).
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
+class Levels(NamedTuple):
+    """Blocks as scales (B, G, 1) times (values (B, G, n) - zero), less low (B, G, 1): B blocks of G
+    groups of n elements. Values are uint8."""
+
+    values: Array
+    scales: Array
+    zero: int = 0
+    low: Array | None = None
 
 
 def dequantise(kind: str, data: Array) -> Array:
@@ -51,41 +63,39 @@ def dequantise(kind: str, data: Array) -> Array:
         return data.view("<f2").astype(np.float32)
     if kind == "BF16":
         return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    blocks = data.reshape(-1, BLOCKS[kind].bytes)
-    return _UNPACK[kind](blocks).reshape(len(data), -1)
+    if kind in _TABLES:
+        return _looked_up(kind, blocks_of(kind, data)).reshape(len(data), -1)
+    found = levels(kind, data)
+    values = found.values.astype(np.float32)
+    result = found.scales * (values - np.float32(found.zero) if found.zero else values)
+    if found.low is not None:
+        result -= found.low
+    return result.reshape(len(data), -1)
 
 
-def repack(kind: str, data: Array) -> tuple[Array, Array, Array]:
-    """Stored rows of a type of KEPT_BITS -> MLX's weight, scales and biases; nothing is rounded.
-
-    uint32 (R, C * bits / 32), float16 (R, C / 32), float16 (R, C / 32): q * scale + bias.
-    """
-    blocks = data.reshape(-1, BLOCKS[kind].bytes)
-    scales = _half(blocks, 0)
-    if kind == "Q8_0":
-        values = blocks[:, 2:] ^ 0x80
-        biases = scales * np.float16(-128)
-    else:
-        biases = _half(blocks, 2) if kind == "Q4_1" else scales * np.float16(-8)
-        values = _nibbles(blocks[:, 4 if kind == "Q4_1" else 2 :])
-        values = values[:, 0::2] | values[:, 1::2] << 4
-    rows = len(data)
-    packed = np.ascontiguousarray(values).view("<u4").astype(np.uint32)
-    return packed.reshape(rows, -1), scales.reshape(rows, -1), biases.reshape(rows, -1)
+def blocks_of(kind: str, data: Array) -> Array:
+    """Stored rows (R, row bytes) -> blocks (B, block bytes)."""
+    return data.reshape(-1, BLOCKS[kind].bytes)
 
 
-def _half(blocks: Array, at: int) -> Array:
-    """The float16 at a byte of every block: (B, 1)."""
-    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float16)
+def levels(kind: str, data: Array) -> Levels:
+    """Stored rows (R, row bytes) of a type whose levels are evenly spaced."""
+    blocks = blocks_of(kind, data)
+    found = _LEVELS[kind](blocks)
+    scales = found.scales.reshape(len(blocks), -1, 1)
+    low = None if found.low is None else found.low.reshape(scales.shape)
+    values = found.values.reshape(*scales.shape[:2], -1)
+    return Levels(values, scales, found.zero, low)
+
+
+def nibbles(data: Array) -> Array:
+    """(..., n) bytes -> (..., 2n): all low halves, then all high ones."""
+    return np.concatenate([data & 15, data >> 4], -1)
 
 
 def _full(blocks: Array, at: int) -> Array:
-    return _half(blocks, at).astype(np.float32)
-
-
-def _nibbles(data: Array) -> Array:
-    """(..., n) bytes -> (..., 2n): all low halves, then all high ones."""
-    return np.concatenate([data & 15, data >> 4], -1)
+    """The float16 at a byte of every block, as float32: (B, 1)."""
+    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
 
 
 def _bits(data: Array, width: int) -> Array:
@@ -99,44 +109,37 @@ def _fifth_bits(data: Array) -> Array:
     return np.unpackbits(data, axis=-1, bitorder="little") << 4
 
 
-def _q4_0(b: Array) -> Array:
-    return _full(b, 0) * (_nibbles(b[:, 2:]).astype(np.float32) - 8)
+def _q4_0(b: Array) -> Levels:
+    return Levels(nibbles(b[:, 2:]), _full(b, 0), 8)
 
 
-def _q4_1(b: Array) -> Array:
-    return _full(b, 0) * _nibbles(b[:, 4:]) + _full(b, 2)
+def _q4_1(b: Array) -> Levels:
+    return Levels(nibbles(b[:, 4:]), _full(b, 0), 0, -_full(b, 2))
 
 
-def _q5_0(b: Array) -> Array:
-    return _full(b, 0) * ((_nibbles(b[:, 6:]) | _fifth_bits(b[:, 2:6])).astype(np.float32) - 16)
+def _q5_0(b: Array) -> Levels:
+    return Levels(nibbles(b[:, 6:]) | _fifth_bits(b[:, 2:6]), _full(b, 0), 16)
 
 
-def _q5_1(b: Array) -> Array:
-    return _full(b, 0) * (_nibbles(b[:, 8:]) | _fifth_bits(b[:, 4:8])) + _full(b, 2)
+def _q5_1(b: Array) -> Levels:
+    return Levels(nibbles(b[:, 8:]) | _fifth_bits(b[:, 4:8]), _full(b, 0), 0, -_full(b, 2))
 
 
-def _q8_0(b: Array) -> Array:
-    return _full(b, 0) * b[:, 2:].view(np.int8)
+def _q8_0(b: Array) -> Levels:
+    return Levels(b[:, 2:] ^ 0x80, _full(b, 0), 128)
 
 
-def _scaled(scale: Array, values: Array, low: Array | None = None) -> Array:
-    """scale (B, G), values (B, 256) in G groups, low (B, G) subtracted -> (B, G, 256 / G)."""
-    result = scale[..., None] * values.reshape(*scale.shape, -1)
-    return result if low is None else result - low[..., None]
-
-
-def _q2_k(b: Array) -> Array:
+def _q2_k(b: Array) -> Levels:
     values = _bits(b[:, 16:80].reshape(-1, 2, 32), 2)
-    return _scaled(_full(b, 80) * (b[:, :16] & 15), values, _full(b, 82) * (b[:, :16] >> 4))
+    return Levels(values, _full(b, 80) * (b[:, :16] & 15), 0, _full(b, 82) * (b[:, :16] >> 4))
 
 
-def _q3_k(b: Array) -> Array:
+def _q3_k(b: Array) -> Levels:
     low = _bits(b[:, 32:96].reshape(-1, 2, 32), 2).reshape(-1, 256)
     high = _bits(b[:, :32], 1).reshape(-1, 256)
     # A clear high bit means 4 less; scales are six bits around 32, their upper two kept apart.
-    values = (low | high << 2).astype(np.float32) - 4
-    scales = _nibbles(b[:, 96:104]) | _bits(b[:, 104:108], 2).reshape(-1, 16) << 4
-    return _scaled(_full(b, 108) * (scales.astype(np.float32) - 32), values)
+    scales = nibbles(b[:, 96:104]) | _bits(b[:, 104:108], 2).reshape(-1, 16) << 4
+    return Levels(low | high << 2, _full(b, 108) * (scales.astype(np.float32) - 32), 4)
 
 
 def _six_bit_pairs(data: Array) -> tuple[Array, Array]:
@@ -146,28 +149,27 @@ def _six_bit_pairs(data: Array) -> tuple[Array, Array]:
     return scales, np.concatenate([second & 63, third >> 4 | second >> 6 << 4], -1)
 
 
-def _q4_k(b: Array) -> Array:
+def _q4_k(b: Array) -> Levels:
     scales, minima = _six_bit_pairs(b[:, 4:16])
-    values = _nibbles(b[:, 16:].reshape(-1, 4, 32))
-    return _scaled(_full(b, 0) * scales, values, _full(b, 2) * minima)
+    values = nibbles(b[:, 16:].reshape(-1, 4, 32))
+    return Levels(values, _full(b, 0) * scales, 0, _full(b, 2) * minima)
 
 
-def _q5_k(b: Array) -> Array:
+def _q5_k(b: Array) -> Levels:
     scales, minima = _six_bit_pairs(b[:, 4:16])
-    values = _nibbles(b[:, 48:].reshape(-1, 4, 32)).reshape(-1, 256)
+    values = nibbles(b[:, 48:].reshape(-1, 4, 32)).reshape(-1, 256)
     values = values | _bits(b[:, 16:48], 1).reshape(-1, 256) << 4
-    return _scaled(_full(b, 0) * scales, values, _full(b, 2) * minima)
+    return Levels(values, _full(b, 0) * scales, 0, _full(b, 2) * minima)
 
 
-def _q6_k(b: Array) -> Array:
-    low = _nibbles(b[:, :128].reshape(-1, 2, 64)).reshape(-1, 256)
+def _q6_k(b: Array) -> Levels:
+    low = nibbles(b[:, :128].reshape(-1, 2, 64)).reshape(-1, 256)
     high = _bits(b[:, 128:192].reshape(-1, 2, 32), 2).reshape(-1, 256)
-    values = (low | high << 4).astype(np.float32) - 32
     scales = np.ascontiguousarray(b[:, 192:208]).view(np.int8)
-    return _scaled(_full(b, 208) * scales, values)
+    return Levels(low | high << 4, _full(b, 208) * scales, 32)
 
 
-_UNPACK: dict[str, Callable[[Array], Array]] = {
+_LEVELS: dict[str, Callable[[Array], Levels]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
     "Q5_0": _q5_0,
@@ -179,3 +181,34 @@ _UNPACK: dict[str, Callable[[Array], Array]] = {
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
 }
+# Types whose levels are a table's: it, and where the nibbles of a block begin.
+_TABLES: dict[str, tuple[tuple[int, ...], int]] = {
+    "IQ4_NL": (_IQ4, 2),
+    "IQ4_XS": (_IQ4, 8),
+    "MXFP4": (_FP4, 1),
+}
+
+
+def _looked_up(kind: str, b: Array) -> Array:
+    table, at = _TABLES[kind]
+    values = np.array(table, np.float32)[nibbles(b[:, at:].reshape(len(b), -1, 16))]
+    if kind == "MXFP4":
+        return values * _half_powers(b[:, :1])[..., None]
+    if kind == "IQ4_NL":
+        return values * _full(b, 0)[..., None]
+    low = _pairs(b[:, 4:8])
+    high = _bits(np.ascontiguousarray(b[:, 2:4, None]), 2).reshape(len(b), 8)
+    scales = (low | high << 4).astype(np.float32) - 32
+    return values * (_full(b, 0) * scales)[..., None]
+
+
+def _pairs(data: Array) -> Array:
+    """(B, n) bytes -> (B, 2n): low half and high half of every byte in turn."""
+    return np.stack([data & 15, data >> 4], -1).reshape(len(data), -1)
+
+
+def _half_powers(exponents: Array) -> Array:
+    """2 ** (e - 128) of uint8 exponents; the two smallest are subnormal."""
+    e = exponents.astype(np.uint32)
+    bits = np.where(e < 2, np.uint32(0x200000) << e, (np.maximum(e, 1) - 1) << np.uint32(23))
+    return bits.astype(np.uint32).view(np.float32)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_redrafter.errors import ConvertError, one_line
+from mlx_redrafter.hub.gguf.splitters import SPLITTERS
 from mlx_redrafter.text import turn_ends
 
 if TYPE_CHECKING:
@@ -20,21 +21,6 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _SPACE = "▁"
 _ROLES = (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))
 
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}|"
-    r" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# GGUF's name of a splitter -> its regular expression; GPT-2's own is built into ByteLevel.
-_SPLITTERS = {
-    "gpt-2": None,
-    "smollm": None,
-    "qwen2": _WORDS.format(numbers=r"\p{N}"),
-    "llama-bpe": _WORDS.format(numbers=r"\p{N}{1,3}"),
-}
-_SAME_AS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
-# What llama.cpp assumes of files that do not say whether texts begin with the first token.
-_ADD_BOS = {"llama-bpe": True, "spm": True}
-
 
 class GgufTokenizer:
     """The `tokenizer.ggml.*` values of a file. Raises ConvertError for kinds that are not read."""
@@ -42,7 +28,6 @@ class GgufTokenizer:
     def __init__(self, metadata: Mapping[str, Any], file_name: str) -> None:
         self._metadata, self._file = metadata, file_name
         kind, splitter = self._get("model"), self._get("pre")
-        splitter = _SAME_AS.get(splitter, splitter)
         self.tokens: list[str] = self._get("tokens") or []
         types = self._get("token_type")
         self.kinds: list[int] = types or [_NORMAL] * len(self.tokens)
@@ -52,15 +37,17 @@ class GgufTokenizer:
                 if number is not None:
                     self.kinds[number] = _CONTROL
         needed = "scores" if kind == "llama" else "merges"
-        if kind not in ("gpt2", "llama") or (kind == "gpt2" and splitter not in _SPLITTERS):
+        if kind not in ("gemma4", "gpt2", "llama") or (
+            kind == "gpt2" and splitter not in SPLITTERS
+        ):
             raise ConvertError(
                 f"{file_name} has the tokenizer {kind!r} with the splitter {splitter!r}; needed: "
-                f"'llama', or 'gpt2' with one of {', '.join(sorted(_SPLITTERS))}: convert the "
-                "model's Hugging Face version"
+                f"'llama', or 'gpt2' with one of {', '.join(sorted(SPLITTERS))}; convert "
+                "the model's Hugging Face version"
             )
         if not self.tokens or not self._get(needed) or len(self.kinds) != len(self.tokens):
             raise ConvertError(f"{file_name} lacks its tokenizer's tokens, types or {needed}")
-        self.style = "spm" if kind == "llama" else str(splitter)
+        self.style = str(splitter) if kind == "gpt2" else "spm"
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` into the folder."""
@@ -137,19 +124,19 @@ class GgufTokenizer:
     def _byte_level(self, vocabulary: dict[str, int]) -> Tokenizer:
         from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-        merges = [tuple(pair.split(" ", 1)) for pair in self._get("merges")]
-        # Llama 3 takes a whole word that is in the vocabulary, whatever its merges say.
-        whole = {"ignore_merges": True} if self.style == "llama-bpe" else {}
+        merges = self._stored_merges()
+        splitter = SPLITTERS[self.style]
+        whole = {"ignore_merges": True} if splitter.whole else {}
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **whole))
-        expression = _SPLITTERS[self.style]
         steps: list[Any] = []
-        if self.style == "smollm":
+        if splitter.digits:
             steps.append(pre_tokenizers.Digits(individual_digits=True))
-        if expression is not None:
+        for expression in splitter.expressions:
             steps.append(pre_tokenizers.Split(Regex(expression), "isolated"))
-        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression is None))
+        usual = not splitter.expressions
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=usual))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-        if self.style == "qwen2":
+        if splitter.composed:
             tokenizer.normalizer = normalizers.NFC()
         tokenizer.decoder = decoders.ByteLevel()
         return tokenizer
@@ -157,7 +144,10 @@ class GgufTokenizer:
     def _sentencepiece(self, vocabulary: dict[str, int]) -> Tokenizer:
         from tokenizers import Tokenizer, decoders, models, normalizers
 
-        merges = _merges(vocabulary, self._get("scores"), self.kinds)
+        known = self._get("model") == "gemma4"
+        merges = (
+            self._stored_merges() if known else _merges(vocabulary, self._get("scores"), self.kinds)
+        )
         tokenizer = Tokenizer(
             models.BPE(
                 vocab=vocabulary,
@@ -177,12 +167,17 @@ class GgufTokenizer:
         tokenizer.decoder = decoders.Sequence(decode)
         return tokenizer
 
+    def _stored_merges(self) -> list[tuple[str, str]]:
+        pairs = (pair.split(" ", 1) for pair in self._get("merges"))
+        return [(first, second) for first, second in pairs]
+
     def _add_ends(self, tokenizer: Tokenizer) -> None:
         """Let every text begin (or end) with the tokens that the file asks for."""
         from tokenizers import processors
 
         add_bos, add_eos = self._get("add_bos_token"), self._get("add_eos_token")
-        wanted_bos = _ADD_BOS.get(self.style, False) if add_bos is None else add_bos
+        begins = self.style == "spm" or SPLITTERS[self.style].begins
+        wanted_bos = begins if add_bos is None else add_bos
         bos = self.named("bos") if wanted_bos else None
         eos = self.named("eos") if add_eos else None
         if bos is None and eos is None:

@@ -19,6 +19,10 @@ def _count(value: Any) -> bool:
     return _whole(value) and value > 0
 
 
+def _counts(value: Any) -> bool:
+    return _count(value) or (isinstance(value, list) and bool(value) and all(map(_count, value)))
+
+
 def _power(value: Any) -> bool:
     return _count(value) and value & (value - 1) == 0
 
@@ -52,6 +56,10 @@ def _wholes(value: Any) -> bool:
     return isinstance(value, list) and all(map(_whole, value))
 
 
+def _windows(value: Any) -> bool:
+    return _whole(value) or (isinstance(value, list) and all(map(_truth, value)))
+
+
 def _truth(value: Any) -> bool:
     return isinstance(value, bool) or (_whole(value) and value in (0, 1))
 
@@ -63,21 +71,43 @@ _KINDS: tuple[tuple[str, Test, tuple[str, ...]], ...] = (
         "tokenizer.ggml.model", "tokenizer.ggml.pre",
     )),
     ("a whole number of at least 1", _count, (
-        "*.attention.head_count", "*.attention.head_count_kv",
+        "*.attention.head_count", "*.attention.key_length_swa", "*.attention.value_length_swa",
         "*.attention.key_length", "*.attention.value_length", "*.block_count", "*.context_length",
-        "*.embedding_length", "*.feed_forward_length", "*.rope.dimension_count",
-        "*.rope.scaling.original_context_length",
+        "*.embedding_length", "*.rope.dimension_count", "*.rope.dimension_count_swa",
+        "*.rope.scaling.original_context_length", "*.attention.key_length_mla",
+        "*.attention.value_length_mla", "*.attention.kv_lora_rank",
+        "*.full_attention_interval", "*.ssm.conv_kernel",
+        "*.ssm.group_count", "*.ssm.inner_size", "*.ssm.state_size", "*.ssm.time_step_rank",
+    )),
+    ("a whole number of at least 1, or a list of them", _counts, (
+        "*.attention.head_count_kv", "*.feed_forward_length",
     )),
     ("a power of two", _power, ("general.alignment",)),
-    ("a whole number", _whole, ("split.count", "*.expert_count")),
+    ("a whole number", _whole, (
+        "split.count", "*.expert_count", "*.attention.sliding_window", "*.expert_gating_func",
+        "*.expert_group_count", "*.expert_group_used_count", "*.expert_shared_count",
+        "*.leading_dense_block_count", "*.nextn_predict_layers", "*.attention.q_lora_rank",
+        "*.expert_feed_forward_length", "*.expert_shared_feed_forward_length",
+        "*.expert_used_count", "*.attention.shared_kv_layers",
+        "*.embedding_length_per_layer_input",
+    )),
     ("a number above 0", _positive, (
-        "*.attention.layer_norm_rms_epsilon", "*.rope.freq_base", "*.rope.scaling.yarn_beta_fast",
+        "*.attention.layer_norm_epsilon", "*.attention.layer_norm_rms_epsilon",
+        "*.rope.freq_base", "*.rope.freq_base_swa", "*.rope.scaling.yarn_beta_fast",
         "*.rope.scaling.yarn_beta_slow",
     )),
-    ("a finite number", _number, ("*.rope.scale_linear", "*.rope.scaling.factor")),
+    ("a finite number", _number, (
+        "*.rope.scale_linear", "*.rope.scaling.factor", "*.rope.scaling.attn_factor",
+        "*.rope.scaling.yarn_log_multiplier", "*.attention.scale", "*.attention.temperature_scale",
+        "*.attn_logit_softcapping", "*.embedding_scale", "*.expert_weights_scale",
+        "*.final_logit_softcapping", "*.logit_scale", "*.residual_scale",
+    )),
     ("true or false", _truth, (
         "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token",
-        "tokenizer.ggml.add_space_prefix",
+        "tokenizer.ggml.add_space_prefix", "*.expert_weights_norm", "*.use_parallel_residual",
+    )),
+    ("a whole number or a list of true and false", _windows, (
+        "*.attention.sliding_window_pattern",
     )),
     ("a whole number", _whole, (
         "tokenizer.ggml.bos_token_id", "tokenizer.ggml.padding_token_id",

@@ -20,7 +20,7 @@ from mlx_redrafter.drafters import eagle_files, files
 from mlx_redrafter.drafters.eagle import Eagle, EagleConfig
 from mlx_redrafter.drafters.rollout import feature_layers
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.models import Decoder, DecoderConfig
+from mlx_redrafter.models import DecoderConfig, Target
 from mlx_redrafter.models.config import RopeConfig
 from mlx_redrafter.models.weights import parameters, shapes
 from mlx_redrafter.training.config import TrainConfig
@@ -35,6 +35,7 @@ from mlx_redrafter.training.kinds.trainee import (
 )
 
 _UNSEEN = -1e9  # added to scores
+_BASE, _HEAD = 10_000.0, 64  # of the rotation and the size of a head, where the target says none
 
 
 class EagleTrainee(Trainee):
@@ -50,10 +51,12 @@ class EagleTrainee(Trainee):
         if not layers:
             raise OptionError("kind eagle3 needs context_layers: use auto, or name layers")
         size = drafted(config, target)
+        heads, kv_heads, head_dim = _heads(target)
+        base = target.ropes[0].base if target.ropes else _BASE
         return EagleConfig(
-            target.hidden_size, target.hidden_size, target.vocab_size, layers, target.num_heads,
-            target.num_kv_heads, target.head_dim, target.intermediate_size, target.norm_eps,
-            RopeConfig(target.head_dim, target.ropes[0].base, max_positions=target.max_positions),
+            target.hidden_size, target.hidden_size, target.vocab_size, layers, heads, kv_heads,
+            head_dim, target.intermediate_size, target.norm_eps,
+            RopeConfig(head_dim, base, max_positions=target.max_positions),
             size or target.vocab_size, size, feature_norm="each",
         )  # fmt: skip
 
@@ -73,7 +76,7 @@ class EagleTrainee(Trainee):
         return 2 * (8 * shape.hidden_size + 3 * shape.intermediate_size + heads) + scores
 
     @staticmethod
-    def load(folder: Path, target: Decoder) -> Eagle:
+    def load(folder: Path, target: Target) -> Eagle:
         return eagle_files.load(folder, target)
 
     def read(self, folder: Path) -> Eagle:
@@ -170,6 +173,17 @@ class EagleTrainee(Trainee):
     def save(self, folder: Path, module: nn.Module, extra: dict[str, Any]) -> None:
         assert isinstance(module, Eagle)
         files.save(folder, {**_stored(module.config), **extra}, parameters(module))
+
+
+def _heads(target: DecoderConfig) -> tuple[int, int, int]:
+    """Heads of queries, of keys, and their size: the target's; where it attends in a form that
+    the block does not have, or not at all, what is usual for its width."""
+    heads, kv_heads, size = target.num_heads, target.num_kv_heads, target.head_dim
+    usual = heads % kv_heads == 0 and size % 2 == 0 and heads * size <= 4 * target.hidden_size
+    if target.ropes or usual:
+        return heads, kv_heads, size
+    size = next(n for n in (_HEAD, 32, 16, 8, 4, 2) if target.hidden_size % n == 0)
+    return target.hidden_size // size, target.hidden_size // size, size
 
 
 def _stored(shape: EagleConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 from mlx_redrafter.drafters import medusa
 from mlx_redrafter.drafters.medusa import Medusa, MedusaConfig
 from mlx_redrafter.drafters.rollout import final_hidden
-from mlx_redrafter.models import Decoder, DecoderConfig
+from mlx_redrafter.models import DecoderConfig, Target
 from mlx_redrafter.models.weights import shapes
 from mlx_redrafter.training.config import TrainConfig
 from mlx_redrafter.training.kinds.trainee import (
@@ -58,7 +58,7 @@ class MedusaTrainee(Trainee):
         return (4 * shape.blocks + 2) * shape.hidden_size
 
     @staticmethod
-    def load(folder: Path, target: Decoder) -> Medusa:
+    def load(folder: Path, target: Target) -> Medusa:
         return medusa.load(folder, target)
 
     @staticmethod

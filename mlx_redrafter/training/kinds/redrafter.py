@@ -21,7 +21,7 @@ from mlx_redrafter.drafters.loading import load_recurrent, save_drafter
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.drafters.rollout import contexts, feature_layers, final_hidden, head_inputs
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.models import Decoder, DecoderConfig
+from mlx_redrafter.models import DecoderConfig, Target
 from mlx_redrafter.training.config import TrainConfig
 from mlx_redrafter.training.kinds.trainee import (
     About,
@@ -71,7 +71,7 @@ class ReDrafterTrainee(Trainee):
         return 10 * shape.hidden_size + 4 * shape.exit_dim
 
     @staticmethod
-    def load(folder: Path, target: Decoder) -> ReDrafter:
+    def load(folder: Path, target: Target) -> ReDrafter:
         return load_recurrent(folder, target)
 
     @staticmethod
@@ -182,7 +182,7 @@ def drafter_config(config: TrainConfig, target: DecoderConfig) -> ReDrafterConfi
 
 
 def new_drafter(
-    config: ReDrafterConfig, target: Decoder, vocabulary: np.ndarray | None, seed: int
+    config: ReDrafterConfig, target: Target, vocabulary: np.ndarray | None, seed: int
 ) -> ReDrafter:
     """Random weights; an own output matrix begins with the target's rows."""
     mx.random.seed(seed)
@@ -196,7 +196,7 @@ def new_drafter(
     return drafter
 
 
-def measure_scales(config: ReDrafterConfig, target: Decoder, hidden: mx.array) -> Scales:
+def measure_scales(config: ReDrafterConfig, target: Target, hidden: mx.array) -> Scales:
     """Scales of the target's embedding, and of hidden states (R, D) where they are read."""
     embedding = context = 1.0
     if config.cell != "sum":

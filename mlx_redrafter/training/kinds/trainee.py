@@ -12,8 +12,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_redrafter.drafters.files import VOCABULARY
+from mlx_redrafter.drafters.rollout import check_final
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.models import Decoder, DecoderConfig
+from mlx_redrafter.models import DecoderConfig, Target
 from mlx_redrafter.models.weights import parameters
 from mlx_redrafter.training.config import TrainConfig
 
@@ -42,6 +43,7 @@ class Trainee(ABC):
 
     Raises:
         OptionError: options that do not go with the model.
+        ModelError: a model that no drafter can be trained for.
     """
 
     title: ClassVar[str]
@@ -51,7 +53,8 @@ class Trainee(ABC):
     module: nn.Module
     """What is trained; there is one after ``begin`` or ``go_on``."""
 
-    def __init__(self, target: Decoder, config: TrainConfig) -> None:
+    def __init__(self, target: Target, config: TrainConfig) -> None:
+        check_final(target)
         self.target, self.config = target, config
         self.shape: Any = self.shape_of(config, target.config)
 
@@ -83,7 +86,7 @@ class Trainee(ABC):
 
     @staticmethod
     @abstractmethod
-    def load(folder: Path, target: Decoder) -> Any:
+    def load(folder: Path, target: Target) -> Any:
         """A drafter of this kind, in the units of inference. Raises DrafterError."""
 
     @staticmethod
@@ -201,7 +204,7 @@ def frequent(frequencies: np.ndarray, count: int) -> np.ndarray:
     return np.sort(order[:count]).astype(np.int32)
 
 
-def first_rows(target: Decoder, vocabulary: np.ndarray | None, width: int) -> mx.array:
+def first_rows(target: Target, vocabulary: np.ndarray | None, width: int) -> mx.array:
     """What an output matrix of a drafter's own begins with, the target's rows: (Vd, E) float32."""
     ids = mx.arange(target.config.vocab_size) if vocabulary is None else mx.array(vocabulary)
     rows = target.head_rows(ids).astype(mx.float32)

@@ -1,6 +1,6 @@
 """Makes gguf_blocks.npz: random blocks of every GGUF type and what they stand for.
 
-    pip install gguf==0.17.1 numpy && python tests/support/golden/make_gguf_golden.py
+    pip install gguf==0.19.0 numpy && python tests/support/golden/make_gguf_golden.py
 
 The values are those of the `gguf` package of llama.cpp, which the tests themselves do not need.
 """
@@ -28,6 +28,9 @@ TYPES: dict[str, tuple[int, ...]] = {
     "Q4_K": (0, 2),
     "Q5_K": (0, 2),
     "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+    "MXFP4": (),
 }
 
 
@@ -48,6 +51,8 @@ def main() -> None:
             for at in scales:
                 scale = random.normal(0, 0.1, (len(data), 1)).astype(np.float16)
                 data[:, at : at + 2] = scale.view(np.uint8)
+            if name == "MXFP4":
+                data[:, 0] = (0, 121, 124, 127)
             data = data.reshape(2, -1)
         out[f"{name}.values"] = dequantize(data, kind).astype(np.float32)
         out[f"{name}.data"] = data.view(np.uint8).reshape(2, -1)
