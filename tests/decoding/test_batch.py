@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import mlx.core as mx
 import pytest
+from adapter_cases import TYPES, module_of, native_of
 from conftest import PENALTIES, RANKS, Oracle, asked, engine_of, plainly, prompt_of, run
+from delta_cases import DELTA_CASES
+from tiny_models import CASES, build
 
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding import rows as rows_module
@@ -16,7 +20,8 @@ from mlx_redrafter.decoding.batch import Batch, Row
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.models.adapter import AdaptedModel
 from mlx_redrafter.tree.shape import TreeShape
 
 SHAPES = (
@@ -89,6 +94,36 @@ def test_every_answer_is_its_own(engine: Engine, plain: Any, seed: int) -> None:
 @pytest.mark.slow
 def test_two_hundred_schedules(engine: Engine, plain: Any) -> None:
     assert sum(schedule(engine, plain, seed) for seed in range(1000, 1200)) == 0
+
+
+@pytest.mark.parametrize(
+    "kind", ["qwen3_5", "mamba2", "gpt_oss", "gemma4_text", "glm4_moe_lite", "ministral3"]
+)
+def test_every_kind_of_layer_is_its_own(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Recurrences, windows within and beyond a ring, shared keys, latents, growing queries."""
+    target: Any
+    mx.disable_compile()
+    request.addfinalizer(mx.enable_compile)
+    if kind in CASES:
+        build(tmp_path, kind)
+        target = load_model(tmp_path)
+    elif kind in DELTA_CASES:
+        target = native_of(module_of(DELTA_CASES[kind], lively=True), DELTA_CASES[kind], False)
+    else:
+        target = AdaptedModel(module_of(TYPES[kind], lively=True), TYPES[kind], closed=False)
+    prompts = [prompt_of(9 + 11 * i, seed=i, vocab=97) for i in range(3)]
+    alone = [plainly(target, prompt, 16, SAMPLING[i]) for i, prompt in enumerate(prompts)]
+    texts = [prompt + answer for prompt, answer in zip(prompts, alone, strict=True)]
+    batch = Batch(engine_of(target, Oracle(target, texts, RANKS), compiled=False))
+    found: dict[Row, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        found[batch.add(asked(prompt, SAMPLING[i], SHAPES[3 - i % 2], 16))] = []
+    while batch.rows or batch.waiting:
+        for row, emitted in batch.step():
+            found[row] += emitted.tokens
+    assert list(found.values()) == alone
 
 
 def test_a_session_goes_on_from_a_batch(engine: Engine, plain: Any) -> None:
