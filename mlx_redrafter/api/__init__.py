@@ -207,12 +207,12 @@ class Asked:
     step_size: int | None
     begin: Callable[[], Answer]
 
-    def chosen(self, policy: Callable[[Policy], Policy] = lambda policy: policy) -> Chosen:
-        """With everything chosen. policy: makes another one of that which chooses the trees."""
+    def chosen(self) -> Chosen:
+        """With everything chosen."""
         request, budget = self.request, self.model.budget
         shape: TreeShape | Policy = request.shape
         if not self.fixed:
-            shape = policy(budget.policy(sampled=request.sampling.temp > 0))
+            shape = budget.policy(sampled=request.sampling.temp > 0)
         step_size, sparse = self.step_size, request.sparse_prefill
         if step_size is None:
             tag = sparse.tag if sparse is not None else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter import arguments
 from mlx_redrafter.api import Model, checked, wired
+from mlx_redrafter.budget.company import Seat
 from mlx_redrafter.decoding.batch import Batch, Row
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime import threads
@@ -40,8 +41,9 @@ class BatchGenerator:
     def __init__(self, model: Model, tokenizer: TokenizerWrapper) -> None:
         self._model = model
         self._tokenizer = arguments.pair(model, tokenizer, Model)
-        self._batch = Batch(model.engine)
-        self._answers: dict[Row, tuple[int, Answer]] = {}
+        self._company = model.budget.company()
+        self._batch = Batch(model.engine, self._company.in_turns)
+        self._answers: dict[Row, tuple[int, Answer, Seat]] = {}
         self._numbers = itertools.count()
         self._held = contextlib.ExitStack()
         self._held.enter_context(wired(model.target))
@@ -64,8 +66,14 @@ class BatchGenerator:
         threads.clear_at_end()
         asked = checked(self._model, self._tokenizer, prompt, max_tokens, **options)
         request, answer = asked.chosen()
+        seat = self._company.seat(self._model.engine.policy(request.shape))
+        try:
+            row = self._batch.add(replace(request, shape=seat))
+        except BaseException:
+            self._company.leave(seat)
+            raise
         number = next(self._numbers)
-        self._answers[self._batch.add(request)] = number, answer
+        self._answers[row] = number, answer, seat
         return number
 
     def next(self) -> list[tuple[int, GenerationResponse]]:
@@ -74,7 +82,7 @@ class BatchGenerator:
         threads.clear_at_end()
         found = []
         for row, emitted in self._batch.step():
-            number, answer = self._answers[row]
+            number, answer, _ = self._answers[row]
             for i, token in enumerate(emitted.tokens):
                 response = answer.add(token, from_draft=i < len(emitted.tokens) - 1)
                 found.append((number, response))
@@ -90,7 +98,7 @@ class BatchGenerator:
         Raises:
             OptionError: no answer that runs has this number.
         """
-        row = next((row for row, (own, _) in self._answers.items() if own == number), None)
+        row = next((row for row, (own, *_) in self._answers.items() if own == number), None)
         if row is None:
             raise OptionError(f"no answer of number {number} is running: it has ended")
         self._let_go(row)
@@ -103,7 +111,8 @@ class BatchGenerator:
 
     def _let_go(self, row: Row) -> None:
         """The session keeps what was given out."""
-        _, answer = self._answers.pop(row)
+        _, answer, seat = self._answers.pop(row)
+        self._company.leave(seat)
         self._batch.remove(row)
         if answer.count:
             row.answer.request.session.trim(answer.kept)

@@ -47,7 +47,9 @@ class Automatic:
         owed: int | None = None,
     ) -> None:
         self.shapes = tuple(shapes)
-        self._tokens, self._seconds, self._learn = tokens, seconds, learn
+        self._tokens, self.seconds, self._learn = tokens, seconds, learn
+        # Tokens of a step that do not depend on this choice: those of answers in its company.
+        self.others: Callable[[], float] = lambda: 0.0
         self._accepted = self._foreseen = _PRIOR
         self._plain_steps, self._wait, self._position = 0, _PROBE, 0
         self._compares, self._owed, self._drafted = owed is not None, owed or 0, 0
@@ -95,19 +97,24 @@ class Automatic:
             self._owed, self._drafted = 1, 0
         return False
 
+    def foreseen(self, shape: TreeShape) -> float:
+        """Tokens that a step of a shape would give on the text at hand."""
+        return expected(self._tokens(shape), shape, self.ease)
+
     def _speed(self, shape: TreeShape) -> float:
-        return expected(self._tokens(shape), shape, self.ease) / self._price(shape)
+        return (self.others() + self.foreseen(shape)) / self._price(shape)
 
     def _price(self, shape: TreeShape) -> float:
-        return self._seconds(shape, self._position)
+        return self.seconds(shape, self._position)
 
     def _worth_trying(self) -> TreeShape | None:
         """The cheapest shape that would be faster than plain decoding if all of it were right."""
-        plain = self._price(TreeShape.plain())
+        others = self.others()
+        plain = (others + 1) / self._price(TreeShape.plain())
         hopeful = [
             shape
             for shape in self.shapes
-            if shape.drafts and (shape.longest + 1) * plain > _WORTH * self._price(shape)
+            if shape.drafts and (others + shape.longest + 1) / self._price(shape) > _WORTH * plain
         ]
         return min(hopeful, key=self._price, default=None)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -45,10 +45,11 @@ class Batch:
     Args:
         engine: whose target and drafters they use. Between calls of `step` one step may be in
             flight.
+        in_turns: asked before every step: shall it be one answer's alone, the next one's?
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, in_turns: Callable[[], bool] = lambda: False) -> None:
+        self.engine, self._in_turns = engine, in_turns
         self.rows: list[Row] = []  # that decode
         self.waiting: list[Row] = []  # whose prompts are not read yet
         self._steps: OrderedDict[tuple[StepSpec, ...], RowsStep] = OrderedDict()
@@ -115,8 +116,10 @@ class Batch:
     def _decode(self) -> list[tuple[Row, Emitted]]:
         if not self.rows:
             return []
-        self._launch([row for row in self.rows if not row.answer.in_flight])
-        reading = [row for row in self.rows if row.answer.in_flight]
+        if self._in_turns():
+            self.rows.append(self.rows.pop(0))
+        reading = self.rows[-1:] if self._in_turns() else list(self.rows)
+        self._launch([row for row in reading if not row.answer.in_flight])
         self._launch([row for row in reading if row.answer.goes_on])
         found = []
         for row in reading:

@@ -102,7 +102,7 @@ class Engine:
 
     def answering(self, request: Request) -> Answering:
         """A request's answer, not begun; raises OptionError as `generate` does."""
-        room, policy = request.room(self.target.config), self._policy(request.shape)
+        room, policy = request.room(self.target.config), self.policy(request.shape)
         check_nodes(self.kinds, max(shape.nodes for shape in policy.shapes))
         return Answering(self, request, policy, room, self._awake(policy))
 
@@ -113,7 +113,7 @@ class Engine:
         answer.launched(spec, text, State(*after), counted=bool(self.target.routes))
         mx.async_eval(text, answer.state)
 
-    def _policy(self, shape: TreeShape | Policy) -> Policy:
+    def policy(self, shape: TreeShape | Policy) -> Policy:
         if not isinstance(shape, TreeShape):
             return shape
         return Fixed(shape.only(drafter.part for drafter in self.drafters))
