@@ -47,9 +47,7 @@ class Automatic:
         owed: int | None = None,
     ) -> None:
         self.shapes = tuple(shapes)
-        self._tokens, self.seconds, self._learn = tokens, seconds, learn
-        # Tokens of a step that do not depend on this choice: those of answers in its company.
-        self.others: Callable[[], float] = lambda: 0.0
+        self._tokens, self._seconds, self._learn = tokens, seconds, learn
         self._accepted = self._foreseen = _PRIOR
         self._plain_steps, self._wait, self._position = 0, _PROBE, 0
         self._compares, self._owed, self._drafted = owed is not None, owed or 0, 0
@@ -61,7 +59,12 @@ class Automatic:
 
     def choose(self, position: int) -> TreeShape:
         self._position = position
-        best = max(self.shapes, key=self._speed)
+        best = max(self.shapes, key=lambda shape: self.speed(shape, position))
+        return self.unless_due(best, position)
+
+    def unless_due(self, best: TreeShape, position: int) -> TreeShape:
+        """What was chosen, unless a step is due that shows whether another would be better."""
+        self._position = position
         if best.drafts and self._must_compare():
             return TreeShape.plain()
         if best.drafts:
@@ -101,20 +104,20 @@ class Automatic:
         """Tokens that a step of a shape would give on the text at hand."""
         return expected(self._tokens(shape), shape, self.ease)
 
-    def _speed(self, shape: TreeShape) -> float:
-        return (self.others() + self.foreseen(shape)) / self._price(shape)
+    def speed(self, shape: TreeShape, position: int) -> float:
+        """Tokens per second, with so many in the cache."""
+        return self.foreseen(shape) / self._seconds(shape, position)
 
     def _price(self, shape: TreeShape) -> float:
-        return self.seconds(shape, self._position)
+        return self._seconds(shape, self._position)
 
     def _worth_trying(self) -> TreeShape | None:
         """The cheapest shape that would be faster than plain decoding if all of it were right."""
-        others = self.others()
-        plain = (others + 1) / self._price(TreeShape.plain())
+        plain = self._price(TreeShape.plain())
         hopeful = [
             shape
             for shape in self.shapes
-            if shape.drafts and (others + shape.longest + 1) / self._price(shape) > _WORTH * plain
+            if shape.drafts and (shape.longest + 1) * plain > _WORTH * self._price(shape)
         ]
         return min(hopeful, key=self._price, default=None)
 

@@ -1,13 +1,13 @@
 """How much answers that run together draft: from what one pass over all their rows costs.
 
-Rows are the currency: what a tree adds to a pass depends on how many rows the others bring. Every
-answer chooses, in its turn, what is best for all at what the others chose last.
+Rows are the currency: what a tree adds to a pass depends on how many rows the others bring. All
+begin with plain steps, and the tree that gains most is given first, until none gains any more.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlx_redrafter.budget.automatic import Automatic
@@ -20,6 +20,7 @@ from mlx_redrafter.tree.shape import TreeShape
 ROWS = (16, 24, 32, 48, 64)
 _ROUNDS = 3
 _BETTER = 1.05  # by which answering in turns has to be faster than together
+_EVERY = 8  # steps of all, after which trees are given anew: a new combination is a new graph
 
 
 class Company:
@@ -33,6 +34,7 @@ class Company:
 
     def __init__(self, costs: Costs, wide: Mapping[int, float]) -> None:
         self._costs, self._seats = costs, list[Seat]()
+        self._due, self._turns = 0, False
         # The machine may have been busier then or now: sizes that both have stand for one another.
         scale = costs.checking(min(wide)) / wide[min(wide)] if wide else 1.0
         curve = {**costs.verify, **{n: t * scale for n, t in wide.items()}}
@@ -42,11 +44,13 @@ class Company:
         """What chooses for an answer that joins, made of what would choose for it alone."""
         seat = Seat(self, policy)
         self._seats.append(seat)
+        self._due = 0
         return seat
 
     def leave(self, seat: Seat) -> None:
         """The answer ended."""
         self._seats.remove(seat)
+        self._due = 0
 
     @property
     def seats(self) -> list[Seat]:
@@ -72,14 +76,39 @@ class Company:
 
     def in_turns(self) -> bool:
         """Are all served faster one after the other, each with the trees that it wants alone?"""
-        if len(self._seats) < 2:
-            return False
-        shapes = [seat.shape for seat in self._seats]
-        drafted = sum(seat.tokens for seat in self._seats) / (
-            self.check(sum(shape.nodes for shape in shapes)) + sum(map(self.drafting, shapes))
-        )
-        together = max(drafted, len(shapes) / self.check(len(shapes)))
-        return max(seat.alone() for seat in self._seats) > _BETTER * together
+        return self._turns and len(self._seats) > 1
+
+    def rate(self, shapes: Sequence[TreeShape]) -> float:
+        """Tokens per second if every answer has one of these."""
+        tokens = sum(seat.foreseen(s) for seat, s in zip(self._seats, shapes, strict=True))
+        return tokens / self.seconds(shapes)
+
+    def seconds(self, shapes: Sequence[TreeShape]) -> float:
+        """Of one step of all."""
+        return self.check(sum(s.nodes for s in shapes)) + sum(map(self.drafting, shapes))
+
+    def plan(self) -> None:
+        """Give the trees, if it is time to."""
+        self._due -= 1
+        if self._due > 0:
+            return
+        self._due = _EVERY * len(self._seats)
+        shapes = [seat.least for seat in self._seats]
+        best = self.rate(shapes)
+        while True:
+            found = [
+                (self.rate([*shapes[:i], shape, *shapes[i + 1 :]]), i, shape)
+                for i, seat in enumerate(self._seats)
+                for shape in seat.shapes
+                if shape.nodes > shapes[i].nodes
+            ]
+            gain, at, shape = max(found, key=lambda one: one[0], default=(0.0, 0, shapes[0]))
+            if gain <= best:
+                break
+            best, shapes[at] = gain, shape
+        for seat, shape in zip(self._seats, shapes, strict=True):
+            seat.planned = shape
+        self._turns = max(seat.alone() for seat in self._seats) > _BETTER * best
 
 
 class Seat:
@@ -87,20 +116,26 @@ class Seat:
 
     def __init__(self, company: Company, policy: Policy) -> None:
         self._company, self._policy = company, policy
-        self.shape, self.tokens, self._position = TreeShape.plain(), 1.0, NEAR
-        if isinstance(policy, Automatic):
-            self._alone = policy.seconds
-            policy.seconds, policy.others = self._seconds, self._others
+        self._position = NEAR
+        self.planned = self.least
 
     @property
-    def shapes(self) -> Any:
+    def shapes(self) -> Sequence[TreeShape]:
         return self._policy.shapes
+
+    @property
+    def least(self) -> TreeShape:
+        """Without a draft, where that may be chosen."""
+        return min(self.shapes, key=lambda shape: shape.nodes)
 
     def choose(self, position: int) -> TreeShape:
         self._position = position
-        self.shape = self._policy.choose(position)
-        self.tokens = self._foreseen(self.shape)
-        return self.shape
+        if len(self._company.seats) < 2 or not isinstance(self._policy, Automatic):
+            return self._policy.choose(position)
+        self._company.plan()
+        if self._company.in_turns():
+            return self._policy.choose(position)
+        return self._policy.unless_due(self.planned, position)
 
     def record(
         self, shape: TreeShape, produced: int, seconds: float | None, experts: int = 0
@@ -111,24 +146,11 @@ class Seat:
         """Tokens per second with the best shape, if there were no others."""
         if not isinstance(self._policy, Automatic):
             return 0.0
-        rates = (self._foreseen(s) / self._alone(s, self._position) for s in self.shapes)
-        return max(rates)
+        return max(self._policy.speed(shape, self._position) for shape in self.shapes)
 
-    def _foreseen(self, shape: TreeShape) -> float:
+    def foreseen(self, shape: TreeShape) -> float:
+        """Tokens of a step."""
         return self._policy.foreseen(shape) if isinstance(self._policy, Automatic) else 1.0
-
-    def _others(self) -> float:
-        """Tokens that the others' next steps are expected to give."""
-        return sum(seat.tokens for seat in self._company.seats if seat is not self)
-
-    def _seconds(self, shape: TreeShape, position: int) -> float:
-        """Of a step of all, if this answer takes this shape."""
-        others = [seat.shape for seat in self._company.seats if seat is not self]
-        if not others:
-            return self._alone(shape, position)
-        company, shapes = self._company, [shape, *others]
-        rows = sum(one.nodes for one in shapes)
-        return company.check(rows) + sum(map(company.drafting, shapes))
 
 
 def measure(target: Decoder, build: Callable[[Any], Any]) -> dict[int, float]:

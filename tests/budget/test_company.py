@@ -28,7 +28,7 @@ def policy(costs: Costs, ease: float = 1.0) -> Automatic:
 
 def settled(company: Company, seats: list[Seat]) -> list[int]:
     """Nodes that each chooses when nobody changes any more."""
-    for _ in range(4):
+    for _ in range(9):
         nodes = [seat.choose(300).nodes for seat in seats]
     return nodes
 
@@ -46,7 +46,7 @@ def test_trees_shrink_as_answers_join_and_grow_as_they_leave() -> None:
         seats.append(company.seat(policy(FLAT)))
         rows.append(sum(settled(company, seats)))
     assert rows[-1] == 8, "eight plain answers fill the tile"
-    assert all(seat.shape.drafts == 0 for seat in seats)
+    assert all(not seat.planned.drafts for seat in seats)
     for seat in seats[1:]:
         company.leave(seat)
     assert settled(company, seats[:1]) == [8]
@@ -57,9 +57,8 @@ def test_never_less_than_plain_together(count: int) -> None:
     company = Company(FLAT, {16: 20.0, 32: 40.0, 64: 80.0})
     seats = [company.seat(policy(FLAT)) for _ in range(count)]
     settled(company, seats)
-    shapes = [seat.shape for seat in seats]
-    seconds = company.check(sum(s.nodes for s in shapes)) + sum(map(company.drafting, shapes))
-    drafted = sum(YIELDS[s.nodes] for s in shapes) / seconds
+    shapes = [seat.planned for seat in seats]
+    drafted = sum(YIELDS[s.nodes] for s in shapes) / company.seconds(shapes)
     assert drafted >= 0.999 * count / company.check(count)
 
 
@@ -68,7 +67,7 @@ def test_who_gains_more_gets_the_rows() -> None:
     company = Company(twelve, {24: 20.0, 64: 53.0})
     easy, hard = company.seat(policy(twelve, 3.0)), company.seat(policy(twelve, 0.2))
     settled(company, [hard, easy])
-    assert easy.shape.nodes > hard.shape.nodes
+    assert easy.planned.nodes > hard.planned.nodes
 
 
 def test_in_turns_where_rows_cost_as_much_as_steps() -> None:
@@ -77,7 +76,7 @@ def test_in_turns_where_rows_cost_as_much_as_steps() -> None:
     company = Company(dear, {16: 168.0, 64: 672.0})
     made: Any = [policy(dear), policy(dear)]
     for one in made:
-        one.seconds = lambda shape, at: cheap[shape]
+        one._seconds = lambda shape, at: cheap[shape]
     seats = [company.seat(one) for one in made]
     settled(company, seats)
     assert company.in_turns()
