@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "load": "api",
+    "batch_generate": "api.batching",
+    "BatchGenerator": "api.batching",
     "generate": "api",
     "render": "text.template",
     "stream_generate": "api",
@@ -26,6 +28,7 @@ _EXPORTS = {
     "RedrafterError": "errors",
 }
 __all__ = [
+    "BatchGenerator",
     "DraftStats",
     "GenerationResponse",
     "Model",
@@ -35,6 +38,7 @@ __all__ = [
     "SparsePrefill",
     "TreeShape",
     "__version__",
+    "batch_generate",
     "generate",
     "load",
     "render",
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
         load,
         stream_generate,
     )
+    from mlx_redrafter.api.batching import BatchGenerator, batch_generate
     from mlx_redrafter.cache.session import Session
     from mlx_redrafter.decoding.sampling import SamplingParams
     from mlx_redrafter.errors import RedrafterError

@@ -59,7 +59,12 @@ class Automatic:
 
     def choose(self, position: int) -> TreeShape:
         self._position = position
-        best = max(self.shapes, key=self._speed)
+        best = max(self.shapes, key=lambda shape: self.speed(shape, position))
+        return self.unless_due(best, position)
+
+    def unless_due(self, best: TreeShape, position: int) -> TreeShape:
+        """What was chosen, unless a step is due that shows whether another would be better."""
+        self._position = position
         if best.drafts and self._must_compare():
             return TreeShape.plain()
         if best.drafts:
@@ -95,8 +100,13 @@ class Automatic:
             self._owed, self._drafted = 1, 0
         return False
 
-    def _speed(self, shape: TreeShape) -> float:
-        return expected(self._tokens(shape), shape, self.ease) / self._price(shape)
+    def foreseen(self, shape: TreeShape) -> float:
+        """Tokens that a step of a shape would give on the text at hand."""
+        return expected(self._tokens(shape), shape, self.ease)
+
+    def speed(self, shape: TreeShape, position: int) -> float:
+        """Tokens per second, with so many in the cache."""
+        return self.foreseen(shape) / self._seconds(shape, position)
 
     def _price(self, shape: TreeShape) -> float:
         return self._seconds(shape, self._position)

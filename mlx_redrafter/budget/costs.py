@@ -170,7 +170,7 @@ def measure(
     passes: dict[int, clock.Run] = {}
     for nodes in NODES:
         passes[nodes] = (
-            _timed_pass(target, nodes, NEAR, build) if written is None else written.timed(nodes)
+            timed_pass(target, nodes, NEAR, build) if written is None else written.timed(nodes)
         )
         passes[nodes]()  # traces, and may compile kernels
         if nodes in (4, 8):
@@ -184,9 +184,9 @@ def measure(
     ends = min(verify), max(verify)
     short = verify
     if written is not None:  # what is cached far away is not real: neither may the nearer pass be
-        near = {n: _timed_pass(target, n, NEAR, build) for n in ends}
+        near = {n: timed_pass(target, n, NEAR, build) for n in ends}
         short = clock.fastest(near, 3, warm=True)
-    long = clock.fastest({n: _timed_pass(target, n, far, build) for n in ends}, 3, warm=True)
+    long = clock.fastest({n: timed_pass(target, n, far, build) for n in ends}, 3, warm=True)
     per_token = [max(long[n] - short[n], 0.0) / max(far - NEAR, 1) for n in ends]
     costs = Costs(verify, (per_token[0], per_token[1]))
     if written is not None:
@@ -215,7 +215,7 @@ def _measure_draft(
         # In turns with a pass: what made the machine slower since must not count as the step's.
         chosen: list[int] = []
         whole = _whole_step(target, drafters, shape, step_function, chosen)
-        check = passes.get(shape.nodes) or _timed_pass(target, shape.nodes, NEAR, build)
+        check = passes.get(shape.nodes) or timed_pass(target, shape.nodes, NEAR, build)
         taken = clock.fastest({"whole": whole, "check": check}, _ROUNDS, True)
         slower = taken["check"] / costs.checking(shape.nodes)
         known = costs.table(shape)
@@ -258,7 +258,7 @@ def verify_pass(target: Target) -> BarePass:
     return run
 
 
-def _timed_pass(target: Target, nodes: int, position: int, build: Any) -> clock.Run:
+def timed_pass(target: Target, nodes: int, position: int, build: Any) -> clock.Run:
     """The target over a chain of so many tokens."""
     capacity = capacity_for(position + nodes)
     caches = new_caches(target.caches, capacity, target.dtype)

@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from mlx_redrafter.budget import chunks, yields
+from mlx_redrafter.budget import chunks, company, yields
 from mlx_redrafter.budget.automatic import FIRST, Automatic, contenders
 from mlx_redrafter.budget.chunks import Chunks
+from mlx_redrafter.budget.company import Company
 from mlx_redrafter.budget.costs import NEAR, Costs, measure
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.errors import HubError
@@ -111,6 +112,18 @@ class Budget:
             _write(_file(facts), {**facts, **found.as_dict()})
         self._costs = found
         return found
+
+    def company(self) -> Company:
+        """What chooses for answers that run together. What passes over many rows cost is measured
+        at first, and kept as :meth:`costs` are, beside them."""
+        costs, target = self.costs(), self.target
+        facts = {name: fact for name, fact in self.conditions().items() if name != "drafter"}
+        file = _file({**facts, "of": "rows"})
+        found = _read(file, lambda stored: {int(n): float(t) for n, t in stored["rows"].items()})
+        if found is None:
+            found = company.measure(target, mx.compile if self.engine.compiled else lambda f: f)
+            _write(file, {**facts, "rows": {str(n): t for n, t in found.items()}})
+        return Company(costs, found)
 
     def step_size(self, prompt: int, cached: int = 0) -> int:
         """How many tokens of a prompt to read in one pass, where nobody says it.

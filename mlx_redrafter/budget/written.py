@@ -80,9 +80,9 @@ class Written:
         """The choice after every node (N,) int32, the distinct experts () int32, and the caches."""
         target, run, chosen = self._target, Pass(caches, position, ancestors), list[mx.array]()
         tree = DraftTree(tokens, depths, ancestors, tokens[:, None])
-        hidden = verify(target, tree, run, (), chosen.append).hidden
+        (read,) = verify(target, [(tree, run)], (), chosen.append)
         run.settle(target.caches)
-        choices = mx.argmax(target.logits(hidden), axis=-1).astype(mx.int32)
+        choices = mx.argmax(target.logits(read.hidden), axis=-1).astype(mx.int32)
         return choices, distinct(chosen), run.caches
 
     def _write(self, prompt: list[int], session: Session) -> tuple[list[int], list[int]]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
 from mlx_redrafter.cache.layer import Kept, LayerCache, grown, new_caches
 from mlx_redrafter.cache.ring import ring_of
-from mlx_redrafter.cache.snapshots import Snapshots, limit_of
+from mlx_redrafter.cache.slabs import capacity_for
+from mlx_redrafter.cache.snapshots import Snapshots, limit_of, nbytes
 from mlx_redrafter.errors import OptionError
 
 BETWEEN_SNAPSHOTS = 512  # tokens of a prompt, at least
@@ -143,6 +146,36 @@ class Session:
         if length <= self.sparse_from:
             self.tag, self.sparse_from = "", 0
 
+    def reach(self, length: int) -> int:
+        """How many tokens `trim` would leave of so many."""
+        length = min(length, len(self.tokens))
+        if not self._intact(length):
+            length = self.rings[0] if self.rings[0] <= length else 0
+        if self._fixed() and not 0 <= self.stand <= length:
+            length = max((stand for stand in self.snapshots if stand <= length), default=0)
+        return length
+
+    def fork(self, length: int) -> Session:
+        """Another session that goes on from the first ``length`` tokens, or from fewer; this one
+        stays as it is. Its slabs are copies, cut to what they hold."""
+        other = copy.copy(self)
+        other.tokens, other.caches = list(self.tokens), list(self.caches)
+        other.rings, other.snapshots = (self.rings[0], {**self.rings[1]}), self.snapshots.copied()
+        other._drafters = list(self._drafters)
+        other.trim(length)
+        room = capacity_for(max(1, len(other.tokens)))
+        other.caches = [
+            kept if (kind.capacity(kept) or 0) <= room else _cut(kept, room)
+            for kind, kept in zip(self.kinds, other.caches, strict=False)
+        ]
+        mx.eval(other.caches)
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of everything that is kept."""
+        return nbytes(self.caches) + nbytes(self.rings[1]) + self.snapshots.nbytes
+
     def clear(self) -> None:
         self.tokens.clear()
         self.furthest, self.rings = 0, (0, {})
@@ -216,3 +249,8 @@ class Session:
             self.caches[i] = before
         self.stand = stand or 0
         return self.stand
+
+
+def _cut(kept: Kept, room: int) -> Kept:
+    """Arrays (1, *, C, *) with fewer slots, which hold nothing of the larger ones."""
+    return tree_map(lambda array: mx.contiguous(array[:, :, :room]), kept)

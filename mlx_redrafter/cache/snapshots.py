@@ -52,6 +52,12 @@ class Snapshots:
             self._drop(stand)
         return max(self._kept, default=None)
 
+    def copied(self) -> Snapshots:
+        """The same, to go on by itself; arrays are never written into."""
+        other = Snapshots(self.limit)
+        other._kept, other._turns = dict(self._kept), set(self._turns)
+        return other
+
     def clear(self) -> None:
         self._kept.clear()
         self._turns.clear()

@@ -17,7 +17,7 @@ from mlx_redrafter.decoding import sampling
 from mlx_redrafter.decoding.sampling import Arrays
 from mlx_redrafter.drafters import Ask, Drafter, Verified
 from mlx_redrafter.models import Target
-from mlx_redrafter.models.decoder import Functions
+from mlx_redrafter.models.decoder import Functions, Part
 from mlx_redrafter.models.experts import distinct as distinct_experts
 from mlx_redrafter.models.features import Chunk, Features
 from mlx_redrafter.models.layers import Routed
@@ -110,50 +110,83 @@ def make_step(
         there on; of several nodes and a target with experts one number more, how many the nodes
         chose; the next state).
     """
-    shape = spec.shape
-    layers, kinds = read_layers(drafters), all_caches(target, drafters)
-    waiting = [waits(kind, shape) for kind in kinds]
-    counted = bool(target.routes) and shape.drafts
+    layers, counted = read_layers(drafters), bool(target.routes) and spec.shape.drafts
 
     def step(state: State, arrays: Arrays) -> tuple[mx.array, State]:
         on_trace()
-        root, position, caches, states, history, pending = state
-        draw = sampling.draw(arrays, position + 1, shape.depth)
-        text_so_far = None if isinstance(history, tuple) else history
-        run, *others = passes([target, *drafters], caches, position, pending)
-        ask = Ask(root, position, text_so_far, shape, draw)
-        tree = draft(drafters, states, others, ask)
-
-        run.ancestors = tree.ancestors
+        begun = begin(target, drafters, spec, state, arrays)
         chosen: list[mx.array] = []
-        read = verify(target, tree, run, layers, chosen.append if counted else None)
-
-        windows = {
-            name: sampling.recent_tokens(tree, text_so_far, position, size)
-            for name, size in spec.windows
-            if text_so_far is not None
-        }
-        choices = sampling.sample(target.logits(read.hidden), tree, windows, arrays, position)
-        last, count, text = accept(tree, choices)
-
-        done = Verified(tree, read, last, count, text, choices, position)
-        drafts = tuple(
-            d.commit(s, done._replace(own=own))
-            for d, s, own in zip(drafters, states, others, strict=True)
-        )
-        if not isinstance(history, tuple):
-            history = mx.slice_update(history, text, position, (0,))
-        caches, rows = joined_passes([target, *drafters], [run, *others])
-        pending = ()
-        if any(waiting):
-            kept = [r if w else () for r, w in zip(rows, waiting, strict=True)]
-            pending = kept, row_slots(tree, last, count, position)
-        root = mx.take(choices, last) if shape.drafts else choices
+        routed = chosen.append if counted else None
+        (read,) = verify(target, [(begun.tree, begun.run)], layers, routed)
+        logits = target.logits(read.hidden)
+        text, state = finish(target, drafters, spec, begun, read, logits, arrays)
         if counted:
             text = mx.concatenate([text, distinct_experts(chosen).reshape(1)])
-        return text, State(root, position + count, caches, drafts, history, pending)
+        return text, state
 
     return step
+
+
+class Begun(NamedTuple):
+    """A step whose tree is drafted and not yet checked: see `State` and `Ask`. run, others: its
+    passes over the target's caches and over every drafter's."""
+
+    tree: DraftTree
+    run: Pass
+    others: list[Pass]
+    position: mx.array
+    states: tuple[Any, ...]
+    history: mx.array | tuple[()]
+
+
+def begin(
+    target: Target, drafters: Sequence[Drafter], spec: StepSpec, state: State, arrays: Arrays
+) -> Begun:
+    """Draft the tree of a step."""
+    root, position, caches, states, history, pending = state
+    draw = sampling.draw(arrays, position + 1, spec.shape.depth)
+    text_so_far = None if isinstance(history, tuple) else history
+    run, *others = passes([target, *drafters], caches, position, pending)
+    ask = Ask(root, position, text_so_far, spec.shape, draw)
+    tree = draft(drafters, states, others, ask)
+    run.ancestors = tree.ancestors
+    return Begun(tree, run, others, position, states, history)
+
+
+def finish(
+    target: Target,
+    drafters: Sequence[Drafter],
+    spec: StepSpec,
+    begun: Begun,
+    read: Features,
+    logits: mx.array,
+    arrays: Arrays,
+) -> tuple[mx.array, State]:
+    """Accept what the target says of a tree's nodes, logits (N, V); as of `make_step`."""
+    tree, run, others, position, states, history = begun
+    windows = {
+        name: sampling.recent_tokens(tree, history, position, size)
+        for name, size in spec.windows
+        if not isinstance(history, tuple)
+    }
+    choices = sampling.sample(logits, tree, windows, arrays, position)
+    last, count, text = accept(tree, choices)
+
+    done = Verified(tree, read, last, count, text, choices, position)
+    drafts = tuple(
+        d.commit(s, done._replace(own=own))
+        for d, s, own in zip(drafters, states, others, strict=True)
+    )
+    if not isinstance(history, tuple):
+        history = mx.slice_update(history, text, position, (0,))
+    caches, rows = joined_passes([target, *drafters], [run, *others])
+    waiting = [waits(kind, spec.shape) for kind in all_caches(target, drafters)]
+    pending: tuple[list[Rows], mx.array] | tuple[()] = ()
+    if any(waiting):
+        kept = [r if w else () for r, w in zip(rows, waiting, strict=True)]
+        pending = kept, row_slots(tree, last, count, position)
+    root = mx.take(choices, last) if spec.shape.drafts else choices
+    return text, State(root, position + count, caches, drafts, history, pending)
 
 
 class Remembering(Protocol):
@@ -249,16 +282,21 @@ def row_slots(tree: DraftTree, last: mx.array, count: mx.array, position: mx.arr
 
 def verify(
     target: Target,
-    tree: DraftTree,
-    run: Pass,
+    trees: Sequence[tuple[DraftTree, Pass]],
     layers: tuple[int, ...],
     routed: Routed | None = None,
-) -> Features:
-    """One pass of the target over the whole tree: N rows of features.
+) -> list[Features]:
+    """One pass of the target over whole trees, of one sequence each: their N rows of features.
 
     Every node sees the prefix (slots below the root's position) and its own ancestors, whose rows
     are written to the slots from there on. routed: see `Functions`.
     """
+    parts = [_part(target, tree, run) for tree, run in trees]
+    found = target.together(parts, layers, Functions(routed=routed))
+    return [Features(hidden, layers, outputs) for hidden, outputs in found]
+
+
+def _part(target: Target, tree: DraftTree, run: Pass) -> Part:
     capacity = run.capacity(target.caches)
     positions = run.position + tree.depths  # (N,)
     mask, key_positions = tree.ancestors, positions
@@ -269,9 +307,7 @@ def verify(
         mask = mx.slice_update(prefix, mask, run.position, (1,))
         key_positions = mx.slice_update(slots, positions, run.position, (0,))
     # A filler's negative token reads some row of the embedding; nobody reads what comes of it.
-    functions = Functions(routed=routed)
-    hidden, outputs = target(tree.tokens, positions, mask, key_positions, run, layers, functions)
-    return Features(hidden, layers, outputs)
+    return Part(tree.tokens, positions, mask, key_positions, run)
 
 
 def blank_state(

@@ -18,7 +18,7 @@ from mlx_redrafter.cache.packed import Packing, packed
 from mlx_redrafter.errors import ModelError, OptionError
 from mlx_redrafter.models import own_patches
 from mlx_redrafter.models.attention import dense
-from mlx_redrafter.models.decoder import DECODING, Functions
+from mlx_redrafter.models.decoder import DECODING, Functions, Part
 from mlx_redrafter.models.observed import Observed, config_of, dequantised
 from mlx_redrafter.models.patches import Place, capture, layers, patched
 from mlx_redrafter.models.running import Layout, Running
@@ -112,6 +112,12 @@ class AdaptedModel(nn.Module):
         assert run.hidden is not None
         wanted = tuple(self._output(run, i) for i in layers)
         return run.hidden.reshape(positions.shape[0], -1), wanted
+
+    def together(
+        self, parts: Sequence[Part], layers: Sequence[int] = (), functions: Functions = DECODING
+    ) -> list[tuple[mx.array, tuple[mx.array, ...]]]:
+        """Run several sequences, one behind the other: a module of mlx_lm reads one."""
+        return [self(*part, layers, functions) for part in parts]
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden (M, D) after the final norm -> logits (M, V)."""

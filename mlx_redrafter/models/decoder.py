@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +34,16 @@ class Functions(NamedTuple):
 
 
 DECODING = Functions()
+
+
+class Part(NamedTuple):
+    """One sequence's share of a pass; see `Decoder.__call__`."""
+
+    tokens: mx.array
+    positions: mx.array
+    mask: mx.array
+    key_positions: mx.array
+    caches: Pass
 
 
 class Backbone(nn.Module):
@@ -117,38 +128,50 @@ class Decoder(nn.Module):
 
         Returns hidden (N, D) after the final norm, and the wanted outputs (N, D).
         """
+        part = Part(tokens, positions, mask, key_positions, caches)
+        return self.together([part], layers, functions)[0]
+
+    def together(
+        self, parts: Sequence[Part], layers: Sequence[int] = (), functions: Functions = DECODING
+    ) -> list[tuple[mx.array, tuple[mx.array, ...]]]:
+        """Run the tokens of several sequences, whose caches are their own, in one pass: all that
+        is done to every token alike is done once. What comes of each is, row by row, what it would
+        be alone."""
+        one = len(parts) == 1
+        tokens = parts[0].tokens if one else mx.concatenate([p.tokens for p in parts])
+        positions = parts[0].positions if one else mx.concatenate([p.positions for p in parts])
         x = self.embed(tokens)
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
         if self.config.embedding_norm:
             x = mx.fast.rms_norm(x, None, self.config.norm_eps)
         rotations = [rope.prepare(positions, x.dtype) for rope in self._ropes]
-        masks = self._masks(mask, positions, key_positions, caches)
-        growth = self._growth(positions, x.dtype)
         inner = self.model.get("layer_inputs")
         given = None if inner is None else inner(tokens, x)
-        slabs: dict[int, Any] = {}
+        running = [_Running(self, part, x.dtype) for part in parts]
         outputs = []
         for index, block in enumerate(self.model.layers):
-            run = LayerPass(
-                Memory(caches, self._caches, self._slots[index]),
-                masks[self._windows[index]],
+            common = _Common(
                 self._rotate(self.config.layer_ropes[index], rotations),
-                functools.partial(self._write, slabs, caches, index),
                 functions.attend(index),
                 functions.activation,
-                growth,
                 None if given is None else given[:, index],
                 functions.routed,
             )
+            runs = [sequence.layer(index, common) for sequence in running]
+            run = runs[0] if one else runs[0]._replace(sequences=tuple(runs))
             x = block(x, run)
             outputs.append(x)
-        return self.model.norm(x), tuple(outputs[i] for i in layers)
+        hidden, wanted = self.model.norm(x), [outputs[i] for i in layers]
+        if one:
+            return [(hidden, tuple(wanted))]
+        ends = list(itertools.accumulate(p.tokens.shape[0] for p in parts[:-1]))
+        cut = [mx.split(every, ends, axis=0) for every in (hidden, *wanted)]
+        return [(own[0], tuple(own[1:])) for own in zip(*cut, strict=True)]
 
-    def _masks(
-        self, mask: mx.array, positions: mx.array, key_positions: mx.array, caches: Pass
-    ) -> dict[int, mx.array]:
+    def masks(self, part: Part) -> dict[int, mx.array]:
         """One mask (N, C) per distinct sliding window, or (N, S) over its layers' rings."""
+        _, positions, mask, key_positions, caches = part
         masks, windows = {0: mask}, self._windows
         for window in set(windows) - {0}:
             layer = self._slots[windows.index(window)]
@@ -159,21 +182,17 @@ class Decoder(nn.Module):
                 masks[window] = mask & (positions[:, None] < key_positions + window)
         return masks
 
-    def _write(self, slabs: dict[int, Any], caches: Pass, layer: int, rows: mx.array) -> Any:
-        """What a layer reads: its cache with these rows, or what the layer whose cache it is
-        read in this pass."""
-        slot = self._slots[layer]
-        if slot not in slabs:
-            slabs[slot] = caches.extend(slot, self._caches[slot], rows)
-        return slabs[slot]
-
-    def _growth(self, positions: mx.array, dtype: mx.Dtype) -> mx.array | None:
+    def growth(self, positions: mx.array, dtype: mx.Dtype) -> mx.array | None:
         """How much larger queries are at their positions, (N, 1); Ministral 3."""
         if self.config.query_growth is None:
             return None
         beta, step = self.config.query_growth
         growth = 1 + beta * mx.log(1 + mx.floor(positions / step))
         return growth.astype(dtype)[:, None]
+
+    def place(self, layer: int) -> tuple[int, int]:
+        """Of a layer: the first of its caches, and the window that it sees."""
+        return self._slots[layer], self._windows[layer]
 
     def _rotate(self, index: int, rotations: Sequence[Rotation]) -> Rotate:
         if index < 0:
@@ -231,3 +250,45 @@ def _kept(layer: DecoderConfig, window: int) -> Sequence[LayerCache]:
     if layer.delta is not None:
         return delta.caches(layer)
     return [Ring(*layer.kept, window=window) if window else Slab(*layer.kept)]
+
+
+class _Common(NamedTuple):
+    """What a layer does to all sequences of a pass; see `LayerPass`."""
+
+    rotate: Rotate
+    attend: Attend
+    activation: Activation | None
+    given: mx.array | None
+    routed: Routed | None
+
+
+class _Running:
+    """One sequence while a pass is run."""
+
+    def __init__(self, decoder: Decoder, part: Part, dtype: mx.Dtype) -> None:
+        self._decoder, self._caches = decoder, part.caches
+        self._masks = decoder.masks(part)
+        self._growth = decoder.growth(part.positions, dtype)
+        self._seen: dict[int, Any] = {}
+
+    def layer(self, index: int, common: _Common) -> LayerPass:
+        slot, window = self._decoder.place(index)
+        return LayerPass(
+            Memory(self._caches, self._decoder.caches, slot),
+            self._masks[window],
+            common.rotate,
+            functools.partial(self._write, slot),
+            common.attend,
+            common.activation,
+            self._growth,
+            common.given,
+            common.routed,
+        )
+
+    def _write(self, slot: int, rows: mx.array) -> Any:
+        """What a layer reads: its cache with these rows, or what the layer whose cache it is
+        read in this pass."""
+        if slot not in self._seen:
+            kind = self._decoder.caches[slot]
+            self._seen[slot] = self._caches.extend(slot, kind, rows)
+        return self._seen[slot]

@@ -82,11 +82,16 @@ class DeltaNet(nn.Module):
         return [found[part] for part in _PARTS]
 
     def __call__(self, x: mx.array, run: LayerPass) -> mx.array:
-        """x (N, D) -> (N, D); of a prompt's chunk N may be those of several sequences."""
+        """x (N, D) -> (N, D)."""
+        return self.out_proj(run.each(self._mixed, *self._project(x)))
+
+    def _mixed(self, run: LayerPass, *projected: mx.array) -> mx.array:
+        """What the projections gave (N, *) -> what is left of them after the recurrence
+        (N, values); of a prompt's chunk N may be those of several sequences."""
         delta, memory = self._delta, run.memory
         state = memory.read(STATE)
         several = state.shape[0]
-        mixed, gate, b, a = (part.reshape(several, -1, part.shape[-1]) for part in self._project(x))
+        mixed, gate, b, a = (part.reshape(several, -1, part.shape[-1]) for part in projected)
         n, seen = mixed.shape[1], None
         if several > 1:  # a row that sees nothing is padding
             seen = mx.any(run.mask, axis=-1).reshape(several, n)
@@ -102,7 +107,7 @@ class DeltaNet(nn.Module):
         if lineage is not None and self._closed:
             inputs = (qk.squeeze(0), v.squeeze(0), a.squeeze(0), b.squeeze(0))
             out, left = forms.closed_delta(inputs, rates, state, lineage, scale)
-            out = out[None].astype(x.dtype)
+            out = out[None].astype(mixed.dtype)
         else:
             q, k = (part.squeeze(2) for part in mx.split(qk, 2, axis=2))
             values = (scale**2 * q, scale * k, v, a, b)
@@ -111,7 +116,7 @@ class DeltaNet(nn.Module):
             )
         memory.write(STATE, left)
         out = precise_swiglu(out, gate.reshape(out.shape), self.norm(out))
-        return self.out_proj(out.reshape(x.shape[0], -1))
+        return out.reshape(several * n, -1)
 
     def _heads(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """x (B, n, C) -> normed queries and keys (B, n, 2, Hk, Dk), and values (B, n, Hv, Dv)."""

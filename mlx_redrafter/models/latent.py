@@ -55,11 +55,18 @@ class LatentAttention(nn.Module):
         turned = mx.concatenate([q[..., latent.plain :], key[:, None]], axis=1)
         turned = run.rotate(turned, heads + 1)  # (H + 1, N, rope)
         rows = mx.concatenate([self.kv_a_layernorm(kept)[None], turned[heads:]], axis=-1)
-        slab = run.write(rows[None])
         absorbed = self.embed_q(q[..., : latent.plain].transpose(1, 0, 2))  # (H, N, rank)
         q = mx.concatenate([absorbed, turned[:heads]], axis=-1)
-        out = self.unembed_out(_attend(q, slab, run.mask, self._scale, latent.rank))
+        out = run.each(self._mixed, q.transpose(1, 0, 2), rows[0])  # (N, H, rank)
+        out = self.unembed_out(out.transpose(1, 0, 2))
         return self.o_proj(out.transpose(1, 0, 2).reshape(x.shape[0], -1))
+
+    def _mixed(self, run: LayerPass, q: mx.array, rows: mx.array) -> mx.array:
+        """q (N, H, rank + rope), rows (N, rank + rope), which are kept -> (N, H, rank)."""
+        assert self._latent is not None
+        slab = run.write(rows[None, None])
+        q = q.transpose(1, 0, 2)
+        return _attend(q, slab, run.mask, self._scale, self._latent.rank).transpose(1, 0, 2)
 
 
 def _attend(q: mx.array, slab: Seen, mask: mx.array, scale: float, values: int) -> mx.array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -51,7 +52,8 @@ class LayerPass(NamedTuple):
     rotated; write: adds rows to the layer's cache and gives what the layer reads; attend: over
     that; activation: another than the family's own; growth (N, 1): of the queries, where they grow
     with the position; given (N, *): this layer's own input, where layers have one; routed: told of
-    the experts (N, K) that it chooses.
+    the experts (N, K) that it chooses; sequences: those of several, whose rows lie one behind the
+    other: `each` goes over them.
     """
 
     memory: Memory
@@ -63,6 +65,22 @@ class LayerPass(NamedTuple):
     growth: mx.array | None = None
     given: mx.array | None = None
     routed: Routed | None = None
+    sequences: tuple[LayerPass, ...] = ()
+
+    def each(
+        self, f: Callable[..., mx.array], *rows: mx.array, axes: Sequence[int] | None = None
+    ) -> mx.array:
+        """f(pass, *rows) -> (N, *) of every sequence by itself, one behind the other. Nodes lie
+        along these axes of the rows, the first if not told otherwise."""
+        if not self.sequences:
+            return f(self, *rows)
+        ends = list(itertools.accumulate(run.mask.shape[0] for run in self.sequences[:-1]))
+        parts = [
+            mx.split(x, ends, axis=axis)
+            for x, axis in zip(rows, axes or [0] * len(rows), strict=True)
+        ]
+        found = [f(*own) for own in zip(self.sequences, *parts, strict=True)]
+        return mx.concatenate(found, axis=0)
 
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -166,9 +184,16 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, run: LayerPass) -> mx.array:
         """x (N, D) -> (N, D)."""
-        config, count = self._config, self._config.num_heads
         projected, gate = self._project(x)
-        rows = run.rotate(projected, count + self._kv_heads)  # (H + 2 Hkv, N, Dh)
+        rows = run.rotate(projected, self._config.num_heads + self._kv_heads)
+        out = run.each(self._mixed, rows, axes=(1,))
+        if gate is not None:
+            out = out * mx.sigmoid(gate)
+        return self.o_proj(out)
+
+    def _mixed(self, run: LayerPass, rows: mx.array) -> mx.array:
+        """rows (H + 2 Hkv, N, Dh): queries, and what is kept -> what they attend to (N, H*Dh)."""
+        config, count = self._config, self._config.num_heads
         slab = run.write(rows[count:][None])
         q = rows[:count]
         if run.growth is not None:
@@ -176,12 +201,8 @@ class Attention(nn.Module):
         scale, softcap = config.attention_scale, config.attention_softcap
         if "sinks" in self:
             # Whoever replaces the attention of other layers does not know of sinks.
-            out = attend(q, slab, run.mask, scale, softcap, sinks=self.sinks)
-        else:
-            out = run.attend(q, slab, run.mask, scale, softcap)
-        if gate is not None:
-            out = out * mx.sigmoid(gate)
-        return self.o_proj(out)
+            return attend(q, slab, run.mask, scale, softcap, sinks=self.sinks)
+        return run.attend(q, slab, run.mask, scale, softcap)
 
 
 class MLP(nn.Module):

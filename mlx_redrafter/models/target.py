@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_redrafter.cache.layer import LayerCache, Pass
 
 from .config import DecoderConfig
-from .decoder import Functions
+from .decoder import Functions, Part
 
 
 class Target(Protocol):
@@ -49,6 +49,12 @@ class Target(Protocol):
         functions: Functions = ...,
     ) -> tuple[mx.array, tuple[mx.array, ...]]:
         """Run N tokens; see :meth:`Decoder.__call__`."""
+        ...
+
+    def together(
+        self, parts: Sequence[Part], layers: Sequence[int] = (), functions: Functions = ...
+    ) -> list[tuple[mx.array, tuple[mx.array, ...]]]:
+        """Run the tokens of several sequences; see :meth:`Decoder.together`."""
         ...
 
     def logits(self, hidden: mx.array) -> mx.array:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar, cast
 
 import mlx.core as mx
 
@@ -17,6 +19,8 @@ from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.sparse import SparseAttention
 
 Progress = Callable[[int, int], None]
+P = ParamSpec("P")
+T = TypeVar("T")
 Absorb = Callable[[Chunk, Sequence[Kept]], list[Kept]]
 USUAL = 512  # tokens of a pass
 
@@ -64,7 +68,7 @@ def _up(n: int, block: int) -> int:
     return -(-n // block) * block
 
 
-def read(
+def reading(
     target: Target,
     prompt: Sequence[int],
     session: Session,
@@ -74,8 +78,9 @@ def read(
     absorb: Absorb | None = None,
     sparse: SparseAttention | None = None,
     progress: Progress | None = None,
-) -> Features:
-    """Read what the session lacks of all but the last token; it has room for it.
+) -> Generator[None, None, Features]:
+    """Read what the session lacks of all but the last token, a pass from one step of the iteration
+    to the next; it has room for it.
 
     Args:
         step: tokens of a pass.
@@ -98,11 +103,30 @@ def read(
         found = _read(target, chunk, session, layers, absorb, None if dense else sparse)
         if sparse is not None:
             sparse.count(part.start, part.stop, dense)
+        yield
     if progress is not None:
         progress(len(prompt), len(prompt))
     session.mark()
     session.hold_rings()
     return found
+
+
+def at_once(steps: Callable[P, Generator[None, None, T]]) -> Callable[P, T]:
+    """What goes step by step, without a stop."""
+
+    @functools.wraps(steps)
+    def run(*args: P.args, **more: P.kwargs) -> T:
+        going = steps(*args, **more)
+        while True:
+            try:
+                next(going)
+            except StopIteration as end:
+                return cast(T, end.value)
+
+    return run
+
+
+read = at_once(reading)
 
 
 def _inputs(chunk: list[int], session: Session) -> tuple[mx.array, mx.array, mx.array, mx.array]:

@@ -21,6 +21,7 @@ from conftest import RANKS, SHAPES, Oracle, engine_of, prompt_of, run
 from mlx_redrafter.cache.layer import Pass, new_caches
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.sampling import SamplingParams
+from mlx_redrafter.models.decoder import DECODING, Functions, Part
 from mlx_redrafter.stats import DraftStats
 
 V, D, LAYERS = 97, 16, 3
@@ -99,6 +100,11 @@ class Recurrent:
         self.out = mx.array(rng.standard_normal((LAYERS, D)).astype(np.float32))
 
     routes = 0
+
+    def together(
+        self, parts: Sequence[Part], layers: Sequence[int] = (), functions: Functions = DECODING
+    ) -> list[tuple[mx.array, tuple[mx.array, ...]]]:
+        return [self(*part, layers, functions) for part in parts]
 
     def __call__(
         self,

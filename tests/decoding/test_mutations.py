@@ -73,9 +73,11 @@ def verify_another_tree(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[DraftTree], DraftTree]
 ) -> None:
     verify = step_module.verify
-    monkeypatch.setattr(
-        step_module, "verify", lambda target, tree, *rest: verify(target, change(tree), *rest)
-    )
+
+    def other(target: Any, trees: Any, *rest: Any) -> Any:
+        return verify(target, [(change(tree), run) for tree, run in trees], *rest)
+
+    monkeypatch.setattr(step_module, "verify", other)
 
 
 def siblings_visible(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -21,6 +21,7 @@ from mlx_redrafter.budget.machine import Budget
 from mlx_redrafter.cache.packed import GROUP
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.engine import Engine
+from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.drafters.loading import load_drafter
@@ -186,6 +187,66 @@ def stream_generate(
             a session in use or of another model; all at the call, before anything is computed (of
             two answers begun with one session, the second one's first response raises it).
     """
+    given = dict(
+        draft=draft, tree=tree, stop=stop, stop_tokens=stop_tokens, session=session,
+        prefill_step_size=prefill_step_size, prompt_progress_callback=prompt_progress_callback,
+        sparse_prefill=sparse_prefill, **sampling,
+    )  # fmt: skip
+    return _responses(checked(model, tokenizer, prompt, max_tokens, **given))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that was found possible. What the budget chooses, and may have to measure first,
+    is not chosen yet: the trees, unless the shape is ``fixed``, and ``step_size``, unless given.
+    ``begin`` makes what turns its tokens into text."""
+
+    model: Model
+    request: Request
+    fixed: bool
+    step_size: int | None
+    begin: Callable[[], Answer]
+
+    def chosen(self) -> Chosen:
+        """With everything chosen."""
+        request, budget = self.request, self.model.budget
+        shape: TreeShape | Policy = request.shape
+        if not self.fixed:
+            shape = budget.policy(sampled=request.sampling.temp > 0)
+        step_size, sparse = self.step_size, request.sparse_prefill
+        if step_size is None:
+            tag = sparse.tag if sparse is not None else ""
+            cached = request.session.shared(request.prompt, tag)
+            step_size = budget.step_size(len(request.prompt), cached)
+        answer = self.begin()
+        stats = answer.stats
+        return Chosen(replace(request, shape=shape, step_size=step_size, stats=stats), answer)
+
+
+class Chosen(NamedTuple):
+    """What an engine is asked, and what its tokens are given to."""
+
+    request: Request
+    answer: Answer
+
+
+def checked(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    prompt: str | Sequence[int] | mx.array,
+    max_tokens: int | None = None,
+    *,
+    draft: bool | None = None,
+    tree: TreeShape | None = None,
+    stop: str | Sequence[str] | None = None,
+    stop_tokens: Sequence[int] | None = None,
+    session: Session | None = None,
+    prefill_step_size: int | None = None,
+    prompt_progress_callback: Progress | None = None,
+    sparse_prefill: SparsePrefill | None = None,
+    **sampling: Any,
+) -> Asked:
+    """The arguments of `stream_generate`, found possible; raises OptionError as it does."""
     tokenizer = arguments.pair(model, tokenizer, Model)
     params = arguments.sampling(sampling, stream_generate)
     arguments.instance("tree", tree, TreeShape, "a TreeShape, TreeShape.chain(4) for example")
@@ -209,28 +270,16 @@ def stream_generate(
     )  # fmt: skip
     answer = partial(Answer, tokenizer, len(ids), stops, end_tokens, asked.room(config))
     asked.session.check(model.target)
-    return _responses(model, asked, plain or tree is not None, prefill_step_size, answer)
+    return Asked(model, asked, plain or tree is not None, prefill_step_size, answer)
 
 
-def _responses(
-    model: Model,
-    asked: Request,
-    fixed: bool,
-    step_size: int | None,
-    begin: Callable[[], Answer],
-) -> Generator[GenerationResponse, None, None]:
-    """The answer to a request that was found possible. What the budget chooses, and may have to
-    measure first, is chosen now: the trees, unless the shape is ``fixed``, and ``step_size``."""
+def _responses(asked: Asked) -> Generator[GenerationResponse, None, None]:
+    """The answer to a request."""
     threads.clear_at_end()
-    session, sparse, budget = asked.session, asked.sparse_prefill, model.budget
-    shape = asked.shape if fixed else budget.policy(sampled=asked.sampling.temp > 0)
-    if step_size is None:
-        cached = session.shared(asked.prompt, sparse.tag if sparse is not None else "")
-        step_size = budget.step_size(len(asked.prompt), cached)
-    answer = begin()
-    request = replace(asked, shape=shape, step_size=step_size, stats=answer.stats)
+    model, session = asked.model, asked.request.session
+    request, answer = asked.chosen()
     steps = model.engine.generate(request)
-    with _wired(model.target):
+    with wired(model.target):
         try:
             for emitted in steps:
                 threads.clear_at_end()  # the caller may go on in another thread
@@ -285,7 +334,7 @@ def _compiler_present() -> bool:
 
 
 @contextlib.contextmanager
-def _wired(target: Loaded) -> Iterator[None]:
+def wired(target: Loaded) -> Iterator[None]:
     """On Metal keep the weights resident while generating, as mlx_lm does."""
     if not mx.metal.is_available():
         yield

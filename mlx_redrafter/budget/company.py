@@ -1,0 +1,163 @@
+"""How much answers that run together draft: from what one pass over all their rows costs.
+
+Rows are the currency: what a tree adds to a pass depends on how many rows the others bring. All
+begin with plain steps, and the tree that gains most is given first, until none gains any more.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mlx_redrafter.budget.automatic import Automatic
+from mlx_redrafter.budget.costs import NEAR, Costs, timed_pass
+from mlx_redrafter.decoding.policy import Policy
+from mlx_redrafter.models import Target
+from mlx_redrafter.runtime import clock
+from mlx_redrafter.tree.shape import TreeShape
+
+ROWS = (16, 24, 32, 48, 64)
+_ROUNDS = 3
+_BETTER = 1.05  # by which answering in turns has to be faster than together
+_EVERY = 8  # steps of all, after which trees are given anew: a new combination is a new graph
+
+
+class Company:
+    """Answers that run together.
+
+    Args:
+        costs: of a single answer's steps.
+        wide: seconds of a pass over many rows, the smallest number among those of ``costs``; see
+            `measure`.
+    """
+
+    def __init__(self, costs: Costs, wide: Mapping[int, float]) -> None:
+        self._costs, self._seats = costs, list[Seat]()
+        self._due, self._turns = 0, False
+        # The machine may have been busier then or now: sizes that both have stand for one another.
+        scale = costs.checking(min(wide)) / wide[min(wide)] if wide else 1.0
+        curve = {**costs.verify, **{n: t * scale for n, t in wide.items()}}
+        self._curve = sorted(curve.items())
+
+    def seat(self, policy: Policy) -> Seat:
+        """What chooses for an answer that joins, made of what would choose for it alone."""
+        seat = Seat(self, policy)
+        self._seats.append(seat)
+        self._due = 0
+        return seat
+
+    def leave(self, seat: Seat) -> None:
+        """The answer ended."""
+        self._seats.remove(seat)
+        self._due = 0
+
+    @property
+    def seats(self) -> list[Seat]:
+        return self._seats
+
+    def check(self, rows: int) -> float:
+        """Seconds of a pass over so many rows; beyond what was measured in proportion."""
+        sizes = [n for n, _ in self._curve]
+        last, most = self._curve[-1]
+        if rows >= last:
+            return most * rows / last
+        at = bisect.bisect_left(sizes, rows)
+        (below, low), (above, high) = self._curve[max(at - 1, 0)], self._curve[at]
+        share = (rows - below) / (above - below) if above > below else 0.0
+        return low + share * (high - low)
+
+    def drafting(self, shape: TreeShape) -> float:
+        """Seconds that a shape adds beside its rows in the pass."""
+        if not shape.depth:
+            return 0.0
+        bare = TreeShape(shape.width, shape.depth, 1 + shape.depth)
+        return self._costs.table(bare) - self._costs.checking(bare.nodes)
+
+    def in_turns(self) -> bool:
+        """Are all served faster one after the other, each with the trees that it wants alone?"""
+        return self._turns and len(self._seats) > 1
+
+    def rate(self, shapes: Sequence[TreeShape]) -> float:
+        """Tokens per second if every answer has one of these."""
+        tokens = sum(seat.foreseen(s) for seat, s in zip(self._seats, shapes, strict=True))
+        return tokens / self.seconds(shapes)
+
+    def seconds(self, shapes: Sequence[TreeShape]) -> float:
+        """Of one step of all."""
+        return self.check(sum(s.nodes for s in shapes)) + sum(map(self.drafting, shapes))
+
+    def plan(self) -> None:
+        """Give the trees, if it is time to."""
+        self._due -= 1
+        if self._due > 0:
+            return
+        self._due = _EVERY * len(self._seats)
+        shapes = [seat.least for seat in self._seats]
+        best = self.rate(shapes)
+        while True:
+            found = [
+                (self.rate([*shapes[:i], shape, *shapes[i + 1 :]]), i, shape)
+                for i, seat in enumerate(self._seats)
+                for shape in seat.shapes
+                if shape.nodes > shapes[i].nodes
+            ]
+            gain, at, shape = max(found, key=lambda one: one[0], default=(0.0, 0, shapes[0]))
+            if gain <= best:
+                break
+            best, shapes[at] = gain, shape
+        for seat, shape in zip(self._seats, shapes, strict=True):
+            seat.planned = shape
+        self._turns = max(seat.alone() for seat in self._seats) > _BETTER * best
+
+
+class Seat:
+    """A `Policy` of one answer in company."""
+
+    def __init__(self, company: Company, policy: Policy) -> None:
+        self._company, self._policy = company, policy
+        self._position = NEAR
+        self.planned = self.least
+
+    @property
+    def shapes(self) -> Sequence[TreeShape]:
+        return self._policy.shapes
+
+    @property
+    def least(self) -> TreeShape:
+        """Without a draft, where that may be chosen."""
+        return min(self.shapes, key=lambda shape: shape.nodes)
+
+    def choose(self, position: int) -> TreeShape:
+        self._position = position
+        if len(self._company.seats) < 2 or not isinstance(self._policy, Automatic):
+            return self._policy.choose(position)
+        self._company.plan()
+        if self._company.in_turns():
+            return self._policy.choose(position)
+        return self._policy.unless_due(self.planned, position)
+
+    def record(
+        self, shape: TreeShape, produced: int, seconds: float | None, experts: int = 0
+    ) -> None:
+        self._policy.record(shape, produced, seconds, experts)
+
+    def alone(self) -> float:
+        """Tokens per second with the best shape, if there were no others."""
+        if not isinstance(self._policy, Automatic):
+            return 0.0
+        return max(self._policy.speed(shape, self._position) for shape in self.shapes)
+
+    def foreseen(self, shape: TreeShape) -> float:
+        """Tokens of a step."""
+        return self._policy.foreseen(shape) if isinstance(self._policy, Automatic) else 1.0
+
+
+def measure(target: Target, build: Callable[[Any], Any]) -> dict[int, float]:
+    """Seconds of passes over `ROWS` rows, timed in turns; the fastest counts."""
+    runs = {n: timed_pass(target, n, NEAR, build) for n in ROWS}
+    found = clock.fastest(runs, _ROUNDS, warm=True)
+    least = float("inf")
+    for n in sorted(found, reverse=True):  # a pass over more tokens is never faster
+        least = found[n] = min(least, found[n])
+    return found

@@ -1,0 +1,203 @@
+"""One answer's steps, one in flight ahead of the one whose tokens are being read."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import mlx.core as mx
+
+from mlx_redrafter.cache.layer import Kept, LayerCache, capacity_of, grown
+from mlx_redrafter.cache.session import UNKNOWN
+from mlx_redrafter.cache.slabs import capacity_for
+from mlx_redrafter.decoding.policy import Policy
+from mlx_redrafter.decoding.request import Request
+from mlx_redrafter.decoding.step import State, StepSpec, nothing_pending
+from mlx_redrafter.drafters import Drafter
+from mlx_redrafter.models import Target
+from mlx_redrafter.tree.nodes import END
+from mlx_redrafter.tree.shape import TreeShape
+
+_PATIENCE = 32  # steps that keep the rows of drafters whom nobody asks
+
+
+class Runner(Protocol):
+    """What runs the steps; see `Engine`."""
+
+    traces: int
+
+    @property
+    def target(self) -> Target: ...
+
+    @property
+    def drafters(self) -> Sequence[Drafter]: ...
+
+    @property
+    def keeping(self) -> Sequence[Drafter]:
+        """Drafters that keep rows by position."""
+        ...
+
+    @property
+    def kinds(self) -> Sequence[LayerCache]:
+        """What all layers remember."""
+        ...
+
+    def taking_part(self, awake: bool) -> Sequence[Drafter]:
+        """The drafters: all, or those that keep no rows."""
+        ...
+
+
+class Answering:
+    """What is known of an answer while its steps run. Whoever runs them calls `start`, then for
+    every step `prepare` and `launched`, and `read` for the oldest that was launched, which may be
+    one behind; `close` in any case.
+
+    ``known`` holds the prompt and every token produced so far.
+
+    Args:
+        policy: what chooses the shape of a step.
+        room: the most tokens.
+        awake: do drafters that keep rows take part?
+    """
+
+    state: State
+
+    def __init__(
+        self, engine: Runner, request: Request, policy: Policy, room: int, awake: bool
+    ) -> None:
+        self.engine, self.request, self.policy = engine, request, policy
+        self.awake, self.unasked = awake, 0
+        self.asleep: list[Kept] = []  # caches of drafters that do not take part
+        self.covered: int | None = None  # tokens that these have rows of
+        self.arrays = request.sampling.arrays(engine.target.config.vocab_size)
+        self.known = list(request.prompt)
+        self.final = len(self.known) + room
+        self.longest = max(shape.longest for shape in policy.shapes) + 1  # tokens of a step
+        self.widest = max(shape.nodes for shape in policy.shapes)
+        self.in_flight: deque[tuple[TreeShape, mx.array, bool]] = deque()
+        # Tokens whose rows are in the slabs where they belong, and those that are committed.
+        self.in_place = self.stand = len(self.known) - 1
+        self.done = False
+        self._mark = self._read = 0.0
+        self._traces = 0
+
+    def start(self, state: State) -> None:
+        """The prompt was read."""
+        self.state = state
+        if not self.awake:
+            self._let_go(self.request.session.covered)
+        self._mark = self._read = time.perf_counter()
+        self._traces = self.engine.traces
+
+    @property
+    def goes_on(self) -> bool:
+        """Will there be a step behind the one in flight?"""
+        return len(self.known) + 1 < self.final
+
+    def prepare(self) -> StepSpec:
+        """The bucket of the next step, for which the state has room afterwards."""
+        shape = self._shape()
+        furthest = len(self.known) - 1 + (self.longest if self.in_flight else 0)
+        self._grow(furthest + self.longest + self.widest)
+        pending = self.state.pending
+        if not pending and len(self.policy.shapes) == 1:
+            pending = nothing_pending(self.kinds, self.state.caches, shape)
+            self.state = self.state._replace(pending=pending)
+        waiting = pending[1].shape[0] if pending else 0
+        sampling = self.request.sampling
+        return StepSpec(shape, sampling.features, sampling.windows, waiting, self.awake)
+
+    def launched(self, spec: StepSpec, text: mx.array, state: State, counted: bool = False) -> None:
+        """A step of the prepared bucket was started. counted: behind the text of one that drafts
+        stands how many experts its nodes chose."""
+        if self.in_flight:
+            self.stand = UNKNOWN
+        self.state = state
+        self.in_flight.append((spec.shape, text, counted and spec.shape.drafts))
+
+    def read(self, alone: bool = True) -> list[int]:
+        """Wait for the oldest step: its tokens, accepted drafts and the bonus.
+
+        Args:
+            alone: nothing else ran with it, so that its time tells what such a step takes.
+        """
+        shape, text, counted = self.in_flight.popleft()
+        stats, known, ahead = self.request.stats, self.known, bool(self.in_flight)
+        numbers = cast(list[int], text.tolist())
+        experts = numbers.pop() if counted else self.engine.target.routes
+        tokens = [t for t in numbers[1:] if t != END]
+        now = time.perf_counter()
+        stats.decode_seconds += now - self._mark
+        self.in_place = len(known) - self.behind
+        if ahead:
+            self.stand = len(known) + len(tokens) - 1
+        tokens = tokens[: self.final - len(known)]
+        stats.record(len(tokens), shape.nodes - 1, str(shape))
+        # A step that was traced first, or waited for the reader, tells nothing.
+        traced = self.engine.traces != self._traces
+        timed = alone and not traced and now - self._mark > (now - self._read) / 2
+        self.policy.record(shape, len(tokens), now - self._read if timed else None, experts)
+        self._read, self._mark, self._traces = now, now, self.engine.traces
+        known.extend(tokens)
+        if ahead or (shape.one_path and not self.behind):
+            self.in_place = len(known) - 1
+        self.done = not ahead or len(known) >= self.final
+        return tokens
+
+    def resumed(self) -> None:
+        """Whoever got the tokens is back: what it took is not the decoding's."""
+        now = time.perf_counter()
+        self.request.stats.host_seconds += now - self._mark
+        self._mark = now
+
+    def close(self) -> None:
+        """Give the session what there is of the answer."""
+        # A step launched ahead has put the rows that were accepted before it into place, and
+        # its own behind them; without one, the last tree's rows are still in tree order, and
+        # what drafters keep of its root waits with them.
+        caches = [*self.state.caches, *self.asleep]
+        tokens, ended = self.known[: self.in_place], len(self.known) + self.longest + self.widest
+        self.request.session.holds(tokens, caches, self.stand, self.covered, ended)
+
+    @property
+    def kinds(self) -> Sequence[LayerCache]:
+        """What the state's caches are."""
+        return self.engine.kinds if self.awake else self.engine.target.caches
+
+    @property
+    def behind(self) -> bool:
+        """Do rows of the last step wait, whatever its shape?"""
+        return self.awake and bool(self.engine.keeping)
+
+    def _shape(self) -> TreeShape:
+        """Of the next step. Drafters that keep rows are let go of where nobody asks them any more:
+        a step that does not draft must cost what plain decoding costs."""
+        shape = self.policy.choose(len(self.known))
+        if self.behind:
+            asked = any(drafter.part in shape.parts for drafter in self.engine.keeping)
+            self.unasked = 0 if asked else self.unasked + 1
+            if self.unasked > _PATIENCE:
+                pairs = zip(self.engine.drafters, self.state.drafts, strict=True)
+                drafts = tuple(kept for drafter, kept in pairs if not drafter.caches)
+                self.state = self.state._replace(drafts=drafts)
+                self._let_go(len(self.known) - 1)
+        return shape if self.awake else shape.only(d.part for d in self.engine.taking_part(False))
+
+    def _let_go(self, covered: int) -> None:
+        """Put aside what drafters keep; it is there for so many tokens."""
+        own, state = len(self.engine.target.caches), self.state
+        self.asleep, self.covered, self.awake = state.caches[own:], covered, False
+        pending = (state.pending[0][:own], state.pending[1]) if state.pending else ()
+        self.state = state._replace(caches=state.caches[:own], pending=pending)
+
+    def _grow(self, needed: int) -> None:
+        """More room in the caches and the history, where a step could need it."""
+        room, history = capacity_of(self.kinds, self.state.caches), self.state.history
+        if room is not None and room < needed:
+            caches = grown(self.kinds, self.state.caches, capacity_for(needed))
+            self.state = self.state._replace(caches=caches)
+        if not isinstance(history, tuple) and history.shape[0] < needed:
+            more = capacity_for(needed) - history.shape[0]
+            self.state = self.state._replace(history=mx.pad(history, (0, more)))

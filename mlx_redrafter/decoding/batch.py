@@ -1,0 +1,161 @@
+"""Several answers at once: a step of all of them is one graph and one synchronisation, and each is
+token for token what it would be alone.
+
+Answers keep their own caches, noise and trees. They join when their prompt is read, which goes on
+part by part between steps, and leave when they end or are no longer wanted; nothing is copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from mlx_redrafter.decoding.answering import Answering
+from mlx_redrafter.decoding.engine import Emitted, Engine
+from mlx_redrafter.decoding.request import Request
+from mlx_redrafter.decoding.rows import Member, RowsStep, make_rows_step
+from mlx_redrafter.decoding.step import State, StepSpec
+
+_STEPS_KEPT = 64  # combinations whose graphs are kept
+_STEPS_BETWEEN = 2  # of those that decode, between two parts of prompts
+
+
+@dataclass(eq=False)
+class Row:
+    """A request in a batch."""
+
+    answer: Answering
+    opening: Iterator[None] | None
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    @property
+    def left(self) -> int:
+        """Prompt tokens that are not read."""
+        request = self.answer.request
+        return len(request.prompt) - len(request.session.tokens)
+
+
+class Batch:
+    """Answers of one engine that run together.
+
+    Args:
+        engine: whose target and drafters they use. Between calls of `step` one step may be in
+            flight.
+        in_turns: asked before every step: shall it be one answer's alone, the next one's?
+    """
+
+    def __init__(self, engine: Engine, in_turns: Callable[[], bool] = lambda: False) -> None:
+        self.engine, self._in_turns = engine, in_turns
+        self.rows: list[Row] = []  # that decode
+        self.waiting: list[Row] = []  # whose prompts are not read yet
+        self._steps: OrderedDict[tuple[StepSpec, ...], RowsStep] = OrderedDict()
+        self._since = 0  # steps since the last part of a prompt
+
+    def add(self, request: Request) -> Row:
+        """Take a request in; its prompt is read by the next calls of `step`.
+
+        Raises:
+            OptionError: as of `Engine.generate`.
+        """
+        answer = self.engine.answering(request)
+        row = Row(answer, None)
+        row.held.enter_context(request.session.taken(self.engine.target, self.engine.keeping))
+        row.opening = self.engine.opening(answer)
+        self.waiting.append(row)
+        return row
+
+    def remove(self, row: Row) -> None:
+        """Let an answer go, wherever it is; its session holds what there is of it."""
+        if row in self.waiting:
+            self.waiting.remove(row)
+            row.held.close()
+        elif row in self.rows:
+            self.rows.remove(row)
+            with row.held:
+                row.answer.close()
+
+    def close(self) -> None:
+        """Let all answers go."""
+        for row in [*self.waiting, *self.rows]:
+            self.remove(row)
+
+    def step(self) -> list[tuple[Row, Emitted]]:
+        """Do the next piece of work: a part of a prompt, or a step of all that decode.
+
+        Returns:
+            What came out, by answer. One that ended is no longer in the batch (``answer.done``).
+
+        Raises:
+            Whatever the reading of a prompt raises, of whose answer nothing is left in the batch.
+        """
+        if self.waiting and (not self.rows or self._since >= _STEPS_BETWEEN):
+            self._since = 0
+            self._read_on()
+            return []
+        self._since += 1
+        return self._decode()
+
+    def _read_on(self) -> None:
+        """A part of the prompt of which least is left."""
+        row = min(self.waiting, key=lambda row: row.left)
+        assert row.opening is not None
+        try:
+            next(row.opening)
+        except StopIteration:
+            self.waiting.remove(row)
+            self.rows.append(row)
+            row.opening = None
+        except BaseException:
+            self.remove(row)
+            raise
+
+    def _decode(self) -> list[tuple[Row, Emitted]]:
+        if not self.rows:
+            return []
+        if self._in_turns():
+            self.rows.append(self.rows.pop(0))
+        reading = self.rows[-1:] if self._in_turns() else list(self.rows)
+        self._launch([row for row in reading if not row.answer.in_flight])
+        self._launch([row for row in reading if row.answer.goes_on])
+        found = []
+        for row in reading:
+            answer = row.answer
+            answer.resumed()
+            found.append((row, Emitted(answer.read(alone=len(reading) == 1))))
+        for row in reading:
+            if row.answer.done:
+                self.remove(row)
+        return found
+
+    def _launch(self, rows: list[Row]) -> None:
+        """Start a step of these answers, in an order that knows few combinations."""
+        if not rows:
+            return
+        pairs = sorted(
+            ((row.answer.prepare(), row.answer) for row in rows),
+            key=lambda pair: (pair[0].shape.nodes, repr(pair[0])),
+        )
+        step = self._step(tuple(spec for spec, _ in pairs))
+        states, arrays = [a.state for _, a in pairs], [a.arrays for _, a in pairs]
+        texts, after = step(states, arrays)
+        del states
+        for (spec, answer), text, state in zip(pairs, texts, after, strict=True):
+            answer.launched(spec, text, State(*state))
+        del after
+        mx.async_eval(texts, [answer.state for _, answer in pairs])
+
+    def _step(self, specs: tuple[StepSpec, ...]) -> RowsStep:
+        """The compiled step of a combination, made on first use."""
+        if specs not in self._steps:
+            engine = self.engine
+            members: list[Member] = [(engine.taking_part(spec.awake), spec) for spec in specs]
+            step = make_rows_step(engine.target, members, engine.count_trace)
+            self._steps[specs] = mx.compile(step) if engine.compiled else step
+            while len(self._steps) > _STEPS_KEPT:
+                self._steps.popitem(last=False)
+        self._steps.move_to_end(specs)
+        return self._steps[specs]
