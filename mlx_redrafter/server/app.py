@@ -34,6 +34,9 @@ def make_app(worker: Worker, settings: Settings, say: Say = lambda line: None) -
     posts: dict[str, Handler] = {
         "/chat/completions": does.chat,
         "/completions": does.completions,
+        "/messages": does.messages,
+        "/messages/count_tokens": does.count_tokens,
+        "/responses": does.responses,
         **dict.fromkeys(_NOT_HERE, does.not_here),
     }
     gets: dict[str, Handler] = {"/models": does.list_models, "/models/{name:path}": does.model}

@@ -19,14 +19,16 @@ from mlx_redrafter.server.bodies import json_body
 from mlx_redrafter.server.conversation import conversation
 from mlx_redrafter.server.engine import Engine
 from mlx_redrafter.server.events import Event, Failed, Finished
-from mlx_redrafter.server.fields import Body, generation, parse, refuse_model
-from mlx_redrafter.server.problems import Problem, invalid
+from mlx_redrafter.server.fields import Body, Options, generation, parse, refuse_model
+from mlx_redrafter.server.problems import TOO_LONG, Problem, invalid
 from mlx_redrafter.server.prompts import Talk, of_talk, of_text
 from mlx_redrafter.server.requests import Generation
 from mlx_redrafter.server.settings import Settings
 from mlx_redrafter.server.wire.dialect import Dialect
+from mlx_redrafter.server.wire.messages import MessagesAnswer, MessagesBody
 from mlx_redrafter.server.wire.openai_chat import ChatAnswer, ChatBody
 from mlx_redrafter.server.wire.openai_text import TextAnswer, TextBody
+from mlx_redrafter.server.wire.responses import ResponsesAnswer, ResponsesBody
 from mlx_redrafter.server.worker import Job, Worker, place_of
 
 T = TypeVar("T")
@@ -59,16 +61,21 @@ class Endpoints:
         asked = parse(ChatBody, body)
         asked.check(body)
         refuse_model(asked.model, self.settings, engine)
-        generations = await self._prepared(lambda: self._of_talk(engine, asked, asked.talk()))
+        generations = await self._of_talk(engine, asked, asked.talk, asked.n)
         dialect = ChatAnswer(asked.model or engine.name, fingerprint(), asked)
         return await self.answer(request, generations, dialect, asked.stream)
 
-    def _of_talk(self, engine: Engine, asked: ChatBody, talk: Talk) -> list[Generation]:
-        prompt, reading = of_talk(engine, self.settings, talk)
-        return [
-            generation(asked, self.settings, engine, prompt, reading, ahead)
-            for ahead in range(asked.n)
-        ]
+    async def _of_talk(
+        self, engine: Engine, asked: Options, talk: Callable[[], Talk], answers: int = 1
+    ) -> list[Generation]:
+        def prepare() -> list[Generation]:
+            prompt, reading = of_talk(engine, self.settings, talk())
+            return [
+                generation(asked, self.settings, engine, prompt, reading, ahead)
+                for ahead in range(answers)
+            ]
+
+        return await self._prepared(prepare)
 
     async def completions(self, request: Request) -> Response:
         """``/v1/completions``."""
@@ -86,6 +93,38 @@ class Endpoints:
 
         generations = await self._prepared(prepare)
         dialect = TextAnswer(asked.model or engine.name, fingerprint(), asked)
+        return await self.answer(request, generations, dialect, asked.stream)
+
+    async def messages(self, request: Request) -> Response:
+        """``/v1/messages``."""
+        body, engine = await self._body(request)
+        asked = parse(MessagesBody, body)
+        refuse_model(asked.model, self.settings, engine)
+        generations = await self._of_talk(engine, asked, asked.talk)
+        dialect = MessagesAnswer(asked.model or engine.name, len(generations[0].prompt))
+        return await self.answer(request, generations, dialect, asked.stream)
+
+    async def count_tokens(self, request: Request) -> Response:
+        """``/v1/messages/count_tokens``."""
+        body, engine = await self._body(request)
+        generations = await self._of_talk(engine, asked := parse(MessagesBody, body), asked.talk)
+        return JSONResponse({"input_tokens": len(generations[0].prompt)})
+
+    async def responses(self, request: Request) -> Response:
+        """``/v1/responses``."""
+        body, engine = await self._body(request)
+        asked = parse(ResponsesBody, body)
+        asked.check(body)
+        refuse_model(asked.model, self.settings, engine)
+        dialect = ResponsesAnswer(asked.model or engine.name, asked)
+        try:
+            generations = await self._of_talk(engine, asked, asked.talk)
+        except Problem as problem:
+            if not asked.stream or problem.wrong.code != TOO_LONG:
+                raise
+            # Codex knows it as an event only, and would try again after a status.
+            told = dialect.opening() + dialect.failed(problem.wrong)
+            return Response(b"".join(told), media_type="text/event-stream")
         return await self.answer(request, generations, dialect, asked.stream)
 
     async def tokenize(self, request: Request) -> Response:

@@ -5,8 +5,9 @@ They hold plain Python values only: arrays of MLX belong to the engine thread.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from mlx_redrafter.server.problems import Wrong
 from mlx_redrafter.stats import DraftStats
@@ -43,6 +44,11 @@ class Call:
     id: str
     name: str
     arguments: str
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The arguments, as an object."""
+        return dict(json.loads(self.arguments))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ ANTHROPIC_KINDS = {
     503: "overloaded_error",
     529: "overloaded_error",
 }
+TOO_LONG = "context_length_exceeded"
 SOON = 2  # seconds after which to try again
 
 
@@ -73,7 +74,7 @@ def too_long(tokens: int, context: int) -> Problem:
     """The prompt does not fit. Claude Code knows the wording, others the code."""
     return Problem(
         f"prompt is too long: {tokens} tokens > {context} maximum",
-        code="context_length_exceeded",
+        code=TOO_LONG,
         param="messages",
         more={"n_prompt_tokens": tokens, "n_ctx": context},
     )

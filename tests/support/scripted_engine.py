@@ -116,6 +116,12 @@ class ScriptedEngine:
 
     warmed: bool = False
 
+    def says(self, *texts: str, step: int = 5, pause: float = 0.0) -> None:
+        """The next answers."""
+        self.texts, self.step, self.pause = texts, step, pause
+        self.asked.clear()
+        self.before_step = lambda step: None
+
     def _text(self, asked: Generation) -> str:
         if callable(self.texts):
             return self.texts(self.tokenizer.decode(list(asked.prompt)))
