@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -70,6 +70,7 @@ class Options(Body):
     stream: bool = False
     num_draft_tokens: int | None = None
     x_redrafter: Extra = Extra()
+    length_field: ClassVar[str] = "max_tokens"  # its name in the dialect
 
     @property
     def longest(self) -> int | None:
@@ -141,7 +142,8 @@ def generation(
     try:
         most = length(-1 if longest is None else longest)
     except OptionError as error:
-        raise of_option(error, "max_tokens") from None
+        named = str(error).replace("max_tokens", options.length_field, 1)
+        raise of_option(OptionError(named), options.length_field) from None
     room = engine.context - len(prompt)
     draft, tree = _drafting(options, settings)
     return Generation(

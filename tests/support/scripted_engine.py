@@ -152,13 +152,16 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(engine: Any, **settings: Any) -> Iterator[Running]:
-    """The real server over an engine, on a port of its own."""
+def running(engine: Any, send_buffer: int = 0, **settings: Any) -> Iterator[Running]:
+    """The real server over an engine, on a port of its own; ``send_buffer``: bytes that the machine
+    keeps for a client which does not read."""
     given, log = Settings(**{"port": 0, "grace": 2.0, **settings}), list[str]()
     ready = threading.Event()
     worker = Worker(lambda: engine, given.queue, log.append, ready.set)
     server = Server(worker, given, log.append)
     listener = socket.create_server(("127.0.0.1", 0))
+    if send_buffer:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, args=([listener],))
     worker.start()

@@ -40,8 +40,9 @@ class Common(Options):
             raise invalid(f"n {self.n} is not possible: use 1 to {MOST_CHOICES}", "n")
         if body.get("best_of") not in (None, self.n):
             raise unsupported("best_of", "leave it out, and give n")
-        if body.get("logprobs") not in (None, False) or body.get("top_logprobs"):
-            raise unsupported("logprobs", "leave it out")
+        for name in ("logprobs", "top_logprobs"):
+            if body.get(name) not in (None, False, 0):
+                raise unsupported(name, "leave it out")
         for name in _GRAMMARS:
             if body.get(name) is not None:
                 raise unsupported(name, "leave it out, and describe the form in the prompt")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -46,6 +46,7 @@ class ResponsesBody(Options):
     parallel_tool_calls: bool = True
     reasoning: Effort = Effort()
     max_output_tokens: int | None = None
+    length_field: ClassVar[str] = "max_output_tokens"
     text: dict[str, Any] = Field(default_factory=dict)
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
