@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Generator
 from typing import Any, Protocol
 
 from mlx_redrafter import api
 from mlx_redrafter.cache.session import Session
+from mlx_redrafter.decoding.sampling import SamplingParams
+from mlx_redrafter.errors import OptionError
 from mlx_redrafter.prefill.reading import Progress
 from mlx_redrafter.runtime.paths import json_or_nothing
 from mlx_redrafter.server.requests import Generation
@@ -81,11 +84,19 @@ def _facts(model: api.Model) -> dict[str, Any]:
 
 
 def _sampling(config: dict[str, Any]) -> dict[str, Any]:
-    """What generation_config.json wants where nobody says anything; nothing if it samples not."""
+    """What generation_config.json wants where nobody says anything: nothing if it does not sample.
+
+    What it has of impossible values is left out.
+    """
     if config.get("do_sample") is not True:
         return {}
-    names = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
-    found = {ours: config.get(theirs) for theirs, ours in names.items()}
-    found["repetition_penalty"] = config.get("repetition_penalty")
-    given = {name: value for name, value in found.items() if isinstance(value, int | float)}
-    return {"temp": 1.0, **given}
+    names = {"temperature": "temp"} | {
+        name: name for name in ("top_p", "top_k", "min_p", "repetition_penalty")
+    }
+    found: dict[str, Any] = {"temp": 1.0}
+    for theirs, ours in names.items():
+        if (value := config.get(theirs)) is not None:
+            with contextlib.suppress(OptionError):
+                SamplingParams(**{ours: value})
+                found[ours] = value
+    return found

@@ -28,7 +28,8 @@ class Server(uvicorn.Server):
     def __init__(self, worker: Worker, settings: Settings, say: Say) -> None:
         config = uvicorn.Config(
             make_app(worker, settings, say),
-            log_level="error", access_log=False, lifespan="off", http="h11", ws="none",
+            # What is cut off at the end is no error, and what is one has a line of ours.
+            log_level="critical", access_log=False, lifespan="off", http="h11", ws="none",
             loop="asyncio", server_header=False, timeout_keep_alive=IDLE,
             h11_max_incomplete_event_size=HEADER,
             timeout_graceful_shutdown=int(settings.grace) + 5,
@@ -65,7 +66,8 @@ def listening(settings: Settings) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=512)
     except (OSError, OverflowError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or str(error)
+        number = getattr(error, "errno", None)
+        why = os.strerror(number) if number else str(error)
         raise OptionError(
             f"{host}:{port} cannot be listened on ({why.lower()}): choose another --port or --host"
         ) from None

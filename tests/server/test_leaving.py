@@ -73,9 +73,7 @@ def good(server: Running) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/responses", "/v1/completions"])
-def test_a_client_that_leaves_ends_its_answer(
-    stream: bool, path: str, server: Running
-) -> None:
+def test_a_client_that_leaves_ends_its_answer(stream: bool, path: str, server: Running) -> None:
     server.engine.says(LONG, step=4, pause=PAUSE)
     body = {"messages": HI, "input": "Hi", "prompt": "Hi", "stream": stream}
     begun, closed = server.engine.steps, server.engine.closed

@@ -92,7 +92,9 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("calls", "text", "wanted"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+@pytest.mark.parametrize(
+    ("calls", "text", "wanted"), [c[1:] for c in CASES], ids=[c[0] for c in CASES]
+)
 def test_in_pieces_of_every_size(
     calls: ToolFormat | None, text: str, wanted: tuple[str, str, list[Any]]
 ) -> None:

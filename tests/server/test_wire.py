@@ -126,7 +126,9 @@ def test_several_prompts_with_several_choices(server: Running) -> None:
     assert found["usage"]["completion_tokens"] == 2 + 3 + 4 + 5
     seeds = [asked.sampling.seed for asked in server.engine.asked]
     assert seeds == [40, 41, 40, 41]
-    assert [list(asked.prompt) for asked in server.engine.asked] == [[256, 120]] * 2 + [[65, 66]] * 2
+    assert [list(asked.prompt) for asked in server.engine.asked] == [[256, 120]] * 2 + [
+        [65, 66]
+    ] * 2
 
 
 def test_several_choices_of_a_stream(server: Running) -> None:
@@ -168,7 +170,9 @@ def test_a_slow_prompt_sends_signs_of_life() -> None:
         progress = post(
             server, "/v1/chat/completions", messages=HI, stream=True, return_progress=True
         )
-        read = re.findall(r'"prompt_progress":\{"total":19,"cache":0,"processed":(\d+)', progress.text)
+        read = re.findall(
+            r'"prompt_progress":\{"total":19,"cache":0,"processed":(\d+)', progress.text
+        )
         assert read == ["0", "4", "8", "12", "16", "19"]
 
 
