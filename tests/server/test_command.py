@@ -196,7 +196,8 @@ def test_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     code, text = said()
     assert code == 1
     assert text == (
-        "error: serve needs starlette and uvicorn and pydantic: pip install 'mlx-redrafter[serve]'\n"
+        "error: serve needs starlette and uvicorn and pydantic: pip install "
+        "'mlx-redrafter[serve]'\n"
     )
 
 

@@ -113,7 +113,8 @@ QWEN = (
     "{% for message in messages %}{% if message.role == 'assistant' and message.tool_calls %}"
     "<|im_start|>assistant{% if message.content %}\n{{ message.content }}{% endif %}"
     "{% for tool_call in message.tool_calls %}{% set tool_call = tool_call.function %}"
-    '\n<tool_call>\n{"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}'
+    '\n<tool_call>\n{"name": "{{ tool_call.name }}", "arguments": '
+    "{{ tool_call.arguments | tojson }}}"
     "\n</tool_call>{% endfor %}<|im_end|>\n{% elif message.role == 'tool' %}<|im_start|>user\n"
     "<tool_response>\n{{ message.content }}\n</tool_response><|im_end|>\n{% else %}<|im_start|>"
     "{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endif %}{% endfor %}"
@@ -131,8 +132,8 @@ MISTRAL = (
 )
 GEMMA = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
-    "{% endif %}{% for message in messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0)"
-    " %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}<start_of_turn>"
+    "{% endif %}{% for message in messages %}"
+    "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}<start_of_turn>"
     "{{ 'model' if message.role == 'assistant' else message.role }}\n{{ message.content | trim }}"
     "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )

@@ -38,22 +38,27 @@ def test_a_job_ends_within_a_step_and_a_part_of_the_prompt() -> None:
     worker.start()
     assert ready.wait(30)
     for kind, counted in ((Text, "steps"), (Progress, "parts")):
-        seen: list[Event] = []
-
-        def deliver(row: int, event: Event, kind: type = kind, seen: list[Event] = seen) -> None:
-            if isinstance(event, kind):
-                seen.append(event)
-                job.cancel()
-
         begun = getattr(engine, counted)
-        job = Job("j", [Generation([65] * 500, SamplingParams(), 8000)], deliver)
-        worker.submit(job)
-        while worker.load != (0, 0):
-            time.sleep(0.001)
-        assert len(seen) == 1
+        assert _seen_before_it_ends(worker, kind) == 1
         assert getattr(engine, counted) - begun <= 2
     worker.stop()
     assert worker.join(20)
+
+
+def _seen_before_it_ends(worker: Worker, kind: type) -> int:
+    """Events of that kind from a job that is cancelled at the first of them."""
+    seen: list[Event] = []
+
+    def deliver(row: int, event: Event) -> None:
+        if isinstance(event, kind):
+            seen.append(event)
+            job.cancel()
+
+    job = Job("j", [Generation([65] * 500, SamplingParams(), 8000)], deliver)
+    worker.submit(job)
+    while worker.load != (0, 0):
+        time.sleep(0.001)
+    return len(seen)
 
 
 def request(server: Running, body: dict[str, Any], path: str = CHAT) -> socket.socket:

@@ -24,8 +24,12 @@ TOOLS: Any = [
         },
     }
 ]
-FLAT: Any = [{"type": "function", **TOOLS[0]["function"]}, {"type": "web_search"},
-             {"type": "namespace", "name": "x", "tools": []}, {"type": "custom", "name": "y"}]  # fmt: skip
+FLAT: Any = [
+    {"type": "function", **TOOLS[0]["function"]},
+    {"type": "web_search"},
+    {"type": "namespace", "name": "x", "tools": []},
+    {"type": "custom", "name": "y"},
+]
 CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "Zürich 😀"}}</tool_call>'
 ZURICH = {"city": "Zürich 😀"}
 
