@@ -231,8 +231,8 @@ def test_options_reach_the_engine(server: Running) -> None:
     server.engine.says("x")
     post(
         server, "/v1/chat/completions", messages=HI, temperature=0.5, top_p=0.9, top_k=-1,
-        min_p=0.1, repeat_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.4, logit_bias={"65": -5},
-        seed=2**33 + 5, max_completion_tokens=9, max_tokens=5, stop="z",
+        min_p=0.1, repeat_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.4,
+        logit_bias={"65": -5}, seed=2**33 + 5, max_completion_tokens=9, max_tokens=5, stop="z",
         x_redrafter={"draft": True, "tree": "2x3/5"},
     )  # fmt: skip
     (asked,) = server.engine.asked
