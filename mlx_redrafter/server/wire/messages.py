@@ -132,7 +132,7 @@ class MessagesAnswer:
     """
 
     def __init__(self, model: str, prompt: int) -> None:
-        self.head = {
+        self.head: dict[str, Any] = {
             "id": fresh_id("msg_"),
             "type": "message",
             "role": "assistant",
@@ -160,9 +160,9 @@ class MessagesAnswer:
                 delta = {"type": "text_delta", "text": event.text}
                 return [*self._open({"type": "text", "text": ""}), self._delta(delta)]
             case Call():
-                block = {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
+                begun = self._open({**_use(event), "input": {}})
                 delta = {"type": "input_json_delta", "partial_json": event.arguments}
-                return [*self._close(), *self._open(block), self._delta(delta), *self._close()]
+                return [*begun, self._delta(delta), *self._close()]
             case Finished():
                 reason = {"stop_reason": _reason(event), "stop_sequence": event.stop}
                 usage = _usage(event.usage)
@@ -190,10 +190,7 @@ class MessagesAnswer:
             content.append({"type": "thinking", "thinking": answer.reasoning, "signature": "local"})
         if answer.text or not answer.calls:
             content.append({"type": "text", "text": answer.text})
-        content += [
-            {"type": "tool_use", "id": call.id, "name": call.name, "input": call.values}
-            for call in answer.calls
-        ]
+        content += [{**_use(call), "input": call.values} for call in answer.calls]
         end = answer.end
         ended = {"stop_reason": _reason(end), "stop_sequence": end.stop}
         return {**self.head, "content": content, **ended, "usage": _usage(end.usage)}
@@ -213,6 +210,11 @@ class MessagesAnswer:
         signed = {"type": "signature_delta", "signature": "local"}
         last = [self._delta(signed)] if kind == "thinking" else []
         return [*last, _event("content_block_stop", index=self.index)] if kind else []
+
+
+def _use(call: Call) -> dict[str, Any]:
+    """A block of a call, without its input."""
+    return {"type": "tool_use", "id": call.id, "name": call.name}
 
 
 def _event(kind: str, **more: Any) -> bytes:
