@@ -10,12 +10,20 @@ from mlx_redrafter import arguments
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.server.conversation import with_tools_told, without_system
 from mlx_redrafter.server.engine import Engine
-from mlx_redrafter.server.problems import of_option, too_long
+from mlx_redrafter.server.problems import invalid, of_option, too_long
 from mlx_redrafter.server.reader import Reading
 from mlx_redrafter.server.settings import Settings
 from mlx_redrafter.server.tools import Tool, tool_format
 from mlx_redrafter.text import template
 from mlx_redrafter.text.template import Message
+
+# What transformers takes beside the variables of a template: a template of somebody else's, or a
+# prompt of a billion tokens, is not a client's to choose.
+_NO_VARIABLES = {
+    "chat_template", "tools", "documents", "messages", "conversation", "add_generation_prompt",
+    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,9 @@ def of_talk(engine: Engine, settings: Settings, talk: Talk) -> tuple[list[int], 
     """The prompt, and how its answer is read. Raises Problem: a template that refuses the messages,
     a prompt that does not fit."""
     tokenizer, messages = engine.tokenizer, list(talk.messages)
+    for name in _NO_VARIABLES.intersection(talk.template):
+        place = f"chat_template_kwargs.{name}"
+        raise invalid(f"{place} is not a variable of the template: leave it out", place)
     calls = tool_format(tokenizer, settings.tool_parser)
     config = {**settings.template, **talk.template}
     if settings.reasoning == "off":

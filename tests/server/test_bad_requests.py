@@ -98,7 +98,8 @@ FIELDS: dict[str, dict[str, list[Any]]] = {
                   [{"type": "function", "function": {"name": "f", "parameters": "x"}}]],
         "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}, 3],
         "continue_final_message": [True, "x"],
-        "chat_template_kwargs": ["x", [1]],
+        "chat_template_kwargs": ["x", [1], {"chat_template": "{{ 1 }}"}, {"max_length": 10**9},
+                                 {"padding": "max_length"}, {"tokenize": False}],
     },
     TEXT: {
         **MORE,
