@@ -56,21 +56,26 @@ async def pieces(
     for piece in dialect.opening():
         yield piece
     progress: Progress | None = None
+    clock = asyncio.get_running_loop().time
+    told = clock()  # when the client last heard anything: not every event is told
     while rows:
-        item = await box.next(keep_alive)
-        if item is None:
-            yield dialect.waiting(progress)
-            continue
-        row, event = item
-        note(row, event)
-        if isinstance(event, Failed):
-            for piece in dialect.failed(event.wrong):
-                yield piece
-            return
-        progress = event if isinstance(event, Progress) else None
-        rows -= isinstance(event, Finished)
-        for piece in dialect.event(row, event):
+        item = await box.next(max(0.0, told + keep_alive - clock()))
+        sent: list[bytes] = []
+        if item is not None:
+            row, event = item
+            note(row, event)
+            if isinstance(event, Failed):
+                for piece in dialect.failed(event.wrong):
+                    yield piece
+                return
+            progress = event if isinstance(event, Progress) else None
+            rows -= isinstance(event, Finished)
+            sent = dialect.event(row, event)
+        if not sent and clock() >= told + keep_alive:
+            sent = [dialect.waiting(progress)]
+        for piece in sent:
             yield piece
+        told = clock() if sent else told
     for piece in dialect.closing():
         yield piece
 

@@ -176,6 +176,13 @@ def test_a_slow_prompt_sends_signs_of_life() -> None:
         assert read == ["0", "4", "8", "12", "16", "19"]
 
 
+def test_parts_of_a_prompt_that_are_read_quickly_do_not_keep_it_silent() -> None:
+    """They are events, and nothing that the client hears of."""
+    with running(ScriptedEngine(["ok"], pause=0.04, chunk=1), keep_alive=0.2) as server:
+        found = post(server, "/v1/chat/completions", messages=HI, stream=True)
+    assert found.text.count("\n: prompt ") >= 2
+
+
 def test_a_fault_in_a_stream_is_an_event_without_done(server: Running) -> None:
     server.engine.says("a", "never seen", step=5)
 
