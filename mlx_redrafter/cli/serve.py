@@ -218,7 +218,10 @@ def _serve(source: ModelOptions, context: int | None, settings: Settings) -> Non
 
     def load() -> Engine:
         model, tokenizer = source.load(settings.tree)
-        return ModelEngine(model, tokenizer, context)
+        engine = ModelEngine(model, tokenizer, context)
+        if warning := engine.warning():
+            console.warn(warning)
+        return engine
 
     serve(load, settings, console.note)
 

@@ -7,15 +7,20 @@ import time
 from collections.abc import Generator
 from typing import Any, Protocol
 
+from mlx.utils import tree_reduce
+
 from mlx_redrafter import api
+from mlx_redrafter.cache.layer import bytes_of
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.prefill.reading import Progress
+from mlx_redrafter.runtime.device import memory_bytes
 from mlx_redrafter.runtime.paths import json_or_nothing
 from mlx_redrafter.server.requests import Generation
 from mlx_redrafter.text.answer import GenerationResponse
 
+USABLE = 0.9  # share of a machine's memory that a server may fill
 Responses = Generator[GenerationResponse, None, None]
 
 
@@ -55,8 +60,20 @@ class ModelEngine:
         self.name = model.name.rstrip("/").rpartition("/")[2] or model.folder.name
         self.context = min(config.max_positions, context or config.max_positions)
         self.vocab_size = config.vocab_size
-        self.facts, self.loaded = _facts(model), time.time()
+        self.facts, self.loaded = _facts(model, self.context), time.time()
         self.sampling = _sampling(json_or_nothing(model.folder / "generation_config.json"))
+
+    def warning(self) -> str | None:
+        """What to say where the longest request does not fit this machine beside the model."""
+        weights = self.model.target.parameters()
+        size = tree_reduce(lambda total, array: total + array.nbytes, weights, 0)
+        needed, there = size + self.facts["cache_bytes"], USABLE * memory_bytes()
+        if needed <= there:
+            return None
+        return (
+            f"model and cache of a request of {self.context} tokens take {needed / 1e9:.1f} GB, "
+            f"and this machine has {there / 1e9:.1f}: start with a smaller --context"
+        )
 
     def answer(self, asked: Generation, session: Session, progress: Progress) -> Responses:
         """See `Engine.answer`."""
@@ -68,9 +85,7 @@ class ModelEngine:
         )  # fmt: skip
 
 
-def _facts(model: api.Model) -> dict[str, Any]:
-    from mlx.utils import tree_reduce
-
+def _facts(model: api.Model, context: int) -> dict[str, Any]:
     size = tree_reduce(lambda total, array: total + array.size, model.target.parameters(), 0)
     drafter = model.drafter_folder.name if model.drafter_folder is not None else None
     quantised = json_or_nothing(model.folder / "config.json").get("quantization")
@@ -80,6 +95,7 @@ def _facts(model: api.Model) -> dict[str, Any]:
         "n_params": None if bits else size,  # of a quantised model they are packed
         "drafter": drafter,
         "quantization": f"{bits} bits" if bits else None,
+        "cache_bytes": bytes_of(model.engine.kinds, context, model.target.dtype),
     }
 
 

@@ -38,6 +38,13 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """The tokens of a step, as text, and whether each was drafted; for those who ask for them."""
+
+    tokens: tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True)
 class Call:
     """A whole call of a tool; ``arguments`` is JSON."""
 
@@ -81,7 +88,7 @@ class Failed:
     wrong: Wrong
 
 
-Event = Progress | Reasoning | Text | Call | Finished | Failed
+Event = Progress | Drawn | Reasoning | Text | Call | Finished | Failed
 
 
 @dataclass

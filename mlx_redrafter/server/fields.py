@@ -42,6 +42,7 @@ class Extra(Body):
     """Options of ours, in ``x_redrafter``."""
 
     draft: bool | None = None
+    tokens: bool = False
     tree: str | None = None
     lookup: int | None = None
     sparse_prefill: Literal["off", "trianglemix", "xattention", "minference"] | None = None
@@ -153,6 +154,7 @@ def generation(
         stop=stops,
         draft=draft,
         tree=tree,
+        tokens=options.x_redrafter.tokens,
         sparse_prefill=_sparse(options, settings, engine),
         reading=reading or Reading(),
     )

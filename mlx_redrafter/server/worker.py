@@ -23,7 +23,7 @@ from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime import threads
 from mlx_redrafter.server import problems
 from mlx_redrafter.server.engine import Engine
-from mlx_redrafter.server.events import Event, Failed, Finished, Progress, Reason, Usage
+from mlx_redrafter.server.events import Drawn, Event, Failed, Finished, Progress, Reason, Usage
 from mlx_redrafter.server.reader import Reader
 from mlx_redrafter.server.requests import Generation
 from mlx_redrafter.text.answer import GenerationResponse
@@ -218,15 +218,20 @@ def _answer(
         tell(Progress(done, total))
 
     reader, thoughts, start = Reader(asked.reading), 0, time.perf_counter()
+    drawn: list[tuple[str, bool]] = []
     last: GenerationResponse | None = None
     with contextlib.closing(engine.answer(asked, session, progress)) as responses:
         for last in responses:
             thoughts += reader.thinking
             reader.add(last.text)
+            drawn.append((last.text, last.from_draft))
             ended = last.finish_reason is not None
             if last.from_draft and not ended:
                 continue  # the step is not over
             job.check()
+            if asked.tokens:
+                tell(Drawn(tuple(drawn)))
+            drawn.clear()
             if ended:
                 reader.end()
             for event in reader.taken():

@@ -129,6 +129,19 @@ def test_what_the_models_files_say_of_sampling(tmp_path: Path) -> None:
     assert engine.facts["n_ctx_train"] == 2048
 
 
+def test_a_context_beyond_the_memory(
+    loaded: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ModelEngine(*loaded, context=1000)
+    assert engine.warning() is None
+    assert engine.facts["cache_bytes"] < ModelEngine(*loaded).facts["cache_bytes"]
+    need = engine.facts["cache_bytes"] + 4 * engine.facts["n_params"]
+    monkeypatch.setattr("mlx_redrafter.server.engine.memory_bytes", lambda: need / 0.9 + 1)
+    assert engine.warning() is None
+    monkeypatch.setattr("mlx_redrafter.server.engine.memory_bytes", lambda: need / 0.9 - 2)
+    assert "a request of 1000 tokens take 0.0 GB" in str(engine.warning())
+
+
 def test_a_tree_is_what_it_says(server: Running) -> None:
     """The mutation that ignores x_redrafter would leave the same text: the counts tell."""
     chain = sent(server, temp=0.0, x_redrafter={"tree": "1x1/1", "lookup": 5})

@@ -145,6 +145,22 @@ def test_several_choices_of_a_stream(server: Running) -> None:
     )
 
 
+def test_where_the_tokens_of_a_stream_are_from(server: Running) -> None:
+    """Drafted or the bonus, with the chunk in which they are told; nothing of it unless asked."""
+    server.engine.says("one é two", step=5)
+    more = {"x_redrafter": {"tokens": True}}
+    found = post(server, "/v1/chat/completions", messages=HI, stream=True, **more)
+    chunks = [json.loads(line[6:]) for line in found.text.split("\n\n") if line[6:].startswith("{")]
+    told = [chunk.get("x_redrafter", {}).get("tokens") for chunk in chunks]
+    assert told == [
+        None,
+        [["o", "d"], ["n", "d"], ["e", "d"], [" ", "d"], ["", "b"]],
+        [["é", "d"], [" ", "d"], ["t", "d"], ["w", "d"], ["o", "b"]],
+        [["", "b"]],
+    ]
+    assert "x_redrafter" not in post(server, "/v1/chat/completions", messages=HI, stream=True).text
+
+
 def test_a_stop_string_is_held_back_and_not_sent(server: Running) -> None:
     server.engine.says("one ST two STOP three", step=2)
     found = post(server, "/v1/chat/completions", messages=HI, stream=True, stop=["STOP", "x"])

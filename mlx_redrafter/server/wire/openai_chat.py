@@ -9,7 +9,16 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from mlx_redrafter.server.conversation import conversation, tools_of
-from mlx_redrafter.server.events import Call, Event, Finished, Gathered, Progress, Reasoning, Text
+from mlx_redrafter.server.events import (
+    Call,
+    Drawn,
+    Event,
+    Finished,
+    Gathered,
+    Progress,
+    Reasoning,
+    Text,
+)
 from mlx_redrafter.server.fields import MOST_CHOICES, Body, Options
 from mlx_redrafter.server.problems import Wrong, invalid, unsupported
 from mlx_redrafter.server.prompts import Talk
@@ -105,6 +114,7 @@ class Choices:
 
     def __init__(self, model: str, fingerprint: str, body: Common) -> None:
         self.body, self.usages = body, dict[int, Any]()
+        self.drawn: dict[int, list[Any]] = {}  # of every answer: tokens that no chunk has told yet
         self.head = {
             "id": fresh_id(self.prefix),
             "object": self.kind,
@@ -116,12 +126,17 @@ class Choices:
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         """One event of a stream."""
         used = {"usage": None} if self.body.stream_options.include_usage else {}
+        if choices and (drawn := self.drawn.pop(choices[0]["index"], None)):
+            more["x_redrafter"] = {"tokens": drawn}
         return data({**self.head, "choices": choices, **used, **more})
 
     def note(self, row: int, event: Event) -> None:
         """Keep what the end will say."""
         if isinstance(event, Finished):
             self.usages[row] = event.usage
+        elif isinstance(event, Drawn):
+            told = [[text, "d" if drafted else "b"] for text, drafted in event.tokens]
+            self.drawn.setdefault(row, []).extend(told)
 
     def progress(self, event: Progress) -> list[bytes]:
         """llama.cpp's chunk, for those who ask for it."""
