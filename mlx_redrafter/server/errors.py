@@ -20,8 +20,10 @@ def response(scope: Scope, wrong: Wrong) -> JSONResponse:
     headers = {}
     if wrong.retry_after is not None:
         headers["retry-after"] = str(wrong.retry_after)
-    if wrong.status in (408, 411, 413):
-        headers["connection"] = "close"  # what was not read cannot be told from a next request
+    if wrong.status == 408:
+        # Of others the rest is read and dropped: closed at once, a client that still sends would
+        # lose the answer.
+        headers["connection"] = "close"
     if anthropic(scope["path"]):
         status = OVERLOADED if wrong.status == FULL else wrong.status
         content = wrong.anthropic(scope.get("state", {}).get("request_id", ""))

@@ -235,6 +235,9 @@ RAW: list[tuple[str, dict[str, str], bytes | str, int]] = [
     ("POST", JSON, b"\x00" * 100, 400),
     ("POST", JSON, b"\x1f\x8b\x08\x00", 400),
     ("POST", JSON, "x" * (SMALL + 1), 413),
+    # Still on its way when it is refused: the answer must not be lost.
+    ("POST", JSON, "x" * 5_000_000, 413),
+    ("POST", {"content-type": "text/plain"}, "x" * 5_000_000, 415),
     ("POST", {"content-type": "text/plain"}, '{"messages":[]}', 415),
     ("POST", {"content-type": "application/x-www-form-urlencoded"}, "a=b", 415),
     ("POST", {}, "{}", 415),
