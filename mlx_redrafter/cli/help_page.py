@@ -17,6 +17,9 @@ _TYPES = {
     "<str>": "TEXT", "<int>": "N", "<float>": "X", "<path>": "PATH", "<list[str]>": "TEXT",
     "<list[float]>": "X", "INTEGER": "N", "FLOAT": "X",
 }  # fmt: skip
+_WORDY = ", to copy it or customize the installation"  # typer's; a page fits a screen without it
+# The names are the options' own: one sentence says so.
+_VARIABLE = re.compile(r"\s+\\?\[env var: \w+\]$|env var: \w+;\s+")
 _DEFAULT = re.compile(r"\s+\\?\[(?:default: )?\(?(.*?)(?:\.0)?\)?\]$")
 
 
@@ -64,4 +67,5 @@ def _tidied(left: str, text: str) -> Row:
     name, _, kind = left.rpartition(" ")
     if kind in _TYPES:
         left = f"{name} {_TYPES[kind]}"
+    text = _VARIABLE.sub("", text).replace(_WORDY, "")
     return left.replace(" / ", ", "), _DEFAULT.sub(r" [\1]", text)

@@ -48,7 +48,8 @@ class Group(net.Commands):
 def _built(name: str, command: Any) -> Any:
     if not isinstance(command, typer.Typer):
         app = typer.Typer(add_completion=False)
-        app.command(name, cls=net.Command)(flat_options(command))
+        settings = getattr(command, "context_settings", None)
+        app.command(name, cls=net.Command, context_settings=settings)(flat_options(command))
         command = app
     built = typer.main.get_command(command)
     built.name = name

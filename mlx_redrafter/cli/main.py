@@ -27,6 +27,7 @@ class Commands(Group):
     table = {  # noqa: RUF012
         "chat": Entry(USE, "Talk with a model; /help lists what you can type."),
         "generate": Entry(USE, "Answer one question: text on stdout, statistics on stderr."),
+        "serve": Entry(USE, "Serve a model over HTTP, as OpenAI and Anthropic do."),
         "demo": Entry(USE, "Compare text and speed with and without drafting, on three tasks."),
         "race": Entry(USE, "Watch plain and drafted decoding side by side.", "race.command"),
         "info": Entry(USE, "Show a model, its drafter, and the memory they need."),

@@ -19,7 +19,8 @@ class GenerationResponse:
     ``text`` is the next piece of text, possibly empty. ``from_draft`` tells an accepted draft from
     a bonus token. ``prompt_tps`` counts the prompt tokens that were read, not those that a session
     held already. ``peak_memory`` is in GB. ``finish_reason`` is None until the last response,
-    then ``stop`` (end token, stop string or stop token) or ``length``.
+    then ``stop`` (end token, stop string or stop token) or ``length``; ``stop`` is the string that
+    ended it.
     """
 
     text: str
@@ -32,6 +33,7 @@ class GenerationResponse:
     peak_memory: float
     finish_reason: str | None
     stats: DraftStats
+    stop: str | None = None
 
 
 @dataclass
@@ -75,10 +77,10 @@ class Answer:
         self.pending += self.detokenizer.last_segment
         text, hit = split_at_stop(self.pending, self.stop, final=reason is not None)
         self.pending = "" if hit or reason else self.pending[len(text) :]
-        return self._response(text, token, from_draft, "stop" if hit else reason)
+        return self._response(text, token, from_draft, "stop" if hit else reason, hit)
 
     def _response(
-        self, text: str, token: int, from_draft: bool, reason: str | None
+        self, text: str, token: int, from_draft: bool, reason: str | None, stop: str | None
     ) -> GenerationResponse:
         now = time.perf_counter()
         prefill = self.stats.prefill_seconds or (self.started - self.start)
@@ -93,18 +95,20 @@ class Answer:
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=reason,
             stats=self.stats,
+            stop=stop,
         )
 
 
-def split_at_stop(text: str, stop: Sequence[str], final: bool) -> tuple[str, bool]:
-    """What of ``text`` may be emitted now, and whether a stop string was found in it."""
-    found = [at for s in stop if (at := text.find(s)) >= 0]
+def split_at_stop(text: str, stop: Sequence[str], final: bool) -> tuple[str, str | None]:
+    """What of ``text`` may be emitted now, and the stop string that was found in it."""
+    found = [(at, s) for s in stop if (at := text.find(s)) >= 0]
     if found:
-        return text[: min(found)], True
+        at, first = min(found)
+        return text[:at], first
     if final:
-        return text, False
+        return text, None
     held = max(
         (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])),
         default=0,
     )
-    return text[: len(text) - held], False
+    return text[: len(text) - held], None

@@ -16,7 +16,8 @@ import mlx_redrafter
 from mlx_redrafter.cli import main as cli
 
 VISIBLE = (
-    "chat", "generate", "demo", "race", "info", "drafters", "train", "convert", "doctor", "bench",
+    "chat", "generate", "serve", "demo", "race", "info", "drafters", "train", "convert", "doctor",
+    "bench",
 )  # fmt: skip
 MEASUREMENTS = (
     "speed", "acceptance", "budget", "prefill", "patterns", "needles", "exactness", "counts",

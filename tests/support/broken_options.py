@@ -16,6 +16,7 @@ LINES = {
     "info": "info model -d drafter",
     "drafters": "drafters model",
     "doctor": "doctor -m nowhere",  # a whole examination takes seconds
+    "serve": "serve --show-config codex",
     "demo": f"demo hi -m model -d drafter {FEW}",
     "race": f"race hi -m model -d drafter {FEW}",
     "bench acceptance": f"bench acceptance -m model -d drafter --count 1 {FEW}",

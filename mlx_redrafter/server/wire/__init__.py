@@ -1,0 +1,1 @@
+"""Translators between a dialect and the server's own requests and events: no I/O."""
