@@ -54,6 +54,10 @@ class BatchGenerator:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __contains__(self, number: int) -> bool:
+        """Does an answer run, or wait for its prompt to be read?"""
+        return any(own == number for own, *_ in self._answers.values())
+
     def __len__(self) -> int:
         """Answers that have not ended."""
         return len(self._answers)
@@ -78,10 +82,21 @@ class BatchGenerator:
 
     def next(self) -> list[tuple[int, GenerationResponse]]:
         """Read a part of a prompt, or decode a step of all answers: the responses of single tokens,
-        each with its answer's number. Empty while prompts are read."""
+        each with its answer's number. Empty while prompts are read.
+
+        Raises:
+            Whatever the reading of a prompt raises, its answer being gone; the others go on.
+        """
         threads.clear_at_end()
         found = []
-        for row, emitted in self._batch.step():
+        try:
+            steps = self._batch.step()
+        except BaseException:
+            there = {*self._batch.rows, *self._batch.waiting}
+            for row in [row for row in self._answers if row not in there]:
+                self._let_go(row)
+            raise
+        for row, emitted in steps:
             number, answer, _ = self._answers[row]
             for i, token in enumerate(emitted.tokens):
                 response = answer.add(token, from_draft=i < len(emitted.tokens) - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -35,7 +36,17 @@ class ServeOptions:
         str, typer.Option(help="Address to listen on; others than 127.0.0.1 need a key.")
     ] = "127.0.0.1"
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any that is free.")] = 8080
+    parallel: Annotated[int, typer.Option(help="Answers that run at once.")] = 8
     queue: Annotated[int, typer.Option(help="Requests that may wait.")] = 64
+    prompt_cache_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for prompts that may come again, such as 2G; 0: none.",
+            show_default="a quarter of what is free beside the model",
+        ),
+    ] = None
+    prompt_cache_size: Annotated[int, typer.Option(help="The most such prompts.")] = 32
     context: Annotated[
         int | None,
         typer.Option(
@@ -145,7 +156,8 @@ class ServeOptions:
         from mlx_redrafter.text.template import parse_config
 
         checks.whole("--port", self.port, 0, 65535)
-        checks.at_least(0, queue=self.queue)
+        checks.at_least(0, queue=self.queue, prompt_cache_size=self.prompt_cache_size)
+        checks.at_least(1, parallel=self.parallel)
         checks.at_least(2, context=self.context)
         grace = checks.number("--grace", self.grace, 0, 86400)
         names = ("temp", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
@@ -165,7 +177,10 @@ class ServeOptions:
             api_key=self._key(),
             allowed_origins=_listed(self.allowed_origins),
             allowed_hosts=tuple(name.lower() for name in _listed(self.allowed_hosts)),
+            parallel=self.parallel,
             queue=self.queue,
+            cache_bytes=_size(self.prompt_cache_bytes),
+            cache_size=self.prompt_cache_size,
             max_tokens=None if self.max_tokens is None else length(self.max_tokens),
             sampling=sampling,
             template=parse_config(self.chat_template_config),
@@ -232,6 +247,18 @@ def _show(client: str, model: str, settings: Settings) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     name = os.path.basename(model.rstrip("/")) or model
     typer.echo(client_settings(client, f"http://{host}:{settings.port}", name))
+
+
+def _size(text: str | None) -> int | None:
+    """Bytes of a size such as 2G, 500M or 0; raises OptionError."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)([KMGT]?)B?", text.strip().upper())
+    if found is None:
+        raise OptionError(
+            f"--prompt-cache-bytes {text} is no size: give a number with K, M, G or T, such as 2G"
+        )
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
 
 
 def _listed(text: str | None) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ class Engine(Protocol):
         facts: about the model, for lists of models.
         loaded: when, in seconds of the epoch.
         sampling: what the model's own files say of sampling, by the names of `SamplingParams`.
+        keeps_rows: does a drafter keep rows of the text, which an answer needs from a session?
     """
 
     name: str
@@ -44,6 +45,11 @@ class Engine(Protocol):
     facts: dict[str, Any]
     loaded: float
     sampling: dict[str, Any]
+    keeps_rows: bool
+
+    def room(self) -> int:
+        """Bytes that sessions may fill, and more."""
+        ...
 
     def answer(self, asked: Generation, session: Session, progress: Progress) -> Responses:
         """One response per token; closing it ends the answer between two steps. Whatever
@@ -62,12 +68,21 @@ class ModelEngine:
         self.vocab_size = config.vocab_size
         self.facts, self.loaded = _facts(model, self.context), time.time()
         self.sampling = _sampling(json_or_nothing(model.folder / "generation_config.json"))
+        self.keeps_rows = bool(model.engine.keeping) and model.drafting
+
+    def room(self) -> int:
+        """Bytes that this machine has beside the model."""
+        return max(0, int(USABLE * memory_bytes()) - self._weights())
+
+    def _weights(self) -> int:
+        weights = self.model.target.parameters()
+        size: int = tree_reduce(lambda total, array: total + array.nbytes, weights, 0)
+        return size
 
     def warning(self) -> str | None:
         """What to say where the longest request does not fit this machine beside the model."""
-        weights = self.model.target.parameters()
-        size = tree_reduce(lambda total, array: total + array.nbytes, weights, 0)
-        needed, there = size + self.facts["cache_bytes"], USABLE * memory_bytes()
+        needed = self._weights() + self.facts["cache_bytes"]
+        there = USABLE * memory_bytes()
         if needed <= there:
             return None
         return (
@@ -77,12 +92,24 @@ class ModelEngine:
 
     def answer(self, asked: Generation, session: Session, progress: Progress) -> Responses:
         """See `Engine.answer`."""
-        sampling = {name: getattr(asked.sampling, name) for name in vars(asked.sampling)}
         return api.stream_generate(
             self.model, self.tokenizer, asked.prompt, asked.max_tokens,
-            draft=asked.draft, tree=asked.tree, stop=asked.stop or None, session=session,
-            prompt_progress_callback=progress, sparse_prefill=asked.sparse_prefill, **sampling,
+            **options(asked, session, progress),
         )  # fmt: skip
+
+
+def options(asked: Generation, session: Session, progress: Progress) -> dict[str, Any]:
+    """An answer's options by the names of `stream_generate`."""
+    sampling = {name: getattr(asked.sampling, name) for name in vars(asked.sampling)}
+    return {
+        "draft": asked.draft,
+        "tree": asked.tree,
+        "stop": asked.stop or None,
+        "session": session,
+        "prompt_progress_callback": progress,
+        "sparse_prefill": asked.sparse_prefill,
+        **sampling,
+    }
 
 
 def _facts(model: api.Model, context: int) -> dict[str, Any]:

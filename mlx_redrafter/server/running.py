@@ -90,7 +90,10 @@ def serve(load: Load, settings: Settings, say: Say) -> None:
         else:
             server.should_exit = True
 
-    worker = Worker(load, settings.queue, say, on_ready)
+    worker = Worker(
+        load, settings.queue, say, on_ready, settings.parallel, settings.cache_bytes,
+        settings.cache_size,
+    )  # fmt: skip
     server = Server(worker, settings, say)
     worker.start()
     try:

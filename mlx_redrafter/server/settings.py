@@ -20,7 +20,10 @@ class Settings:
         api_key: what clients must send; None: nothing, which needs a loopback address.
         allowed_origins: of web pages besides those on this machine; ``*`` for all.
         allowed_hosts: names besides those of this machine.
+        parallel: answers that run at once.
         queue: requests that may wait.
+        cache_bytes: of sessions that are kept for requests that begin alike; None: a quarter of
+            what the machine has beside the model. cache_size: the most of them.
         max_tokens: of an answer, where a request does not say; None: to the end of the context.
         sampling: by the names of `SamplingParams`, where a request does not say.
         template: variables of the chat template.
@@ -42,7 +45,10 @@ class Settings:
     api_key: str | None = None
     allowed_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
+    parallel: int = 8
     queue: int = 64
+    cache_bytes: int | None = None
+    cache_size: int = 32
     max_tokens: int | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     template: dict[str, Any] = field(default_factory=dict)

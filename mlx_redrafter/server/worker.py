@@ -1,8 +1,7 @@
-"""The engine thread: it loads the model, answers one request after the other, and frees.
+"""The engine thread: it loads the model, runs the answers of all requests, and frees.
 
 MLX's streams belong to a thread, so everything that computes happens here; handlers of HTTP
-exchange plain values with it. A scheduler of several answers at once would stand where
-`Worker._run` stands, a cache of sessions where `Worker._session` does.
+exchange plain values with it.
 """
 
 from __future__ import annotations
@@ -12,16 +11,17 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from mlx_redrafter.cache.prefixes import Prefixes
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime import threads
-from mlx_redrafter.server import problems
+from mlx_redrafter.server import problems, together
 from mlx_redrafter.server.engine import Engine
 from mlx_redrafter.server.events import Drawn, Event, Failed, Finished, Progress, Reason, Usage
 from mlx_redrafter.server.reader import Reader
@@ -64,6 +64,16 @@ class Job:
             raise self._why or Cancelled
 
 
+@dataclass(eq=False)
+class Row:
+    """One answer of a job, while it runs."""
+
+    job: Job
+    place: int  # in the job
+    session: Session
+    writing: Writing
+
+
 class Worker:
     """The thread, and the queue before it.
 
@@ -72,6 +82,9 @@ class Worker:
         queue: the most requests that wait.
         say: takes a line of the log.
         on_ready: called in the thread when the model is loaded, or could not be.
+        parallel: answers that run at once.
+        cache_bytes: of sessions that wait for requests that go on with them; None: a quarter of
+            what the machine has beside the model. cache_size: the most of them.
     """
 
     def __init__(
@@ -80,13 +93,19 @@ class Worker:
         queue: int = 64,
         say: Callable[[str], None] = lambda line: None,
         on_ready: Callable[[], None] = lambda: None,
+        parallel: int = 1,
+        cache_bytes: int | None = None,
+        cache_size: int = 32,
     ) -> None:
-        self.queue, self.say = queue, say
+        self.queue, self.say, self.parallel = queue, say, parallel
         self.engine: Engine | None = None
         self.failure: BaseException | None = None  # why there is no engine
-        self._load, self._on_ready = load, on_ready
+        self.prefixes = Prefixes(cache_bytes or 0, cache_size)
+        self._load, self._on_ready, self._cache_bytes = load, on_ready, cache_bytes
         self._jobs: deque[Job] = deque()
-        self._running: Job | None = None
+        self._running: list[Job] = []
+        self._next: deque[tuple[Job, int]] = deque()  # answers of running jobs that have no place
+        self._rows: dict[int, Row] = {}
         self._changed = threading.Condition()
         self._draining = self._stopped = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -109,7 +128,7 @@ class Worker:
     def load(self) -> tuple[int, int]:
         """Requests that run, and that wait."""
         with self._changed:
-            return int(self._running is not None), len(self._jobs)
+            return len(self._running), len(self._jobs)
 
     def available(self) -> Engine:
         """The engine; raises Problem where nothing is answered now."""
@@ -125,7 +144,7 @@ class Worker:
         """Put a job into the queue. Raises Problem: full, or not available."""
         with self._changed:
             self.available()
-            if len(self._jobs) + (self._running is not None) > self.queue:
+            if len(self._jobs) + len(self._running) >= self.queue + self.parallel:
                 raise problems.queue_full(len(self._jobs))
             self._jobs.append(job)
             self._changed.notify_all()
@@ -145,7 +164,7 @@ class Worker:
         with self._changed:
             self._draining = self._stopped = True
             why = problems.unavailable("the server is shutting down")
-            for job in [*self._jobs, *([self._running] if self._running else [])]:
+            for job in [*self._jobs, *self._running]:
                 job.cancel(why)
             self._changed.notify_all()
 
@@ -159,45 +178,163 @@ class Worker:
         try:
             engine = self._load()
             _warm_up(engine)
+            self._together = together.of(engine, self.parallel)
+            if self._cache_bytes is None:
+                self.prefixes.limit = engine.room() // 4
             self.engine = engine
         except BaseException as error:
             self.failure = error
         finally:
             self._on_ready()
-        while self.engine is not None and (job := self._next()) is not None:
-            self._run(job, self.engine)
+        while self.engine is not None and self._admit():
+            self._begin(self.engine)
+            self._drop()
+            if self._rows:
+                self._step()
 
-    def _next(self) -> Job | None:
+    def _admit(self) -> bool:
+        """Take jobs from the queue, which is waited for if nothing runs; False at the end."""
         with self._changed:
-            self._running = None
-            self._changed.wait_for(lambda: self._jobs or self._stopped)
-            self._running = self._jobs.popleft() if self._jobs else None
-            return self._running
+            self._changed.wait_for(lambda: self._jobs or self._running or self._stopped)
+            while self._jobs and len(self._running) < self.parallel:
+                job = self._jobs.popleft()
+                self._running.append(job)
+                self._next.extend((job, place) for place in range(len(job.generations)))
+            return bool(self._running)
 
-    def _run(self, job: Job, engine: Engine) -> None:
-        """Answer a request. Nothing that goes wrong in one ends the thread."""
-        row = 0
-        try:
-            for row, generation in enumerate(job.generations):
+    def _begin(self, engine: Engine) -> None:
+        """Start answers while there is room."""
+        while self._next and len(self._rows) < self.parallel:
+            job, place = self._next.popleft()
+            with self._guarded(job, place):
                 job.check()
-                _answer(engine, generation, self._session(), partial(job.deliver, row), job)
-        except Cancelled:
+                asked = job.generations[place]
+                tag = asked.sparse_prefill.tag if asked.sparse_prefill is not None else ""
+                drafted = engine.keeps_rows and asked.draft is not False
+                session = self.prefixes.take(asked.prompt, tag, drafted)
+                writing = Writing(asked, partial(job.deliver, place))
+                number = self._together.insert(asked, session, partial(_progress, job, writing))
+                self._rows[number] = Row(job, place, session, writing)
+
+    def _drop(self) -> None:
+        """Let go of what nobody waits for."""
+        for number, row in list(self._rows.items()):
+            if number in self._rows:
+                with self._guarded(row.job, row.place):
+                    row.job.check()
+
+    def _step(self) -> None:
+        """The next piece of work, and what comes of it to whoever asked."""
+        try:
+            found = self._together.next()
+        except Exception as error:
+            gone = [row for number, row in self._rows.items() if number not in self._together]
+            for row in gone or list(self._rows.values()):
+                with self._guarded(row.job, row.place):
+                    raise error
             return
+        for number, response in found:
+            if number not in self._rows:
+                continue  # it ended within this step
+            own = self._rows[number]
+            with self._guarded(own.job, own.place):
+                if own.writing.take(response):
+                    self._ended(number)
+                    self._finished(own.job)
+
+    @contextlib.contextmanager
+    def _guarded(self, job: Job, place: int) -> Iterator[None]:
+        """Nothing that goes wrong in one job ends the thread, or another job."""
+        try:
+            yield
+        except Cancelled:
+            self._leave(job)
         except problems.Problem as problem:
-            self._fail(job, row, problem)
+            self._fail(job, place, problem)
         except OptionError as error:
-            self._fail(job, row, problems.of_option(error))
+            self._fail(job, place, problems.of_option(error))
         except Exception as error:
             self.say(f"{job.id}: {place_of(error)}")
-            self._fail(job, row, problems.internal(job.id))
+            self._fail(job, place, problems.internal(job.id))
 
-    def _session(self) -> Session:
-        """What a request begins with."""
-        return Session()
-
-    def _fail(self, job: Job, row: int, problem: problems.Problem) -> None:
+    def _fail(self, job: Job, place: int, problem: problems.Problem) -> None:
         with contextlib.suppress(Exception):  # whoever asked may be gone
-            job.deliver(row, Failed(problem.wrong))
+            job.deliver(place, Failed(problem.wrong))
+        self._leave(job)
+
+    def _leave(self, job: Job) -> None:
+        """All answers of a job end."""
+        for number, row in list(self._rows.items()):
+            if row.job is job:
+                self._ended(number)
+        self._next = deque((other, place) for other, place in self._next if other is not job)
+        self._finished(job)
+
+    def _ended(self, number: int) -> None:
+        """An answer ended: its session is there for others."""
+        row = self._rows.pop(number)
+        if number in self._together:
+            self._together.remove(number)
+        self.prefixes.give(row.session)
+
+    def _finished(self, job: Job) -> None:
+        """A job that has no more answers runs no more."""
+        if any(row.job is job for row in self._rows.values()):
+            return
+        if any(other is job for other, _ in self._next):
+            return
+        with self._changed, contextlib.suppress(ValueError):
+            self._running.remove(job)
+
+
+class Writing:
+    """Makes events of one answer's tokens.
+
+    Args:
+        tell: takes them.
+    """
+
+    def __init__(self, asked: Generation, tell: Callable[[Event], None]) -> None:
+        self.asked, self.tell = asked, tell
+        self.start = time.perf_counter()
+        self._reader, self._thoughts = Reader(asked.reading), 0
+        self._drawn: list[tuple[str, bool]] = []
+
+    def take(self, last: GenerationResponse) -> bool:
+        """The next token; is the answer over?"""
+        reader = self._reader
+        self._thoughts += reader.thinking
+        reader.add(last.text)
+        self._drawn.append((last.text, last.from_draft))
+        ended = last.finish_reason is not None
+        if last.from_draft and not ended:
+            return False  # the step is not over
+        if self.asked.tokens:
+            self.tell(Drawn(tuple(self._drawn)))
+        self._drawn.clear()
+        if ended:
+            reader.end()
+        for event in reader.taken():
+            self.tell(event)
+        if not ended and not reader.done:
+            return False
+        reason: Reason = "length" if last.finish_reason == "length" else "stop"
+        usage = Usage(
+            prompt=last.prompt_tokens,
+            completion=last.generation_tokens,
+            cached=max(0, len(self.asked.prompt) - last.stats.prefill_tokens),
+            reasoning=self._thoughts,
+            seed=self.asked.sampling.seed,
+            seconds=time.perf_counter() - self.start,
+            stats=last.stats,
+        )
+        self.tell(Finished("tool_calls" if reader.called else reason, usage, last.stop))
+        return True
+
+
+def _progress(job: Job, writing: Writing, done: int, total: int) -> None:
+    job.check()
+    writing.tell(Progress(done, total))
 
 
 def _warm_up(engine: Engine) -> None:
@@ -206,50 +343,6 @@ def _warm_up(engine: Engine) -> None:
     asked = Generation(prompt, SamplingParams(), max_tokens=8)
     for _ in engine.answer(asked, Session(), lambda done, total: None):
         pass
-
-
-def _answer(
-    engine: Engine, asked: Generation, session: Session, tell: Callable[[Event], None], job: Job
-) -> None:
-    """Make one answer, an event or more per step."""
-
-    def progress(done: int, total: int) -> None:
-        job.check()
-        tell(Progress(done, total))
-
-    reader, thoughts, start = Reader(asked.reading), 0, time.perf_counter()
-    drawn: list[tuple[str, bool]] = []
-    last: GenerationResponse | None = None
-    with contextlib.closing(engine.answer(asked, session, progress)) as responses:
-        for last in responses:
-            thoughts += reader.thinking
-            reader.add(last.text)
-            drawn.append((last.text, last.from_draft))
-            ended = last.finish_reason is not None
-            if last.from_draft and not ended:
-                continue  # the step is not over
-            job.check()
-            if asked.tokens:
-                tell(Drawn(tuple(drawn)))
-            drawn.clear()
-            if ended:
-                reader.end()
-            for event in reader.taken():
-                tell(event)
-            if reader.done:
-                break
-    assert last is not None, "an answer has at least one token"
-    reason: Reason = "length" if last.finish_reason == "length" else "stop"
-    usage = Usage(
-        prompt=last.prompt_tokens,
-        completion=last.generation_tokens,
-        cached=max(0, len(asked.prompt) - last.stats.prefill_tokens),
-        reasoning=thoughts,
-        seed=asked.sampling.seed,
-        seconds=time.perf_counter() - start,
-        stats=last.stats,
-    )
-    tell(Finished("tool_calls" if reader.called else reason, usage, last.stop))
 
 
 def place_of(error: BaseException) -> str:

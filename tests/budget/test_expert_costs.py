@@ -196,7 +196,7 @@ def test_an_answer_teaches_what_its_trees_choose(
     costs = Costs({n: 9e-3 + n * 1e-3 for n in NODES}, distinct=sizes)
     monkeypatch.setattr(machine.Budget, "costs", lambda _: costs)
     model = Model.of("tiny", tmp_path, routed, compiled=False)
-    monkeypatch.setattr(model.engine, "_count_trace", lambda: None)  # as if all were compiled
+    monkeypatch.setattr(model.engine, "count_trace", lambda: None)  # as if all were compiled
     text = PROMPT * 8
     plain = run(model.engine, text, None, PLAIN, 60)
     assert run(model.engine, text, None, model.budget.policy(False), 60) == plain  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import pytest
 from conftest import engine_of, plainly, prompt_of, run
 
 from mlx_redrafter.cache.session import Session
-from mlx_redrafter.decoding import engine as decoding
+from mlx_redrafter.decoding import answering as decoding
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.models import Decoder

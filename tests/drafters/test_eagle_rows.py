@@ -19,7 +19,7 @@ from tiny_eagle import loaded
 
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cache.slabs import Slab
-from mlx_redrafter.decoding import engine as engine_module
+from mlx_redrafter.decoding import answering
 from mlx_redrafter.decoding import step
 from mlx_redrafter.drafters.eagle import Eagle
 from mlx_redrafter.models import Decoder
@@ -141,7 +141,7 @@ def test_shapes_that_change_from_step_to_step(
     world: World, monkeypatch: pytest.MonkeyPatch, seed: int, patience: int
 ) -> None:
     """The head may be let go of on the way, where it is not asked for some steps."""
-    monkeypatch.setattr(engine_module, "_PATIENCE", patience)
+    monkeypatch.setattr(answering, "_PATIENCE", patience)
     session = Session()
     assert len(answered(world, Dice(seed), 36, session).shapes) > 1
     assert patience or session.covered < len(session.tokens)

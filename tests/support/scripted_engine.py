@@ -73,12 +73,16 @@ class ScriptedEngine:
     loaded: float = 1e9
     facts: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
+    keeps_rows: bool = False
     tokenizer: Any = field(default_factory=ChatBytes)
     asked: list[Generation] = field(default_factory=list)
     steps: int = 0  # so far, over all answers
     parts: int = 0
     closed: int = 0  # answers that were ended by whoever asked
     before_step: Callable[[int], None] = lambda step: None
+
+    def room(self) -> int:
+        return 1 << 20
 
     def answer(self, asked: Generation, session: Session, progress: Progress) -> Responses:
         return self._answer(asked, progress)
@@ -155,9 +159,9 @@ class Running:
 def running(engine: Any, send_buffer: int = 0, **settings: Any) -> Iterator[Running]:
     """The real server over an engine, on a port of its own; ``send_buffer``: bytes that the machine
     keeps for a client which does not read."""
-    given, log = Settings(**{"port": 0, "grace": 2.0, **settings}), list[str]()
+    given, log = Settings(**{"port": 0, "grace": 2.0, "parallel": 1, **settings}), list[str]()
     ready = threading.Event()
-    worker = Worker(lambda: engine, given.queue, log.append, ready.set)
+    worker = Worker(lambda: engine, given.queue, log.append, ready.set, given.parallel)
     server = Server(worker, given, log.append)
     listener = socket.create_server(("127.0.0.1", 0))
     if send_buffer:
