@@ -19,8 +19,7 @@ from tiny_eagle import loaded
 
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cache.slabs import Slab
-from mlx_redrafter.decoding import answering
-from mlx_redrafter.decoding import step
+from mlx_redrafter.decoding import answering, step
 from mlx_redrafter.drafters.eagle import Eagle
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.stats import DraftStats

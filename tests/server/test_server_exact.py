@@ -35,9 +35,9 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Any]:
     return Model.of(model.name, model.folder, model.target, compiled=False), tokenizer
 
 
-@pytest.fixture(scope="module")
-def server(loaded: tuple[Model, Any]) -> Iterator[Running]:
-    with running(ModelEngine(*loaded)) as found:
+@pytest.fixture(scope="module", params=[1, 4], ids=["in turns", "together"])
+def server(request: pytest.FixtureRequest, loaded: tuple[Model, Any]) -> Iterator[Running]:
+    with running(ModelEngine(*loaded), parallel=request.param) as found:
         yield found
 
 
@@ -102,6 +102,23 @@ def test_requests_at_once_and_those_that_are_left(server: Running) -> None:
     for thread in threads:
         thread.join()
     assert found == wanted
+
+
+def test_a_talk_goes_on_from_what_was_read(server: Running, loaded: tuple[Model, Any]) -> None:
+    """Its text is that of a talk that is read anew."""
+    model, tokenizer = loaded
+    messages, cached = list(QUESTION), []
+    for turn in range(3):
+        body = {"messages": messages, "max_tokens": 12, "temperature": 0}
+        found = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+        answer = found["choices"][0]["message"]["content"]
+        prompt = render(tokenizer, messages)
+        alone = stream_generate(model, tokenizer, prompt, 12, draft=False)
+        assert answer == "".join(each.text for each in alone)
+        cached.append(found["usage"]["prompt_tokens_details"]["cached_tokens"])
+        said = {"role": "assistant", "content": answer}
+        messages = [*messages, said, {"role": "user", "content": f"ba be {'bi ' * turn}bo"}]
+    assert cached[2] > cached[1] >= 8
 
 
 def test_a_text_is_continued(server: Running, loaded: tuple[Model, Any]) -> None:
