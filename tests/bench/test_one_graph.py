@@ -34,7 +34,11 @@ def engine(kind: str) -> tuple[Engine, list[int]]:
     return engine_of(target, Oracle(target, [prompt + plainly(target, prompt, 32)], RANKS)), prompt
 
 
-@pytest.mark.parametrize("kind", ["dense", "experts", "hybrid", "adapted"])
+# The first to compile a recurrence over a tree waits for a C++ compiler half a minute.
+RECURRENT = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("hybrid", "adapted")]
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts", *RECURRENT])
 def test_one_graph_and_one_wait_a_step(kind: str) -> None:
     """Over trees of one shape that differ from step to step."""
     found = host.run(*engine(kind), SHAPES["beam-3x4-8"])
@@ -42,7 +46,7 @@ def test_one_graph_and_one_wait_a_step(kind: str) -> None:
 
 
 def test_a_wait_within_a_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine, prompt = engine("hybrid")
+    mine, prompt = engine("dense")
     launch = mine.step_function
 
     def waiting(spec: Any) -> Any:
