@@ -43,7 +43,8 @@ class GgufPlan:
         keep: all blocks stay packed: K-quants as they are, their scales in the dtype (float32: to
             the bit), what MLX has no form of in the nearest.
         dtype: of all that is not packed; None: the file's own for F32 and BF16 models, else
-            float16, which GGUF's scales are in; 16 bits where ``bits`` are given.
+            float16, which GGUF's scales are in (Gemma: bfloat16, as float16 does not hold its
+            activations); 16 bits where ``bits`` are given.
 
     Raises:
         ConvertError: another architecture, tokenizer or block type; a damaged file; missing,
@@ -118,7 +119,9 @@ class GgufPlan:
 
     def _kept_notes(self, matrices: list[GgufTensor]) -> list[str]:
         forms = {t.kind: form for t in matrices if (form := self.model.form(t, self.forms))}
-        rounded = {k for k, f in forms.items() if f.same and k not in KEPT}
+        # 16 bits of Gemma are bfloat16, which rounds the scales of all types.
+        held = KEPT if self.dtype == mx.float16 else {}
+        rounded = {k for k, f in forms.items() if f.mode == "affine" and f.same and k not in held}
         nearest = [f"{k} -> {f.bits} bits" for k, f in sorted(forms.items()) if not f.same]
         notes = []
         if rounded and self.dtype != mx.float32:

@@ -78,6 +78,16 @@ def test_numbers_of_16_bits_stay_what_they_are(tmp_path, kind, dtype):
         assert mx.array_equal(found[name], value.astype(dtype)), name
 
 
+def test_gemma_does_not_fit_float16(tmp_path):
+    """Its activations: a real one in float16 gives other tokens."""
+    folder = made(tmp_path, "gemma3_text")
+    plan = GgufPlan(gguf_like(tmp_path / "x.gguf", folder, "gemma3_text", "Q8_0"))
+    assert plan.dtype == mx.bfloat16
+    assert (
+        GgufPlan(gguf_like(tmp_path / "x.gguf", folder, "gemma3_text", "F16")).dtype == plan.dtype
+    )
+
+
 REFUSED = {
     "another scaling": (
         "qwen3", {"qwen3.rope.scaling.type": (STRING, "longrope")}, "rope scaling 'longrope'",

@@ -160,16 +160,18 @@ class GgufModel:
         return int(self.keys.get("context_length", 2048))
 
     def dense_dtype(self, forms: Forms) -> mx.Dtype:
-        """Where none is asked for: as the file's matrices; float16 if any has to be unpacked."""
+        """Where none is asked for: as the file's matrices; float16 if any has to be unpacked, or of
+        Gemma, whose activations exceed it, bfloat16."""
         import mlx.core as mx
 
+        half = mx.bfloat16 if self.kind.model_type.startswith("gemma") else mx.float16
         kinds = {t.kind for t in self.tensors if len(t.shape) >= 2}
         if any(self.form(tensor, forms) for tensor in self.tensors):
-            return mx.float16
+            return half
         if len(kinds) > 1:
             kinds.discard("F32")  # routers
         names = {"F32": mx.float32, "BF16": mx.bfloat16}
-        return names[kinds.pop()] if len(kinds) == 1 and kinds <= names.keys() else mx.float16
+        return names[kinds.pop()] if len(kinds) == 1 and kinds <= names.keys() else half
 
     def form(self, tensor: GgufTensor, forms: Forms) -> Form | None:
         """How MLX holds these blocks, if it is among the forms; vectors and routers are plain."""
