@@ -3,12 +3,14 @@ that are cut and grow again, are plain decoding's."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
-from adapter_cases import TYPES, module_of
+from adapter_cases import TYPES, module_of, native_of
 from conftest import RANKS, Oracle, engine_of, run
+from delta_cases import DELTA_CASES
 from tiny_models import CASES, build
 
 from mlx_redrafter.cache.session import Session
@@ -20,9 +22,9 @@ from mlx_redrafter.tree.shape import TreeShape
 
 pytestmark = pytest.mark.slow
 TURNS, TOKENS, ROOM = 10, 200, 4096
-# Experts, sinks with a window, Gemma 4 and latent attention by our own decoder; a delta rule with
-# attention and experts, Mamba 2 and a short convolution by mlx_lm's modules.
-NATIVE = ("qwen3_moe", "gpt_oss", "gemma4_text", "glm4_moe_lite")
+# Experts, sinks with a window, Gemma 4, latent attention and a delta rule by our own decoder; a
+# delta rule with experts, Mamba 2 and a short convolution by mlx_lm's modules.
+NATIVE = ("qwen3_moe", "gpt_oss", "gemma4_text", "glm4_moe_lite", "qwen3_5")
 ADAPTED = ("qwen3_next", "mamba2", "lfm2")
 SAMPLING = {"greedy": SamplingParams(), "sampled": SamplingParams(temp=0.9, top_k=40, seed=11)}
 TREES = (TreeShape(2, 3, 4), TreeShape(3, 4, 8), TreeShape(4, 5, 16))
@@ -34,6 +36,10 @@ def target_of(kind: str, folder: Path) -> Any:
     if kind in ADAPTED:
         raw = {**TYPES[kind], "max_position_embeddings": ROOM}
         return AdaptedModel(module_of(raw, lively=True), raw, closed=False)
+    if kind in DELTA_CASES:
+        raw = copy.deepcopy(DELTA_CASES[kind])
+        raw["text_config"]["max_position_embeddings"] = ROOM
+        return native_of(module_of(raw, lively=True), raw, closed=False)
     assert kind in CASES
     build(folder, kind, max_position_embeddings=ROOM)
     return load_model(folder)
