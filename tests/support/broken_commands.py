@@ -35,6 +35,7 @@ READS: dict[str, tuple[Breaks, list[str]]] = {
             f"demo hi -m model -d drafter {FEW}",
             f"bench acceptance -m model -d drafter --count 1 {FEW}",
             "bench budget -m model -d drafter",
+            "bench parallel -m model -d drafter --widths 2 --rounds 1 --max-tokens 3",
             "bench patterns model --out new.json --text text.txt --length 3072 --density 0.9",
             f"{BENCH} -o new",
             "bench prefill -m model --lengths 512 --modes trianglemix --text text.txt",

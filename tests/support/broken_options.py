@@ -21,6 +21,7 @@ LINES = {
     "race": f"race hi -m model -d drafter {FEW}",
     "bench acceptance": f"bench acceptance -m model -d drafter --count 1 {FEW}",
     "bench budget": "bench budget -m model -d drafter",
+    "bench parallel": "bench parallel -m model -d drafter --widths 1,2 --rounds 1 --max-tokens 3",
     "bench patterns": "bench patterns model --out new.json --text text.txt --length 3072"
     " --density 0.9",
     "bench speed": BENCH,
@@ -145,6 +146,9 @@ CONTRADICTIONS = [
     "bench acceptance -m model -d drafter --count -3",
     "bench acceptance -m model -d drafter --prompts text.txt",
     "bench budget -m model -d model",
+    "bench parallel -m model --widths 1,x",
+    "bench parallel -m model --widths 0",
+    "bench parallel -m model --rounds 0",
     "bench budget -m model -d drafter --plot model",
     "bench budget -m model -d drafter --plot picture.xyz",
     "bench patterns model",

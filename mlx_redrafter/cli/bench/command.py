@@ -16,6 +16,7 @@ class Measurements(Group):
     package = "mlx_redrafter.cli.bench"
     table = {  # noqa: RUF012
         "speed": Entry(HERE, "Time mlx_lm, plain and drafted decoding in turns."),
+        "parallel": Entry(HERE, "Time answers at once, plain and drafted; servers too."),
         "acceptance": Entry(HERE, "Tokens per step by prompt group, tree and temperature."),
         "budget": Entry(HERE, "What steps cost here, and which trees are worth drafting."),
         "prefill": Entry(PROMPTS, "Compare dense and sparse reading of long prompts."),
