@@ -7,6 +7,8 @@ begin with plain steps, and the tree that gains most is given first, until none 
 from __future__ import annotations
 
 import bisect
+import statistics
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +22,17 @@ from mlx_redrafter.tree.shape import TreeShape
 ROWS = (16, 24, 32, 48, 64)
 _ROUNDS = 3
 _BETTER = 1.05  # by which answering in turns has to be faster than together
+_WORTH = 1.03  # by which any drafting has to be faster than none
+_RECENT, _ENOUGH = 32, 6  # timed steps that say what such steps cost
 _EVERY = 8  # steps of all, after which trees are given anew: a new combination is a new graph
+
+
+Ratios = dict[bool, deque[float]]
+"""Of timed steps that drafted, or did not, the seconds over those foreseen."""
+
+
+def new_ratios() -> Ratios:
+    return {drafts: deque(maxlen=_RECENT) for drafts in (False, True)}
 
 
 class Company:
@@ -30,11 +42,15 @@ class Company:
         costs: of a single answer's steps.
         wide: seconds of a pass over many rows, the smallest number among those of ``costs``; see
             `measure`.
+        ratios: what is known of steps that were timed.
     """
 
-    def __init__(self, costs: Costs, wide: Mapping[int, float]) -> None:
+    def __init__(
+        self, costs: Costs, wide: Mapping[int, float], ratios: Ratios | None = None
+    ) -> None:
         self._costs, self._seats = costs, list[Seat]()
         self._due, self._turns = 0, False
+        self._ratios = new_ratios() if ratios is None else ratios
         # The machine may have been busier then or now: sizes that both have stand for one another.
         scale = costs.checking(min(wide)) / wide[min(wide)] if wide else 1.0
         curve = {**costs.verify, **{n: t * scale for n, t in wide.items()}}
@@ -84,7 +100,18 @@ class Company:
         return tokens / self.seconds(shapes)
 
     def seconds(self, shapes: Sequence[TreeShape]) -> float:
-        """Of one step of all."""
+        """Of one step of all, as steps like it took of late."""
+        known = self._ratios[any(s.drafts for s in shapes)]
+        ratio = statistics.median(known) if len(known) >= _ENOUGH else 1.0
+        return ratio * self._foreseen(shapes)
+
+    def learn(self, shapes: Sequence[TreeShape], seconds: float) -> None:
+        """A step of answers with these shapes took so long."""
+        if len(shapes) > 1:
+            ratios = self._ratios[any(s.drafts for s in shapes)]
+            ratios.append(seconds / self._foreseen(shapes))
+
+    def _foreseen(self, shapes: Sequence[TreeShape]) -> float:
         return self.check(sum(s.nodes for s in shapes)) + sum(map(self.drafting, shapes))
 
     def plan(self) -> None:
@@ -95,6 +122,8 @@ class Company:
         self._due = _EVERY * len(self._seats)
         shapes = [seat.least for seat in self._seats]
         best = self.rate(shapes)
+        if not any(shape.drafts for shape in shapes):
+            best *= _WORTH
         while True:
             found = [
                 (self.rate([*shapes[:i], shape, *shapes[i + 1 :]]), i, shape)

@@ -11,7 +11,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ import mlx.core as mx
 from mlx_redrafter.budget import chunks, company, yields
 from mlx_redrafter.budget.automatic import FIRST, Automatic, contenders
 from mlx_redrafter.budget.chunks import Chunks
-from mlx_redrafter.budget.company import Company
+from mlx_redrafter.budget.company import Company, Ratios, new_ratios
 from mlx_redrafter.budget.costs import NEAR, Costs, measure
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.errors import HubError
@@ -54,6 +54,7 @@ class Budget:
     drafter_folder: Path | None = None
     _costs: Costs | None = None
     _chunks: Chunks | None = None
+    _ratios: Ratios = field(default_factory=new_ratios)
 
     @property
     def shapes(self) -> list[TreeShape]:
@@ -123,7 +124,7 @@ class Budget:
         if found is None:
             found = company.measure(target, mx.compile if self.engine.compiled else lambda f: f)
             _write(file, {**facts, "rows": {str(n): t for n, t in found.items()}})
-        return Company(costs, found)
+        return Company(costs, found, self._ratios)
 
     def step_size(self, prompt: int, cached: int = 0) -> int:
         """How many tokens of a prompt to read in one pass, where nobody says it.

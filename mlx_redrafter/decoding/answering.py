@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import mlx.core as mx
 
@@ -49,6 +49,14 @@ class Runner(Protocol):
         ...
 
 
+class InFlight(NamedTuple):
+    """A step that was started; counted: behind its text stands a number of experts."""
+
+    shape: TreeShape
+    text: mx.array
+    counted: bool
+
+
 class Answering:
     """What is known of an answer while its steps run. Whoever runs them calls `start`, then for
     every step `prepare` and `launched`, and `read` for the oldest that was launched, which may be
@@ -76,7 +84,7 @@ class Answering:
         self.final = len(self.known) + room
         self.longest = max(shape.longest for shape in policy.shapes) + 1  # tokens of a step
         self.widest = max(shape.nodes for shape in policy.shapes)
-        self.in_flight: deque[tuple[TreeShape, mx.array, bool]] = deque()
+        self.in_flight: deque[InFlight] = deque()
         # Tokens whose rows are in the slabs where they belong, and those that are committed.
         self.in_place = self.stand = len(self.known) - 1
         self.done = False
@@ -115,7 +123,7 @@ class Answering:
         if self.in_flight:
             self.stand = UNKNOWN
         self.state = state
-        self.in_flight.append((spec.shape, text, counted and spec.shape.drafts))
+        self.in_flight.append(InFlight(spec.shape, text, counted and spec.shape.drafts))
 
     def read(self, alone: bool = True) -> list[int]:
         """Wait for the oldest step: its tokens, accepted drafts and the bonus.

@@ -8,20 +8,32 @@ part by part between steps, and leave when they end or are no longer wanted; not
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import mlx.core as mx
 
 from mlx_redrafter.decoding.answering import Answering
 from mlx_redrafter.decoding.engine import Emitted, Engine
 from mlx_redrafter.decoding.request import Request
-from mlx_redrafter.decoding.rows import Member, RowsStep, make_rows_step
-from mlx_redrafter.decoding.step import State, StepSpec
+from mlx_redrafter.decoding.step import State
+from mlx_redrafter.tree.shape import TreeShape
 
-_STEPS_KEPT = 64  # combinations whose graphs are kept
 _STEPS_BETWEEN = 2  # of those that decode, between two parts of prompts
+
+
+class Company(Protocol):
+    """What watches over answers that run together; `budget.company` has one."""
+
+    def in_turns(self) -> bool:
+        """Shall the next step be one answer's alone?"""
+        ...
+
+    def learn(self, shapes: Sequence[TreeShape], seconds: float) -> None:
+        """A step of answers with these shapes took so long."""
+        ...
 
 
 @dataclass(eq=False)
@@ -45,15 +57,15 @@ class Batch:
     Args:
         engine: whose target and drafters they use. Between calls of `step` one step may be in
             flight.
-        in_turns: asked before every step: shall it be one answer's alone, the next one's?
+        company: None: all answers in every step.
     """
 
-    def __init__(self, engine: Engine, in_turns: Callable[[], bool] = lambda: False) -> None:
-        self.engine, self._in_turns = engine, in_turns
+    def __init__(self, engine: Engine, company: Company | None = None) -> None:
+        self.engine, self.company = engine, company
         self.rows: list[Row] = []  # that decode
         self.waiting: list[Row] = []  # whose prompts are not read yet
-        self._steps: OrderedDict[tuple[StepSpec, ...], RowsStep] = OrderedDict()
         self._since = 0  # steps since the last part of a prompt
+        self._mark: float | None = None  # when the last step was read; None: something came between
 
     def add(self, request: Request) -> Row:
         """Take a request in; its prompt is read by the next calls of `step`.
@@ -93,7 +105,7 @@ class Batch:
             Whatever the reading of a prompt raises, of whose answer nothing is left in the batch.
         """
         if self.waiting and (not self.rows or self._since >= _STEPS_BETWEEN):
-            self._since = 0
+            self._since, self._mark = 0, None
             self._read_on()
             return []
         self._since += 1
@@ -116,19 +128,28 @@ class Batch:
     def _decode(self) -> list[tuple[Row, Emitted]]:
         if not self.rows:
             return []
-        if self._in_turns():
+        turns = self.company is not None and self.company.in_turns()
+        if turns:
             self.rows.append(self.rows.pop(0))
-        reading = self.rows[-1:] if self._in_turns() else list(self.rows)
-        self._launch([row for row in reading if not row.answer.in_flight])
+        reading = self.rows[-1:] if turns else list(self.rows)
+        traces, joined = self.engine.traces, [r for r in reading if not r.answer.in_flight]
+        self._launch(joined)
         self._launch([row for row in reading if row.answer.goes_on])
         found = []
+        shapes = [row.answer.in_flight[0].shape for row in reading]
         for row in reading:
             answer = row.answer
             answer.resumed()
             found.append((row, Emitted(answer.read(alone=len(reading) == 1))))
+        now = time.perf_counter()
+        steady = not joined and traces == self.engine.traces and self._mark is not None
+        if self.company is not None and steady and self._mark is not None:
+            self.company.learn(shapes, now - self._mark)
+        self._mark = now
         for row in reading:
             if row.answer.done:
                 self.remove(row)
+                self._mark = None
         return found
 
     def _launch(self, rows: list[Row]) -> None:
@@ -139,7 +160,7 @@ class Batch:
             ((row.answer.prepare(), row.answer) for row in rows),
             key=lambda pair: (pair[0].shape.nodes, repr(pair[0])),
         )
-        step = self._step(tuple(spec for spec, _ in pairs))
+        step = self.engine.rows_step(tuple(spec for spec, _ in pairs))
         states, arrays = [a.state for _, a in pairs], [a.arrays for _, a in pairs]
         texts, after = step(states, arrays)
         del states
@@ -147,15 +168,3 @@ class Batch:
             answer.launched(spec, text, State(*state))
         del after
         mx.async_eval(texts, [answer.state for _, answer in pairs])
-
-    def _step(self, specs: tuple[StepSpec, ...]) -> RowsStep:
-        """The compiled step of a combination, made on first use."""
-        if specs not in self._steps:
-            engine = self.engine
-            members: list[Member] = [(engine.taking_part(spec.awake), spec) for spec in specs]
-            step = make_rows_step(engine.target, members, engine.count_trace)
-            self._steps[specs] = mx.compile(step) if engine.compiled else step
-            while len(self._steps) > _STEPS_KEPT:
-                self._steps.popitem(last=False)
-        self._steps.move_to_end(specs)
-        return self._steps[specs]

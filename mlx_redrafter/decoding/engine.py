@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.decoding.answering import Answering
 from mlx_redrafter.decoding.policy import Fixed, Policy
 from mlx_redrafter.decoding.request import Request
+from mlx_redrafter.decoding.rows import RowsStep, make_rows_step
 from mlx_redrafter.decoding.step import (
     State,
     StepFunction,
@@ -29,6 +31,8 @@ from mlx_redrafter.prefill.reading import reading
 from mlx_redrafter.prefill.sparse import SparseAttention
 from mlx_redrafter.stats import PrefillStats
 from mlx_redrafter.tree.shape import TreeShape
+
+_COMBINATIONS = 256  # of answers that run together, whose graphs are kept
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Engine:
         self.traces = 0
         self.say: Callable[[str], None] = lambda text: None  # told what takes seconds, once
         self._steps: dict[StepSpec, StepFunction] = {}
+        self._rows_steps: OrderedDict[tuple[StepSpec, ...], RowsStep] = OrderedDict()
 
     def step_function(self, spec: StepSpec) -> StepFunction:
         """The compiled step of a bucket, made on first use."""
@@ -65,6 +70,19 @@ class Engine:
             step = make_step(self.target, self.taking_part(spec.awake), spec, self.count_trace)
             self._steps[spec] = mx.compile(step) if self.compiled else step
         return self._steps[spec]
+
+    def rows_step(self, specs: tuple[StepSpec, ...]) -> RowsStep:
+        """The compiled step of several answers with these buckets, made on first use; of the ones
+        used last."""
+        kept = self._rows_steps
+        if specs not in kept:
+            members = [(self.taking_part(spec.awake), spec) for spec in specs]
+            step = make_rows_step(self.target, members, self.count_trace)
+            kept[specs] = mx.compile(step) if self.compiled else step
+            if len(kept) > _COMBINATIONS:
+                kept.popitem(last=False)
+        kept.move_to_end(specs)
+        return kept[specs]
 
     def taking_part(self, awake: bool) -> tuple[Drafter, ...]:
         """The drafters: all, or those that keep no rows."""

@@ -89,3 +89,17 @@ def test_a_curve_is_read_between_its_points_and_beyond() -> None:
     assert company.check(12) == pytest.approx(15.0)
     assert company.check(64) == pytest.approx(80.0)
     assert company.check(128) == pytest.approx(160.0)
+
+
+def test_drafting_that_takes_longer_than_foreseen_ends() -> None:
+    company = Company(FLAT, {16: 20.0, 32: 40.0, 64: 80.0})
+    seats = [company.seat(policy(FLAT)) for _ in range(2)]
+    settled(company, seats)
+    shapes = [seat.planned for seat in seats]
+    assert any(shape.drafts for shape in shapes)
+    for _ in range(8):
+        company.learn(shapes, 4 * company.seconds([TreeShape.plain()] * 2))
+        company.learn([TreeShape.plain()] * 2, 10.0)
+    for _ in range(20):
+        settled(company, seats)
+    assert not any(seat.planned.drafts for seat in seats)
