@@ -20,7 +20,7 @@ VISIBLE = (
     "bench",
 )  # fmt: skip
 MEASUREMENTS = (
-    "speed", "acceptance", "budget", "prefill", "patterns", "needles", "exactness", "counts",
+    "speed", "parallel", "acceptance", "budget", "prefill", "patterns", "needles", "exactness", "counts",
 )  # fmt: skip
 
 
