@@ -20,7 +20,8 @@ VISIBLE = (
     "bench",
 )  # fmt: skip
 MEASUREMENTS = (
-    "speed", "parallel", "acceptance", "budget", "prefill", "patterns", "needles", "exactness", "counts",
+    "speed", "parallel", "acceptance", "budget", "prefill", "patterns", "needles", "exactness",
+    "counts",
 )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Writes the table of docs/models.md: every type of mlx_lm, how it is run, and how exactly.
+"""Writes the table of docs/models.md: every type of mlx_lm, how it is run, and how exactly; and its
+summary in README.md.
 
 Run from the checkout: MLX_DISABLE_COMPILE=1 .venv/bin/python tests/support/adapter_table.py
 """
@@ -15,7 +16,7 @@ from adapter_cases import LIMIT, TYPES, figures  # isort: skip
 from mlx_redrafter.errors import ModelError
 from mlx_redrafter.models import SUPPORTED, registry
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+ROOT = Path(__file__).parents[2]
 HEAD = "| type | run by | drafts | prompt | steps | tree | after |\n|---|---|---|---|---|---|---|"
 
 
@@ -54,10 +55,39 @@ def main() -> None:
         f"{len(rows)} types: {len(trees)} draft trees, of which {len(equal)} are equal to mlx_lm "
         f"to the last bit in all four; {len(rows) - len(trees)} declined or not run."
     )
-    text = DOCUMENT.read_text(encoding="utf-8")
-    table = "\n".join(["<!-- table -->", total, "", HEAD, *rows, "<!-- end -->"])
-    new = re.sub(r"<!-- table -->.*<!-- end -->", lambda _: table, text, flags=re.DOTALL)
-    DOCUMENT.write_text(new, encoding="utf-8")
+    put(ROOT / "docs" / "models.md", "table", [total, "", HEAD, *rows])
+    put(ROOT / "README.md", "types", summary(rows))
+
+
+def summary(rows: list[str]) -> list[str]:
+    """The lines of a table of who runs what."""
+    by: dict[str, list[str]] = {"decoder": [], "adapter": [], "declined": [], "not run": []}
+    for line in rows:
+        how = next((w for w in ("declined", "not run") if f"| {w}" in line), None)
+        by[how or ("decoder" if "| decoder" in line else "adapter")].append(line)
+    names = {how: ", ".join(line.split()[1] for line in lines) for how, lines in by.items()}
+    return [
+        "| run by | types | drafts | beside mlx_lm's single steps |",
+        "|---|---|---|---|",
+        f"| our decoder | {', '.join(sorted(SUPPORTED))} | trees | {checked(by['decoder'])} |",
+        f"| mlx_lm's own module | {len(by['adapter'])} more: {names['adapter']} | trees "
+        f"| {checked(by['adapter'])} |",
+        f"| - | {names['declined']} | declined, with the reason | |",
+        f"| mlx_lm's own module | {names['not run']} | trees, not run here | |",
+    ]
+
+
+def checked(rows: list[str]) -> str:
+    equal = sum(line.endswith("| 0 | 0 | 0 | 0 |") for line in rows)
+    return f"{equal} equal to the last bit, {len(rows) - equal} within 1e-5"
+
+
+def put(file: Path, mark: str, lines: list[str]) -> None:
+    """Between the marks of a document."""
+    begin, end = f"<!-- {mark} -->", "<!-- end -->"
+    text, table = file.read_text(encoding="utf-8"), "\n".join([begin, *lines, end])
+    new = re.sub(f"{begin}.*?{end}", lambda _: table, text, count=1, flags=re.DOTALL)
+    file.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":
