@@ -12,6 +12,15 @@ from typing import Any
 import jinja2
 import pytest
 
+# These take `api.load` when they are imported: that must not be while it is exchanged.
+import mlx_redrafter.bench.budget
+import mlx_redrafter.bench.exactness
+import mlx_redrafter.bench.parallel
+import mlx_redrafter.bench.prefill.needles
+import mlx_redrafter.bench.prefill.patterns
+import mlx_redrafter.bench.prefill.run
+import mlx_redrafter.bench.speed.run
+import mlx_redrafter.evaluation.report  # noqa: F401
 from mlx_redrafter.stats import DraftStats
 from mlx_redrafter.text.answer import GenerationResponse
 
