@@ -257,6 +257,7 @@ def test_dispatches_of_every_kind() -> None:
     assert draft["EAGLE-3"] < draft["a small model"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["medusa", "lstm"])
 def test_a_step_with_other_drafters_is_counted(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

@@ -239,6 +239,7 @@ def test_the_features_of_an_answer_are_those_of_its_conversation(
 # The result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"draft_vocab_size": 0}, {"bits": 8}])
 def test_a_head_learns_loads_and_says_what_it_is(
     folder: Path, target: Decoder, tmp_path: Path, changes: dict[str, int]

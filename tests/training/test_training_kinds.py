@@ -217,6 +217,7 @@ def test_the_command_in_the_card_names_the_kind() -> None:
 # All stages
 
 
+@pytest.mark.slow
 def test_heads_are_trained_evaluated_and_described(model: Path, tmp_path: Path) -> None:  # noqa: F811
     run = begin(tmp_path / "run", model, kind="medusa", rollout=4)
     stages.answers(run)

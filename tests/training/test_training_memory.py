@@ -102,6 +102,7 @@ def test_a_drafter_that_is_too_large_is_said(
     assert "lower draft_vocab_size or exit_dim" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_lowered_batch_is_said_and_kept(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +117,7 @@ def test_a_lowered_batch_is_said_and_kept(
     assert "batch 4 was given" in refusal(lambda: begin(out, model))
 
 
+@pytest.mark.slow
 def test_estimate_measures_every_stage_and_writes_nothing(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

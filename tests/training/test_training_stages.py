@@ -233,6 +233,7 @@ def test_what_to_run_first_can_be_copied(tmp_path: Path, model: Path) -> None:
         assert line in result.stderr, result.stderr
 
 
+@pytest.mark.slow
 def test_the_fit_alone_takes_answers_into_a_new_folder(
     tmp_path: Path, model: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
