@@ -36,7 +36,7 @@ class Prefixes:
 
     def __post_init__(self) -> None:
         self._kept: list[Session] = []
-        self._branched: set[int] = set()  # by id: sessions whose beginning others share
+        self._branched: set[Session] = set()  # whose beginning others share
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -64,10 +64,10 @@ class Prefixes:
         session = self._kept.pop(at)
         behind = len(session.tokens) - best
         if behind <= min(_TAIL, len(session.tokens) // _SHARE):
-            self._branched.discard(id(session))
+            self._branched.discard(session)
             return session
         self._kept.append(session)
-        self._branched.add(id(session))
+        self._branched.add(session)
         return session.fork(best)
 
     def give(self, session: Session) -> None:
@@ -76,10 +76,10 @@ class Prefixes:
         if session.tokens and session.nbytes <= self.limit:
             self._kept.append(session)
         while len(self._kept) > self.most or self.nbytes > self.limit:
-            alone = [one for one in self._kept[:-1] if id(one) not in self._branched]
+            alone = [one for one in self._kept[:-1] if one not in self._branched]
             oldest = alone[0] if alone else self._kept[0]
             self._kept.remove(oldest)
-            self._branched.discard(id(oldest))
+            self._branched.discard(oldest)
             self.evictions += 1
 
     def clear(self) -> None:

@@ -21,7 +21,7 @@ BETWEEN_SNAPSHOTS = 512  # tokens of a prompt, at least
 UNKNOWN = -1  # a stand, while a step is in flight
 
 
-@dataclass
+@dataclass(eq=False)  # arrays have no truth: sessions are told apart, not compared
 class Session:
     """The layers' caches of a conversation and the tokens that are in them.
 

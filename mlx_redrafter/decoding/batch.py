@@ -41,7 +41,7 @@ class Row:
     """A request in a batch."""
 
     answer: Answering
-    opening: Iterator[None] | None
+    opening: Iterator[None]
     held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
@@ -74,9 +74,8 @@ class Batch:
             OptionError: as of `Engine.generate`.
         """
         answer = self.engine.answering(request)
-        row = Row(answer, None)
+        row = Row(answer, self.engine.opening(answer))
         row.held.enter_context(request.session.taken(self.engine.target, self.engine.keeping))
-        row.opening = self.engine.opening(answer)
         self.waiting.append(row)
         return row
 
@@ -114,13 +113,11 @@ class Batch:
     def _read_on(self) -> None:
         """A part of the prompt of which least is left."""
         row = min(self.waiting, key=lambda row: row.left)
-        assert row.opening is not None
         try:
             next(row.opening)
         except StopIteration:
             self.waiting.remove(row)
             self.rows.append(row)
-            row.opening = None
         except BaseException:
             self.remove(row)
             raise
@@ -142,7 +139,7 @@ class Batch:
             answer.resumed()
             found.append((row, Emitted(answer.read(alone=len(reading) == 1))))
         now = time.perf_counter()
-        steady = not joined and traces == self.engine.traces and self._mark is not None
+        steady = not joined and traces == self.engine.traces
         if self.company is not None and steady and self._mark is not None:
             self.company.learn(shapes, now - self._mark)
         self._mark = now

@@ -191,6 +191,8 @@ class Worker:
             self._drop()
             if self._rows:
                 self._step()
+        if self.engine is not None:
+            self._together.close()
 
     def _admit(self) -> bool:
         """Take jobs from the queue, which is waited for if nothing runs; False at the end."""

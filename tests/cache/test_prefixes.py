@@ -106,3 +106,13 @@ def test_a_shared_beginning_outlives_what_is_used_by_one(
     kept.give(Session(prompt_of(40, seed=5, vocab=90)))
     assert kept.take(list(shared.tokens)).tokens != []
     assert kept.take(list(alone.tokens)).tokens == []
+
+
+def test_equal_sessions_are_told_apart() -> None:
+    """Two requests of one prompt leave as many, and either makes room."""
+    prompt, kept = prompt_of(20, vocab=90), Prefixes(1 << 30, most=2)
+    for _ in range(4):
+        session = Session(list(prompt))
+        session.caches = [mx.zeros((1, 2, 128, 4))]
+        kept.give(session)
+    assert len(kept) == 2 and kept.evictions == 2
