@@ -47,7 +47,7 @@ class Automatic:
         owed: int | None = None,
     ) -> None:
         self.shapes = tuple(shapes)
-        self._tokens, self._seconds, self._learn = tokens, seconds, learn
+        self.tokens, self._seconds, self._learn = tokens, seconds, learn
         self._accepted = self._foreseen = _PRIOR
         self._plain_steps, self._wait, self._position = 0, _PROBE, 0
         self._compares, self._owed, self._drafted = owed is not None, owed or 0, 0
@@ -84,7 +84,7 @@ class Automatic:
             self._owed = self._owed if shape.drafts else 0
         if shape.drafts:
             self._accepted = _PRIOR + _MEMORY * (self._accepted - _PRIOR) + produced - 1
-            foreseen = self._tokens(shape) - 1
+            foreseen = self.tokens(shape) - 1
             self._foreseen = _PRIOR + _MEMORY * (self._foreseen - _PRIOR) + foreseen
 
     def _must_compare(self) -> bool:
@@ -102,7 +102,7 @@ class Automatic:
 
     def foreseen(self, shape: TreeShape) -> float:
         """Tokens that a step of a shape would give on the text at hand."""
-        return expected(self._tokens(shape), shape, self.ease)
+        return expected(self.tokens(shape), shape, self.ease)
 
     def speed(self, shape: TreeShape, position: int) -> float:
         """Tokens per second, with so many in the cache."""

@@ -1,7 +1,8 @@
 """How much answers that run together draft: from what one pass over all their rows costs.
 
-Rows are the currency: what a tree adds to a pass depends on how many rows the others bring. All
-begin with plain steps, and the tree that gains most is given first, until none gains any more.
+Rows are the currency: what a tree adds to a pass depends on how many rows the others bring. Those
+draft that gain most by it, as many as pay, and nothing is tried for a look: that every other
+answer would wait for.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mlx_redrafter.budget.automatic import Automatic
+from mlx_redrafter.budget.automatic import Automatic, contenders
 from mlx_redrafter.budget.costs import NEAR, Costs, timed_pass
 from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.models import Target
@@ -22,7 +23,9 @@ from mlx_redrafter.tree.shape import TreeShape
 ROWS = (16, 24, 32, 48, 64)
 _ROUNDS = 3
 _BETTER = 1.05  # by which answering in turns has to be faster than together
-_WORTH = 1.03  # by which any drafting has to be faster than none
+_OTHER = 1.03  # by which other trees have to be faster than those there are
+_WORTH = 1.08  # by which any drafting has to be faster than none
+_USUAL, _MORE = 4, 3  # answers for which trees are made, and how many of these at most
 _RECENT, _ENOUGH = 32, 6  # timed steps that say what such steps cost
 _EVERY = 8  # steps of all, after which trees are given anew: a new combination is a new graph
 
@@ -43,13 +46,19 @@ class Company:
         wide: seconds of a pass over many rows, the smallest number among those of ``costs``; see
             `measure`.
         ratios: what is known of steps that were timed.
+        shapes: all trees there are; those that are best for several answers are smaller than those
+            that an answer chooses from alone.
     """
 
     def __init__(
-        self, costs: Costs, wide: Mapping[int, float], ratios: Ratios | None = None
+        self,
+        costs: Costs,
+        wide: Mapping[int, float],
+        ratios: Ratios | None = None,
+        shapes: Sequence[TreeShape] = (),
     ) -> None:
         self._costs, self._seats = costs, list[Seat]()
-        self._due, self._turns = 0, False
+        self._due, self._turns, self._all = 0, False, shapes
         self._ratios = new_ratios() if ratios is None else ratios
         # The machine may have been busier then or now: sizes that both have stand for one another.
         scale = costs.checking(min(wide)) / wide[min(wide)] if wide else 1.0
@@ -58,10 +67,20 @@ class Company:
 
     def seat(self, policy: Policy) -> Seat:
         """What chooses for an answer that joins, made of what would choose for it alone."""
-        seat = Seat(self, policy)
+        seat = Seat(self, policy, self._shapes(policy))
         self._seats.append(seat)
         self._due = 0
         return seat
+
+    def _shapes(self, policy: Policy) -> Sequence[TreeShape]:
+        if not isinstance(policy, Automatic) or not self._all:
+            return policy.shapes
+
+        def seconds(shape: TreeShape) -> float:
+            return self.check(_USUAL * shape.nodes) / _USUAL + self.drafting(shape)
+
+        more = contenders(self._all, policy.tokens, seconds, _MORE)
+        return tuple(dict.fromkeys([*policy.shapes, *more]))
 
     def leave(self, seat: Seat) -> None:
         """The answer ended."""
@@ -114,43 +133,43 @@ class Company:
     def _foreseen(self, shapes: Sequence[TreeShape]) -> float:
         return self.check(sum(s.nodes for s in shapes)) + sum(map(self.drafting, shapes))
 
+    def _best(self) -> tuple[float, list[TreeShape]]:
+        """The fastest trees, and their rate: one shape for all that draft, few combinations being
+        few graphs."""
+        plain = [seat.least for seat in self._seats]
+        best, found = self.rate(plain), plain
+        least = _WORTH * best
+        for shape in {s: None for seat in self._seats for s in seat.shapes if s.drafts}:
+            shapes = list(plain)
+            able = [i for i, seat in enumerate(self._seats) if shape in seat.shapes]
+            for i in sorted(able, key=lambda i: -self._seats[i].foreseen(shape)):
+                shapes[i] = shape
+                rate = self.rate(shapes)
+                if rate > max(best, least):
+                    best, found = rate, list(shapes)
+        return best, found
+
     def plan(self) -> None:
         """Give the trees, if it is time to."""
         self._due -= 1
         if self._due > 0:
             return
         self._due = _EVERY * len(self._seats)
-        shapes = [seat.least for seat in self._seats]
-        best = self.rate(shapes)
-        if not any(shape.drafts for shape in shapes):
-            best *= _WORTH
-        while True:
-            found = [
-                (self.rate([*shapes[:i], shape, *shapes[i + 1 :]]), i, shape)
-                for i, seat in enumerate(self._seats)
-                for shape in seat.shapes
-                if shape.nodes > shapes[i].nodes
-            ]
-            gain, at, shape = max(found, key=lambda one: one[0], default=(0.0, 0, shapes[0]))
-            if gain <= best:
-                break
-            best, shapes[at] = gain, shape
-        for seat, shape in zip(self._seats, shapes, strict=True):
-            seat.planned = shape
+        now = [seat.planned for seat in self._seats]
+        best, found = self._best()
+        if best > _OTHER * self.rate(now):  # another combination is another graph
+            for seat, shape in zip(self._seats, found, strict=True):
+                seat.planned = shape
         self._turns = max(seat.alone() for seat in self._seats) > _BETTER * best
 
 
 class Seat:
     """A `Policy` of one answer in company."""
 
-    def __init__(self, company: Company, policy: Policy) -> None:
-        self._company, self._policy = company, policy
+    def __init__(self, company: Company, policy: Policy, shapes: Sequence[TreeShape]) -> None:
+        self._company, self._policy, self.shapes = company, policy, shapes
         self._position = NEAR
         self.planned = self.least
-
-    @property
-    def shapes(self) -> Sequence[TreeShape]:
-        return self._policy.shapes
 
     @property
     def least(self) -> TreeShape:
@@ -164,7 +183,7 @@ class Seat:
         self._company.plan()
         if self._company.in_turns():
             return self._policy.choose(position)
-        return self._policy.unless_due(self.planned, position)
+        return self.planned
 
     def record(
         self, shape: TreeShape, produced: int, seconds: float | None, experts: int = 0
@@ -175,7 +194,7 @@ class Seat:
         """Tokens per second with the best shape, if there were no others."""
         if not isinstance(self._policy, Automatic):
             return 0.0
-        return max(self._policy.speed(shape, self._position) for shape in self.shapes)
+        return max(self._policy.speed(shape, self._position) for shape in self._policy.shapes)
 
     def foreseen(self, shape: TreeShape) -> float:
         """Tokens of a step."""

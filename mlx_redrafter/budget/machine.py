@@ -124,7 +124,7 @@ class Budget:
         if found is None:
             found = company.measure(target, mx.compile if self.engine.compiled else lambda f: f)
             _write(file, {**facts, "rows": {str(n): t for n, t in found.items()}})
-        return Company(costs, found, self._ratios)
+        return Company(costs, found, self._ratios, self.shapes)
 
     def step_size(self, prompt: int, cached: int = 0) -> int:
         """How many tokens of a prompt to read in one pass, where nobody says it.

@@ -118,6 +118,11 @@ class Pass:
         return list(self._rows.values())
 
     @property
+    def there(self) -> bool:
+        """Is there any layer?"""
+        return bool(self._before or self._after)
+
+    @property
     def fresh(self) -> bool:
         """Has nobody asked for a layer yet?"""
         return not self._after

@@ -104,13 +104,18 @@ class Answering:
         """Will there be a step behind the one in flight?"""
         return len(self.known) + 1 < self.final
 
+    @property
+    def needed(self) -> int:
+        """Slots that the next step needs."""
+        furthest = len(self.known) - 1 + (self.longest if self.in_flight else 0)
+        return furthest + self.longest + self.widest
+
     def prepare(self) -> StepSpec:
         """The bucket of the next step, for which the state has room afterwards."""
-        shape = self._shape()
-        furthest = len(self.known) - 1 + (self.longest if self.in_flight else 0)
-        self._grow(furthest + self.longest + self.widest)
+        shape, stacked = self._shape(), not self.state.caches
+        self._grow(self.needed)
         pending = self.state.pending
-        if not pending and len(self.policy.shapes) == 1:
+        if not pending and len(self.policy.shapes) == 1 and not stacked:
             pending = nothing_pending(self.kinds, self.state.caches, shape)
             self.state = self.state._replace(pending=pending)
         waiting = pending[1].shape[0] if pending else 0
@@ -202,9 +207,10 @@ class Answering:
 
     def _grow(self, needed: int) -> None:
         """More room in the caches and the history, where a step could need it."""
-        room, history = capacity_of(self.kinds, self.state.caches), self.state.history
+        caches, history = self.state.caches, self.state.history
+        room = capacity_of(self.kinds, caches) if caches else None
         if room is not None and room < needed:
-            caches = grown(self.kinds, self.state.caches, capacity_for(needed))
+            caches = grown(self.kinds, caches, capacity_for(needed))
             self.state = self.state._replace(caches=caches)
         if not isinstance(history, tuple) and history.shape[0] < needed:
             more = capacity_for(needed) - history.shape[0]

@@ -62,7 +62,7 @@ class Engine:
         self.traces = 0
         self.say: Callable[[str], None] = lambda text: None  # told what takes seconds, once
         self._steps: dict[StepSpec, StepFunction] = {}
-        self._rows_steps: OrderedDict[tuple[StepSpec, ...], RowsStep] = OrderedDict()
+        self._rows_steps: OrderedDict[tuple[int | StepSpec, ...], RowsStep] = OrderedDict()
 
     def step_function(self, spec: StepSpec) -> StepFunction:
         """The compiled step of a bucket, made on first use."""
@@ -71,18 +71,18 @@ class Engine:
             self._steps[spec] = mx.compile(step) if self.compiled else step
         return self._steps[spec]
 
-    def rows_step(self, specs: tuple[StepSpec, ...]) -> RowsStep:
-        """The compiled step of several answers with these buckets, made on first use; of the ones
-        used last."""
-        kept = self._rows_steps
-        if specs not in kept:
+    def rows_step(self, specs: tuple[StepSpec, ...], stacked: int = 0) -> RowsStep:
+        """The compiled step of several answers with these buckets, of which the first lie in a
+        stack, made on first use; of the ones used last."""
+        kept, key = self._rows_steps, (stacked, *specs)
+        if key not in kept:
             members = [(self.taking_part(spec.awake), spec) for spec in specs]
-            step = make_rows_step(self.target, members, self.count_trace)
-            kept[specs] = mx.compile(step) if self.compiled else step
+            step = make_rows_step(self.target, members, stacked, self.count_trace)
+            kept[key] = mx.compile(step) if self.compiled else step
             if len(kept) > _COMBINATIONS:
                 kept.popitem(last=False)
-        kept.move_to_end(specs)
-        return kept[specs]
+        kept.move_to_end(key)
+        return kept[key]
 
     def taking_part(self, awake: bool) -> tuple[Drafter, ...]:
         """The drafters: all, or those that keep no rows."""

@@ -3,57 +3,105 @@ own. The same functions make the step of one answer (`step.make_step`)."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_redrafter.cache.stack import Stacked
 from mlx_redrafter.decoding.sampling import Arrays
 from mlx_redrafter.decoding.step import (
     Begun,
+    Opened,
     State,
     StepSpec,
-    begin,
+    drafted,
     finish,
+    opening,
     read_layers,
     verify,
 )
 from mlx_redrafter.drafters import Drafter
+from mlx_redrafter.drafters.beam import BeamDrafter
 from mlx_redrafter.models import Target
 from mlx_redrafter.models.features import Features
+from mlx_redrafter.models.stacked import Seating, StackPass
 
 Member = tuple[Sequence[Drafter], StepSpec]
 """An answer: the drafters that take part in it, and its bucket."""
-RowsStep = Callable[[list[State], list[Arrays]], tuple[list[mx.array], list[State]]]
+Together = tuple[Stacked, Seating] | tuple[()]
+"""The slabs of the first answers and where each lies; nothing: every answer has its own caches."""
+RowsStep = Callable[
+    [list[State], list[Arrays], Together], tuple[list[mx.array], list[State], Stacked]
+]
 
 
 def make_rows_step(
-    target: Target, members: Sequence[Member], on_trace: Callable[[], None]
+    target: Target, members: Sequence[Member], stacked: int, on_trace: Callable[[], None]
 ) -> RowsStep:
-    """The uncompiled step of several answers, in this order; see `step.make_step`."""
+    """The uncompiled step of several answers, in this order; see `step.make_step`. stacked: how
+    many of them, the first, lie in a stack."""
     layers = read_layers([drafter for drafters, _ in members for drafter in drafters])
+    moves = any(not spec.shape.one_path for _, spec in members[:stacked])
 
-    def step(states: list[State], arrays: list[Arrays]) -> tuple[list[mx.array], list[State]]:
+    def step(
+        states: list[State], arrays: list[Arrays], together: Together
+    ) -> tuple[list[mx.array], list[State], Stacked]:
         on_trace()
-        begun = [
-            begin(target, *member, state, own)
+        opened = [
+            opening(target, *member, state, own)
             for member, state, own in zip(members, states, arrays, strict=True)
         ]
-        read = check(target, begun, layers)
+        proposed = jointly(members, opened)
+        begun = [
+            drafted(drafters, own, known)
+            for (drafters, _), own, known in zip(members, opened, proposed, strict=True)
+        ]
+        stack = None
+        if together:
+            first = begun[:stacked]
+            roots = [one.opened.ask.position for one in first]
+            stack = StackPass(*together, [one.tree for one in first], roots)
+        read = check(target, begun, layers, stack)
         done = [
             finish(target, *member, one, *found, own)
             for member, one, found, own in zip(members, begun, read, arrays, strict=True)
         ]
-        return [text for text, _ in done], [state for _, state in done]
+        texts, after, slots = (list(every) for every in zip(*done, strict=True))
+        if stack is None:
+            return texts, after, Stacked([])
+        return texts, after, stack.settled(slots[:stacked] if moves else None)
 
     return step
 
 
+def jointly(members: Sequence[Member], opened: Sequence[Opened]) -> list[dict[int, Any]]:
+    """By answer and drafter, what those propose that can be asked for several answers at once: its
+    weights are read once for all. Which drafts a tree has never changes a text."""
+    groups = defaultdict[Any, list[tuple[int, int]]](list)
+    for i, ((drafters, spec), own) in enumerate(zip(members, opened, strict=True)):
+        shape = spec.shape
+        for number, one in enumerate(drafters):
+            if one.part in shape.parts and isinstance(one, BeamDrafter) and one.joins:
+                asked = (shape.width, shape.depth, shape.mode, shape.longest, shape.one_path)
+                groups[id(one), asked, own.ask.draw is None].append((i, number))
+    found: list[dict[int, Any]] = [{} for _ in members]
+    for those in groups.values():
+        drafter: Any = members[those[0][0]][0][those[0][1]]
+        states = [opened[i].states[number] for i, number in those]
+        every = drafter.propose_all(states, [opened[i].ask for i, _ in those])
+        for (i, number), candidates in zip(those, every, strict=True):
+            found[i][number] = candidates
+    return found
+
+
 def check(
-    target: Target, begun: Sequence[Begun], layers: tuple[int, ...]
+    target: Target, begun: Sequence[Begun], layers: tuple[int, ...], stack: StackPass | None = None
 ) -> list[tuple[Features, mx.array]]:
     """Features and logits of every answer's nodes; the output's weights are read once for all."""
-    reads = verify(target, [(one.tree, one.run) for one in begun], layers)
+    reads = verify(target, [(one.tree, one.run) for one in begun], layers, stack=stack)
     logits = target.logits(mx.concatenate([read.hidden for read in reads], axis=0))
     ends = np.cumsum([read.hidden.shape[0] for read in reads])
     return list(zip(reads, mx.split(logits, ends[:-1].tolist(), axis=0), strict=True))

@@ -6,7 +6,7 @@ active sampling features are the bucket. Only the tokens go back to the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +21,7 @@ from mlx_redrafter.models.decoder import Functions, Part
 from mlx_redrafter.models.experts import distinct as distinct_experts
 from mlx_redrafter.models.features import Chunk, Features
 from mlx_redrafter.models.layers import Routed
+from mlx_redrafter.models.stacked import StackPass
 from mlx_redrafter.tree.accept import accept
 from mlx_redrafter.tree.nodes import (
     DraftTree,
@@ -40,7 +41,8 @@ class State(NamedTuple):
 
     root (1,) int32     the last token: chosen, but not yet in the caches
     position (1,) int32 the root's
-    caches              what every layer remembers, the target's before the drafters'
+    caches              what every layer remembers, the target's before the drafters'; nothing where
+                        it lies in a stack (`cache.stack`)
     drafts              every drafter's state
     history (C,) int32  the tokens by position, the root's included, where somebody reads them
     pending             the last step's rows by layer, and the slots (N,) int32 where they belong.
@@ -114,12 +116,12 @@ def make_step(
 
     def step(state: State, arrays: Arrays) -> tuple[mx.array, State]:
         on_trace()
-        begun = begin(target, drafters, spec, state, arrays)
+        begun = drafted(drafters, opening(target, drafters, spec, state, arrays))
         chosen: list[mx.array] = []
         routed = chosen.append if counted else None
         (read,) = verify(target, [(begun.tree, begun.run)], layers, routed)
         logits = target.logits(read.hidden)
-        text, state = finish(target, drafters, spec, begun, read, logits, arrays)
+        text, state, _ = finish(target, drafters, spec, begun, read, logits, arrays)
         if counted:
             text = mx.concatenate([text, distinct_experts(chosen).reshape(1)])
         return text, state
@@ -128,29 +130,46 @@ def make_step(
 
 
 class Begun(NamedTuple):
-    """A step whose tree is drafted and not yet checked: see `State` and `Ask`. run, others: its
-    passes over the target's caches and over every drafter's."""
+    """A step whose tree is drafted and not yet checked: see `Opened`."""
 
     tree: DraftTree
+    opened: Opened
+
+    @property
+    def run(self) -> Pass:
+        return self.opened.run
+
+
+class Opened(NamedTuple):
+    """A step before anything is drafted. run, others: its passes over the target's caches and over
+    every drafter's; states: the drafters'."""
+
+    ask: Ask
     run: Pass
     others: list[Pass]
-    position: mx.array
     states: tuple[Any, ...]
     history: mx.array | tuple[()]
 
 
-def begin(
+def opening(
     target: Target, drafters: Sequence[Drafter], spec: StepSpec, state: State, arrays: Arrays
-) -> Begun:
-    """Draft the tree of a step."""
+) -> Opened:
+    """What drafters are asked in a step, and with what."""
     root, position, caches, states, history, pending = state
     draw = sampling.draw(arrays, position + 1, spec.shape.depth)
     text_so_far = None if isinstance(history, tuple) else history
     run, *others = passes([target, *drafters], caches, position, pending)
     ask = Ask(root, position, text_so_far, spec.shape, draw)
-    tree = draft(drafters, states, others, ask)
-    run.ancestors = tree.ancestors
-    return Begun(tree, run, others, position, states, history)
+    return Opened(ask, run, others, states, history)
+
+
+def drafted(
+    drafters: Sequence[Drafter], opened: Opened, proposed: Mapping[int, Any] | None = None
+) -> Begun:
+    """Draft the tree. proposed: by the number of a drafter what it proposes, if it was asked."""
+    tree = draft(drafters, opened.states, opened.others, opened.ask, proposed or {})
+    opened.run.ancestors = tree.ancestors
+    return Begun(tree, opened)
 
 
 def finish(
@@ -161,9 +180,11 @@ def finish(
     read: Features,
     logits: mx.array,
     arrays: Arrays,
-) -> tuple[mx.array, State]:
-    """Accept what the target says of a tree's nodes, logits (N, V); as of `make_step`."""
-    tree, run, others, position, states, history = begun
+) -> tuple[mx.array, State, mx.array]:
+    """Accept what the target says of a tree's nodes, logits (N, V): as of `make_step`, and the
+    slots (N,) where the nodes belong."""
+    tree, (ask, run, others, states, history) = begun
+    position = ask.position
     windows = {
         name: sampling.recent_tokens(tree, history, position, size)
         for name, size in spec.windows
@@ -180,13 +201,13 @@ def finish(
     if not isinstance(history, tuple):
         history = mx.slice_update(history, text, position, (0,))
     caches, rows = joined_passes([target, *drafters], [run, *others])
-    waiting = [waits(kind, spec.shape) for kind in all_caches(target, drafters)]
+    kinds, slots = all_caches(target, drafters), row_slots(tree, last, count, position)
+    waiting = [waits(kind, spec.shape) for kind in kinds[: len(rows)]]
     pending: tuple[list[Rows], mx.array] | tuple[()] = ()
     if any(waiting):
-        kept = [r if w else () for r, w in zip(rows, waiting, strict=True)]
-        pending = kept, row_slots(tree, last, count, position)
+        pending = [r if w else () for r, w in zip(rows, waiting, strict=True)], slots
     root = mx.take(choices, last) if spec.shape.drafts else choices
-    return text, State(root, position + count, caches, drafts, history, pending)
+    return text, State(root, position + count, caches, drafts, history, pending), slots
 
 
 class Remembering(Protocol):
@@ -227,6 +248,13 @@ def joined_passes(
     return [kept for r in runs for kept in r.caches], [rows for r in runs for rows in r.rows]
 
 
+def settled(kinds: Sequence[LayerCache], state: State) -> list[Kept]:
+    """A state's caches with what was pending in its place."""
+    run = Pass(state.caches, state.position, None, state.pending)
+    run.settle(kinds)
+    return run.caches
+
+
 def absorbing(
     drafters: Sequence[Drafter],
 ) -> Callable[[Chunk, Sequence[Kept]], list[Kept]] | None:
@@ -251,15 +279,21 @@ def read_layers(drafters: Sequence[Drafter]) -> tuple[int, ...]:
 
 
 def draft(
-    drafters: Sequence[Drafter], states: Sequence[Any], passes: Sequence[Pass], ask: Ask
+    drafters: Sequence[Drafter],
+    states: Sequence[Any],
+    passes: Sequence[Pass],
+    ask: Ask,
+    proposed: Mapping[int, Any],
 ) -> DraftTree:
-    """The tree that the target will check."""
+    """The tree that the target will check; proposed: see `drafted`."""
     shape = ask.shape
     if not shape.drafts:
         return root_only(ask.root)
-    every = zip(drafters, states, passes, strict=True)
-    asked = [(d, s, own) for d, s, own in every if d.part in shape.parts]
-    found = [drafter.propose(state, ask._replace(own=own)) for drafter, state, own in asked]
+    found = [
+        proposed[i] if i in proposed else drafter.propose(states[i], ask._replace(own=passes[i]))
+        for i, drafter in enumerate(drafters)
+        if drafter.part in shape.parts
+    ]
     if shape.one_path:
         return chain(found[0][0].paths.reshape(-1))
     first, *others = found
@@ -285,19 +319,20 @@ def verify(
     trees: Sequence[tuple[DraftTree, Pass]],
     layers: tuple[int, ...],
     routed: Routed | None = None,
+    stack: StackPass | None = None,
 ) -> list[Features]:
     """One pass of the target over whole trees, of one sequence each: their N rows of features.
 
     Every node sees the prefix (slots below the root's position) and its own ancestors, whose rows
-    are written to the slots from there on. routed: see `Functions`.
+    are written to the slots from there on. routed: see `Functions`; stack: see `Target.together`.
     """
     parts = [_part(target, tree, run) for tree, run in trees]
-    found = target.together(parts, layers, Functions(routed=routed))
+    found = target.together(parts, layers, Functions(routed=routed), stack)
     return [Features(hidden, layers, outputs) for hidden, outputs in found]
 
 
 def _part(target: Target, tree: DraftTree, run: Pass) -> Part:
-    capacity = run.capacity(target.caches)
+    capacity = run.capacity(target.caches) if run.there else None
     positions = run.position + tree.depths  # (N,)
     mask, key_positions = tree.ancestors, positions
     if capacity is not None:

@@ -7,9 +7,11 @@ one too, and nothing has to be de-duplicated afterwards.
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_redrafter.drafters import Ask, Cell, Draw, Forgetful, Verified
 from mlx_redrafter.errors import OptionError
@@ -89,34 +91,98 @@ def search(
     Returns:
         The root, then W candidates per level.
     """
-    width, columns = shape.width, shape.longest + 2
-    place = integers(range(columns)).reshape(1, -1)
     state, fixed = cell.start(context)
-    costs = mx.array([0.0])
-    paths = mx.where(place == integers([0]), root, END)
-    levels = [Candidates(paths, costs, (0,))]
-    parents, picks = integers([0]), root
-    above: list[mx.array] = []  # the beam that each beam of a level goes on from
+    draws = None if draw is None else [draw]
+    return _searched(cell, state, fixed, root, shape, draws)[0]
+
+
+def search_all(
+    cell: JoiningCell,
+    contexts: mx.array,
+    roots: mx.array,
+    shape: TreeShape,
+    draws: Sequence[Draw] | None = None,
+) -> list[list[Candidates]]:
+    """The same for several sequences, whose beams are asked together: contexts (B, Dc), roots (B,),
+    a draw for each or none at all."""
+    state, fixed = cell.starts(contexts)
+    return _searched(cell, state, fixed, roots, shape, draws)
+
+
+def _searched(
+    cell: Cell,
+    state: Any,
+    fixed: mx.array,
+    roots: mx.array,
+    shape: TreeShape,
+    draws: Sequence[Draw] | None,
+) -> list[list[Candidates]]:
+    """The candidates of every sequence. Rows are beams, those of a sequence next to each other."""
+    width, columns, count = shape.width, shape.longest + 2, roots.shape[0]
+    place = integers(range(columns)).reshape(1, -1)
+    costs, picks, parents = mx.zeros((count,)), roots, integers([0])
+    paths = mx.where(place == integers([0]), roots.reshape(-1, 1), END)
+    parts, above = [(paths, costs)], list[mx.array]()  # the beam that each beam goes on from
     for level in range(shape.depth):
+        if level == 1 and width > 1 and count > 1:
+            fixed = mx.repeat(fixed, width, axis=0)
         logits, state = (cell.follow if level else cell.step)(picks, state, fixed)
-        logits = logits.astype(mx.float32)  # (R, Vd), R = 1 at the first level
+        logits = logits.astype(mx.float32)  # (R, Vd), R = B at the first level
         if width > logits.shape[-1]:
             raise OptionError(
                 f"beam width {width} is more than the drafter's {logits.shape[-1]} tokens: "
                 "use a smaller width"
             )
-        if draw is not None:
-            logits = logits / draw.temperature + draw.noise(level, cell.vocabulary)
+        if draws is not None:
+            logits = _drawn(logits, draws, level, cell.vocabulary)
         if width == 1:
             costs, picks = _likeliest(logits, costs)
         else:
-            costs, parents, picks = _cheapest(logits, costs, width)
-            state, paths = chosen(state, parents), chosen(paths, parents)
+            costs, parents, picks = _cheapest(logits, costs, width, count)
+            rows = parents
+            if count > 1:
+                first = np.arange(count * width) // width * (paths.shape[0] // count)
+                rows = parents + integers(first)
+            state, paths = chosen(state, rows), chosen(paths, rows)
         tokens = cell.token_ids(picks).reshape(-1, 1)
         paths = mx.where(place == integers([level + 1]), tokens, paths)
-        levels.append(Candidates(paths, costs, (level + 1,) * width))
+        parts.append((paths, costs))
         above.append(parents)
-    return _alive(levels, above) if shape.mode == "beams" else levels
+    return [
+        _of_one([_share(*part, i, count) for part in parts], above, shape, i) for i in range(count)
+    ]
+
+
+def _share(paths: mx.array, costs: mx.array, i: int, count: int) -> tuple[mx.array, mx.array]:
+    """What is the i-th sequence's."""
+    if count == 1:
+        return paths, costs
+    size = costs.shape[0] // count
+    mine = slice(i * size, (i + 1) * size)
+    return paths[mine], costs[mine]
+
+
+def _of_one(
+    parts: Sequence[tuple[mx.array, mx.array]], above: list[mx.array], shape: TreeShape, i: int
+) -> list[Candidates]:
+    """A sequence's candidates of its parts."""
+    depths = [(0,), *((level + 1,) * shape.width for level in range(shape.depth))]
+    levels = [Candidates(*part, depth) for part, depth in zip(parts, depths, strict=True)]
+    if shape.mode != "beams":
+        return levels
+    mine = slice(i * shape.width, (i + 1) * shape.width)
+    return _alive(levels, above if len(above[0]) == shape.width else [rows[mine] for rows in above])
+
+
+def _drawn(logits: mx.array, draws: Sequence[Draw], level: int, vocabulary: mx.array) -> mx.array:
+    """Logits (R, Vd) as they are drawn from."""
+    if len(draws) == 1:
+        return logits / draws[0].temperature + draws[0].noise(level, vocabulary)
+    noise = mx.concatenate([draw.noise(level, vocabulary) for draw in draws])[:, None]
+    temperatures = mx.stack([draw.temperature for draw in draws]).reshape(-1, 1, 1)
+    return (logits.reshape(len(draws), -1, logits.shape[-1]) / temperatures + noise).reshape(
+        logits.shape
+    )
 
 
 def chosen(state: Any, parents: mx.array) -> Any:
@@ -143,15 +209,18 @@ def lineage(above: mx.array | None, beams: int) -> mx.array:
 def _likeliest(logits: mx.array, costs: mx.array) -> tuple[mx.array, mx.array]:
     """The one beam's new cost and token."""
     # Rounding must not make a longer path cheaper than its prefix.
-    costs = costs + mx.maximum(logsumexp(logits) - mx.max(logits, axis=-1), 0.0).reshape(-1)
+    best = mx.max(logits, axis=-1, keepdims=True)
+    costs = costs + mx.maximum(logsumexp(logits) - best, 0.0).reshape(-1)
     return costs, mx.argmax(logits, axis=-1).view(mx.int32)
 
 
-def _cheapest(logits: mx.array, costs: mx.array, width: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Costs, parents and tokens of the W beams that go on."""
+def _cheapest(
+    logits: mx.array, costs: mx.array, width: int, count: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Costs, parents and tokens of the W beams of every sequence that go on."""
     joint = mx.maximum(logsumexp(logits) - (logits - costs[:, None]), costs[:, None])
-    best, index = k_smallest(joint.reshape(1, -1), width)
-    costs, size = best.reshape(-1), logits.shape[-1]
+    best, index = k_smallest(joint.reshape(count, -1), width)
+    costs, size, index = best.reshape(-1), logits.shape[-1], index.reshape(1, -1)
     pairs = mx.where(mx.array([[True], [False]]), index // size, index % size)  # (2, W)
     return costs, _row(pairs, 0), _row(pairs, 1)
 
@@ -180,12 +249,22 @@ class SearchingCell(Cell, Protocol):
     def searched(self, depth: int) -> Cell: ...
 
 
+class JoiningCell(Cell, Protocol):
+    """A cell that takes the beams of several sequences at once."""
+
+    def starts(self, contexts: mx.array) -> tuple[Any, mx.array]:
+        """As `start`: (B, Dc) -> a row of state for each, and of what stays the same."""
+        ...
+
+
 class BeamDrafter(Forgetful):
     """A drafter that searches with a cell of its own. It keeps nothing between steps but what it
     reads of the position that predicted the root; see `drafters.Drafter`."""
 
     part = BEAMS
     features: tuple[int, ...] = ()
+    joins = False
+    """Is its cell a `JoiningCell`?"""
 
     def begin(self: SearchingCell, read: Features) -> mx.array:
         """(1, *): what it reads of the last position."""
@@ -200,6 +279,17 @@ class BeamDrafter(Forgetful):
         cell = self.searched(ask.shape.depth)
         levels = search(cell, context, ask.root, ask.shape, ask.draw)
         return levels[-1:] if ask.shape.one_path else levels
+
+    def propose_all(
+        self: SearchingCell, states: Sequence[mx.array], asks: Sequence[Ask]
+    ) -> list[list[Candidates]]:
+        """What is proposed to several sequences, which ask for one shape, all drawn or none."""
+        contexts, shape = self.context(mx.concatenate(list(states))), asks[0].shape
+        roots = mx.concatenate([ask.root for ask in asks])
+        draws = [ask.draw for ask in asks if ask.draw is not None]
+        cell = cast(JoiningCell, self.searched(shape.depth))
+        found = search_all(cell, contexts, roots, shape, draws or None)
+        return [levels[-1:] if shape.one_path else levels for levels in found]
 
     def commit(self: SearchingCell, state: mx.array, done: Verified) -> mx.array:
         read = done.read.of(self.features)

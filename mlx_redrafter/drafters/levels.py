@@ -15,6 +15,7 @@ class LevelDrafter(BeamDrafter):
     ``levels``: how many it was made for; None: it goes on with what it does at the last one.
     """
 
+    joins = True
     config: Any  # says draft_vocab_size, None without a draft vocabulary
     levels: int | None
     vocabulary: mx.array
@@ -56,8 +57,12 @@ class Levels:
 
     def start(self, context: mx.array) -> tuple[mx.array, mx.array]:
         """(D,) -> the state (1, *); nothing else stays the same."""
+        return self.starts(context[None])
+
+    def starts(self, contexts: mx.array) -> tuple[mx.array, mx.array]:
+        """The same for several contexts, (B, D)."""
         self._next = 0
-        return self._drafter.first(context[None], self._depth), context
+        return self._drafter.first(contexts, self._depth), contexts
 
     def step(self, tokens: mx.array, state: mx.array, fixed: mx.array) -> tuple[mx.array, mx.array]:
         index, self._next = self._next, self._next + 1

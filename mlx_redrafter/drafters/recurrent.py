@@ -123,6 +123,8 @@ class ResBlock(nn.Module):
 class ReDrafter(nn.Module, BeamDrafter):
     """The recurrent drafter: a ``drafters.Drafter`` by beam search over itself, a ``Cell``."""
 
+    joins = True
+
     def __init__(self, config: ReDrafterConfig) -> None:
         super().__init__()
         size, width = config.hidden_size, config.exit_dim

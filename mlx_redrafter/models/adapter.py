@@ -22,6 +22,7 @@ from mlx_redrafter.models.decoder import DECODING, Functions, Part
 from mlx_redrafter.models.observed import Observed, config_of, dequantised
 from mlx_redrafter.models.patches import Place, capture, layers, patched
 from mlx_redrafter.models.running import Layout, Running
+from mlx_redrafter.models.stacked import StackPass
 from mlx_redrafter.runtime.device import fused_kernels
 
 _PROBE = 8  # tokens; more than a short convolution reads
@@ -113,8 +114,14 @@ class AdaptedModel(nn.Module):
         wanted = tuple(self._output(run, i) for i in layers)
         return run.hidden.reshape(positions.shape[0], -1), wanted
 
+    stacks = False
+
     def together(
-        self, parts: Sequence[Part], layers: Sequence[int] = (), functions: Functions = DECODING
+        self,
+        parts: Sequence[Part],
+        layers: Sequence[int] = (),
+        functions: Functions = DECODING,
+        stack: StackPass | None = None,
     ) -> list[tuple[mx.array, tuple[mx.array, ...]]]:
         """Run several sequences, one behind the other: a module of mlx_lm reads one."""
         return [self(*part, layers, functions) for part in parts]

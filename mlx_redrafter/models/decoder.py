@@ -20,8 +20,9 @@ from .attention import Attend, dense
 from .block import Block
 from .config import DecoderConfig
 from .gemma4 import LayerInputs
-from .layers import Activation, LayerPass, Memory, Rotate, Routed, norm
+from .layers import Activation, Attention, LayerPass, Memory, Rotate, Routed, norm
 from .rope import Rope, Rotation
+from .stacked import StackPass
 
 
 class Functions(NamedTuple):
@@ -132,11 +133,18 @@ class Decoder(nn.Module):
         return self.together([part], layers, functions)[0]
 
     def together(
-        self, parts: Sequence[Part], layers: Sequence[int] = (), functions: Functions = DECODING
+        self,
+        parts: Sequence[Part],
+        layers: Sequence[int] = (),
+        functions: Functions = DECODING,
+        stack: StackPass | None = None,
     ) -> list[tuple[mx.array, tuple[mx.array, ...]]]:
-        """Run the tokens of several sequences, whose caches are their own, in one pass: all that
-        is done to every token alike is done once. What comes of each is, row by row, what it would
-        be alone."""
+        """Run the tokens of several sequences in one pass: all that is done to every token alike
+        is done once. What comes of each is, row by row, what it would be alone.
+
+        stack: of the first of them, whose masks and caches are those of the stack; all others have
+        their own.
+        """
         one = len(parts) == 1
         tokens = parts[0].tokens if one else mx.concatenate([p.tokens for p in parts])
         positions = parts[0].positions if one else mx.concatenate([p.positions for p in parts])
@@ -148,7 +156,10 @@ class Decoder(nn.Module):
         rotations = [rope.prepare(positions, x.dtype) for rope in self._ropes]
         inner = self.model.get("layer_inputs")
         given = None if inner is None else inner(tokens, x)
-        running = [_Running(self, part, x.dtype) for part in parts]
+        alone = parts if stack is None else parts[stack.sequences :]
+        running: list[_Running | _Stacked] = [_Running(self, part, x.dtype) for part in alone]
+        if stack is not None:
+            running.insert(0, _Stacked(self, stack, x.dtype))
         outputs = []
         for index, block in enumerate(self.model.layers):
             common = _Common(
@@ -199,6 +210,13 @@ class Decoder(nn.Module):
             return lambda x, _: x.transpose(1, 0, 2)
         rope, rotation = self._ropes[index], rotations[index]
         return lambda x, heads: rope(x, heads, rotation)
+
+    @property
+    def stacks(self) -> bool:
+        """Can sequences lie in a stack, as far as layers go?"""
+        return all(
+            "self_attn" in b and isinstance(b.self_attn, Attention) for b in self.model.layers
+        )
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden (M, D) after the final norm -> logits (M, V), scaled and soft-capped."""
@@ -291,4 +309,36 @@ class _Running:
         if slot not in self._seen:
             kind = self._decoder.caches[slot]
             self._seen[slot] = self._caches.extend(slot, kind, rows)
+        return self._seen[slot]
+
+
+class _Stacked:
+    """The sequences of a stack, while a pass is run."""
+
+    def __init__(self, decoder: Decoder, stack: StackPass, dtype: mx.Dtype) -> None:
+        self._decoder, self._stack = decoder, stack
+        self._masks = {window: stack.mask(window) for window in {*decoder._windows, 0}}
+        self._growth = decoder.growth(stack.positions, dtype)
+        self._seen: dict[int, mx.array] = {}
+
+    def layer(self, index: int, common: _Common) -> LayerPass:
+        slot, window = self._decoder.place(index)
+        nothing = Memory(Pass((), self._stack.positions), (), slot)
+        return LayerPass(
+            nothing,
+            self._masks[window],
+            common.rotate,
+            functools.partial(self._write, slot),
+            common.attend,
+            common.activation,
+            self._growth,
+            common.given,
+            common.routed,
+            stack=self._stack,
+        )
+
+    def _write(self, slot: int, rows: mx.array) -> mx.array:
+        """As of `_Running`."""
+        if slot not in self._seen:
+            self._seen[slot] = self._stack.extend(slot, rows)
         return self._seen[slot]

@@ -17,6 +17,7 @@ from mlx_redrafter.cache.packed import Seen
 from .attention import Attend, attend
 from .config import DecoderConfig
 from .fuse import fuse
+from .stacked import StackPass
 
 Activation = Callable[[mx.array, mx.array], mx.array]
 LayerWrite = Callable[[mx.array], Seen]
@@ -53,7 +54,7 @@ class LayerPass(NamedTuple):
     that; activation: another than the family's own; growth (N, 1): of the queries, where they grow
     with the position; given (N, *): this layer's own input, where layers have one; routed: told of
     the experts (N, K) that it chooses; sequences: those of several, whose rows lie one behind the
-    other: `each` goes over them.
+    other: `each` goes over them; stack: of several whose slabs are one, all else by place and node.
     """
 
     memory: Memory
@@ -66,21 +67,30 @@ class LayerPass(NamedTuple):
     given: mx.array | None = None
     routed: Routed | None = None
     sequences: tuple[LayerPass, ...] = ()
+    stack: StackPass | None = None
+
+    @property
+    def rows(self) -> int:
+        """Of the pass."""
+        return self.mask.shape[0] if self.stack is None else self.stack.rows
 
     def each(
         self, f: Callable[..., mx.array], *rows: mx.array, axes: Sequence[int] | None = None
     ) -> mx.array:
         """f(pass, *rows) -> (N, *) of every sequence by itself, one behind the other. Nodes lie
         along these axes of the rows, the first if not told otherwise."""
+        axes = axes or [0] * len(rows)
+        if self.stack is not None and not self.sequences:
+            rows = tuple(map(self.stack.gathered, rows, axes))
+            return self.stack.scattered(f(self, *rows))
         if not self.sequences:
             return f(self, *rows)
-        ends = list(itertools.accumulate(run.mask.shape[0] for run in self.sequences[:-1]))
-        parts = [
-            mx.split(x, ends, axis=axis)
-            for x, axis in zip(rows, axes or [0] * len(rows), strict=True)
+        ends = list(itertools.accumulate(run.rows for run in self.sequences[:-1]))
+        parts = [mx.split(x, ends, axis=axis) for x, axis in zip(rows, axes, strict=True)]
+        found = [
+            run.each(f, *own, axes=axes) for run, *own in zip(self.sequences, *parts, strict=True)
         ]
-        found = [f(*own) for own in zip(self.sequences, *parts, strict=True)]
-        return mx.concatenate(found, axis=0)
+        return found[0] if len(found) == 1 else mx.concatenate(found, axis=0)
 
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:

@@ -11,6 +11,7 @@ from mlx_redrafter.cache.layer import LayerCache, Pass
 
 from .config import DecoderConfig
 from .decoder import Functions, Part
+from .stacked import StackPass
 
 
 class Target(Protocol):
@@ -51,8 +52,17 @@ class Target(Protocol):
         """Run N tokens; see :meth:`Decoder.__call__`."""
         ...
 
+    @property
+    def stacks(self) -> bool:
+        """Can sequences lie in a stack, as far as layers go?"""
+        ...
+
     def together(
-        self, parts: Sequence[Part], layers: Sequence[int] = (), functions: Functions = ...
+        self,
+        parts: Sequence[Part],
+        layers: Sequence[int] = (),
+        functions: Functions = ...,
+        stack: StackPass | None = None,
     ) -> list[tuple[mx.array, tuple[mx.array, ...]]]:
         """Run the tokens of several sequences; see :meth:`Decoder.together`."""
         ...

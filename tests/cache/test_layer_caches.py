@@ -99,10 +99,14 @@ class Recurrent:
         self.into = mx.array(rng.standard_normal((LAYERS, 2, D)).astype(np.float32)) * 0.3
         self.out = mx.array(rng.standard_normal((LAYERS, D)).astype(np.float32))
 
-    routes = 0
+    routes, stacks = 0, False
 
     def together(
-        self, parts: Sequence[Part], layers: Sequence[int] = (), functions: Functions = DECODING
+        self,
+        parts: Sequence[Part],
+        layers: Sequence[int] = (),
+        functions: Functions = DECODING,
+        stack: None = None,
     ) -> list[tuple[mx.array, tuple[mx.array, ...]]]:
         return [self(*part, layers, functions) for part in parts]
 

@@ -170,8 +170,8 @@ def the_neighbours_rows(patch: pytest.MonkeyPatch) -> None:
     """Every answer reads the rows of the one after it, where it has as many."""
     check = rows_module.check
 
-    def turned(target: Any, begun: Any, layers: Any) -> Any:
-        found = check(target, begun, layers)
+    def turned(target: Any, begun: Any, *rest: Any) -> Any:
+        found = check(target, begun, *rest)
         others = [*found[1:], found[0]]
         return [b if a[1].shape == b[1].shape else a for a, b in zip(found, others, strict=True)]
 
