@@ -1,7 +1,8 @@
 """Slabs of several sequences in one array a layer: a pass over all of them attends once.
 
 Sequences come and go without moving the others: the array has places, of which some may be empty.
-What an empty place computes is not read, and what is written there lies behind every token.
+What an empty place computes is not read, and what is written there lies behind every token. All in
+a stack have room for as many tokens; there is one of every power of two.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_redrafter.cache.layer import Kept, LayerCache
-from mlx_redrafter.cache.ring import NODES, Ring
-from mlx_redrafter.cache.slabs import Slab, capacity_for
+from mlx_redrafter.cache.ring import Ring
+from mlx_redrafter.cache.slabs import Slab
 
-MOST = 512  # slots of a stacked sequence: what is padded costs more than it saves beyond
+NODES = 16  # of the largest tree; so many slots of every place are for what nobody reads
+_LEAST, _MOST = 128, 1024  # slots: beyond, the attention of a sequence is work enough by itself
 
 
 class Stacked(NamedTuple):
@@ -26,62 +28,64 @@ class Stacked(NamedTuple):
     pending: tuple[list[mx.array], mx.array] | tuple[()] = ()
 
 
-def capacity(needed: int) -> int:
-    """Slots of every sequence where one needs so many: a tree's more than anybody's tokens take,
-    for what empty places write."""
-    return capacity_for(needed + NODES)
+def capacity(kinds: Sequence[LayerCache], needed: int, nodes: int) -> int | None:
+    """Slots of the stack for a sequence of such caches that needs so many, and has trees of so many
+    nodes; None: it cannot lie in one. Windows can as long as they are slabs."""
+    room = max(_LEAST, 1 << (needed + NODES - 1).bit_length())
+    fits = nodes <= NODES and room <= _MOST
+    return room if fits and all(_takes(kind, room) for kind in kinds) else None
 
 
-def stackable(kinds: Sequence[LayerCache], needed: int) -> bool:
-    """Can a sequence of such caches that needs so many slots lie in a stack? Windows can as long as
-    they are slabs."""
-    room = capacity(needed)
-    return room <= MOST and all(
-        type(kind) is Slab or (isinstance(kind, Ring) and room <= kind.around) for kind in kinds
-    )
+def _takes(kind: LayerCache, room: int) -> bool:
+    return type(kind) is Slab or (isinstance(kind, Ring) and room <= kind.around)
 
 
 class Stack:
     """Which sequence lies where, and the arrays while no step has them.
 
     Args:
-        kinds: of all layers; see `stackable`.
+        kinds: of all layers.
+        capacity: of every sequence; see :func:`capacity`.
     """
 
-    def __init__(self, kinds: Sequence[LayerCache], dtype: mx.Dtype) -> None:
-        self.kinds = kinds
-        self.arrays = Stacked([kind.empty(0, dtype, 0) for kind in kinds])
+    def __init__(self, kinds: Sequence[LayerCache], capacity: int, dtype: mx.Dtype) -> None:
+        self.capacity = capacity
+        self.arrays = Stacked([kind.empty(capacity, dtype, 0) for kind in kinds])
         self._places: list[object | None] = []
 
     def __contains__(self, who: object) -> bool:
         return any(one is who for one in self._places)
 
+    def __len__(self) -> int:
+        """Places, the empty ones too."""
+        return len(self._places)
+
+    @property
+    def empty(self) -> bool:
+        """Does nobody lie in it?"""
+        return all(one is None for one in self._places)
+
     def place(self, who: object) -> int:
         """Where a sequence lies."""
         return next(i for i, one in enumerate(self._places) if one is who)
-
-    @property
-    def size(self) -> int:
-        """Places, the empty ones too."""
-        return len(self._places)
 
     def taken(self) -> Stacked:
         """The arrays, for whoever puts others back: MLX writes into what has no second owner."""
         arrays, self.arrays = self.arrays, Stacked([])
         return arrays
 
-    def join(self, who: object, caches: Sequence[Kept], needed: int) -> None:
-        """Copy a sequence's slabs (1, 2*Hkv, *, Dh) to a place, with so many slots."""
-        place = self._places.index(None) if None in self._places else len(self._places)
-        self.grow(needed, place + 1)
+    def join(self, who: object, caches: Sequence[Kept]) -> None:
+        """Copy a sequence's slabs (1, 2*Hkv, *, Dh) to a place."""
+        if None not in self._places:
+            self._add(max(1, len(self)))
+        place = self._places.index(None)
         slabs, pending = self.taken()
         at = mx.array([place], mx.int32)
         for i, own in enumerate(caches):
-            own = own[:, :, : slabs[i].shape[2]]
-            slabs[i] = mx.slice_update(slabs[i], own, at, axes=(0,))
+            slabs[i] = mx.slice_update(slabs[i], own[:, :, : self.capacity], at, axes=(0,))
         if pending:
             rows, slots = pending
-            nowhere = mx.full((1, slots.shape[1]), slabs[0].shape[2] - 1, mx.int32)
+            nowhere = mx.full((1, slots.shape[1]), self.capacity - 1, mx.int32)
             pending = rows, mx.slice_update(slots, nowhere, at, axes=(0,))
         self._places[place] = who
         self.arrays = Stacked(slabs, pending)
@@ -101,25 +105,31 @@ class Stack:
         own = [mx.contiguous(slab) for slab in own]
         mx.eval(own)  # or the whole array would live as long as they do
         self._places[place] = None
-        if not any(one is not None for one in self._places):
-            self.__init__(self.kinds, own[0].dtype)  # type: ignore[misc]
+        self._close_up()
         return own
 
-    def grow(self, needed: int, places: int = 0) -> None:
-        """So many slots for each, and places for so many; what is there is copied if it lacks."""
-        slabs, pending = self.arrays
-        size, _, room, _ = slabs[0].shape
-        want = size if places <= size else 1 << (places - 1).bit_length()
-        longer = max(0, capacity(needed) - room)
-        if want == size and not longer:
+    def _close_up(self) -> None:
+        """Half of the places, if that is enough."""
+        left = [i for i, one in enumerate(self._places) if one is not None]
+        if not left or 2 * len(left) > len(self):
             return
-        self.taken()
-        lacking = (0, want - size)
-        slabs = [mx.pad(slab, [lacking, (0, 0), (0, longer), (0, 0)]) for slab in slabs]
+        at = mx.array(left, mx.int32)
+        slabs, pending = self.taken()
+        slabs = [mx.take(slab, at, axis=0) for slab in slabs]
         if pending:
             rows, slots = pending
-            rows = [mx.pad(part, [lacking, (0, 0), (0, 0), (0, 0)]) for part in rows]
-            slots = mx.pad(slots, [lacking, (0, 0)], constant_values=slabs[0].shape[2] - 1)
+            pending = [mx.take(part, at, axis=0) for part in rows], mx.take(slots, at, axis=0)
+        self._places = [self._places[i] for i in left]
+        self.arrays = Stacked(slabs, pending)
+
+    def _add(self, places: int) -> None:
+        """So many more places; what is there is copied."""
+        slabs, pending = self.taken()
+        slabs = [mx.pad(slab, [(0, places), (0, 0), (0, 0), (0, 0)]) for slab in slabs]
+        if pending:
+            rows, slots = pending
+            rows = [mx.pad(part, [(0, places), (0, 0), (0, 0), (0, 0)]) for part in rows]
+            slots = mx.pad(slots, [(0, places), (0, 0)], constant_values=self.capacity - 1)
             pending = rows, slots
-        self._places += [None] * (want - size)
+        self._places += [None] * places
         self.arrays = Stacked(slabs, pending)

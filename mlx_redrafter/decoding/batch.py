@@ -16,14 +16,11 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_redrafter.cache.stack import Stack, Stacked, stackable
 from mlx_redrafter.decoding.answering import Answering
 from mlx_redrafter.decoding.engine import Emitted, Engine
 from mlx_redrafter.decoding.request import Request
-from mlx_redrafter.decoding.rows import RowsStep
-from mlx_redrafter.decoding.sampling import Arrays
-from mlx_redrafter.decoding.step import State, settled
-from mlx_redrafter.models.stacked import Seating
+from mlx_redrafter.decoding.stacks import Stacks
+from mlx_redrafter.decoding.step import State
 from mlx_redrafter.tree.shape import TreeShape
 
 _STEPS_BETWEEN = 2  # of those that decode, between parts of prompts; one if more wait
@@ -69,7 +66,7 @@ class Batch:
         self.engine, self.company = engine, company
         self.rows: list[Row] = []  # that decode
         self.waiting: list[Row] = []  # whose prompts are not read yet
-        self._stack = Stack(engine.target.caches, engine.target.dtype)
+        self._stacks = Stacks(engine.target)
         self._since = 0  # steps since the last part of a prompt
         self._mark: float | None = None  # when the last step was read; None: something came between
 
@@ -93,8 +90,7 @@ class Batch:
         elif row in self.rows:
             self.rows.remove(row)
             with row.held:
-                if row in self._stack:
-                    self._unseat(row)
+                self._stacks.unseat(row.answer)
                 row.answer.close()
 
     def close(self) -> None:
@@ -163,66 +159,21 @@ class Batch:
         """Start a step of these answers, in an order that knows few combinations."""
         if not rows:
             return
-        self._seat(rows)
-        among = sorted(
-            ((row not in self._stack, row.answer.prepare(), row) for row in rows),
-            key=lambda one: (one[0], one[1].shape.nodes, repr(one[1])),
+        self._stacks.seat([row.answer for row in rows])
+        specs = {row.answer: row.answer.prepare() for row in rows}
+        answers = sorted(
+            specs,
+            key=lambda a: (self._stacks.rank(a), specs[a].shape.nodes, repr(specs[a])),
         )
-        stacked = [row for apart, _, row in among if not apart]
-        specs = tuple(spec for _, spec, _ in among)
-        step = self.engine.rows_step(specs, len(stacked))
-        answers = [row.answer for *_, row in among]
+        lying = self._stacks.those(answers)
+        stacked = tuple(map(len, lying.values()))
+        step = self.engine.rows_step(tuple(specs[a] for a in answers), stacked)
         states, arrays = [a.state for a in answers], [a.arrays for a in answers]
-        texts, after = self._run(step, states, arrays, stacked)
-        del states
-        for spec, answer, text, state in zip(specs, answers, texts, after, strict=True):
-            answer.launched(spec, text, State(*state))
+        with self._stacks.taken(lying) as (together, put_back):
+            texts, after, left = step(states, arrays, together)
+            put_back(left)
+        del states, left, together
+        for answer, text, state in zip(answers, texts, after, strict=True):
+            answer.launched(specs[answer], text, State(*state))
         del after
-        mx.async_eval(texts, [answer.state for answer in answers], self._stack.arrays)
-
-    def _run(
-        self, step: RowsStep, states: list[State], arrays: list[Arrays], stacked: list[Row]
-    ) -> tuple[list[mx.array], list[State]]:
-        """A step of answers of which these lie in the stack: texts, and the states afterwards."""
-        if not stacked:
-            return step(states, arrays, ())[:2]
-        places = [self._stack.place(row) for row in stacked]
-        order = [-1] * self._stack.size
-        for i, place in enumerate(places):
-            order[place] = i
-        seating = Seating(mx.array(order, mx.int32), mx.array(places, mx.int32))
-        before = self._stack.taken()
-        try:
-            texts, after, stack = step(states, arrays, (before, seating))
-            before = Stacked(*stack)
-        finally:
-            self._stack.arrays = before
-        return texts, after
-
-    def _seat(self, rows: list[Row]) -> None:
-        """Put into the stack, before a step of these answers, those that can lie there, if there
-        are several, and take out those that cannot."""
-        able = [row for row in rows if self._stackable(row.answer)]
-        able = able if len(able) > 1 else []
-        for row in rows:
-            if row in self._stack and row not in able:
-                self._unseat(row)
-        needed = max((row.answer.needed for row in able), default=0)
-        for row in able:
-            if row not in self._stack:
-                answer = row.answer
-                caches = settled(answer.kinds, answer.state)
-                answer.state = answer.state._replace(caches=[], pending=())
-                self._stack.join(row, caches, needed)
-        if able:
-            self._stack.grow(needed)
-
-    def _stackable(self, answer: Answering) -> bool:
-        target = self.engine.target
-        own = len(answer.kinds) == len(target.caches)  # drafters that keep rows have other slabs
-        return own and target.stacks and stackable(target.caches, answer.needed)
-
-    def _unseat(self, row: Row) -> None:
-        """The answer has its slabs for itself again."""
-        answer = row.answer
-        answer.state = answer.state._replace(caches=self._stack.leave(row))
+        mx.async_eval(texts, [a.state for a in answers], [s.arrays for s in lying])

@@ -62,7 +62,9 @@ class Engine:
         self.traces = 0
         self.say: Callable[[str], None] = lambda text: None  # told what takes seconds, once
         self._steps: dict[StepSpec, StepFunction] = {}
-        self._rows_steps: OrderedDict[tuple[int | StepSpec, ...], RowsStep] = OrderedDict()
+        self._rows_steps: OrderedDict[tuple[tuple[int, ...], tuple[StepSpec, ...]], RowsStep] = (
+            OrderedDict()
+        )
 
     def step_function(self, spec: StepSpec) -> StepFunction:
         """The compiled step of a bucket, made on first use."""
@@ -71,10 +73,10 @@ class Engine:
             self._steps[spec] = mx.compile(step) if self.compiled else step
         return self._steps[spec]
 
-    def rows_step(self, specs: tuple[StepSpec, ...], stacked: int = 0) -> RowsStep:
-        """The compiled step of several answers with these buckets, of which the first lie in a
-        stack, made on first use; of the ones used last."""
-        kept, key = self._rows_steps, (stacked, *specs)
+    def rows_step(self, specs: tuple[StepSpec, ...], stacked: tuple[int, ...] = ()) -> RowsStep:
+        """The compiled step of several answers with these buckets, made on first use; of the ones
+        used last. stacked: see `make_rows_step`."""
+        kept, key = self._rows_steps, (stacked, specs)
         if key not in kept:
             members = [(self.taking_part(spec.awake), spec) for spec in specs]
             step = make_rows_step(self.target, members, stacked, self.count_trace)

@@ -3,6 +3,7 @@ own. The same functions make the step of one answer (`step.make_step`)."""
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,24 +32,30 @@ from mlx_redrafter.models.stacked import Seating, StackPass
 
 Member = tuple[Sequence[Drafter], StepSpec]
 """An answer: the drafters that take part in it, and its bucket."""
-Together = tuple[Stacked, Seating] | tuple[()]
-"""The slabs of the first answers and where each lies; nothing: every answer has its own caches."""
+Together = list[tuple[Stacked, Seating]]
+"""Stacks of the first answers, and where each lies; all others have caches of their own."""
 RowsStep = Callable[
-    [list[State], list[Arrays], Together], tuple[list[mx.array], list[State], Stacked]
+    [list[State], list[Arrays], Together], tuple[list[mx.array], list[State], list[Stacked]]
 ]
 
 
 def make_rows_step(
-    target: Target, members: Sequence[Member], stacked: int, on_trace: Callable[[], None]
+    target: Target,
+    members: Sequence[Member],
+    stacked: Sequence[int],
+    on_trace: Callable[[], None],
 ) -> RowsStep:
-    """The uncompiled step of several answers, in this order; see `step.make_step`. stacked: how
-    many of them, the first, lie in a stack."""
+    """The uncompiled step of several answers, in this order; see `step.make_step`. stacked: of
+    every stack how many lie in it, the first answers in the first."""
     layers = read_layers([drafter for drafters, _ in members for drafter in drafters])
-    moves = any(not spec.shape.one_path for _, spec in members[:stacked])
+    ends = np.cumsum([0, *stacked]).tolist()
+    lying = [slice(*pair) for pair in itertools.pairwise(ends)]
+    # The nodes of a chain stand where they belong, if it is accepted.
+    moves = [any(not spec.shape.one_path for _, spec in members[those]) for those in lying]
 
     def step(
         states: list[State], arrays: list[Arrays], together: Together
-    ) -> tuple[list[mx.array], list[State], Stacked]:
+    ) -> tuple[list[mx.array], list[State], list[Stacked]]:
         on_trace()
         opened = [
             opening(target, *member, state, own)
@@ -59,20 +66,21 @@ def make_rows_step(
             drafted(drafters, own, known)
             for (drafters, _), own, known in zip(members, opened, proposed, strict=True)
         ]
-        stack = None
-        if together:
-            first = begun[:stacked]
-            roots = [one.opened.ask.position for one in first]
-            stack = StackPass(*together, [one.tree for one in first], roots)
-        read = check(target, begun, layers, stack)
+        stacks = [
+            StackPass(*one, [b.tree for b in begun[those]], [b.position for b in begun[those]])
+            for one, those in zip(together, lying, strict=True)
+        ]
+        read = check(target, begun, layers, stacks)
         done = [
             finish(target, *member, one, *found, own)
             for member, one, found, own in zip(members, begun, read, arrays, strict=True)
         ]
         texts, after, slots = (list(every) for every in zip(*done, strict=True))
-        if stack is None:
-            return texts, after, Stacked([])
-        return texts, after, stack.settled(slots[:stacked] if moves else None)
+        left = [
+            stack.settled(slots[those] if moved else None)
+            for stack, those, moved in zip(stacks, lying, moves, strict=True)
+        ]
+        return texts, after, left
 
     return step
 
@@ -98,10 +106,10 @@ def jointly(members: Sequence[Member], opened: Sequence[Opened]) -> list[dict[in
 
 
 def check(
-    target: Target, begun: Sequence[Begun], layers: tuple[int, ...], stack: StackPass | None = None
+    target: Target, begun: Sequence[Begun], layers: tuple[int, ...], stacks: Sequence[StackPass]
 ) -> list[tuple[Features, mx.array]]:
     """Features and logits of every answer's nodes; the output's weights are read once for all."""
-    reads = verify(target, [(one.tree, one.run) for one in begun], layers, stack=stack)
+    reads = verify(target, [(one.tree, one.run) for one in begun], layers, stacks=stacks)
     logits = target.logits(mx.concatenate([read.hidden for read in reads], axis=0))
     ends = np.cumsum([read.hidden.shape[0] for read in reads])
     return list(zip(reads, mx.split(logits, ends[:-1].tolist(), axis=0), strict=True))

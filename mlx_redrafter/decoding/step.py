@@ -139,6 +139,10 @@ class Begun(NamedTuple):
     def run(self) -> Pass:
         return self.opened.run
 
+    @property
+    def position(self) -> mx.array:
+        return self.opened.ask.position
+
 
 class Opened(NamedTuple):
     """A step before anything is drafted. run, others: its passes over the target's caches and over
@@ -319,15 +323,15 @@ def verify(
     trees: Sequence[tuple[DraftTree, Pass]],
     layers: tuple[int, ...],
     routed: Routed | None = None,
-    stack: StackPass | None = None,
+    stacks: Sequence[StackPass] = (),
 ) -> list[Features]:
     """One pass of the target over whole trees, of one sequence each: their N rows of features.
 
     Every node sees the prefix (slots below the root's position) and its own ancestors, whose rows
-    are written to the slots from there on. routed: see `Functions`; stack: see `Target.together`.
+    are written to the slots from there on. routed: see `Functions`; stacks: see `Target.together`.
     """
     parts = [_part(target, tree, run) for tree, run in trees]
-    found = target.together(parts, layers, Functions(routed=routed), stack)
+    found = target.together(parts, layers, Functions(routed=routed), stacks)
     return [Features(hidden, layers, outputs) for hidden, outputs in found]
 
 

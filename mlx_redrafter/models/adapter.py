@@ -121,7 +121,7 @@ class AdaptedModel(nn.Module):
         parts: Sequence[Part],
         layers: Sequence[int] = (),
         functions: Functions = DECODING,
-        stack: StackPass | None = None,
+        stacks: Sequence[StackPass] = (),
     ) -> list[tuple[mx.array, tuple[mx.array, ...]]]:
         """Run several sequences, one behind the other: a module of mlx_lm reads one."""
         return [self(*part, layers, functions) for part in parts]

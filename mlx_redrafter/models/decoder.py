@@ -76,7 +76,7 @@ class Decoder(nn.Module):
         self._ropes = [Rope(rope) for rope in config.ropes]
         layers = [config.layer(i) for i in range(config.num_layers)]
         # A shortened model is told of more layers than it has, one that is only sized of none.
-        self._windows = windows = (*config.layer_windows, *[0] * len(layers))[: len(layers)]
+        self.windows = windows = (*config.layer_windows, *[0] * len(layers))[: len(layers)]
         # A layer that reads another's keys within another window needs all of them.
         sources = [(i, one.kv_source) for i, one in enumerate(layers)]
         rings = all(source is None or windows[i] == windows[source] for i, source in sources)
@@ -137,12 +137,12 @@ class Decoder(nn.Module):
         parts: Sequence[Part],
         layers: Sequence[int] = (),
         functions: Functions = DECODING,
-        stack: StackPass | None = None,
+        stacks: Sequence[StackPass] = (),
     ) -> list[tuple[mx.array, tuple[mx.array, ...]]]:
         """Run the tokens of several sequences in one pass: all that is done to every token alike
         is done once. What comes of each is, row by row, what it would be alone.
 
-        stack: of the first of them, whose masks and caches are those of the stack; all others have
+        stacks: of the first of them, whose masks and caches are those of a stack; all others have
         their own.
         """
         one = len(parts) == 1
@@ -156,10 +156,9 @@ class Decoder(nn.Module):
         rotations = [rope.prepare(positions, x.dtype) for rope in self._ropes]
         inner = self.model.get("layer_inputs")
         given = None if inner is None else inner(tokens, x)
-        alone = parts if stack is None else parts[stack.sequences :]
-        running: list[_Running | _Stacked] = [_Running(self, part, x.dtype) for part in alone]
-        if stack is not None:
-            running.insert(0, _Stacked(self, stack, x.dtype))
+        alone = parts[sum(stack.sequences for stack in stacks) :]
+        running: list[_Running | _Stacked] = [_Stacked(self, stack, x.dtype) for stack in stacks]
+        running += [_Running(self, part, x.dtype) for part in alone]
         outputs = []
         for index, block in enumerate(self.model.layers):
             common = _Common(
@@ -183,7 +182,7 @@ class Decoder(nn.Module):
     def masks(self, part: Part) -> dict[int, mx.array]:
         """One mask (N, C) per distinct sliding window, or (N, S) over its layers' rings."""
         _, positions, mask, key_positions, caches = part
-        masks, windows = {0: mask}, self._windows
+        masks, windows = {0: mask}, self.windows
         for window in set(windows) - {0}:
             layer = self._slots[windows.index(window)]
             ring = ring_of(self._caches[layer])
@@ -203,7 +202,7 @@ class Decoder(nn.Module):
 
     def place(self, layer: int) -> tuple[int, int]:
         """Of a layer: the first of its caches, and the window that it sees."""
-        return self._slots[layer], self._windows[layer]
+        return self._slots[layer], self.windows[layer]
 
     def _rotate(self, index: int, rotations: Sequence[Rotation]) -> Rotate:
         if index < 0:
@@ -317,7 +316,7 @@ class _Stacked:
 
     def __init__(self, decoder: Decoder, stack: StackPass, dtype: mx.Dtype) -> None:
         self._decoder, self._stack = decoder, stack
-        self._masks = {window: stack.mask(window) for window in {*decoder._windows, 0}}
+        self._masks = {window: stack.mask(window) for window in {*decoder.windows, 0}}
         self._growth = decoder.growth(stack.positions, dtype)
         self._seen: dict[int, mx.array] = {}
 

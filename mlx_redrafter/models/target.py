@@ -62,7 +62,7 @@ class Target(Protocol):
         parts: Sequence[Part],
         layers: Sequence[int] = (),
         functions: Functions = ...,
-        stack: StackPass | None = None,
+        stacks: Sequence[StackPass] = (),
     ) -> list[tuple[mx.array, tuple[mx.array, ...]]]:
         """Run the tokens of several sequences; see :meth:`Decoder.together`."""
         ...

@@ -106,7 +106,7 @@ class Recurrent:
         parts: Sequence[Part],
         layers: Sequence[int] = (),
         functions: Functions = DECODING,
-        stack: None = None,
+        stacks: Sequence[Any] = (),
     ) -> list[tuple[mx.array, tuple[mx.array, ...]]]:
         return [self(*part, layers, functions) for part in parts]
 
