@@ -24,6 +24,7 @@ from mlx_redrafter.decoding.step import State
 from mlx_redrafter.tree.shape import TreeShape
 
 _STEPS_BETWEEN = 2  # of those that decode, between parts of prompts; one if more wait
+_AT_ONCE = 64  # tokens of prompts between two steps, if no part of one is longer
 
 
 class Company(Protocol):
@@ -51,6 +52,11 @@ class Row:
         """Prompt tokens that are not read."""
         request = self.answer.request
         return len(request.prompt) - len(request.session.tokens)
+
+    @property
+    def read(self) -> int:
+        """Prompt tokens that were read for it."""
+        return max(0, self.answer.request.stats.prefill_tokens - self.left)
 
 
 class Batch:
@@ -116,8 +122,20 @@ class Batch:
         return self._decode()
 
     def _read_on(self) -> None:
-        """A part of the prompt of which least is left."""
-        row = min(self.waiting, key=lambda row: row.left)
+        """A part of the prompt of which least is left, and more as long as it is little."""
+        row, room = self._nearest(), _AT_ONCE
+        while row is not None:
+            before = row.read
+            self._read(row)
+            room -= row.read - before
+            row = self._nearest()
+            if row is not None and row.left > max(room, 1):
+                return
+
+    def _nearest(self) -> Row | None:
+        return min(self.waiting, key=lambda row: row.left, default=None)
+
+    def _read(self, row: Row) -> None:
         try:
             next(row.opening)
         except StopIteration:
