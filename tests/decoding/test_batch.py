@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -14,7 +15,9 @@ from conftest import PENALTIES, RANKS, Oracle, asked, engine_of, plainly, prompt
 from delta_cases import DELTA_CASES
 from tiny_models import CASES, build
 
+from mlx_redrafter.cache import stack as stack_module
 from mlx_redrafter.cache.session import Session
+from mlx_redrafter.cache.stack import Stacked
 from mlx_redrafter.decoding import rows as rows_module
 from mlx_redrafter.decoding.batch import Batch, Row
 from mlx_redrafter.decoding.engine import Engine
@@ -22,6 +25,7 @@ from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.models import Decoder, load_model
 from mlx_redrafter.models.adapter import AdaptedModel
+from mlx_redrafter.models.stacked import StackPass
 from mlx_redrafter.tree.shape import TreeShape
 
 SHAPES = (
@@ -86,9 +90,25 @@ def schedule(
     return wrong
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_every_answer_is_its_own(engine: Engine, plain: Any, seed: int) -> None:
     assert schedule(engine, plain, seed) == 0
+
+
+def test_answers_move_between_stacks(
+    engine: Engine, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As their texts grow they need more slots, and lie with others."""
+    monkeypatch.setattr(stack_module, "_LEAST", 16)
+    joined, join = defaultdict[int, list[int]](list), stack_module.Stack.join
+
+    def noted(self: Any, who: Any, caches: Any) -> None:
+        joined[id(who)].append(self.capacity)
+        join(self, who, caches)
+
+    monkeypatch.setattr(stack_module.Stack, "join", noted)
+    assert sum(schedule(engine, plain, seed) for seed in (4, 5, 6)) == 0
+    assert any(len(set(rooms)) > 1 for rooms in joined.values())
 
 
 @pytest.mark.slow
@@ -178,7 +198,26 @@ def the_neighbours_rows(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(rows_module, "check", turned)
 
 
-@pytest.mark.parametrize("mutate", [the_first_ones_noise, the_neighbours_rows])
+def the_neighbours_slabs(patch: pytest.MonkeyPatch) -> None:
+    """Answers in a stack read and write what is another's."""
+    place = stack_module.Stack.place
+    patch.setattr(stack_module.Stack, "place", lambda self, who: (place(self, who) + 1) % len(self))
+
+
+def nothing_put_into_place(patch: pytest.MonkeyPatch) -> None:
+    """Accepted rows stay where the tree had them."""
+    patch.setattr(StackPass, "settled", lambda self, slots: Stacked(list(self._after.values())))
+
+
+MUTATIONS = [
+    the_first_ones_noise,
+    the_neighbours_rows,
+    the_neighbours_slabs,
+    nothing_put_into_place,
+]
+
+
+@pytest.mark.parametrize("mutate", MUTATIONS)
 def test_mutations_are_caught(
     engine: Engine, plain: Any, mutate: Callable[[pytest.MonkeyPatch], None],
     monkeypatch: pytest.MonkeyPatch,

@@ -302,6 +302,31 @@ def test_search_against_one_beam_at_a_time(
     assert died or mode == "trellis"
 
 
+@pytest.mark.parametrize("mode", ["trellis", "beams"])
+@pytest.mark.parametrize("noisy", [False, True], ids=["greedy", "noise"])
+@pytest.mark.parametrize("config", SEARCHED.values(), ids=SEARCHED)
+def test_searches_together_are_those_alone(
+    target: Decoder, config: dict[str, object], noisy: bool, mode: str
+) -> None:
+    drafter = random_drafter(target, **config)
+    contexts = mx.random.normal((3, target.config.hidden_size), key=mx.random.key(0))
+    roots = mx.array([5, 1, 3], mx.int32)
+    for width, depth in [(1, 3), (3, 1), (3, 4)]:
+        shape, draws = TreeShape(width, depth, 1 + width * depth, mode), None
+        if noisy:
+            known = [
+                {"seed": mx.array([i], mx.uint32), "temp": mx.array(0.7 + i)} for i in (1, 2, 3)
+            ]
+            draws = [d for k in known if (d := sampling.draw(k, mx.array([9], mx.int32), depth))]
+        found = beam.search_all(drafter, contexts, roots, shape, draws)
+        for i, levels in enumerate(found):
+            draw = None if draws is None else draws[i]
+            alone = beam.search(drafter, contexts[i], roots[i : i + 1], shape, draw)
+            for mine, its in zip(levels, alone, strict=True):
+                assert mine.depths == its.depths and mx.array_equal(mine.paths, its.paths)
+                assert mx.allclose(mine.costs, its.costs, atol=1e-5)
+
+
 def test_search_when_the_drafter_has_no_preference(target: Decoder) -> None:
     """All costs tie: still a legal trellis, without twins under one parent."""
     drafter = Constant(target, np.zeros(target.config.vocab_size))
