@@ -120,7 +120,7 @@ def _searched(
     """The candidates of every sequence. Rows are beams, those of a sequence next to each other."""
     width, columns, count = shape.width, shape.longest + 2, roots.shape[0]
     place = integers(range(columns)).reshape(1, -1)
-    costs, picks, parents = mx.zeros((count,)), roots, integers([0])
+    costs, picks, parents = mx.array([0.0] * count), roots, integers([0])
     paths = mx.where(place == integers([0]), roots.reshape(-1, 1), END)
     parts, above = [(paths, costs)], list[mx.array]()  # the beam that each beam goes on from
     for level in range(shape.depth):
