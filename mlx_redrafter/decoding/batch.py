@@ -23,7 +23,6 @@ from mlx_redrafter.decoding.stacks import Stacks
 from mlx_redrafter.decoding.step import State
 from mlx_redrafter.tree.shape import TreeShape
 
-_STEPS_BETWEEN = 2  # of those that decode, between parts of prompts; one if more wait
 _AT_ONCE = 64  # tokens of prompts between two steps, if no part of one is longer
 
 
@@ -73,7 +72,7 @@ class Batch:
         self.rows: list[Row] = []  # that decode
         self.waiting: list[Row] = []  # whose prompts are not read yet
         self._stacks = Stacks(engine.target)
-        self._since = 0  # steps since the last part of a prompt
+        self._read_for = self._decoded_for = 0.0  # seconds: the last part of a prompt, steps since
         self._mark: float | None = None  # when the last step was read; None: something came between
 
     def add(self, request: Request) -> Row:
@@ -113,13 +112,21 @@ class Batch:
         Raises:
             Whatever the reading of a prompt raises, of whose answer nothing is left in the batch.
         """
-        between = _STEPS_BETWEEN if len(self.rows) > len(self.waiting) else 1
-        if self.waiting and (not self.rows or self._since >= between):
-            self._since, self._mark = 0, None
+        start = time.perf_counter()
+        if self.waiting and (not self.rows or self._decoded_for > self._owed):
+            self._mark, self._decoded_for = None, 0.0
             self._read_on()
+            self._read_for = time.perf_counter() - start
             return []
-        self._since += 1
-        return self._decode()
+        found = self._decode()
+        self._decoded_for += time.perf_counter() - start
+        return found
+
+    @property
+    def _owed(self) -> float:
+        """Seconds for those that decode before a further part of a prompt is read: of what the last
+        part took, by how many they are, and more than none."""
+        return self._read_for * len(self.rows) / (len(self.rows) + len(self.waiting))
 
     def _read_on(self) -> None:
         """A part of the prompt of which least is left, and more as long as it is little."""

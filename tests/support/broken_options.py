@@ -149,6 +149,7 @@ CONTRADICTIONS = [
     "bench parallel -m model --widths 1,x",
     "bench parallel -m model --widths 0",
     "bench parallel -m model --rounds 0",
+    "bench parallel -m model --beside -1",
     "bench budget -m model -d drafter --plot model",
     "bench budget -m model -d drafter --plot picture.xyz",
     "bench patterns model",
