@@ -140,8 +140,20 @@ class Engine:
 
     def opening(self, answer: Answering) -> Iterator[None]:
         """Read what the session lacks of all but the last prompt token, which is the first root,
-        in parts, and start the answer."""
-        start, request = time.perf_counter(), answer.request
+        in parts, and start the answer. What happens between the parts is not its time."""
+        parts, stats = self._parts(answer), answer.request.stats
+        while True:
+            start = time.perf_counter()
+            try:
+                next(parts)
+            except StopIteration:
+                return
+            finally:
+                stats.prefill_seconds += time.perf_counter() - start
+            yield
+
+    def _parts(self, answer: Answering) -> Iterator[None]:
+        request = answer.request
         prompt, session, stats = request.prompt, request.session, request.stats
         drafters = self.taking_part(answer.awake)
         sparse, options = None, request.sparse_prefill
@@ -162,7 +174,6 @@ class Engine:
         if request.sampling.windows or any(shape.lookup for shape in answer.policy.shapes):
             room = capacity_of(session.kinds, session.caches) or needed
             history = mx.array([*prompt, *[0] * (room - len(prompt))], mx.int32)
-        stats.prefill_seconds += time.perf_counter() - start
         root, position = mx.array([prompt[-1]], mx.int32), mx.array([len(prompt) - 1], mx.int32)
         drafts = tuple(drafter.begin(last) for drafter in drafters)
         # A name for the state would keep the first slabs alive, and the first step would have to
