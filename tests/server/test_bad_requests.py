@@ -135,6 +135,8 @@ FIELDS: dict[str, dict[str, list[Any]]] = {
         "max_output_tokens": ["x", 0],
         "previous_response_id": ["resp_1"],
         "background": [True],
+        "top_logprobs": [1, 5, True],
+        "include": [["reasoning.encrypted_content", "message.output_text.logprobs"]],
         "text": ["x", {"format": {"type": "json_schema"}}],
         "reasoning": ["x", {"effort": 3}],
     },
