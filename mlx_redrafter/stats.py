@@ -65,14 +65,17 @@ class PrefillStats:
         }
 
 
+_COUNTS = ("steps", "drafted_steps", "tokens", "drafted", "accepted", "prefill_tokens")
+
+
 @dataclass
 class DraftStats:
     """Statistics of one answer; all counts are integers, all times are seconds.
 
     ``steps`` passes of the target, ``tokens`` they produced, ``drafted`` nodes they checked
     (roots not counted), ``accepted`` drafted tokens that were kept, ``histogram`` steps by the
-    number of accepted drafts, ``shapes`` steps by what was drafted. A step always yields one token
-    more than it accepts: the bonus.
+    number of accepted drafts, ``shapes`` steps by what was drafted, ``shape`` the last of them. A
+    step always yields one token more than it accepts: the bonus.
     """
 
     steps: int = 0
@@ -81,6 +84,8 @@ class DraftStats:
     accepted: int = 0
     histogram: Counter[int] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
+    shape: str = ""
+    drafted_steps: int = 0
     prefill_tokens: int = 0  # prompt tokens read, those of a reused prefix not counted
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0  # launching steps and waiting for them: draft, verify, commit
@@ -90,10 +95,12 @@ class DraftStats:
     def record(self, produced: int, drafted: int, shape: str = "") -> None:
         """One step that produced ``produced`` tokens (accepted drafts and the bonus)."""
         self.steps += 1
+        self.drafted_steps += drafted > 0
         self.tokens += produced
         self.drafted += drafted
         self.accepted += produced - 1
         self.histogram[produced - 1] += 1
+        self.shape = shape
         if shape:
             self.shapes[shape] += 1
 
@@ -117,7 +124,7 @@ class DraftStats:
 
     def add(self, other: DraftStats) -> None:
         """Accumulate another answer's statistics into this one."""
-        for name in ("steps", "tokens", "drafted", "accepted", "prefill_tokens"):
+        for name in _COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("prefill_seconds", "decode_seconds", "host_seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))

@@ -269,7 +269,7 @@ def _check_installed() -> None:
     """Raises OptionError where the server's packages are missing."""
     import importlib.util
 
-    needed = ("starlette", "uvicorn", "pydantic")
+    needed = ("starlette", "uvicorn", "pydantic", "prometheus_client")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise OptionError(

@@ -61,7 +61,7 @@ class Call:
 @dataclass(frozen=True)
 class Usage:
     """What an answer took. ``cached`` prompt tokens were not read, ``reasoning`` ones are among
-    ``completion``; ``seconds`` runs from the first look at the prompt to the last token."""
+    ``completion``; ``seconds`` runs from the end of the prompt to the last token."""
 
     prompt: int
     completion: int

@@ -197,7 +197,7 @@ def test_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     code, text = said()
     assert code == 1
     assert text == (
-        "error: serve needs starlette and uvicorn and pydantic: pip install "
+        "error: serve needs starlette and uvicorn and pydantic and prometheus_client: pip install "
         "'mlx-redrafter[serve]'\n"
     )
 

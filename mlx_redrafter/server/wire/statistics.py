@@ -31,7 +31,7 @@ def more(answers: Sequence[Usage]) -> dict[str, Any]:
     stats = DraftStats()
     for each in answers:
         stats.add(each.stats)
-    decoding = max(1e-9, sum(u.seconds for u in answers) - stats.prefill_seconds)
+    decoding = max(1e-9, sum(u.seconds for u in answers))
     written = sum(u.completion for u in answers)
     return {
         "timings": {
