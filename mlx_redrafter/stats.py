@@ -65,7 +65,10 @@ class PrefillStats:
         }
 
 
-_COUNTS = ("steps", "drafted_steps", "tokens", "drafted", "accepted", "prefill_tokens")
+_COUNTS = (
+    "steps", "drafted_steps", "tokens", "drafted", "accepted", "foretold", "predicted",
+    "prefill_tokens",
+)  # fmt: skip
 
 
 @dataclass
@@ -75,7 +78,9 @@ class DraftStats:
     ``steps`` passes of the target, ``tokens`` they produced, ``drafted`` nodes they checked
     (roots not counted), ``accepted`` drafted tokens that were kept, ``histogram`` steps by the
     number of accepted drafts, ``shapes`` steps by what was drafted, ``shape`` the last of them. A
-    step always yields one token more than it accepts: the bonus.
+    step always yields one token more than it accepts: the bonus. ``foretold`` tokens followed the
+    ones before them in the prediction that came with the request too, and ``predicted`` of these
+    were accepted drafts.
     """
 
     steps: int = 0
@@ -86,6 +91,8 @@ class DraftStats:
     shapes: Counter[str] = field(default_factory=Counter)
     shape: str = ""
     drafted_steps: int = 0
+    foretold: int = 0
+    predicted: int = 0
     prefill_tokens: int = 0  # prompt tokens read, those of a reused prefix not counted
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0  # launching steps and waiting for them: draft, verify, commit
@@ -144,6 +151,7 @@ class DraftStats:
             "accepted": self.accepted,
             "tokens_per_step": round(self.tokens_per_step, 4),
             "prefill_tokens": self.prefill_tokens,
+            "predicted": self.predicted,
             "acceptance_rate": round(self.acceptance_rate, 4),
             "histogram": {str(k): self.histogram[k] for k in sorted(self.histogram)},
             "shapes": dict(self.shapes.most_common()),

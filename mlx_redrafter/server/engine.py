@@ -108,6 +108,7 @@ def options(asked: Generation, session: Session, progress: Progress) -> dict[str
         "session": session,
         "prompt_progress_callback": progress,
         "sparse_prefill": asked.sparse_prefill,
+        "prediction": asked.prediction,
         **sampling,
     }
 

@@ -49,6 +49,7 @@ class Writing:
             completion=last.generation_tokens,
             cached=self.tally.cached,
             reasoning=self._thoughts,
+            prediction=len(self.asked.prediction) if last.stats.drafted else 0,
             seed=self.asked.sampling.seed,
             seconds=self.tally.decoding,
             stats=last.stats,

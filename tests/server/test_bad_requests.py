@@ -97,6 +97,8 @@ FIELDS: dict[str, dict[str, list[Any]]] = {
         "tools": ["x", [3], [{"type": "function"}], [{"type": "function", "function": {}}],
                   [{"type": "function", "function": {"name": "f", "parameters": "x"}}]],
         "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}, 3],
+        "prediction": ["x", {}, {"content": 3}, {"type": "x", "content": "x"},
+                       {"type": "content", "content": [{"type": "image_url"}]}],
         "continue_final_message": [True, "x"],
         "chat_template_kwargs": ["x", [1], {"chat_template": "{{ 1 }}"}, {"max_length": 10**9},
                                  {"padding": "max_length"}, {"tokenize": False}],
