@@ -228,6 +228,15 @@ def test_settings_are_of_the_form_that_clients_read() -> None:
         assert yaml.safe_load(shown(client))
 
 
+@pytest.mark.parametrize("client", CLIENTS)
+def test_settings_for_a_server_with_a_key(client: str) -> None:
+    """Where to put it, never the key itself."""
+    text = shown(client, "--api-key", "secret")
+    assert "secret" not in text
+    wanted = {"codex": 'env_key = "MLX_REDRAFTER_API_KEY"', "llm": "api_key_name", "zed": "http"}
+    assert wanted.get(client, "YOUR-KEY") in text
+
+
 def test_every_option_reaches_the_settings(tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("secret\nmore\n")

@@ -79,13 +79,14 @@ def test_in_company_rows_are_gone_within_a_step(
     """Over HTTP, of answers that run together: nothing is read or decoded for a client that is
     gone but the piece of work in which it left, and the other one goes on."""
     with running(ModelEngine(*loaded), parallel=3) as server:
-        worker, pieces = server.worker, list[tuple[bool, bool]]()
+        worker, pieces, at_work = server.worker, list[tuple[bool, bool]](), list[Any]()
         work = worker._together.next
         left: list[socket.socket] = []
 
         def counted() -> Any:
             tallies = [row.writing.tally for row in worker._rows.values()]
             (own,) = [t for t in tallies if t.prompt > 1000] or [None]
+            at_work.extend(slot for slot in worker.slots() if slot.get("generated_tokens"))
             if own is not None:
                 there = bool(own.generated if kind is Text else own.read)
                 if there and not left[0]._closed:  # type: ignore[attr-defined]
@@ -111,6 +112,7 @@ def test_in_company_rows_are_gone_within_a_step(
         server.wait(lambda: len(worker._rows) < 2)
         assert pieces[-1] == (True, True)
         assert [gone for _, gone in pieces].count(True) == 1
+        assert at_work and all(slot["drafting"] for slot in at_work)
         other.close()
         server.idle()
 
