@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -179,7 +180,7 @@ def test_what_is_refused_at_its_start_leaves_the_session_it_was_given() -> None:
     def ask(answers: int) -> None:
         worker.submit(Job("j", [asked] * answers, lambda row, event: seen.append(event)))
         while worker.load != (0, 0):
-            pass
+            time.sleep(0.001)
 
     ask(1)
     assert len(worker.prefixes) == 1
