@@ -173,8 +173,8 @@ class Soak:
         """A line at intervals, until the time is over."""
         start = time.monotonic()
         print(
-            "   time  RSS MB  arrays MB  answers  waiting  sessions  cache MB  of MB  connections"
-            "  done  left  refused"
+            "   time  RSS MB  arrays MB  graphs  answers  waiting  sessions  cache MB  of MB"
+            "  connections  done  left  refused"
         )
         while True:
             await self.scrape(time.monotonic() - start)
@@ -190,7 +190,8 @@ class Soak:
         done = sum(found.get(f"request_success_total/{end}", 0) for end in ("stop", "length"))
         print(
             f"{seconds:6.0f} s {found.get('process_resident_memory_bytes', 0) / MIB:7.0f}"
-            f" {found['memory_active_bytes'] / MIB:10.0f} {found['num_answers_running']:8.0f}"
+            f" {found['memory_active_bytes'] / MIB:10.0f} {found['graphs']:7.0f}"
+            f" {found['num_answers_running']:8.0f}"
             f" {found['num_requests_waiting']:8.0f} {found['prefix_cache_sessions']:9.0f}"
             f" {found['prefix_cache_bytes'] / MIB:9.1f}"
             f" {found['prefix_cache_limit_bytes'] / MIB:6.1f}"

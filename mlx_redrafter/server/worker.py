@@ -127,6 +127,7 @@ class Worker:
         gauge("prefix_cache_sessions", "Sessions that are kept.", lambda: len(kept))
         gauge("prefix_cache_bytes", "Bytes of the sessions.", lambda: kept.held)
         gauge("prefix_cache_limit_bytes", "The most of them.", lambda: kept.limit)
+        gauge("graphs", "Steps traced so far.", lambda: self.engine.graphs if self.engine else 0)
         gauge("memory_active_bytes", "Arrays of MLX, the weights among them.", mx.get_active_memory)
         gauge("memory_cache_bytes", "What MLX keeps for arrays.", mx.get_cache_memory)
         gauge("memory_peak_bytes", "The most of active memory.", mx.get_peak_memory)
