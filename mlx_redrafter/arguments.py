@@ -181,6 +181,20 @@ def stop_tokens(value: Any, vocab_size: int) -> set[int]:
     return {checks.whole("stop token", token, 0, vocab_size - 1) for token in tokens}
 
 
+def prediction(tokenizer: TokenizerWrapper, value: Any, vocab_size: int) -> list[int]:
+    """The token ids of what an answer may be: of text, of ids, or none."""
+    if value is None or (isinstance(value, str) and not value):
+        return []
+    if isinstance(value, str):
+        return [int(token) for token in tokenizer.encode(value, add_special_tokens=False)]
+    if isinstance(value, bytes | Mapping) or not isinstance(value, Iterable):
+        raise OptionError(
+            f"prediction {checks.shown(value)} is not possible: give text, or token ids in a list"
+        )
+    ids = value.tolist() if hasattr(value, "tolist") else value
+    return [checks.whole("prediction token", token, 0, vocab_size - 1) for token in ids]
+
+
 def prompt_ids(tokenizer: TokenizerWrapper, prompt: Any) -> list[int]:
     """The token ids of a prompt: text, or ids in a list or a 1-D array."""
     if isinstance(prompt, str):

@@ -65,14 +65,22 @@ class PrefillStats:
         }
 
 
+_COUNTS = (
+    "steps", "drafted_steps", "tokens", "drafted", "accepted", "foretold", "predicted",
+    "prefill_tokens",
+)  # fmt: skip
+
+
 @dataclass
 class DraftStats:
     """Statistics of one answer; all counts are integers, all times are seconds.
 
     ``steps`` passes of the target, ``tokens`` they produced, ``drafted`` nodes they checked
     (roots not counted), ``accepted`` drafted tokens that were kept, ``histogram`` steps by the
-    number of accepted drafts, ``shapes`` steps by what was drafted. A step always yields one token
-    more than it accepts: the bonus.
+    number of accepted drafts, ``shapes`` steps by what was drafted, ``shape`` the last of them. A
+    step always yields one token more than it accepts: the bonus. ``foretold`` tokens followed the
+    ones before them in the prediction that came with the request too, and ``predicted`` of these
+    were accepted drafts.
     """
 
     steps: int = 0
@@ -81,6 +89,10 @@ class DraftStats:
     accepted: int = 0
     histogram: Counter[int] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
+    shape: str = ""
+    drafted_steps: int = 0
+    foretold: int = 0
+    predicted: int = 0
     prefill_tokens: int = 0  # prompt tokens read, those of a reused prefix not counted
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0  # launching steps and waiting for them: draft, verify, commit
@@ -90,10 +102,12 @@ class DraftStats:
     def record(self, produced: int, drafted: int, shape: str = "") -> None:
         """One step that produced ``produced`` tokens (accepted drafts and the bonus)."""
         self.steps += 1
+        self.drafted_steps += drafted > 0
         self.tokens += produced
         self.drafted += drafted
         self.accepted += produced - 1
         self.histogram[produced - 1] += 1
+        self.shape = shape
         if shape:
             self.shapes[shape] += 1
 
@@ -117,7 +131,7 @@ class DraftStats:
 
     def add(self, other: DraftStats) -> None:
         """Accumulate another answer's statistics into this one."""
-        for name in ("steps", "tokens", "drafted", "accepted", "prefill_tokens"):
+        for name in _COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("prefill_seconds", "decode_seconds", "host_seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -137,6 +151,7 @@ class DraftStats:
             "accepted": self.accepted,
             "tokens_per_step": round(self.tokens_per_step, 4),
             "prefill_tokens": self.prefill_tokens,
+            "predicted": self.predicted,
             "acceptance_rate": round(self.acceptance_rate, 4),
             "histogram": {str(k): self.histogram[k] for k in sorted(self.histogram)},
             "shapes": dict(self.shapes.most_common()),

@@ -152,6 +152,7 @@ def stream_generate(
     prefill_step_size: int | None = None,
     prompt_progress_callback: Progress | None = None,
     sparse_prefill: SparsePrefill | None = None,
+    prediction: str | Sequence[int] | None = None,
     **sampling: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Generate an answer, one response per token.
@@ -171,6 +172,8 @@ def stream_generate(
         prompt_progress_callback: called with (tokens read, tokens in the prompt).
         sparse_prefill: read a long prompt with sparse attention; the answer may then differ from
             that of a prompt that was read densely. Drafted or not it is the same.
+        prediction: what the answer may be, text or token ids: drafts come from it first. The answer
+            stays the model's own.
         sampling: see :class:`SamplingParams`: temp, top_p, top_k, min_p, penalties, seed, ...
 
     None stands for the default everywhere. Closing the generator, or dropping it, ends the answer
@@ -190,7 +193,7 @@ def stream_generate(
     given = dict(
         draft=draft, tree=tree, stop=stop, stop_tokens=stop_tokens, session=session,
         prefill_step_size=prefill_step_size, prompt_progress_callback=prompt_progress_callback,
-        sparse_prefill=sparse_prefill, **sampling,
+        sparse_prefill=sparse_prefill, prediction=prediction, **sampling,
     )  # fmt: skip
     return _responses(checked(model, tokenizer, prompt, max_tokens, **given))
 
@@ -244,6 +247,7 @@ def checked(
     prefill_step_size: int | None = None,
     prompt_progress_callback: Progress | None = None,
     sparse_prefill: SparsePrefill | None = None,
+    prediction: str | Sequence[int] | None = None,
     **sampling: Any,
 ) -> Asked:
     """The arguments of `stream_generate`, found possible; raises OptionError as it does."""
@@ -261,12 +265,15 @@ def checked(
     stops = arguments.stops(stop)
     end_tokens = {*tokenizer.eos_token_ids, *arguments.stop_tokens(stop_tokens, config.vocab_size)}
     ids = arguments.prompt_ids(tokenizer, prompt)
+    room = max(0, config.max_positions - len(ids))
+    predicted = arguments.prediction(tokenizer, prediction, config.vocab_size)[:room]
     plain = not (model.drafting if draft is None else draft)
     asked = Request(
         ids, params, TreeShape.plain() if plain else tree or TreeShape(),
         USUAL_LENGTH if max_tokens is None else max_tokens,
         session if session is not None else Session(),
         progress=prompt_progress_callback, sparse_prefill=sparse_prefill,
+        prediction=() if plain else predicted,
     )  # fmt: skip
     answer = partial(Answer, tokenizer, len(ids), stops, end_tokens, asked.room(config))
     asked.session.check(model.target)

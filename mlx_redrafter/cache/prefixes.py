@@ -24,7 +24,8 @@ class Prefixes:
         most: sessions.
 
     ``queries`` counts requests, ``hits`` those that were served, ``tokens`` what these need not
-    read, ``evictions`` sessions that made room.
+    read, ``evictions`` sessions that made room, and ``held`` is `nbytes` as other threads may read
+    it.
     """
 
     limit: int
@@ -33,6 +34,7 @@ class Prefixes:
     hits: int = 0
     tokens: int = 0
     evictions: int = 0
+    held: int = 0
 
     def __post_init__(self) -> None:
         self._kept: list[Session] = []
@@ -65,6 +67,7 @@ class Prefixes:
         behind = len(session.tokens) - best
         if behind <= min(_TAIL, len(session.tokens) // _SHARE):
             self._branched.discard(session)
+            self.held = self.nbytes
             return session
         self._kept.append(session)
         self._branched.add(session)
@@ -81,7 +84,9 @@ class Prefixes:
             self._kept.remove(oldest)
             self._branched.discard(oldest)
             self.evictions += 1
+        self.held = self.nbytes
 
     def clear(self) -> None:
         self._kept.clear()
         self._branched.clear()
+        self.held = 0

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from mlx_redrafter.cli import question, remarks
 from mlx_redrafter.cli.answer_writer import AnswerWriter
-from mlx_redrafter.cli.options import DecodeOptions, Json, ModelOptions, Quiet, Verbose
+from mlx_redrafter.cli.options import DRAFTING, DecodeOptions, Json, ModelOptions, Quiet, Verbose
 from mlx_redrafter.cli.question import Question, Raw
+from mlx_redrafter.errors import OptionError
+from mlx_redrafter.runtime.paths import expanded
 from mlx_redrafter.terminal import console
 from mlx_redrafter.terminal.progress import Waiting
 
 if TYPE_CHECKING:
     from mlx_redrafter.text.answer import GenerationResponse
+
+Prediction = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=DRAFTING,
+        callback=expanded,
+        help="File with what the answer may be, such as the text to be edited: drafts come from "
+        "it first.",
+    ),
+]
 
 
 def command(
@@ -22,6 +37,7 @@ def command(
     prompt: Question = None,
     source: ModelOptions,
     options: DecodeOptions,
+    prediction: Prediction = None,
     raw: Raw = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -30,8 +46,21 @@ def command(
     """Answer one question: the text on stdout, statistics on stderr."""
     text = question.asked(prompt)
     options.check(raw)
+    predicted = _read(prediction) if prediction is not None else None
     model, tokenizer = source.load(options.tree())
-    run(model, tokenizer, text, options, raw=raw, as_json=as_json, quiet=quiet, verbose=verbose)
+    run(
+        model, tokenizer, text, options, raw=raw, as_json=as_json, quiet=quiet, verbose=verbose,
+        prediction=predicted,
+    )  # fmt: skip
+
+
+def _read(file: Path) -> str:
+    """A text; raises OptionError."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise OptionError(f"--prediction {file} cannot be read ({why})") from None
 
 
 def run(
@@ -44,6 +73,7 @@ def run(
     as_json: bool = False,
     quiet: bool = False,
     verbose: bool = False,
+    prediction: str | None = None,
 ) -> None:
     """Answer ``text``; raises the errors of `stream_generate`."""
     from mlx_redrafter.api import stream_generate
@@ -56,6 +86,8 @@ def run(
     writer = AnswerWriter.after(tokenizer, prompt, terminal=sys.stdout.isatty())
     pieces, tokens, last, waiting = [], [], None, Waiting()
     arguments = {"prompt_progress_callback": waiting.on_progress, **options.arguments()}
+    if prediction is not None:
+        arguments["prediction"] = prediction
     try:
         for last in stream_generate(model, tokenizer, prompt, **arguments):
             waiting.word()

@@ -246,7 +246,8 @@ def _show(client: str, model: str, settings: Settings) -> None:
 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     name = os.path.basename(model.rstrip("/")) or model
-    typer.echo(client_settings(client, f"http://{host}:{settings.port}", name))
+    key = "YOUR-KEY" if settings.api_key is not None else "x"  # no secret of theirs on a screen
+    typer.echo(client_settings(client, f"http://{host}:{settings.port}", name, key))
 
 
 def _size(text: str | None) -> int | None:
@@ -269,7 +270,7 @@ def _check_installed() -> None:
     """Raises OptionError where the server's packages are missing."""
     import importlib.util
 
-    needed = ("starlette", "uvicorn", "pydantic")
+    needed = ("starlette", "uvicorn", "pydantic", "prometheus_client")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise OptionError(

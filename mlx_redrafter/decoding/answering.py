@@ -81,6 +81,8 @@ class Answering:
         self.covered: int | None = None  # tokens that these have rows of
         self.arrays = request.sampling.arrays(engine.target.config.vocab_size)
         self.known = list(request.prompt)
+        # As letters, behind the first root: an answer goes on with it from a token that is there.
+        self.prediction = "".join(map(chr, [*request.prompt[-1:], *request.prediction]))
         self.final = len(self.known) + room
         self.longest = max(shape.longest for shape in policy.shapes) + 1  # tokens of a step
         self.widest = max(shape.nodes for shape in policy.shapes)
@@ -137,7 +139,8 @@ class Answering:
             alone: nothing else ran with it, so that its time tells what such a step takes.
         """
         shape, text, counted = self.in_flight.popleft()
-        stats, known, ahead = self.request.stats, self.known, bool(self.in_flight)
+        request, known, ahead = self.request, self.known, bool(self.in_flight)
+        stats = request.stats
         numbers = cast(list[int], text.tolist())
         experts = numbers.pop() if counted else self.engine.target.routes
         tokens = [t for t in numbers[1:] if t != END]
@@ -148,6 +151,10 @@ class Answering:
             self.stand = len(known) + len(tokens) - 1
         tokens = tokens[: self.final - len(known)]
         stats.record(len(tokens), shape.nodes - 1, str(shape))
+        if request.prediction:
+            found = _going_on([known[-1], *tokens], self.prediction)
+            stats.foretold += found
+            stats.predicted += min(found, len(tokens) - 1)
         # A step that was traced first, or waited for the reader, tells nothing.
         traced = self.engine.traces != self._traces
         timed = alone and not traced and now - self._mark > (now - self._read) / 2
@@ -215,3 +222,9 @@ class Answering:
         if not isinstance(history, tuple) and history.shape[0] < needed:
             more = capacity_for(needed) - history.shape[0]
             self.state = self.state._replace(history=mx.pad(history, (0, more)))
+
+
+def _going_on(tokens: Sequence[int], text: str) -> int:
+    """How many of the tokens behind the first one stand there in a text too, in a row."""
+    letters = "".join(map(chr, tokens))
+    return next((n for n in range(len(tokens) - 1, 0, -1) if letters[: n + 1] in text), 0)

@@ -26,11 +26,12 @@ from mlx_redrafter.decoding.step import (
     read_layers,
 )
 from mlx_redrafter.drafters import Drafter
+from mlx_redrafter.drafters.lookup import foretold
 from mlx_redrafter.models import Target
 from mlx_redrafter.prefill.reading import reading
 from mlx_redrafter.prefill.sparse import SparseAttention
 from mlx_redrafter.stats import PrefillStats
-from mlx_redrafter.tree.shape import TreeShape
+from mlx_redrafter.tree.shape import TEXT, TreeShape
 
 _COMBINATIONS = 256  # of answers that run together, whose graphs are kept
 
@@ -140,8 +141,20 @@ class Engine:
 
     def opening(self, answer: Answering) -> Iterator[None]:
         """Read what the session lacks of all but the last prompt token, which is the first root,
-        in parts, and start the answer."""
-        start, request = time.perf_counter(), answer.request
+        in parts, and start the answer. What happens between the parts is not its time."""
+        parts, stats = self._parts(answer), answer.request.stats
+        while True:
+            start = time.perf_counter()
+            try:
+                next(parts)
+            except StopIteration:
+                return
+            finally:
+                stats.prefill_seconds += time.perf_counter() - start
+            yield
+
+    def _parts(self, answer: Answering) -> Iterator[None]:
+        request = answer.request
         prompt, session, stats = request.prompt, request.session, request.stats
         drafters = self.taking_part(answer.awake)
         sparse, options = None, request.sparse_prefill
@@ -159,12 +172,16 @@ class Engine:
             progress=request.progress,
         )  # fmt: skip
         history: mx.array | tuple[()] = ()
-        if request.sampling.windows or any(shape.lookup for shape in answer.policy.shapes):
+        looked_up = any(shape.lookup for shape in answer.policy.shapes)
+        if request.sampling.windows or looked_up:
             room = capacity_of(session.kinds, session.caches) or needed
             history = mx.array([*prompt, *[0] * (room - len(prompt))], mx.int32)
-        stats.prefill_seconds += time.perf_counter() - start
         root, position = mx.array([prompt[-1]], mx.int32), mx.array([len(prompt) - 1], mx.int32)
         drafts = tuple(drafter.begin(last) for drafter in drafters)
+        if request.prediction and looked_up:
+            text = foretold(prompt, request.prediction)
+            pairs = zip(drafters, drafts, strict=True)
+            drafts = tuple(text if drafter.part == TEXT else own for drafter, own in pairs)
         # A name for the state would keep the first slabs alive, and the first step would have to
         # copy them all.
         answer.start(State(root, position, session.take(), drafts, history))

@@ -40,6 +40,7 @@ class Request:
         step_size: prompt tokens of a pass.
         progress: called with (tokens read, tokens in the prompt).
         sparse_prefill: how the prompt is read; every step attends to all of it.
+        prediction: what the answer may be, to draft from; token ids.
     """
 
     prompt: Sequence[int]
@@ -51,6 +52,7 @@ class Request:
     step_size: int = USUAL
     progress: Progress | None = None
     sparse_prefill: SparsePrefill | None = None
+    prediction: Sequence[int] = ()
 
     def room(self, config: DecoderConfig) -> int:
         """How many tokens may be produced.

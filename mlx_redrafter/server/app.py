@@ -52,10 +52,12 @@ def make_app(worker: Worker, settings: Settings, say: Say = lambda line: None) -
         Route("/apply-template", _safe(does.apply_template, say), methods=["POST"]),
         Route("/health", _safe(does.health, say), methods=["GET"]),
         Route("/ready", _safe(does.ready, say), methods=["GET"]),
+        Route("/metrics", _safe(does.metrics, say), methods=["GET"]),
+        Route("/slots", _safe(does.slots, say), methods=["GET"]),
     ]
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, settings=settings)],
+        middleware=[Middleware(Guard, settings=settings, count=worker.metrics.answered)],
         exception_handlers={HTTPException: _of_starlette},
     )
     app.router.redirect_slashes = False

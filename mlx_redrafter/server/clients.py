@@ -7,13 +7,16 @@ import textwrap
 
 from mlx_redrafter.errors import OptionError
 
+KEY = "MLX_REDRAFTER_API_KEY"  # the variable that the server reads too
 
-def client_settings(client: str, url: str, model: str) -> str:
+
+def client_settings(client: str, url: str, model: str, key: str = "x") -> str:
     """The text for one of `CLIENTS`. Raises OptionError.
 
     Args:
         url: of the server, without a path.
         model: as the client shall name it.
+        key: what it shall send; any where the server asks for none.
     """
     if client not in CLIENTS:
         raise OptionError(f"there is no client {client!r}: use one of {', '.join(sorted(CLIENTS))}")
@@ -24,7 +27,7 @@ def client_settings(client: str, url: str, model: str) -> str:
             "mlxr": {
                 "npm": "@ai-sdk/openai-compatible",
                 "name": "mlx-redrafter",
-                "options": {"baseURL": f"{url}/v1", "apiKey": "x"},
+                "options": {"baseURL": f"{url}/v1", "apiKey": key},
                 "models": {model: {"name": model}},
             }
         },
@@ -41,12 +44,16 @@ def client_settings(client: str, url: str, model: str) -> str:
             }
         }
     }
-    names = {"URL": url, "MODEL": model}
+    asked = key != "x"
+    names = {"URL": url, "MODEL": model, "KEY": key}
+    # These two take the name of a variable, or of a stored key, and not the key itself.
+    names |= {"CODEX": f'env_key = "{KEY}"' if asked else ""}
+    names |= {"STORED": "\n  api_key_name: redrafter  # llm keys set redrafter" if asked else ""}
     names |= {"OPENCODE": json.dumps(opencode, indent=2), "ZED": json.dumps(zed, indent=2)}
     text = textwrap.dedent(CLIENTS[client]).strip()
     for name, value in names.items():
         text = text.replace(f"${name}", value)
-    return text
+    return text.rstrip()
 
 
 CLIENTS = {
@@ -60,11 +67,12 @@ CLIENTS = {
         name = "mlx-redrafter"
         base_url = "$URL/v1"
         wire_api = "responses"
+        $CODEX
         """,
     "claude": """
         # before `claude`, in the same shell
         export ANTHROPIC_BASE_URL=$URL
-        export ANTHROPIC_AUTH_TOKEN=x
+        export ANTHROPIC_AUTH_TOKEN=$KEY
         export ANTHROPIC_MODEL=$MODEL
         export ANTHROPIC_DEFAULT_HAIKU_MODEL=$MODEL
         export ANTHROPIC_SMALL_FAST_MODEL=$MODEL
@@ -75,7 +83,7 @@ CLIENTS = {
         $OPENCODE
         """,
     "aider": """
-        aider --openai-api-base $URL/v1 --openai-api-key x --model openai/$MODEL
+        aider --openai-api-base $URL/v1 --openai-api-key $KEY --model openai/$MODEL
         """,
     "continue": """
         # ~/.continue/config.yaml
@@ -84,7 +92,7 @@ CLIENTS = {
             provider: openai
             model: $MODEL
             apiBase: $URL/v1
-            apiKey: x
+            apiKey: $KEY
         """,
     "zed": """
         // settings.json
@@ -93,12 +101,12 @@ CLIENTS = {
     "open-webui": """
         # environment of Open WebUI
         OPENAI_API_BASE_URL=$URL/v1
-        OPENAI_API_KEY=x
+        OPENAI_API_KEY=$KEY
         """,
     "llm": """
         # extra-openai-models.yaml in the folder that `llm logs path` shows
         - model_id: redrafter
           model_name: $MODEL
-          api_base: "$URL/v1"
+          api_base: "$URL/v1"$STORED
         """,
 }

@@ -20,6 +20,7 @@ from mlx_redrafter.server.conversation import conversation
 from mlx_redrafter.server.engine import Engine
 from mlx_redrafter.server.events import Event, Failed, Finished
 from mlx_redrafter.server.fields import Body, Options, generation, parse, refuse_model
+from mlx_redrafter.server.metrics import TEXT
 from mlx_redrafter.server.problems import TOO_LONG, Problem, invalid
 from mlx_redrafter.server.prompts import Talk, of_talk, of_text
 from mlx_redrafter.server.requests import Generation
@@ -192,6 +193,16 @@ class Endpoints:
         self.worker.available()
         running, waiting = self.worker.load
         return JSONResponse({"status": "ready", "running": running, "waiting": waiting})
+
+    async def metrics(self, request: Request) -> Response:
+        """``/metrics``, as Prometheus reads it."""
+        return Response(self.worker.metrics.page(), media_type=TEXT)
+
+    async def slots(self, request: Request) -> Response:
+        """``/slots``: what every answer that runs or waits does now, without its text."""
+        running, waiting = self.worker.load
+        head = {"running": running, "waiting": waiting, "parallel": self.worker.parallel}
+        return JSONResponse({**head, "slots": self.worker.slots()})
 
     async def not_here(self, request: Request) -> Response:
         """What other servers have."""

@@ -47,6 +47,11 @@ class Engine(Protocol):
     sampling: dict[str, Any]
     keeps_rows: bool
 
+    @property
+    def graphs(self) -> int:
+        """Steps that were traced so far: what runs steadily traces none."""
+        ...
+
     def room(self) -> int:
         """Bytes that sessions may fill, and more."""
         ...
@@ -69,6 +74,11 @@ class ModelEngine:
         self.facts, self.loaded = _facts(model, self.context), time.time()
         self.sampling = _sampling(json_or_nothing(model.folder / "generation_config.json"))
         self.keeps_rows = bool(model.engine.keeping) and model.drafting
+
+    @property
+    def graphs(self) -> int:
+        """See `Engine`."""
+        return self.model.engine.traces
 
     def room(self) -> int:
         """Bytes that this machine has beside the model."""
@@ -108,6 +118,7 @@ def options(asked: Generation, session: Session, progress: Progress) -> dict[str
         "session": session,
         "prompt_progress_callback": progress,
         "sparse_prefill": asked.sparse_prefill,
+        "prediction": asked.prediction,
         **sampling,
     }
 

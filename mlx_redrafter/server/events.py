@@ -61,12 +61,14 @@ class Call:
 @dataclass(frozen=True)
 class Usage:
     """What an answer took. ``cached`` prompt tokens were not read, ``reasoning`` ones are among
-    ``completion``; ``seconds`` runs from the first look at the prompt to the last token."""
+    ``completion``; ``seconds`` runs from the end of the prompt to the last token; ``prediction``
+    tokens came with the request and were drafted from."""
 
     prompt: int
     completion: int
     cached: int = 0
     reasoning: int = 0
+    prediction: int = 0
     seed: int = 0
     seconds: float = 0.0
     stats: DraftStats = field(default_factory=DraftStats)

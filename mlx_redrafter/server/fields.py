@@ -74,6 +74,11 @@ class Options(Body):
     length_field: ClassVar[str] = "max_tokens"  # its name in the dialect
 
     @property
+    def predicted(self) -> str:
+        """What the answer may be, in the dialect that has it; raises Problem."""
+        return ""
+
+    @property
     def longest(self) -> int | None:
         """Tokens of the answer, as the request has it."""
         newer = self.max_completion_tokens
@@ -154,6 +159,7 @@ def generation(
         stop=stops,
         draft=draft,
         tree=tree,
+        prediction=arguments.prediction(engine.tokenizer, options.predicted, engine.vocab_size),
         tokens=options.x_redrafter.tokens,
         sparse_prefill=_sparse(options, settings, engine),
         reading=reading or Reading(),

@@ -23,6 +23,7 @@ class Generation:
         draft: None: as the model was loaded.
         tree: how much to draft; None: what pays.
         sparse_prefill: how a long prompt is read; None: densely.
+        prediction: what the answer may be, token ids to draft from.
         tokens: tell where every token is from.
         reading: what its text means: thoughts, calls of tools.
     """
@@ -34,5 +35,6 @@ class Generation:
     draft: bool | None = None
     tree: TreeShape | None = None
     sparse_prefill: SparsePrefill | None = None
+    prediction: Sequence[int] = ()
     tokens: bool = False
     reading: Reading = field(default_factory=Reading)

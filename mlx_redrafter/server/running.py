@@ -36,6 +36,9 @@ class Server(uvicorn.Server):
         )  # fmt: skip
         super().__init__(config)
         self.worker = worker
+        worker.metrics.gauge(
+            "http_connections", "Open connections.", lambda: len(self.server_state.connections)
+        )
         self.end_of_grace = threading.Timer(settings.grace, worker.stop)
         self.end_of_grace.daemon = True
 

@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 import secrets
 import socket
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +23,7 @@ from mlx_redrafter.server.errors import response
 from mlx_redrafter.server.problems import Problem
 from mlx_redrafter.server.settings import Settings
 
+Count = Callable[[int], None]
 FREE = ("/health",)  # paths that need no key
 _HEADERS = (
     "authorization, content-type, x-api-key, anthropic-version, anthropic-beta, openai-beta, "
@@ -60,10 +62,11 @@ def known_host(host: str, allowed: tuple[str, ...]) -> bool:
 
 
 class Guard:
-    """The middleware: checks, cross-origin headers, and the number of every request."""
+    """The middleware: checks, cross-origin headers, and the number of every request. ``count`` is
+    told the status of every answer."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self.app, self.settings = app, settings
+    def __init__(self, app: ASGIApp, settings: Settings, count: Count) -> None:
+        self.app, self.settings, self.count = app, settings, count
         self.local = loopback(settings.host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,15 +81,29 @@ class Guard:
             self._check_host(headers)
             added |= self._check_origin(scope["method"], headers)
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-                await Response(status_code=204, headers=added)(scope, receive, send)
+                given = self._adding(send, {})
+                await Response(status_code=204, headers=added)(scope, receive, given)
                 return
             if scope["path"] not in FREE:
                 self._check_key(headers)
         except Problem as problem:
             refused = response(scope, problem.wrong)
-            await refused(scope, receive, _adding(send, added))
+            await refused(scope, receive, self._adding(send, added))
             return
-        await self.app(scope, receive, _adding(send, added))
+        await self.app(scope, receive, self._adding(send, added))
+
+    def _adding(self, send: Send, added: dict[str, Any]) -> Send:
+        """The same, counted, with headers on every answer."""
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.count(message["status"])
+                headers = MutableHeaders(scope=message)
+                for name, value in added.items():
+                    headers[name] = value
+            await send(message)
+
+        return sending
 
     def _check_host(self, headers: Headers) -> None:
         given = headers.get("host")
@@ -153,16 +170,3 @@ def _asked(headers: Headers) -> str:
 
 def _forbidden(message: str) -> Problem:
     return Problem(message, status=403, kind="permission_error")
-
-
-def _adding(send: Send, added: dict[str, Any]) -> Send:
-    """The same, with headers on every answer."""
-
-    async def sending(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            for name, value in added.items():
-                headers[name] = value
-        await send(message)
-
-    return sending

@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
 
 from mlx_redrafter.cache.prefixes import Prefixes
 from mlx_redrafter.cache.session import Session
@@ -23,13 +26,15 @@ from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime import threads
 from mlx_redrafter.server import problems, together
 from mlx_redrafter.server.engine import Engine
-from mlx_redrafter.server.events import Drawn, Event, Failed, Finished, Progress, Reason, Usage
-from mlx_redrafter.server.reader import Reader
+from mlx_redrafter.server.events import Event, Failed
+from mlx_redrafter.server.metrics import Metrics
 from mlx_redrafter.server.requests import Generation
-from mlx_redrafter.text.answer import GenerationResponse
+from mlx_redrafter.server.tally import Tally
+from mlx_redrafter.server.writing import Writing
 
 Deliver = Callable[[int, Event], None]
 Load = Callable[[], Engine]
+ABORT, ERROR = "abort", "error"  # of an answer: nobody waited for it, or it went wrong
 
 
 class Cancelled(Exception):
@@ -50,6 +55,7 @@ class Job:
     id: str
     generations: Sequence[Generation]
     deliver: Deliver
+    arrived: float = field(default_factory=time.perf_counter)
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _why: problems.Problem | None = None
 
@@ -101,6 +107,7 @@ class Worker:
         self.engine: Engine | None = None
         self.failure: BaseException | None = None  # why there is no engine
         self.prefixes = Prefixes(cache_bytes or 0, cache_size)
+        self.metrics = Metrics()
         self._load, self._on_ready, self._cache_bytes = load, on_ready, cache_bytes
         self._jobs: deque[Job] = deque()
         self._running: list[Job] = []
@@ -109,6 +116,21 @@ class Worker:
         self._changed = threading.Condition()
         self._draining = self._stopped = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._watched()
+
+    def _watched(self) -> None:
+        """What is measured when it is asked for."""
+        gauge, kept = self.metrics.gauge, self.prefixes
+        gauge("num_requests_running", "Requests in work.", lambda: self.load[0])
+        gauge("num_requests_waiting", "Requests in the queue.", lambda: self.load[1])
+        gauge("num_answers_running", "Answers in work.", lambda: len(self._rows))
+        gauge("prefix_cache_sessions", "Sessions that are kept.", lambda: len(kept))
+        gauge("prefix_cache_bytes", "Bytes of the sessions.", lambda: kept.held)
+        gauge("prefix_cache_limit_bytes", "The most of them.", lambda: kept.limit)
+        gauge("graphs", "Steps traced so far.", lambda: self.engine.graphs if self.engine else 0)
+        gauge("memory_active_bytes", "Arrays of MLX, the weights among them.", mx.get_active_memory)
+        gauge("memory_cache_bytes", "What MLX keeps for arrays.", mx.get_cache_memory)
+        gauge("memory_peak_bytes", "The most of active memory.", mx.get_peak_memory)
 
     def start(self) -> None:
         """Load the model, and take requests from then on."""
@@ -130,6 +152,18 @@ class Worker:
         with self._changed:
             return len(self._running), len(self._jobs)
 
+    def slots(self) -> list[dict[str, Any]]:
+        """Every answer that runs or waits, in plain numbers; see `Tally.as_dict`."""
+        with self._changed:
+            queued = [(job, place) for job in self._jobs for place in range(len(job.generations))]
+        waiting = [*self._next, *queued]
+        rows = list(self._rows.values())
+        found = {(row.job.id, row.place): row.writing.tally.as_dict() for row in rows}
+        for job, place in waiting:
+            told = {"state": "queued", "prompt_tokens": len(job.generations[place].prompt)}
+            found.setdefault((job.id, place), told)
+        return [{"id": id, "choice": place, **state} for (id, place), state in found.items()]
+
     def available(self) -> Engine:
         """The engine; raises Problem where nothing is answered now."""
         if self._draining:
@@ -145,6 +179,7 @@ class Worker:
         with self._changed:
             self.available()
             if len(self._jobs) + len(self._running) >= self.queue + self.parallel:
+                self.metrics.refused.inc()
                 raise problems.queue_full(len(self._jobs))
             self._jobs.append(job)
             self._changed.notify_all()
@@ -154,6 +189,7 @@ class Worker:
         job.cancel()
         with self._changed, contextlib.suppress(ValueError):
             self._jobs.remove(job)
+            self.metrics.answers.labels(ABORT).inc(len(job.generations))
 
     def drain(self) -> None:
         """Take no more requests."""
@@ -181,6 +217,7 @@ class Worker:
             self._together = together.of(engine, self.parallel)
             if self._cache_bytes is None:
                 self.prefixes.limit = engine.room() // 4
+            self.metrics.gauge("model_info", "What is loaded.", lambda: 1, model_name=engine.name)
             self.engine = engine
         except BaseException as error:
             self.failure = error
@@ -207,16 +244,37 @@ class Worker:
     def _begin(self, engine: Engine) -> None:
         """Start answers while there is room."""
         while self._next and len(self._rows) < self.parallel:
-            job, place = self._next.popleft()
+            job, place = self._next[0]  # until it runs, whatever ends the job ends it too
             with self._guarded(job, place):
                 job.check()
                 asked = job.generations[place]
-                tag = asked.sparse_prefill.tag if asked.sparse_prefill is not None else ""
-                drafted = engine.keeps_rows and asked.draft is not False
-                session = self.prefixes.take(asked.prompt, tag, drafted)
-                writing = Writing(asked, partial(job.deliver, place))
-                number = self._together.insert(asked, session, partial(_progress, job, writing))
+                tally = Tally(self.metrics, len(asked.prompt), job.arrived)
+                writing = Writing(asked, partial(job.deliver, place), tally)
+                session = self._take(asked, engine)
+                try:
+                    progress = partial(_progress, job, writing)
+                    number = self._together.insert(asked, session, progress)
+                except BaseException:
+                    self._give(session)
+                    raise
                 self._rows[number] = Row(job, place, session, writing)
+                self._next.popleft()
+
+    def _take(self, asked: Generation, engine: Engine) -> Session:
+        """What is known of a prompt."""
+        tag = asked.sparse_prefill.tag if asked.sparse_prefill is not None else ""
+        before = self.prefixes.tokens
+        drafted = engine.keeps_rows and asked.draft is not False
+        session = self.prefixes.take(asked.prompt, tag, drafted)
+        self.metrics.cache_queries.inc(len(asked.prompt))
+        self.metrics.cache_hits.inc(self.prefixes.tokens - before)
+        return session
+
+    def _give(self, session: Session) -> None:
+        """A request left it, for others."""
+        before = self.prefixes.evictions
+        self.prefixes.give(session)
+        self.metrics.cache_evictions.inc(self.prefixes.evictions - before)
 
     def _drop(self) -> None:
         """Let go of what nobody waits for."""
@@ -235,13 +293,15 @@ class Worker:
                 with self._guarded(row.job, row.place):
                     raise error
             return
+        if found:
+            self.metrics.together.observe(len({number for number, _ in found}))
         for number, response in found:
             if number not in self._rows:
                 continue  # it ended within this step
             own = self._rows[number]
             with self._guarded(own.job, own.place):
-                if own.writing.take(response):
-                    self._ended(number)
+                if (end := own.writing.take(response)) is not None:
+                    self._ended(number, end.reason)
                     self._finished(own.job)
 
     @contextlib.contextmanager
@@ -250,34 +310,38 @@ class Worker:
         try:
             yield
         except Cancelled:
-            self._leave(job)
+            self._leave(job, ABORT)
         except problems.Problem as problem:
             self._fail(job, place, problem)
         except OptionError as error:
             self._fail(job, place, problems.of_option(error))
         except Exception as error:
+            self.metrics.errors.inc()
             self.say(f"{job.id}: {place_of(error)}")
             self._fail(job, place, problems.internal(job.id))
 
     def _fail(self, job: Job, place: int, problem: problems.Problem) -> None:
         with contextlib.suppress(Exception):  # whoever asked may be gone
             job.deliver(place, Failed(problem.wrong))
-        self._leave(job)
+        self._leave(job, ERROR)
 
-    def _leave(self, job: Job) -> None:
+    def _leave(self, job: Job, why: str) -> None:
         """All answers of a job end."""
         for number, row in list(self._rows.items()):
             if row.job is job:
-                self._ended(number)
-        self._next = deque((other, place) for other, place in self._next if other is not job)
+                self._ended(number, why)
+        others = deque((other, place) for other, place in self._next if other is not job)
+        self.metrics.answers.labels(why).inc(len(self._next) - len(others))
+        self._next = others
         self._finished(job)
 
-    def _ended(self, number: int) -> None:
+    def _ended(self, number: int, why: str) -> None:
         """An answer ended: its session is there for others."""
         row = self._rows.pop(number)
         if number in self._together:
             self._together.remove(number)
-        self.prefixes.give(row.session)
+        row.writing.tally.ended(why)
+        self._give(row.session)
 
     def _finished(self, job: Job) -> None:
         """A job that has no more answers runs no more."""
@@ -289,54 +353,9 @@ class Worker:
             self._running.remove(job)
 
 
-class Writing:
-    """Makes events of one answer's tokens.
-
-    Args:
-        tell: takes them.
-    """
-
-    def __init__(self, asked: Generation, tell: Callable[[Event], None]) -> None:
-        self.asked, self.tell = asked, tell
-        self.start = time.perf_counter()
-        self._reader, self._thoughts = Reader(asked.reading), 0
-        self._drawn: list[tuple[str, bool]] = []
-
-    def take(self, last: GenerationResponse) -> bool:
-        """The next token; is the answer over?"""
-        reader = self._reader
-        self._thoughts += reader.thinking
-        reader.add(last.text)
-        self._drawn.append((last.text, last.from_draft))
-        ended = last.finish_reason is not None
-        if last.from_draft and not ended:
-            return False  # the step is not over
-        if self.asked.tokens:
-            self.tell(Drawn(tuple(self._drawn)))
-        self._drawn.clear()
-        if ended:
-            reader.end()
-        for event in reader.taken():
-            self.tell(event)
-        if not ended and not reader.done:
-            return False
-        reason: Reason = "length" if last.finish_reason == "length" else "stop"
-        usage = Usage(
-            prompt=last.prompt_tokens,
-            completion=last.generation_tokens,
-            cached=max(0, len(self.asked.prompt) - last.stats.prefill_tokens),
-            reasoning=self._thoughts,
-            seed=self.asked.sampling.seed,
-            seconds=time.perf_counter() - self.start,
-            stats=last.stats,
-        )
-        self.tell(Finished("tool_calls" if reader.called else reason, usage, last.stop))
-        return True
-
-
 def _progress(job: Job, writing: Writing, done: int, total: int) -> None:
     job.check()
-    writing.tell(Progress(done, total))
+    writing.progress(done, total)
 
 
 def _warm_up(engine: Engine) -> None:

@@ -83,18 +83,21 @@ class Answer:
         self, text: str, token: int, from_draft: bool, reason: str | None, stop: str | None
     ) -> GenerationResponse:
         now = time.perf_counter()
-        prefill = self.stats.prefill_seconds or (self.started - self.start)
+        stats = self.stats
+        prefill = stats.prefill_seconds or (self.started - self.start)
+        # In company an answer waits while others are read: that is neither.
+        decoding = stats.decode_seconds + stats.host_seconds or now - self.start - prefill
         return GenerationResponse(
             text=text,
             token=token,
             from_draft=from_draft,
             prompt_tokens=self.prompt_tokens,
-            prompt_tps=self.stats.prefill_tokens / prefill if prefill else 0.0,
+            prompt_tps=stats.prefill_tokens / prefill if prefill else 0.0,
             generation_tokens=self.count,
-            generation_tps=self.count / max(now - self.start - prefill, 1e-9),
+            generation_tps=self.count / max(decoding, 1e-9),
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=reason,
-            stats=self.stats,
+            stats=stats,
             stop=stop,
         )
 

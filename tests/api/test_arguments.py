@@ -68,7 +68,7 @@ def test_prompts(model: Model, answer: list[int], prompt: Any) -> None:
 
 
 NOTHING = [*SamplingParams.__dataclass_fields__, "stop", "stop_tokens", "tree", "session", "draft"]
-NOTHING += ["prefill_step_size", "prompt_progress_callback", "sparse_prefill"]
+NOTHING += ["prefill_step_size", "prompt_progress_callback", "sparse_prefill", "prediction"]
 NOTHING += ["sampler", "logits_processors", "prompt_cache", "draft_model", "kv_bits", "max_kv_size"]
 
 
@@ -169,6 +169,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stop_tokens": ["a"]}, "stop token 'a' is not a whole number"),
     ({"tree": 4}, "tree 4 is not possible: give a TreeShape"),
     ({"session": []}, "session [] is not possible: give a Session()"),
+    ({"prediction": 3}, "prediction 3 is not possible: give text, or token ids in a list"),
+    ({"prediction": [259]}, "prediction token 259 is not possible: use 0 to 258"),
+    ({"prediction": ["a"]}, "prediction token 'a' is not a whole number"),
     ({"sparse_prefill": "xattention"}, "sparse_prefill 'xattention' is not possible: give a Sp"),
     ({"prompt_progress_callback": 5}, "prompt_progress_callback 5 is not possible: give a func"),
     ({"prefill_step_size": 0}, "prefill_step_size 0 is not possible: use 1 or more"),

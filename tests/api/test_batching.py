@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from conftest import ByteTokenizer
 from mlx_redrafter.api import Model, generate
 from mlx_redrafter.api.batching import BatchGenerator, batch_generate
 from mlx_redrafter.cache.session import Session
+from mlx_redrafter.decoding.batch import Batch
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.tree.shape import TreeShape
@@ -58,6 +60,30 @@ def test_each_has_its_own_options(model: Model, tokenizer: Any, alone: list[str]
                 texts[numbers.index(number)] += response.text
     for prompt, more, text in zip(PROMPTS, own, texts, strict=True):
         assert text == generate(model, tokenizer, prompt, **{**OPTIONS, **more})
+
+
+def test_the_time_of_a_prompt_is_its_own(
+    model: Model, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of others between its parts are not in it, nor in the speed of its answer."""
+    steps = Batch._decode
+
+    def slow(batch: Batch) -> Any:
+        time.sleep(0.05 if batch.waiting else 0.0)
+        return steps(batch)
+
+    monkeypatch.setattr(Batch, "_decode", slow)
+    with BatchGenerator(model, tokenizer) as batch:
+        batch.insert("once", **{**OPTIONS, "max_tokens": 100})
+        while not batch.next():
+            pass
+        long = batch.insert("x" * 60, prefill_step_size=8, **OPTIONS)
+        last = None
+        while long in batch:
+            last = next((r for number, r in batch.next()[::-1] if number == long), last)
+    assert last is not None
+    assert last.stats.prefill_seconds < 7 * 2 * 0.05 / 2
+    assert last.generation_tps > 20 / (7 * 2 * 0.05)
 
 
 def test_what_is_removed_leaves_its_session(model: Model, tokenizer: Any, alone: list[str]) -> None:

@@ -11,12 +11,13 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 import mlx.core as mx  # isort: skip
 import pytest
 from adapter_cases import TYPES, module_of
-from conftest import SHAPES, engine_of, plainly, prompt_of, run
+from conftest import SHAPES, engine_of, plainly, prompt_of, run, write_target
 from tiny_models import build
 
 from mlx_redrafter.cache import prefixes
 from mlx_redrafter.cache.prefixes import Prefixes
 from mlx_redrafter.cache.session import Session
+from mlx_redrafter.cache.snapshots import nbytes
 from mlx_redrafter.models import load_model
 from mlx_redrafter.models.adapter import AdaptedModel
 
@@ -116,3 +117,40 @@ def test_equal_sessions_are_told_apart() -> None:
         session.caches = [mx.zeros((1, 2, 128, 4))]
         kept.give(session)
     assert len(kept) == 2 and kept.evictions == 2
+
+
+def test_a_beginning_is_copied_once_and_what_is_moved_not_at_all(tmp_path: Path) -> None:
+    """By the peak of memory, with sessions that are larger than everything else."""
+    write_target(tmp_path, max_position_embeddings=5000)
+    engine, kept = engine_of(load_model(tmp_path), compiled=False), Prefixes(1 << 30)
+    first = prompt_of(4000)
+    _, session = answer(engine, kept, first)
+    size, slack = session.nbytes, 200_000
+    assert size > 5 * slack
+
+    def peak(prompt: list[int]) -> tuple[Session, int]:
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        found = kept.take(prompt)
+        return found, mx.get_peak_memory() - before
+
+    moved, more = peak([*first, 3, 4])
+    assert moved is session and more < slack
+    kept.give(moved)
+    copied, more = peak([*first[:3000], 3, 4, 5])
+    assert copied is not session and session in kept._kept
+    assert copied.nbytes < size and more < copied.nbytes + slack
+
+
+def test_snapshots_count_as_bytes() -> None:
+    """Of a session with a recurrence they are most of it, and the budget is for all."""
+    with_states = AdaptedModel(module_of(TYPES["mamba2"], lively=True), TYPES["mamba2"])
+    engine, kept = engine_of(with_states, compiled=False), Prefixes(1 << 30)
+    _, session = answer(engine, kept, prompt_of(40, vocab=90))
+    assert len(list(session.snapshots)) > 0
+    states, own = session.snapshots.nbytes, nbytes(session.caches)
+    assert states > 0 and session.nbytes == states + own
+    tight = Prefixes(states + own - 1)
+    tight.give(session)
+    assert len(tight) == 0

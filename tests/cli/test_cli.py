@@ -172,6 +172,19 @@ def test_every_option_reaches_the_generation(runner: CliRunner, model: FakeModel
     }
 
 
+def test_a_prediction_is_a_file(runner: CliRunner, model: FakeModel, tmp_path: Path) -> None:
+    file = tmp_path / "old.py"
+    file.write_text("print(1)\n")
+    result = runner.invoke(cli.app, ["generate", "--prediction", str(file), "Capital?"])
+    assert (result.exit_code, model.calls[0]["prediction"]) == (0, "print(1)\n")
+    file.write_bytes(b"\xff")
+    for given, why in ((file, "it is not UTF-8 text"), (tmp_path, "Is a directory")):
+        result = runner.invoke(cli.app, ["generate", "--prediction", str(given), "Capital?"])
+        assert result.exit_code == 1
+        assert result.stderr == f"error: --prediction {given} cannot be read ({why})\n"
+    assert len(model.loaded) == 1
+
+
 def test_no_draft_loads_no_drafter_and_raw_uses_no_template(
     runner: CliRunner, model: FakeModel
 ) -> None:

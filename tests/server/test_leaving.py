@@ -12,8 +12,11 @@ from typing import Any
 import httpx
 import pytest
 from scripted_engine import Running, ScriptedEngine, running
+from tiny_chat import write_chat_model
 
+from mlx_redrafter import api
 from mlx_redrafter.decoding.sampling import SamplingParams
+from mlx_redrafter.server.engine import ModelEngine
 from mlx_redrafter.server.events import Event, Progress, Text
 from mlx_redrafter.server.requests import Generation
 from mlx_redrafter.server.worker import Job, Worker
@@ -22,6 +25,13 @@ CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "Hi"}]
 LONG = "a very long answer " * 60
 PAUSE = 0.01
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[api.Model, Any]:
+    folder = write_chat_model(tmp_path_factory.mktemp("chat"), max_position_embeddings=9000)
+    model, tokenizer = api.load(folder)
+    return api.Model.of(model.name, model.folder, model.target, compiled=False), tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +69,52 @@ def _seen_before_it_ends(worker: Worker, kind: type) -> int:
     while worker.load != (0, 0):
         time.sleep(0.001)
     return len(seen)
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize("kind", [Text, Progress])
+def test_in_company_rows_are_gone_within_a_step(
+    kind: type, streams: bool, loaded: tuple[api.Model, Any]
+) -> None:
+    """Over HTTP, of answers that run together: nothing is read or decoded for a client that is
+    gone but the piece of work in which it left, and the other one goes on."""
+    with running(ModelEngine(*loaded), parallel=3) as server:
+        worker, pieces, at_work = server.worker, list[tuple[bool, bool]](), list[Any]()
+        work = worker._together.next
+        left: list[socket.socket] = []
+
+        def counted() -> Any:
+            tallies = [row.writing.tally for row in worker._rows.values()]
+            (own,) = [t for t in tallies if t.prompt > 1000] or [None]
+            at_work.extend(slot for slot in worker.slots() if slot.get("generated_tokens"))
+            if own is not None:
+                there = bool(own.generated if kind is Text else own.read)
+                if there and not left[0]._closed:  # type: ignore[attr-defined]
+                    left[0].close()
+                    cancelled.wait(10)
+                pieces.append((there, cancelled.is_set()))
+            time.sleep(0.002)
+            return work()
+
+        cancelled = threading.Event()
+        withdraw = worker.withdraw
+
+        def told(job: Job) -> None:
+            withdraw(job)
+            cancelled.set()
+
+        worker._together.next, worker.withdraw = counted, told  # type: ignore[method-assign]
+        body = {"messages": HI, "max_tokens": 300, "logit_bias": {"1": -1e30}}
+        other = request(server, {**body, "stream": True})
+        long = [{"role": "user", "content": "ba " * 2000}]
+        left.append(request(server, {**body, "messages": long, "stream": streams}))
+        assert cancelled.wait(20)
+        server.wait(lambda: len(worker._rows) < 2)
+        assert pieces[-1] == (True, True)
+        assert [gone for _, gone in pieces].count(True) == 1
+        assert at_work and all(slot["drafting"] for slot in at_work)
+        other.close()
+        server.idle()
 
 
 def request(server: Running, body: dict[str, Any], path: str = CHAT) -> socket.socket:

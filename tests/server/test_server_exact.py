@@ -165,3 +165,27 @@ def test_a_tree_is_what_it_says(server: Running) -> None:
     steps = chain["metrics"]["speculative_decoding"]["num_spec_steps"]
     assert chain["timings"]["draft_n"] == 5 * steps
     assert str(TreeShape(1, 0, 6, lookup=5)) == "lookup of 5"
+
+
+def test_a_prediction(server: Running) -> None:
+    """Of the text itself: the same text in fewer steps; OpenAI's counts say how much was right."""
+    bias = {"logit_bias": {"1": -1e30}, "temp": 0.9, "seed": 8}
+    tree = {"x_redrafter": {"tree": "1x4/5", "lookup": 7}}
+    plain = sent(server, **bias, **tree)
+    text = plain["choices"][0]["message"]["content"]
+    wrong = words(*range(8, 20))
+    for content, least in ((text, 19), ([{"type": "text", "text": text}], 19), (wrong, 0)):
+        prediction = {"type": "content", "content": content}
+        found = sent(server, **bias, **tree, prediction=prediction)
+        assert found["choices"][0]["message"]["content"] == text
+        counts = found["usage"]["completion_tokens_details"]
+        accepted, rejected = (counts[f"{n}_prediction_tokens"] for n in ("accepted", "rejected"))
+        if least:
+            assert (accepted >= least, rejected) == (True, 0)
+            steps = [f["metrics"]["speculative_decoding"]["num_spec_steps"] for f in (found, plain)]
+            assert steps[0] <= 5 < steps[1]
+        else:
+            assert accepted <= 4 and rejected >= 6
+    undrafted = sent(server, **bias, prediction={"content": text}, x_redrafter={"draft": False})
+    counts = undrafted["usage"]["completion_tokens_details"]
+    assert counts["accepted_prediction_tokens"] == counts["rejected_prediction_tokens"] == 0

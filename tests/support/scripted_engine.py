@@ -74,6 +74,7 @@ class ScriptedEngine:
     facts: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
     keeps_rows: bool = False
+    graphs: int = 0
     tokenizer: Any = field(default_factory=ChatBytes)
     asked: list[Generation] = field(default_factory=list)
     steps: int = 0  # so far, over all answers

@@ -7,7 +7,7 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
-from conftest import engine_of, plainly, prompt_of, run
+from conftest import engine_of, plainly, prompt_of, random_drafter, run
 
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.drafters import lookup
@@ -121,3 +121,78 @@ def test_a_cycle_is_accepted_whole(target: Decoder) -> None:
     bias = SamplingParams(logit_bias={7: 1000.0})
     assert run(engine, prompt_of(4), bias, shape, 64, stats=stats) == [7] * 64
     assert stats.tokens_per_step > 5
+
+
+def predicted(
+    text: list[int], prompt: int, prediction: list[int], length: int
+) -> tuple[int, list[int]] | None:
+    """The rule for a prediction in plain Python; None where the text itself has a longer match."""
+    start = max(0, prompt - lookup.LONGEST)
+    there = [FILLER] * start + text[start:prompt] + prediction
+    last, found = len(text) - 1, []
+    for end in range(lookup.LONGEST - 1, len(there) - 1):
+        size = 0
+        while size < lookup.LONGEST and there[end - size] == text[max(0, last - size)]:
+            size += 1
+        if size:
+            found.append((size, -abs(end - last), -end))
+    if not found or max(found)[0] < continuation(text, 1)[0]:
+        return None
+    end = -max(found)[2]
+    following = there[end + 1 : end + 1 + length]
+    return lookup.LONGEST, following + [FILLER] * (length - len(following))
+
+
+def test_a_prediction_is_searched_first() -> None:
+    """Equally long matches are its own; of its own the one that stands nearest."""
+    random, own = np.random.default_rng(7), 0
+    for turn in range(150):
+        prompt = int(random.integers(1, 12))
+        letters = random.integers(2, 9)
+        text = random.integers(0, letters, prompt + random.integers(0, 25)).tolist()
+        prediction = random.integers(0, letters, random.integers(1, 25)).tolist()
+        history = mx.array([*text, *random.integers(0, 9, 64 - len(text)).tolist()], mx.int32)
+        state = lookup.foretold(text[:prompt], prediction)
+        position = mx.array([len(text) - 1], mx.int32)
+        path, size = lookup.follow(history, position, 9, state)
+        wanted = predicted(text, prompt, prediction, 7)
+        own += wanted is not None
+        expected = wanted or continuation(text, 7)
+        assert (size.item(), path.tolist()) == (expected[0], [text[-1], *expected[1], END]), turn
+    assert 50 < own < 150
+
+
+SHAPE = TreeShape(1, 0, 8, lookup=7)
+
+
+@pytest.mark.parametrize("params", [None, SamplingParams(temp=1.0, seed=3)])
+def test_a_prediction_changes_no_text(target: Decoder, params: SamplingParams | None) -> None:
+    """All of it right: eight tokens a pass. In part, or nothing: the model's own text."""
+    prompt = prompt_of(9, seed=5)
+    text = plainly(target, prompt, 40, params)
+    engine = engine_of(target, None)
+    edited = [*text[:15], *prompt_of(6, seed=1), *text[20:]]
+    for prediction, least, most in (
+        (text, 35, 35), (edited, 20, 34), (prompt_of(40, seed=2), 0, 8), ([], 0, 0),
+    ):  # fmt: skip
+        stats = DraftStats()
+        found = run(engine, prompt, params, SHAPE, 40, stats=stats, prediction=prediction)
+        assert found == text
+        assert least <= stats.predicted <= most, (stats.predicted, least)
+        assert stats.foretold >= stats.predicted
+        if prediction is text:
+            assert (stats.steps, stats.foretold) == (5, 40)
+
+
+def test_a_prediction_in_a_tree_with_beams(target: Decoder) -> None:
+    """The answer's own beginning is skipped: it is found again."""
+    drafter = random_drafter(target)
+    prompt, params = prompt_of(9, seed=5), SamplingParams(temp=1.0, seed=3)
+    text = plainly(target, prompt, 40, params)
+    stats = DraftStats()
+    found = run(
+        engine_of(target, drafter, compiled=False), prompt, params, TreeShape(2, 3, 8, lookup=7),
+        40, stats=stats, prediction=text[7:],
+    )  # fmt: skip
+    assert found == text
+    assert stats.predicted >= 24 and stats.steps < 16

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mlx_redrafter.server.conversation import conversation, tools_of
+from mlx_redrafter.server.conversation import conversation, text_of, tools_of
 from mlx_redrafter.server.events import (
     Call,
     Drawn,
@@ -60,6 +60,13 @@ class Common(Options):
             raise unsupported("response_format", 'use {"type": "text"}')
 
 
+class Prediction(Body):
+    """What the answer may be."""
+
+    type: Literal["content"] = "content"
+    content: str | list[Any]
+
+
 class ChatBody(Common):
     """A request."""
 
@@ -69,8 +76,14 @@ class ChatBody(Common):
     parallel_tool_calls: bool = True
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    prediction: Prediction | None = None
     continue_final_message: bool = False
     add_generation_prompt: bool = True
+
+    @property
+    def predicted(self) -> str:
+        """See `Options`."""
+        return text_of(self.prediction.content, "prediction.content") if self.prediction else ""
 
     def talk(self) -> Talk:
         """What the model is asked; raises Problem."""

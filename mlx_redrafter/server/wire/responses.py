@@ -62,6 +62,11 @@ class ResponsesBody(Options):
                 raise unsupported(name, "this server is stateless, send the whole input")
         if body.get("background"):
             raise unsupported("background", "leave it out")
+        if body.get("top_logprobs") not in (None, 0):
+            raise unsupported("top_logprobs", "leave it out")
+        included = body.get("include")
+        if isinstance(included, list) and "message.output_text.logprobs" in included:
+            raise unsupported("include", "leave message.output_text.logprobs out")
         form = self.text.get("format")
         if form is not None and not (isinstance(form, dict) and form.get("type") == "text"):
             raise unsupported("text.format", 'use {"type": "text"}')

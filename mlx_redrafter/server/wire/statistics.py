@@ -20,8 +20,10 @@ def usage(answers: Sequence[Usage], choices: int = 1) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": sum(u.cached for u in prompts)},
         "completion_tokens_details": {
             "reasoning_tokens": sum(u.reasoning for u in answers),
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
+            "accepted_prediction_tokens": sum(u.stats.predicted for u in answers),
+            "rejected_prediction_tokens": sum(
+                max(0, u.prediction - u.stats.foretold) for u in answers
+            ),
         },
     }
 
@@ -31,7 +33,7 @@ def more(answers: Sequence[Usage]) -> dict[str, Any]:
     stats = DraftStats()
     for each in answers:
         stats.add(each.stats)
-    decoding = max(1e-9, sum(u.seconds for u in answers) - stats.prefill_seconds)
+    decoding = max(1e-9, sum(u.seconds for u in answers))
     written = sum(u.completion for u in answers)
     return {
         "timings": {
