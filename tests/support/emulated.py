@@ -1,0 +1,148 @@
+"""Kernels for Metal, run without a Mac: their text is compiled into tests/kernels/emulator."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_redrafter.kernels import source
+from mlx_redrafter.kernels.source import Kernel, Launch
+
+EMULATOR = Path(__file__).parents[1] / "kernels" / "emulator"
+MISSING = sys.platform != "linux" or shutil.which("g++") is None
+NAMES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16", mx.uint32: "uint32",
+         mx.int32: "int32", mx.bool_: "bool"}  # fmt: skip
+CPP = {"float32": "float", "float16": "half", "bfloat16": "bfloat16_t", "uint32": "uint32_t",
+       "int32": "int", "bool": "bool"}  # fmt: skip
+
+
+class Found(NamedTuple):
+    """What a run said ("ok", or what is wrong), and its outputs."""
+
+    error: str
+    outputs: list[np.ndarray]
+
+
+class Instance(NamedTuple):
+    """A kernel for one kind of arguments, as MLX compiles it; text: in place of the kernel's."""
+
+    kernel: Kernel
+    constants: tuple[tuple[str, str], ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    text: str | None = None
+
+    @classmethod
+    def of(cls, launch: Launch, text: str | None = None) -> Instance:
+        constants = tuple(
+            (name, CPP[NAMES[value]] if isinstance(value, mx.Dtype) else str(int(value)))
+            for name, value in launch.constants.items()
+        )
+        inputs = tuple(NAMES[x.dtype] for x in launch.inputs)
+        return cls(launch.kernel, constants, inputs, tuple(NAMES[d] for d in launch.dtypes), text)
+
+    @property
+    def name(self) -> str:
+        words = [self.kernel.name, *(value for _, value in self.constants), *self.inputs]
+        changed = hashlib.sha256(self.text.encode()).hexdigest()[:8] if self.text else ""
+        return "-".join([*words, changed])
+
+
+class Emulator:
+    """A program with these kernels in it, compiled once.
+
+    Args:
+        folder: where the program is made.
+    """
+
+    def __init__(self, folder: Path, instances: Iterable[Instance]) -> None:
+        listed = list(dict.fromkeys(instances))
+        functions = "\n".join(_function(i, one, folder) for i, one in enumerate(listed))
+        table = ", ".join(f'{{"{one.name}", kernel_{i}}}' for i, one in enumerate(listed))
+        main = f"int main() {{ return emulated::run({{{table}}}); }}\n"
+        common = source.FOLDER / "common.h"
+        text = f'#include "dialect.hpp"\n#include "{common}"\n{functions}\n{main}'
+        (folder / "main.cpp").write_text(text)
+        self._program = folder / "emulator"
+        command = ["g++", "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
+        files = ["-I", str(EMULATOR), "-o", str(self._program), str(folder / "main.cpp")]
+        made = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
+        assert made.returncode == 0, made.stderr[:3000]
+
+    def run(
+        self, launches: Sequence[Launch], orders: int = 1, texts: Sequence[str | None] = ()
+    ) -> list[Found]:
+        """Each in so many orders of its lanes, whose bits must be the same."""
+        jobs = []
+        for i, launch in enumerate(launches):
+            instance = Instance.of(launch, texts[i] if texts else None)
+            jobs.append(_job(launch, instance.name, orders))
+        command = [str(self._program)]
+        ran = subprocess.run(command, input=b"".join(jobs), capture_output=True, check=False)
+        assert ran.returncode == 0, ran
+        return list(_results(ran.stdout, launches))
+
+
+def bits(array: mx.array) -> np.ndarray:
+    """An array as NumPy can have it: bfloat16 as its bits."""
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+
+
+def values(found: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
+    """Outputs of a run as float64."""
+    if dtype == mx.bfloat16:
+        return np.array(mx.array(found).view(mx.bfloat16).astype(mx.float32)).astype(np.float64)
+    return found.astype(np.float64)
+
+
+def _function(number: int, one: Instance, folder: Path) -> str:
+    lines = [f"static void kernel_{number}(void* given) {{"]
+    for name, value in one.constants:
+        lines.append(
+            f"  using {name} = {value};" if name == "T" else f"  constexpr int {name} = {value};"
+        )
+    for i, (name, kind) in enumerate(zip(one.kernel.inputs, one.inputs, strict=True)):
+        lines.append(f"  const auto {name} = emulated::input<{CPP[kind]}>(given, {i});")
+        lines.append(f"  const int* {name}_shape = emulated::shape(given, {i});")
+    for i, (name, kind) in enumerate(zip(one.kernel.outputs, one.outputs, strict=True)):
+        lines.append(f"  const auto {name} = emulated::output<{CPP[kind]}>(given, {i});")
+    file = source.FOLDER / f"{one.kernel.name}.metal"
+    if one.text is not None:
+        file = folder / f"{one.name}.metal"
+        file.write_text(one.text)
+    return "\n".join([*lines, f'#include "{file}"', "}"])
+
+
+def _job(launch: Launch, name: str, orders: int) -> bytes:
+    sizes = " ".join(str(n) for n in (*launch.grid, *launch.group))
+    parts = [f"{name} {orders} {len(launch.inputs)} {len(launch.shapes)} {sizes}\n".encode()]
+    for label, array in zip(launch.kernel.inputs, launch.inputs, strict=True):
+        shape = " ".join(map(str, array.shape))
+        parts.append(f"{label} {NAMES[array.dtype]} {shape}\n".encode() + bits(array).tobytes())
+    outputs = zip(launch.kernel.outputs, launch.dtypes, launch.shapes, strict=True)
+    for label, dtype, size in outputs:
+        parts.append(f"{label} {NAMES[dtype]} {' '.join(map(str, size))}\n".encode())
+    return b"".join(parts)
+
+
+def _results(text: bytes, launches: Sequence[Launch]) -> Iterable[Found]:
+    kinds: dict[mx.Dtype, Callable] = {mx.float16: np.float16, mx.bfloat16: np.uint16}
+    at = 0
+    for launch in launches:
+        end = text.index(b"\n", at)
+        error, at, outputs = text[at:end].decode(), end + 1, []
+        if error == "ok":
+            for shape, dtype in zip(launch.shapes, launch.dtypes, strict=True):
+                kind, count = np.dtype(kinds.get(dtype, np.float32)), int(np.prod(shape))
+                found = np.frombuffer(text, kind, count, at)
+                outputs.append(found.reshape(shape))
+                at += count * kind.itemsize
+        yield Found(error, outputs)
