@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -61,20 +62,29 @@ class Emulator:
 
     Args:
         folder: where the program is made.
+        beside: text of more functions.
+        joined: products may be joined with the sums behind them, as Metal's compiler may.
     """
 
-    def __init__(self, folder: Path, instances: Iterable[Instance]) -> None:
+    def __init__(
+        self, folder: Path, instances: Iterable[Instance], beside: str = "", joined: bool = False
+    ) -> None:
         listed = list(dict.fromkeys(instances))
         functions = "\n".join(_function(i, one, folder) for i, one in enumerate(listed))
         table = ", ".join(f'{{"{one.name}", kernel_{i}}}' for i, one in enumerate(listed))
         main = f"int main() {{ return emulated::run({{{table}}}); }}\n"
         common = source.FOLDER / "common.h"
-        text = f'#include "dialect.hpp"\n#include "{common}"\n{functions}\n{main}'
+        text = f'#include "dialect.hpp"\n#include "{common}"\n{beside}\n{functions}\n{main}'
         (folder / "main.cpp").write_text(text)
         self._program = folder / "emulator"
-        command = ["g++", "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
+        flags = ["-O2", "-ffp-contract=fast", "-mfma"] if joined else ["-O1", "-ffp-contract=off"]
+        command = ["g++", "-std=c++17", "-w", "-U_FORTIFY_SOURCE", *flags]
         files = ["-I", str(EMULATOR), "-o", str(self._program), str(folder / "main.cpp")]
-        made = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
+        # What runtime/compiler.py sets there says how numbers are rounded.
+        env = {name: value for name, value in os.environ.items() if name != "CPLUS_INCLUDE_PATH"}
+        made = subprocess.run(
+            [*command, *files], capture_output=True, text=True, check=False, env=env
+        )
         assert made.returncode == 0, made.stderr[:3000]
 
     def run(
@@ -107,7 +117,9 @@ def _function(number: int, one: Instance, folder: Path) -> str:
     lines = [f"static void kernel_{number}(void* given) {{"]
     for name, value in one.constants:
         lines.append(
-            f"  using {name} = {value};" if name == "T" else f"  constexpr int {name} = {value};"
+            f"  using {name} = {value};"
+            if value in CPP.values()
+            else f"  constexpr int {name} = {value};"
         )
     for i, (name, kind) in enumerate(zip(one.kernel.inputs, one.inputs, strict=True)):
         lines.append(f"  const auto {name} = emulated::input<{CPP[kind]}>(given, {i});")

@@ -31,9 +31,7 @@ class Product(NamedTuple):
         """Of one row alone, or of all; y in float32, where 16 bits would hide the last ones."""
         x = self.x if row is None else self.x[row : row + 1]
         launch = products.exact(x, self.weights, self.bits, order)
-        return launch._replace(
-            constants={**launch.constants, "T": mx.float32}, dtypes=[mx.float32]
-        )
+        return launch._replace(constants={**launch.constants, "T": mx.float32}, dtypes=[mx.float32])
 
     def right(self) -> np.ndarray:
         """y (M, N) in float64."""
