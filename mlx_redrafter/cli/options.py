@@ -89,6 +89,14 @@ KVBits = Annotated[
     ),
 ]
 KVGroupSize = Annotated[int, typer.Option(help="Numbers to a scale: 32, 64 or 128.")]
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        help="On Metal, multiply quantised weights in one order for any number of rows: a drafted "
+        "chain is then plain text to the bit; slower.",
+    ),
+]
 
 
 def penalty(text: str) -> Any:
@@ -112,6 +120,7 @@ class ModelOptions:
 
     kv_bits: KVBits = None
     kv_group_size: KVGroupSize = 64
+    exact: Exact = False
 
     def load(self, tree: TreeShape | None = None) -> tuple[Any, Any]:
         """(model, tokenizer) of `mlx_redrafter.load`; raises its errors.
@@ -123,7 +132,7 @@ class ModelOptions:
         drafter = None if self.no_draft else self.drafter
         model, tokenizer = load(
             self.model, drafter, revision=self.revision,
-            kv_bits=self.kv_bits, kv_group_size=self.kv_group_size,
+            kv_bits=self.kv_bits, kv_group_size=self.kv_group_size, exact=self.exact,
         )  # fmt: skip
         model.engine.say = console.note
         if drafter is not None and tree is None:

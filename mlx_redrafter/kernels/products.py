@@ -1,5 +1,5 @@
-"""x (M, K) times affine weights (N, K) in 4 or 8 bits, for few rows: which products there are kernels
-for, and their launches.
+"""x (M, K) times affine weights (N, K) in 4 or 8 bits, for few rows: which products there are
+kernels for, and their launches.
 
 `fast` fills 8x8 matrices: a weight is read once for up to 16 rows. `exact` gives every row the bits
 that it has alone, in the order of MLX's kernel for a single row.

@@ -72,7 +72,7 @@ def digest(*kernels: Kernel) -> str:
 
 @functools.cache
 def _compiled(kernel: Kernel) -> Callable[..., list[mx.array]]:
-    made: Callable[..., list[mx.array]] = mx.fast.metal_kernel(
+    made: Any = mx.fast.metal_kernel(
         name=f"redrafter_{kernel.name}",
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),

@@ -48,7 +48,8 @@ def functions() -> str:
         )
         assert match is not None, name
         found.append(match.group())
-    head = "#undef constant\n#define constant\n#define METAL_FUNC inline\nconstexpr int SIMD_SIZE = 32;"
+    head = "#undef constant\n#define constant\n#define METAL_FUNC inline\n"
+    head += "constexpr int SIMD_SIZE = 32;\n"
     clamp = "inline int clamp(int x, int low, int high) { return min(max(x, low), high); }\n"
     clamp += "inline float select(float no, float yes, bool which) { return which ? yes : no; }"
     return re.sub(r"\[\[\w+\]\]", "", "\n".join([head, clamp, *found]))

@@ -158,3 +158,9 @@ def _results(text: bytes, launches: Sequence[Launch]) -> Iterable[Found]:
                 outputs.append(found.reshape(shape))
                 at += count * kind.itemsize
         yield Found(error, outputs)
+
+
+def to_array(found: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    """An output of a run."""
+    array = mx.array(found)
+    return array.view(mx.bfloat16) if dtype == mx.bfloat16 else array
