@@ -90,12 +90,7 @@ KVBits = Annotated[
 ]
 KVGroupSize = Annotated[int, typer.Option(help="Numbers to a scale: 32, 64 or 128.")]
 Exact = Annotated[
-    bool,
-    typer.Option(
-        "--exact",
-        help="On Metal, multiply quantised weights in one order for any number of rows: a drafted "
-        "chain is then plain text to the bit; slower.",
-    ),
+    bool, typer.Option("--exact", help="Drafts change no bit on Metal either; slower.")
 ]
 
 
@@ -176,7 +171,7 @@ class DecodeOptions:
     ] = 0
     top_p: Annotated[
         float,
-        typer.Option(rich_help_panel=SAMPLING, help="Keep the likeliest up to this share; 0: off."),
+        typer.Option(rich_help_panel=SAMPLING, help="Keep the likeliest up to a share; 0: off."),
     ] = 0.0
     top_k: Annotated[
         int,

@@ -53,8 +53,8 @@ FAST: dict[str, tuple[Callable[[str], str], str]] = {
 }
 EXACT: dict[str, tuple[Callable[[str], str], str]] = {
     "a second row in another order": (
-        replaced("sums[m][t] += mad<ONCE>(", "sums[m][t] += m == 1 ? scale[t] * found + total * "
-                 "bias[t] : mad<ONCE>("), "bits"),
+        replaced("sums[m][t] += joined<ONCE>(", "sums[m][t] += m == 1 ? scale[t] * found + total * "
+                 "bias[t] : joined<ONCE>("), "bits"),
     "two rows swapped": (replaced("min(m0 + m, M - 1)", "max(M - 1 - m, 0)"), "values"),
     "some lanes leave": (
         replaced("const float sum = simd_sum", "if (lane > 7 && n0 > 0) return; const float sum = "

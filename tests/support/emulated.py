@@ -36,25 +36,27 @@ class Instance(NamedTuple):
     """A kernel for one kind of arguments, as MLX compiles it; text: in place of the kernel's."""
 
     kernel: Kernel
-    constants: tuple[tuple[str, str], ...]
+    constants: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     text: str | None = None
 
     @classmethod
     def of(cls, launch: Launch, text: str | None = None) -> Instance:
-        constants = tuple(
-            (name, CPP[NAMES[value]] if isinstance(value, mx.Dtype) else str(int(value)))
-            for name, value in launch.constants.items()
-        )
+        constants = tuple(defined(name, value) for name, value in launch.constants.items())
         inputs = tuple(NAMES[x.dtype] for x in launch.inputs)
         return cls(launch.kernel, constants, inputs, tuple(NAMES[d] for d in launch.dtypes), text)
 
     @property
     def name(self) -> str:
-        words = [self.kernel.name, *(value for _, value in self.constants), *self.inputs]
-        changed = hashlib.sha256(self.text.encode()).hexdigest()[:8] if self.text else ""
-        return "-".join([*words, changed])
+        return f"{self.kernel.name}-{hashlib.sha256(repr(self).encode()).hexdigest()[:16]}"
+
+
+def defined(name: str, value: mx.Dtype | bool | int) -> str:
+    """A constant of a launch, as C++ and Metal define it."""
+    if isinstance(value, mx.Dtype):
+        return f"using {name} = {CPP[NAMES[value]]};"
+    return f"constexpr {type(value).__name__} {name} = {int(value)};"
 
 
 class Emulator:
@@ -114,13 +116,7 @@ def values(found: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
 
 
 def _function(number: int, one: Instance, folder: Path) -> str:
-    lines = [f"static void kernel_{number}(void* given) {{"]
-    for name, value in one.constants:
-        lines.append(
-            f"  using {name} = {value};"
-            if value in CPP.values()
-            else f"  constexpr int {name} = {value};"
-        )
+    lines = [f"static void kernel_{number}(void* given) {{", *one.constants]
     for i, (name, kind) in enumerate(zip(one.kernel.inputs, one.inputs, strict=True)):
         lines.append(f"  const auto {name} = emulated::input<{CPP[kind]}>(given, {i});")
         lines.append(f"  const int* {name}_shape = emulated::shape(given, {i});")

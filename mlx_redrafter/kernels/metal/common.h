@@ -21,6 +21,6 @@ inline float2 multiplied(float2 a, float2 b, float2 c) {
 
 // a * b + c, rounded once or twice.
 template <bool ONCE>
-inline float mad(float a, float b, float c) {
+inline float joined(float a, float b, float c) {
   return ONCE ? fma(a, b, c) : a * b + c;
 }

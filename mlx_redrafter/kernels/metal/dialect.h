@@ -1,3 +1,6 @@
+#include <metal_simdgroup>
+#include <metal_simdgroup_matrix>
+
 // All that Metal and the emulator of tests/kernels say differently; MLX's own preamble stands before it.
 // MLX compiles its kernels without fast math, and these the same way. Nor may the compiler join a
 // product and a sum where the text does not.

@@ -67,16 +67,16 @@ for (int k = lane * EACH; k < K; k += 32 * EACH) {  // K ends between two lanes
           } else {
             sum = sum + given[i + 1] * float(four & 0x00f0u);
           }
-          sum = mad<ONCE>(given[i + 2], float(four & 0x0f00u), sum);
-          found += mad<ONCE>(given[i + 3], float(four & 0xf000u), sum);
+          sum = joined<ONCE>(given[i + 2], float(four & 0x0f00u), sum);
+          found += joined<ONCE>(given[i + 3], float(four & 0xf000u), sum);
         } else {
           UNROLL
           for (int j = 0; j < 4; j++) {
-            found = mad<ONCE>(given[i + j], float(packed[t][i / 4] >> (8 * j) & 0xffu), found);
+            found = joined<ONCE>(given[i + j], float(packed[t][i / 4] >> (8 * j) & 0xffu), found);
           }
         }
       }
-      sums[m][t] += mad<ONCE>(scale[t], found, total * bias[t]);
+      sums[m][t] += joined<ONCE>(scale[t], found, total * bias[t]);
     }
   }
 }
