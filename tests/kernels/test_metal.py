@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from emulated import CPP, NAMES, defined
+from emulated import written
 from kernel_cases import Product, product
 
-from mlx_redrafter.kernels import probe, products, source
+from mlx_redrafter.kernels import probe, products
 from mlx_redrafter.kernels.products import Order, Shape
-from mlx_redrafter.kernels.source import Launch
 
 ORDERS = [Order(packs, once) for packs in (1, 2) for once in (True, False)]
-PREAMBLE = "#include <metal_stdlib>\nusing namespace metal;\ntypedef bfloat bfloat16_t;\n"
-WORDS = {"thread_index_in_simdgroup": "uint", "simdgroup_index_in_threadgroup": "uint",
-         "threadgroup_position_in_grid": "uint3"}  # fmt: skip
+PREAMBLE = """#include <metal_stdlib>
+using namespace metal;
+typedef half float16_t;
+typedef bfloat bfloat16_t;
+"""
 
 metal = pytest.mark.metal
 on_gpu = pytest.mark.skipif(not mx.metal.is_available(), reason="needs Metal")
@@ -62,18 +64,25 @@ def test_the_probe() -> None:
         assert found.error == "" and found.order is not None and found.gains
 
 
-def program(launch: Launch) -> str:
-    """A whole .metal file, as MLX writes it around a kernel's text."""
-    arguments = [
-        f"const device {CPP[NAMES[x.dtype]]}* {name}, const constant int* {name}_shape"
-        for name, x in zip(launch.kernel.inputs, launch.inputs, strict=True)
-    ]
-    pairs = zip(launch.kernel.outputs, launch.dtypes, strict=True)
-    arguments += [f"device {CPP[NAMES[dtype]]}* {name}" for name, dtype in pairs]
-    arguments += [f"{kind} {name} [[{name}]]" for name, kind in WORDS.items()]
-    constants = "\n".join(defined(*one) for one in launch.constants.items())
-    head = f"[[kernel]] void {launch.kernel.name}({', '.join(arguments)})"
-    return f"{PREAMBLE}{source.header()}\n{head} {{\n{constants}\n{launch.kernel.text}}}\n"
+@pytest.mark.parametrize("exactly", [False, True])
+def test_what_mlx_writes_around_a_text(exactly: bool, tmp_path: Path) -> None:
+    """Just what the emulator has: the shapes of three inputs, and where a thread is."""
+    case = product(5, 320, 72, 8, 64, mx.bfloat16)
+    order = Order(1, True)
+    made = products.exact(case.x, case.weights, 8, order) if exactly else case.fast()
+    text = written(made, tmp_path)
+    begin = text.rindex("template <", 0, text.index("[[kernel]]"))
+    head = text[begin : text.index(") {\n" + made.kernel.text)]
+    constants = "int BITS, int ROWS, int PACKS, bool ONCE" if exactly else "int BITS, int TILES"
+    assert head.startswith(f"template <typename T, {constants}>\n[[kernel]] void")
+    words = re.findall(r"(\w+)[*&]? (\w+) \[\[", head)
+    assert [name for _, name in words] == [
+        "x", "x_shape", "w", "w_shape", "scales", "scales_shape", "biases", "y",
+        "simdgroup_index_in_threadgroup", "thread_index_in_simdgroup",
+        "threadgroup_position_in_grid",
+    ]  # fmt: skip
+    values = "<bfloat16_t, 8, 8, 1, 1>" if exactly else "<bfloat16_t, 8, 1>"
+    assert values in text
 
 
 @metal
@@ -87,7 +96,7 @@ def test_the_compiler_takes_them(tmp_path: Path) -> None:
             products.exact(case.x, case.weights, case.bits, ORDERS[i % 4]),
         ):
             file = tmp_path / f"{launch.kernel.name}-{i}.metal"
-            file.write_text(program(launch))
+            file.write_text(PREAMBLE + written(launch, tmp_path))
             command = ["xcrun", "-sdk", "macosx", "metal", "-std=metal3.1", "-Wall", "-c"]
             made = subprocess.run(
                 [*command, str(file), "-o", str(file.with_suffix(".air"))],

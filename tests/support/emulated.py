@@ -115,6 +115,17 @@ def values(found: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
     return found.astype(np.float64)
 
 
+def written(launch: Launch, folder: Path) -> str:
+    """The whole source that MLX makes of a launch, without its preamble; no Metal is needed."""
+    file = folder / "launch.mlxfn"
+    run = lambda *inputs: launch._replace(inputs=inputs).run()  # noqa: E731
+    mx.export_function(str(file), run, *launch.inputs)
+    found = file.read_bytes()
+    start = found.index(source.header().encode())
+    end = found.index(b";\n", found.index(b"[[host_name", start)) + 2
+    return found[start:end].decode()
+
+
 def _function(number: int, one: Instance, folder: Path) -> str:
     lines = [f"static void kernel_{number}(void* given) {{", *one.constants]
     for i, (name, kind) in enumerate(zip(one.kernel.inputs, one.inputs, strict=True)):
