@@ -29,7 +29,7 @@ Product = Callable[[mx.array, Weights], mx.array]
 
 def main(names: list[str]) -> None:
     for name in names:
-        print(json.dumps({"shape": name, **examined(shape_of(name)).as_dict()}), flush=True)
+        print(json.dumps({"name": name, **examined(shape_of(name)).as_dict()}), flush=True)
 
 
 def examined(shape: Shape) -> Verdict:

@@ -14,7 +14,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +24,14 @@ import mlx.core as mx
 from ..errors import OptionError
 from ..runtime.paths import cache_dir, json_or_nothing, write_whole
 from . import products
+from .delta import DELTA
 from .products import Order, Shape
 from .source import digest
 
 VARIABLE = "MLX_REDRAFTER_KERNEL"
 CHOICES = ("off", "fast", "exact")
 GAIN = 1.1  # times as fast as MLX's, or it is not worth another way
+PROBE = "mlx_redrafter.kernels.probe"
 _SECONDS = 300  # for all that is asked at once
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -37,10 +39,11 @@ Say = Callable[[str], None]
 
 
 class Verdict(NamedTuple):
-    """Of one shape.
+    """Of one kind of weights, or of a recurrence.
 
     Args:
-        gains: how many times faster than MLX's `fast` was, by rows; none where it was not right.
+        gains: how many times faster than MLX's own way the kernel for it was, by rows; none where
+            it was not right.
         order: in which `exact` gives every row the bits that it has alone; None: in none.
         single: MLX's own kernel for one row has these bits, so that one row may go its way.
         error: why there is nothing, if something went wrong.
@@ -67,9 +70,10 @@ class Verdict(NamedTuple):
         if self.error:
             return self.error
         gains = ", ".join(f"{rows}: x{gain:.2f}" for rows, gain in self.gains.items())
-        exact = "no exact order" if self.order is None else "exact in an order of its own"
-        exact = "exact in MLX's order" if self.single else exact
-        return f"fast {gains or 'is not right here'}; {exact}"
+        text = gains or "not right here"
+        if self.order is not None:
+            text += ", exact in MLX's order" if self.single else ", exact in an order of its own"
+        return text
 
     def as_dict(self) -> dict[str, Any]:
         gains = {str(rows): gain for rows, gain in self.gains.items()}
@@ -99,24 +103,33 @@ def metal() -> bool:
     return bool(mx.metal.is_available()) and mx.default_device().type == mx.DeviceType.gpu
 
 
-def verdicts(shapes: Iterable[Shape], say: Say, again: bool = False) -> dict[Shape, Verdict]:
-    """Of all possible shapes, asking the machine about those that nobody has asked about yet.
+def verdicts(shapes: Iterable[Shape], say: Say) -> dict[Shape, Verdict]:
+    """Of all possible products of these shapes; see `found`."""
+    wanted = {shape: named(shape) for shape in shapes if products.possible(shape)}
+    known = found(wanted.values(), PROBE, say)
+    return {shape: known[name] for shape, name in wanted.items() if name in known}
+
+
+def found(names: Iterable[str], probe: str, say: Say, again: bool = False) -> dict[str, Verdict]:
+    """Verdicts by name, asking the machine about those that nobody has asked about yet. Nothing
+    where there is no Metal.
 
     Args:
+        probe: the module that is asked, as a program with names for arguments.
         say: told before it takes seconds.
         again: ask in any case.
     """
-    wanted = [shape for shape in dict.fromkeys(shapes) if products.possible(shape)]
+    wanted = list(dict.fromkeys(names))
     if not wanted or not metal():
         return {}
     facts = conditions()
-    known = {} if again else stored(facts)
-    missing = [shape for shape in wanted if shape not in known]
+    known = stored(facts)
+    missing = [name for name in wanted if again or name not in known]
     if missing:
         say("Trying kernels for few rows on this GPU (once, some seconds) ...")
-        known |= _asked(missing)
+        known |= _asked(missing, probe)
         _keep(facts, known)
-    return {shape: known[shape] for shape in wanted}
+    return {name: known[name] for name in wanted}
 
 
 def conditions() -> dict[str, str]:
@@ -127,17 +140,17 @@ def conditions() -> dict[str, str]:
         "architecture": str(info.get("architecture", "")),
         "macos": platform.mac_ver()[0],
         "mlx": version("mlx"),
-        "kernels": digest(products.FAST, products.EXACT),
+        "kernels": digest(products.FAST, products.EXACT, DELTA),
     }
 
 
-def stored(facts: Mapping[str, str]) -> dict[Shape, Verdict]:
+def stored(facts: Mapping[str, str]) -> dict[str, Verdict]:
     """What was kept under these conditions."""
-    found = {}
+    known = {}
     for name, content in json_or_nothing(_file(facts)).get("shapes", {}).items():
         with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
-            found[shape_of(name)] = Verdict.from_dict(content)
-    return found
+            known[name] = Verdict.from_dict(content)
+    return known
 
 
 def named(shape: Shape) -> str:
@@ -158,22 +171,23 @@ def _file(facts: Mapping[str, str]) -> Path:
     return cache_dir() / "costs" / f"kernels-{key}.json"
 
 
-def _keep(facts: Mapping[str, str], known: Mapping[Shape, Verdict]) -> None:
+def _keep(facts: Mapping[str, str], known: Mapping[str, Verdict]) -> None:
     """Without a place to keep it, it is asked the next time too."""
-    content = {named(shape): verdict.as_dict() for shape, verdict in known.items()}
+    content = {name: verdict.as_dict() for name, verdict in known.items()}
     with contextlib.suppress(OSError):
         file = _file(facts)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps({**facts, "shapes": content}, indent=1) + "\n")
 
 
-def _asked(shapes: Iterable[Shape]) -> dict[Shape, Verdict]:
-    """In a process of its own: what a GPU cannot stand ends that one. A line for each shape."""
-    listed = list(shapes)
-    command = [sys.executable, "-m", "mlx_redrafter.kernels.probe", *map(named, listed)]
-    lines, reason = "", "it ended early"
+def _asked(names: Sequence[str], probe: str) -> dict[str, Verdict]:
+    """In a process of its own: what a GPU cannot stand ends that one. A line for each name."""
+    lines, reason = "", ""
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        ran = subprocess.run(
+            [sys.executable, "-m", probe, *names],
+            capture_output=True, text=True, timeout=_SECONDS, check=False,
+        )  # fmt: skip
         lines = ran.stdout
         reason = f"it ended with {ran.returncode}: {' '.join(ran.stderr.split())[-200:]}"
     except subprocess.TimeoutExpired as error:
@@ -181,9 +195,9 @@ def _asked(shapes: Iterable[Shape]) -> dict[Shape, Verdict]:
         reason = f"it took more than {_SECONDS} s"
     except OSError as error:
         reason = str(error)
-    found = {}
+    known = {}
     for line in lines.splitlines():
         with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
             content = json.loads(line)
-            found[shape_of(content["shape"])] = Verdict.from_dict(content)
-    return {shape: found.get(shape, Verdict(error=reason)) for shape in listed}
+            known[content["name"]] = Verdict.from_dict(content)
+    return {name: known.get(name, Verdict(error=reason)) for name in names}

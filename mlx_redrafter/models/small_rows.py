@@ -13,6 +13,7 @@ from ..kernels import products, verdicts
 from ..kernels.products import Shape, Weights
 from ..kernels.source import Launch
 from ..kernels.verdicts import Verdict
+from .delta import DeltaNet
 
 # How many blocks attention is cut into beyond its first thousand slots; MLX chooses it by the rows.
 _BLOCKS = ("MLX_SDPA_BLOCKS", "128")
@@ -83,13 +84,15 @@ def switch_on(
         choice: `off`, `fast` or `exact`; None: as `verdicts.choice` says.
 
     Returns:
-        the layers that may take a kernel. Raises OptionError.
+        the quantised layers that may take a kernel. Raises OptionError.
     """
     choice = choice or verdicts.choice()
     if choice == "off" or not verdicts.metal():
         return []
     layers = [layer for layer in model.modules() if type(layer) in _OWN]
     found = verdicts.verdicts([shape_of(layer) for layer in layers if _affine(layer)], say)
+    for recurrent in (layer for layer in model.modules() if isinstance(layer, DeltaNet)):
+        recurrent.quicken(say)
     changed: list[Layer] = []
     for layer in layers:
         way = Way(choice == "exact", found.get(shape_of(layer), Verdict()))
@@ -109,8 +112,12 @@ def described(model: object) -> list[str]:
     """What is on, for what depends on it: a line for each kind of layer."""
     if not isinstance(model, nn.Module):
         return []
-    layers = [layer for layer in model.modules() if isinstance(layer, Layer)]
-    kinds = {f"{verdicts.named(shape_of(layer))} {_rows(layer.way)}" for layer in layers}
+    kinds = set()
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            kinds.add(f"{verdicts.named(shape_of(layer))} {_rows(layer.way)}")
+        elif isinstance(layer, DeltaNet) and layer.rule is not None:
+            kinds.add("delta")
     return sorted(kinds)
 
 
@@ -121,7 +128,7 @@ def shape_of(layer: nn.Module) -> Shape:
 
 
 def _multiplies(module: nn.Module) -> bool:
-    return "scales" in module or isinstance(module, nn.Linear)
+    return "scales" in module or isinstance(module, nn.Linear | DeltaNet)
 
 
 def _affine(layer: nn.Module) -> bool:

@@ -112,14 +112,14 @@ def test_what_kernels_were_found_good_for_is_shown(
     assert doctor.few_rows().detail == "not tried: no quantised model was loaded"
     shape = Shape(64, 96, 4, 32, mx.float16)
     found = verdicts.Verdict({5: 1.25, 8: 0.9}, Order(2, True), True)
-    monkeypatch.setattr(verdicts, "_asked", lambda shapes: dict.fromkeys(shapes, found))
+    monkeypatch.setattr(verdicts, "_asked", lambda names, _: dict.fromkeys(names, found))
     verdicts.verdicts([shape], lambda _: None)
     check = doctor.few_rows()
     assert check.mark == "ok" and check.detail == (
-        "fast; 64x96-4-32-float16: fast 5: x1.25, 8: x0.90; exact in MLX's order"
+        "fast; 64x96-4-32-float16: 5: x1.25, 8: x0.90, exact in MLX's order"
     )
     found = verdicts.Verdict(error="it took more than 300 s")
-    verdicts.verdicts([shape], lambda _: None, again=True)
+    verdicts.found([verdicts.named(shape)], verdicts.PROBE, lambda _: None, again=True)
     check = doctor.few_rows()
     assert check.mark == "warn" and "it took more" in check.detail
     monkeypatch.setenv(verdicts.VARIABLE, "off")

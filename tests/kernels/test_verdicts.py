@@ -26,7 +26,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
 
     def ran(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
         seen.append(command[3:])
-        known = {"shape": verdicts.named(SHAPE), **FOUND.as_dict()}
+        known = {"name": verdicts.named(SHAPE), **FOUND.as_dict()}
         lines = "a warning\n" + json.dumps(known) + "\n" if verdicts.named(SHAPE) in command else ""
         return subprocess.CompletedProcess(command, -6, lines, "command buffer\nerror")
 
@@ -48,7 +48,7 @@ def test_a_shape_is_asked_about_once(asked: list[list[str]]) -> None:
     assert asked[1:] == [["64x512-8-128-bfloat16"]]
     verdicts.verdicts([OTHER], said.append)
     assert len(asked) == 2, "what ended badly is not tried again"
-    verdicts.verdicts([SHAPE], said.append, again=True)
+    verdicts.found([verdicts.named(SHAPE)], verdicts.PROBE, said.append, again=True)
     assert len(asked) == 3
 
 

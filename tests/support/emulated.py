@@ -127,12 +127,12 @@ def written(launch: Launch, folder: Path) -> str:
 
 
 def _function(number: int, one: Instance, folder: Path) -> str:
-    lines = [f"static void kernel_{number}(void* given) {{", *one.constants]
+    lines = [f"static void kernel_{number}(void* job_) {{", *one.constants]
     for i, (name, kind) in enumerate(zip(one.kernel.inputs, one.inputs, strict=True)):
-        lines.append(f"  const auto {name} = emulated::input<{CPP[kind]}>(given, {i});")
-        lines.append(f"  const int* {name}_shape = emulated::shape(given, {i});")
+        lines.append(f"  const auto {name} = emulated::input<{CPP[kind]}>(job_, {i});")
+        lines.append(f"  const int* {name}_shape = emulated::shape(job_, {i});")
     for i, (name, kind) in enumerate(zip(one.kernel.outputs, one.outputs, strict=True)):
-        lines.append(f"  const auto {name} = emulated::output<{CPP[kind]}>(given, {i});")
+        lines.append(f"  const auto {name} = emulated::output<{CPP[kind]}>(job_, {i});")
     file = source.FOLDER / f"{one.kernel.name}.metal"
     if one.text is not None:
         file = folder / f"{one.name}.metal"
