@@ -78,7 +78,7 @@ def examined(name: str) -> Verdict:
         return Verdict(error=f"{name}: {' '.join(str(error).split())[:200]}")
 
 
-def _rows(heads: Heads, nodes: int) -> tuple[list[mx.array], Lineage]:
+def rows_of(heads: Heads, nodes: int) -> tuple[list[mx.array], Lineage]:
     """qk, v, gates, beta and state, for a tree of two branches."""
     qk = mx.random.normal((heads.keys, 2, nodes, heads.key_size))
     qk = qk * mx.rsqrt(mx.sum(qk * qk, axis=-1, keepdims=True))
@@ -93,7 +93,7 @@ def _rows(heads: Heads, nodes: int) -> tuple[list[mx.array], Lineage]:
 
 
 def _right(heads: Heads, nodes: int) -> bool:
-    rows, lineage = _rows(heads, nodes)
+    rows, lineage = rows_of(heads, nodes)
     pairs = zip(_flat(rule, rows, lineage), _flat(delta_rule, rows, lineage), strict=True)
     return all(
         bool(mx.all(mx.abs(one - other) <= NEAR * mx.max(mx.abs(other)) + 1e-6).item())
@@ -108,7 +108,7 @@ def _flat(function: Rule, rows: list[mx.array], lineage: Lineage) -> list[mx.arr
 
 def _gain(heads: Heads, nodes: int) -> float:
     """As the layers of a model do it: one after the other, each with a state of its own."""
-    rows, lineage = _rows(heads, nodes)
+    rows, lineage = rows_of(heads, nodes)
     states = [rows[4] + i for i in range(_LAYERS)]
     mx.eval(rows, states, lineage.ancestors)
 
