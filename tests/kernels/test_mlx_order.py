@@ -74,7 +74,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("once", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_bits_of_mlx(tmp_path: Path, once: bool) -> None:
     """With a compiler that joins no product with a sum, and with one that does."""
     if once and not any(line.startswith("flags") and " fma " in line for line in cpuinfo()):

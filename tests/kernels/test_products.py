@@ -48,6 +48,11 @@ FAST: dict[str, tuple[Callable[[str], str], str]] = {
     "columns left out": (replaced("< N) {", "< N - 1) {"), "never written"),
     "half of a matrix kept": (replaced("held[at + 1] = sums[t][u].y;", ""), "was never written"),
     "memory for more parts": (replaced("PARTS * COLUMNS * TILES * 64)", "12000)"), "too many"),
+    "sums begin with anything": (replaced("sums[t][u] = float2(0.0f, 0.0f);", ""), "values"),
+    "a word too many": (
+        replaced("packed[t][i] >> (4 * s + 16)", "packed[t][i + 1] >> (4 * s)"),
+        "the program ended",
+    ),
     "two rows swapped": (replaced("y[(m0 + row) * N", "y[(m0 + M - 1 - row) * N"), "values"),
     "a chunk left out": (replaced("k0 = part * CHUNK", "k0 = (part + 1) * CHUNK"), "values"),
 }
@@ -59,6 +64,8 @@ EXACT: dict[str, tuple[Callable[[str], str], str]] = {
     "some lanes leave": (
         replaced("const float sum = simd_sum", "if (lane > 7 && n0 > 0) return; const float sum = "
                  "simd_sum"), "not all threads"),
+    "inputs too many": (replaced("total += four.x", "given[EACH] = 0; total += four.x"),
+                        "the program ended"),
     "every lane writes": (replaced("if (lane == 0 && ", "if ("), "writes twice"),
 }  # fmt: skip
 

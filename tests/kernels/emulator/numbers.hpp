@@ -76,13 +76,20 @@ using float16_t = half;
 template <typename T, int N>
 struct vec;
 
+// An element by number; another than there are ends the program.
+template <int N, typename T>
+T& element(T* first, int i) {
+  if (i < 0 || i >= N) __builtin_trap();
+  return first[i];
+}
+
 template <typename T>
 struct vec<T, 2> {
   T x, y;
   vec() = default;
   vec(T x, T y) : x(x), y(y) {}
-  T& operator[](int i) { return (&x)[i]; }
-  const T& operator[](int i) const { return (&x)[i]; }
+  T& operator[](int i) { return element<2>(&x, i); }
+  const T& operator[](int i) const { return element<2>(&x, i); }
 };
 
 template <typename T>
@@ -95,8 +102,8 @@ struct vec<T, 4> {
   T x, y, z, w;
   vec() = default;
   vec(T x, T y, T z, T w) : x(x), y(y), z(z), w(w) {}
-  T& operator[](int i) { return (&x)[i]; }
-  const T& operator[](int i) const { return (&x)[i]; }
+  T& operator[](int i) { return element<4>(&x, i); }
+  const T& operator[](int i) const { return element<4>(&x, i); }
 };
 
 using float2 = vec<float, 2>;
