@@ -120,6 +120,7 @@ def load(
     name, dtype = arguments.name_or_folder("model", path_or_hf_repo), arguments.dtype(dtype)
     arguments.instance("revision", revision, str, "a branch, tag or commit as text")
     arguments.options("tokenizer_config", tokenizer_config)
+    arguments.instance("exact", exact, int, "True or False")
     packing = arguments.packing(kv_bits, kv_group_size)
     given = None if drafter is None else arguments.name_or_folder("drafter", drafter)
     user_path(given or "")  # what cannot be a path is said before the model is downloaded
