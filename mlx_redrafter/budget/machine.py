@@ -59,7 +59,8 @@ class Budget:
     @property
     def shapes(self) -> list[TreeShape]:
         """All that may be chosen for this model, plain decoding first."""
-        return yields.shapes(any(drafter.part == BEAMS for drafter in self.engine.drafters))
+        drafter = any(drafter.part == BEAMS for drafter in self.engine.drafters)
+        return (yields.chains if small_rows.exactly(self.target) else yields.shapes)(drafter)
 
     def policy(self, sampled: bool) -> Automatic:
         """The choice of shapes for one answer; measures the machine if nobody has yet.

@@ -121,6 +121,12 @@ def described(model: object) -> list[str]:
     return sorted(kinds)
 
 
+def exactly(model: object) -> bool:
+    """Do its layers take the exact kernels?"""
+    layers = model.modules() if isinstance(model, nn.Module) else []
+    return any(layer.way.exactly for layer in layers if isinstance(layer, Layer))
+
+
 def shape_of(layer: nn.Module) -> Shape:
     outputs, words = layer["weight"].shape
     inputs = words * 32 // layer.bits

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,12 +13,14 @@ import pytest
 from emulated import MISSING, Emulator, Instance, to_array
 from mlx.utils import tree_flatten
 
+from mlx_redrafter.budget.machine import Budget
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.kernels import products, verdicts
 from mlx_redrafter.kernels.products import Order, Shape
 from mlx_redrafter.kernels.source import Launch
 from mlx_redrafter.kernels.verdicts import Verdict
 from mlx_redrafter.models import small_rows
+from mlx_redrafter.tree.shape import BEAMS, TEXT, TreeShape
 
 GAINS = {5: 1.3, 6: 1.3, 8: 1.4, 9: 1.0, 12: 1.3, 16: 1.3}
 GOOD = Verdict(GAINS, Order(2, True), single=True)
@@ -106,6 +110,25 @@ def test_exact_takes_single_rows_where_their_bits_are_others(gpu: FakeGpu, singl
     assert model.four.way.takes(64) and not model.four.way.takes(65)
     assert {launch.constants["ROWS"] for launch in gpu.launches} >= {2, 4, 8}
     assert said == ["2 layers have no exact kernel: where two tokens are near, drafts may decide"]
+
+
+@pytest.mark.parametrize(("choice", "exactly"), [("exact", True), ("fast", False)])
+def test_exact_drafts_chains(gpu: FakeGpu, choice: str, exactly: bool) -> None:
+    """Nodes of a tree lie in other slots than plain steps: attention would add in another order."""
+    model = Layers()
+    small_rows.switch_on(model, SILENT, choice)
+    assert small_rows.exactly(model) == exactly and not small_rows.exactly(object())
+    for part in (BEAMS, TEXT):
+        engine: Any = SimpleNamespace(drafters=[SimpleNamespace(part=part)])
+        target: Any = model
+        shapes = Budget(engine, target, Path()).shapes
+        assert shapes[0] == TreeShape.plain()
+        assert max(shape.nodes for shape in shapes) == (8 if exactly or part == TEXT else 16)
+        assert max(shape.lookup for shape in shapes) == 7
+        chains = all(shape.one_path for shape in shapes)
+        assert chains == (exactly or part == TEXT)
+        deepest = 0 if part == TEXT else 4 if exactly else 5
+        assert max(shape.depth for shape in shapes) == deepest
 
 
 def test_off_and_a_cpu_change_nothing(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
