@@ -12,8 +12,11 @@ import pytest
 from emulated import written
 from kernel_cases import Product, product
 
-from mlx_redrafter.kernels import probe, products
+from mlx_redrafter.kernels import probe, products, source
+from mlx_redrafter.kernels.delta import delta
 from mlx_redrafter.kernels.products import Order, Shape
+from mlx_redrafter.kernels.source import Launch
+from mlx_redrafter.models import delta_kernel
 
 ORDERS = [Order(packs, once) for packs in (1, 2) for once in (True, False)]
 PREAMBLE = """#include <metal_stdlib>
@@ -86,20 +89,44 @@ def test_what_mlx_writes_around_a_text(exactly: bool, tmp_path: Path) -> None:
 
 
 @metal
+@on_gpu
+def test_the_delta_rule() -> None:
+    found = delta_kernel.examined("delta-2-4-128-64")
+    print(found.text())
+    assert found.error == "" and found.gains
+
+
+def launches() -> list[Launch]:
+    """Of every kernel and kind of it."""
+    found = []
+    for i, case in enumerate(cases()):
+        found.append(products.fast(case.x, case.weights, case.bits))
+        found.append(products.exact(case.x, case.weights, case.bits, ORDERS[i % 4]))
+    for size in (64, 128):
+        rows, lineage = delta_kernel.rows_of(delta_kernel.Heads(2, 4, size, 64), 8)
+        qk, v, gates, beta, state = rows
+        found.append(delta(qk, v, gates, beta, lineage.ancestors, state))
+    return found
+
+
+@metal
 @pytest.mark.skipif(shutil.which("xcrun") is None, reason="needs Apple's compiler")
 def test_the_compiler_takes_them(tmp_path: Path) -> None:
     if subprocess.run(["xcrun", "-f", "metal"], capture_output=True, check=False).returncode:
         pytest.skip("this Xcode comes without its Metal toolchain")
-    for i, case in enumerate(cases()):
-        for launch in (
-            products.fast(case.x, case.weights, case.bits),
-            products.exact(case.x, case.weights, case.bits, ORDERS[i % 4]),
-        ):
-            file = tmp_path / f"{launch.kernel.name}-{i}.metal"
-            file.write_text(PREAMBLE + written(launch, tmp_path))
-            command = ["xcrun", "-sdk", "macosx", "metal", "-std=metal3.1", "-Wall", "-c"]
-            made = subprocess.run(
-                [*command, str(file), "-o", str(file.with_suffix(".air"))],
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            assert made.returncode == 0, made.stderr[:3000]
+    for i, launch in enumerate(launches()):
+        file = tmp_path / f"{launch.kernel.name}-{i}.metal"
+        file.write_text(PREAMBLE + written(launch, tmp_path))
+        command = ["xcrun", "-sdk", "macosx", "metal", "-std=metal3.1", "-fno-fast-math", "-c"]
+        made = subprocess.run(
+            [*command, str(file), "-o", str(file.with_suffix(".air"))],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert made.returncode == 0, made.stderr[:3000]
+
+
+def test_there_are_launches_of_every_text(tmp_path: Path) -> None:
+    every = {file.stem for file in source.FOLDER.glob("*.metal")}
+    listed = launches()
+    assert {launch.kernel.name for launch in listed} == every
+    assert "[[kernel]]" in written(listed[-1], tmp_path)
