@@ -76,7 +76,7 @@ SparseMinContext = Annotated[
 ]
 SparseTau = Annotated[
     float,
-    typer.Option(rich_help_panel=PROMPT, help="Share of the attention that xattention keeps."),
+    typer.Option(rich_help_panel=PROMPT, help="Share of attention xattention keeps."),
 ]
 Context = Annotated[
     int, typer.Option(rich_help_panel=SAMPLING, help="How many of the last tokens to consider.")
@@ -223,7 +223,7 @@ class DecodeOptions:
         int | None,
         typer.Option(
             rich_help_panel=DRAFTING,
-            help="Tokens checked in one pass, including the one already decided.",
+            help="Tokens checked in one pass, the root too.",
         ),
     ] = None
     lookup: Annotated[
