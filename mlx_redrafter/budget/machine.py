@@ -180,7 +180,7 @@ class Budget:
             "model": _digest(self.folder / "config.json"),
             "caches": hashlib.sha256(repr(list(self.target.caches)).encode()).hexdigest()[:16],
             "drafter": _digest(drafter / "config.json") if drafter else None,
-            "kernels": small_rows.described(self.target),
+            "kernels": small_rows.described(self.target) or None,
         }
 
 

@@ -14,10 +14,15 @@ from kernel_cases import Product, product, same, whole
 
 from mlx_redrafter.kernels import products
 from mlx_redrafter.kernels.products import Order
-from mlx_redrafter.kernels.source import Launch
+from mlx_redrafter.kernels.source import Kernel, Launch
 
 pytestmark = pytest.mark.skipif(MISSING, reason="needs Linux and g++")
 ORDER = Order(2, True)
+ROUND = Kernel("round", ("x",), ("y",))
+ROUND_TEXT = """
+const int i = int(threadgroup_position_in_grid.x) * 32 + int(thread_index_in_simdgroup);
+y[i] = T(x[i]);
+"""
 SAMPLE = [
     product(5, 288, 40, 4, 32, mx.float16),
     product(8, 640, 31, 4, 64, mx.bfloat16),
@@ -79,6 +84,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     fast, exact = products.FAST.text, products.EXACT.text
     instances += [Instance.of(first.fast(), change(fast)) for change, _ in FAST.values()]
     instances += [Instance.of(first.exact(ORDER), change(exact)) for change, _ in EXACT.values()]
+    instances += [Instance.of(rounded(dtype), ROUND_TEXT) for dtype in (mx.float16, mx.bfloat16)]
     return Emulator(tmp_path_factory.mktemp("emulator"), instances)
 
 
@@ -137,13 +143,28 @@ def test_too_many_threads_are_caught(emulator: Emulator) -> None:
     assert "512 threads of a group" in emulator.run([many])[0].error
 
 
-def test_the_emulator_rounds_as_mlx_does(emulator: Emulator) -> None:
-    """One input, one weight of 1: outputs are what float32 sums round to."""
-    case = SAMPLE[1]
-    found = emulator.run([case.fast()])[0].outputs[0]
-    right = mx.array(case.right().astype(np.float32)).astype(mx.bfloat16)
-    wide = np.array(right.astype(mx.float32))
-    assert np.mean(values(found, mx.bfloat16) == wide) > 0.98
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["half", "bfloat"])
+def test_the_emulator_rounds_as_mlx_does(emulator: Emulator, dtype: mx.Dtype) -> None:
+    """Every number of 16 bits, what lies between two, and any bits of a float32."""
+    launch = rounded(dtype)
+    error, (found,) = emulator.run([launch], 1, [ROUND_TEXT])[0]
+    assert error == "ok"
+    right = launch.inputs[0].astype(dtype).astype(mx.float32)
+    np.testing.assert_array_equal(values(found, dtype), np.array(right))
+
+
+def rounded(dtype: mx.Dtype) -> Launch:
+    """float32 -> 16 bits, of the numbers that are hard."""
+    whole = mx.arange(2**16).astype(mx.uint16).view(dtype).astype(mx.float32)
+    finite = np.sort(np.array(whole)[np.isfinite(np.array(whole))])
+    between = (finite[1:].astype(np.float64) + finite[:-1]) / 2
+    rng = np.random.default_rng(0)
+    anything = rng.integers(0, 2**32, 20_000, np.uint32).view(np.float32)
+    given = np.concatenate([np.array(whole), between.astype(np.float32), anything])
+    x = mx.array(given[: given.size // 32 * 32])
+    size = (x.size,)
+    grid = (x.size, 1, 1)
+    return Launch(ROUND, [x], {"T": dtype}, grid, (32, 1, 1), [size], [dtype])
 
 
 @pytest.mark.slow
