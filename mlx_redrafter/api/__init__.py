@@ -28,11 +28,13 @@ from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.drafters.lookup import Lookup
 from mlx_redrafter.drafters.model import DraftModel
 from mlx_redrafter.hub import find_drafter, resolve
-from mlx_redrafter.models import Loaded, load_model
+from mlx_redrafter.kernels import verdicts
+from mlx_redrafter.models import Decoder, Loaded, load_model, small_rows
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import Progress
 from mlx_redrafter.runtime import blas, checks, threads
 from mlx_redrafter.runtime.paths import BUILTIN, user_path
+from mlx_redrafter.terminal import console
 from mlx_redrafter.text.answer import Answer, GenerationResponse
 from mlx_redrafter.text.tokenizer import check_same, load_tokenizer
 from mlx_redrafter.tree.shape import TreeShape
@@ -88,6 +90,7 @@ def load(
     tokenizer_config: dict[str, Any] | None = None,
     kv_bits: int | None = None,
     kv_group_size: int = GROUP,
+    exact: bool = False,
     **other: Any,
 ) -> tuple[Model, TokenizerWrapper]:
     """Load a model, its tokenizer and its drafter.
@@ -102,6 +105,8 @@ def load(
         kv_bits: keep keys and values in 8 or 4 bits, from the first token on (mlx_lm's
             ``quantized_kv_start`` is 0 here); None: as they are computed.
         kv_group_size: how many of their numbers share a scale: 32, 64 or 128.
+        exact: on Metal, multiply few rows in the order of a single one, so that the text of a
+            drafted chain is plain text in 4 and 8 bits too; slower. On a CPU it is in any case.
 
     A model that one thread has loaded may be used in another. Options of mlx_lm's ``load`` that
     say nothing (None, False) are let through.
@@ -110,10 +115,12 @@ def load(
         HubError, ModelError, DrafterError, OptionError: with what was given and what is needed.
     """
     blas.status()  # an unknown choice is said before anything is downloaded
+    verdicts.choice()
     arguments.refuse(other, load)
     name, dtype = arguments.name_or_folder("model", path_or_hf_repo), arguments.dtype(dtype)
     arguments.instance("revision", revision, str, "a branch, tag or commit as text")
     arguments.options("tokenizer_config", tokenizer_config)
+    arguments.instance("exact", exact, int, "True or False")
     packing = arguments.packing(kv_bits, kv_group_size)
     given = None if drafter is None else arguments.name_or_folder("drafter", drafter)
     user_path(given or "")  # what cannot be a path is said before the model is downloaded
@@ -126,6 +133,8 @@ def load(
     else:
         drafter_folder = resolve(given) if given is not None else None
     target = load_model(folder, dtype)
+    if isinstance(target, Decoder):
+        small_rows.switch_on(target, console.note, "exact" if exact else None)
     if packing is not None:
         target.pack(packing)
     loaded = load_drafter(drafter_folder, target) if drafter_folder is not None else None

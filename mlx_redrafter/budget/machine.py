@@ -25,7 +25,7 @@ from mlx_redrafter.budget.company import Company, Ratios, new_ratios
 from mlx_redrafter.budget.costs import NEAR, Costs, measure
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.errors import HubError
-from mlx_redrafter.models import Target
+from mlx_redrafter.models import Target, small_rows
 from mlx_redrafter.prefill.reading import USUAL
 from mlx_redrafter.runtime import blas
 from mlx_redrafter.runtime.paths import ASSETS, cache_dir
@@ -59,7 +59,8 @@ class Budget:
     @property
     def shapes(self) -> list[TreeShape]:
         """All that may be chosen for this model, plain decoding first."""
-        return yields.shapes(any(drafter.part == BEAMS for drafter in self.engine.drafters))
+        drafter = any(drafter.part == BEAMS for drafter in self.engine.drafters)
+        return (yields.chains if small_rows.exactly(self.target) else yields.shapes)(drafter)
 
     def policy(self, sampled: bool) -> Automatic:
         """The choice of shapes for one answer; measures the machine if nobody has yet.
@@ -179,6 +180,7 @@ class Budget:
             "model": _digest(self.folder / "config.json"),
             "caches": hashlib.sha256(repr(list(self.target.caches)).encode()).hexdigest()[:16],
             "drafter": _digest(drafter / "config.json") if drafter else None,
+            "kernels": small_rows.described(self.target) or None,
         }
 
 

@@ -62,6 +62,13 @@ def shapes(drafter: bool) -> list[TreeShape]:
     return found
 
 
+def chains(drafter: bool, most: int = 8) -> list[TreeShape]:
+    """Those of one path and so many nodes: where the order of rows must be that of plain steps."""
+    found = [shape for shape in shapes(False) if shape.nodes <= most]
+    depths = [depth for width, depth in BEAMS if width == 1 and depth < most]
+    return found + [TreeShape.chain(depth) for depth in depths if drafter]
+
+
 def save(file: Path, table: Yields) -> None:
     file.write_text(json.dumps(table.as_dict(), indent=1, sort_keys=True) + "\n")
 

@@ -42,6 +42,7 @@ TINY: dict[str, Any] = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
+FEW_ROWS = "few-row products"
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
@@ -128,6 +129,7 @@ def _all(given: tuple[Model, Any] | None) -> Iterator[Check]:
         yield guarded("verify, tiny model", lambda: _tiny_check(Path(folder)))
     yield guarded("attention", attention)
     yield from _of_model(given, facts["memory_gb"])
+    yield guarded(FEW_ROWS, few_rows)
 
 
 def _of_model(given: tuple[Model, Any] | None, memory_gb: float) -> Iterator[Check]:
@@ -225,6 +227,25 @@ def attention() -> Check:
     }
     text = "; ".join(f"{label}: {_runs(path)}" for label, path in paths.items())
     return Check("attention", "ok", text, {"paths": paths})
+
+
+def few_rows() -> Check:
+    """What this GPU said of the kernels for few rows: how many times faster than MLX's own way they
+    are with how many rows, by weights (outputs x inputs - bits - group - type)."""
+    from mlx_redrafter.kernels import verdicts
+
+    if not verdicts.metal():
+        return Check(FEW_ROWS, "ok", "MLX's own (no Metal)", {"shapes": {}})
+    if (choice := verdicts.choice()) == "off":
+        return Check(FEW_ROWS, "ok", f"MLX's own ({verdicts.VARIABLE}=off)", {"shapes": {}})
+    found = verdicts.stored(verdicts.conditions())
+    if not found:
+        return Check(FEW_ROWS, "ok", "not tried: no quantised model was loaded", {"shapes": {}})
+    text = "; ".join(f"{name}: {verdict.text()}" for name, verdict in found.items())
+    known = {name: verdict.as_dict() for name, verdict in found.items()}
+    failed = any(verdict.error for verdict in found.values())
+    data = {"choice": choice, "shapes": known}
+    return Check(FEW_ROWS, "warn" if failed else "ok", f"{choice}; {text}", data)
 
 
 def attention_path(nodes: int, heads: int, kv_heads: int, head_dim: int) -> str:

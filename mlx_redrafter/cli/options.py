@@ -76,7 +76,7 @@ SparseMinContext = Annotated[
 ]
 SparseTau = Annotated[
     float,
-    typer.Option(rich_help_panel=PROMPT, help="Share of the attention that xattention keeps."),
+    typer.Option(rich_help_panel=PROMPT, help="Share of attention xattention keeps."),
 ]
 Context = Annotated[
     int, typer.Option(rich_help_panel=SAMPLING, help="How many of the last tokens to consider.")
@@ -89,6 +89,9 @@ KVBits = Annotated[
     ),
 ]
 KVGroupSize = Annotated[int, typer.Option(help="Numbers to a scale: 32, 64 or 128.")]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Drafts change no bit on Metal either; slower.")
+]
 
 
 def penalty(text: str) -> Any:
@@ -112,6 +115,7 @@ class ModelOptions:
 
     kv_bits: KVBits = None
     kv_group_size: KVGroupSize = 64
+    exact: Exact = False
 
     def load(self, tree: TreeShape | None = None) -> tuple[Any, Any]:
         """(model, tokenizer) of `mlx_redrafter.load`; raises its errors.
@@ -123,7 +127,7 @@ class ModelOptions:
         drafter = None if self.no_draft else self.drafter
         model, tokenizer = load(
             self.model, drafter, revision=self.revision,
-            kv_bits=self.kv_bits, kv_group_size=self.kv_group_size,
+            kv_bits=self.kv_bits, kv_group_size=self.kv_group_size, exact=self.exact,
         )  # fmt: skip
         model.engine.say = console.note
         if drafter is not None and tree is None:
@@ -167,7 +171,7 @@ class DecodeOptions:
     ] = 0
     top_p: Annotated[
         float,
-        typer.Option(rich_help_panel=SAMPLING, help="Keep the likeliest up to this share; 0: off."),
+        typer.Option(rich_help_panel=SAMPLING, help="Keep the likeliest up to a share; 0: off."),
     ] = 0.0
     top_k: Annotated[
         int,
@@ -219,7 +223,7 @@ class DecodeOptions:
         int | None,
         typer.Option(
             rich_help_panel=DRAFTING,
-            help="Tokens checked in one pass, including the one already decided.",
+            help="Tokens checked in one pass, the root too.",
         ),
     ] = None
     lookup: Annotated[

@@ -18,7 +18,7 @@ from mlx_redrafter.cache.layer import LayerCache
 from mlx_redrafter.cache.recurrent import LastRows, State, Tape, TapedState
 
 from ..runtime.device import fused_kernels
-from . import forms
+from . import delta_kernel, forms
 from .config import DecoderConfig
 from .fuse import fuse
 from .layers import LayerPass
@@ -54,6 +54,7 @@ class DeltaNet(nn.Module):
         assert delta is not None, "a recurrent layer has a configuration"
         self._delta = delta
         self._closed = _closed(config)
+        self.rule: forms.Rule | None = None  # another than the forms' own
         sizes = (delta.channels, delta.values, delta.value_heads, delta.value_heads)
         self._sizes = dict(zip(_PARTS, sizes, strict=True))
         for name, size in self._sizes.items():
@@ -63,6 +64,14 @@ class DeltaNet(nn.Module):
         self.A_log = mx.zeros((delta.value_heads,))
         self.norm = nn.RMSNorm(delta.value_size, config.norm_eps)
         self.out_proj = nn.Linear(delta.values, config.hidden_size, bias=False)
+
+    def quicken(self, say: Callable[[str], None]) -> bool:
+        """Take the kernel for a tree, if this machine was found to do well with it."""
+        delta = self._delta
+        sizes = (delta.key_heads, delta.value_heads, delta.key_size, delta.value_size)
+        if self._closed and delta_kernel.pays(delta_kernel.Heads(*sizes), say):
+            self.rule = delta_kernel.rule
+        return self.rule is not None
 
     def fuse(self) -> None:
         """Join all projections, or where they are stored otherwise the large and the small ones."""
@@ -106,7 +115,7 @@ class DeltaNet(nn.Module):
         rates, scale = (self.A_log, self.dt_bias), delta.key_size**-0.5
         if lineage is not None and self._closed:
             inputs = (qk.squeeze(0), v.squeeze(0), a.squeeze(0), b.squeeze(0))
-            out, left = forms.closed_delta(inputs, rates, state, lineage, scale)
+            out, left = forms.closed_delta(inputs, rates, state, lineage, scale, self.rule)
             out = out[None].astype(mixed.dtype)
         else:
             q, k = (part.squeeze(2) for part in mx.split(qk, 2, axis=2))

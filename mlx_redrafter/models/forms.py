@@ -20,6 +20,8 @@ import mlx.nn as nn
 from mlx_redrafter.cache.lineage import Lineage
 from mlx_redrafter.cache.recurrent import Tape
 
+Rule = Callable[..., tuple[mx.array, Tape]]
+
 
 class Walk:
     """The states of a tree's nodes, each made from its parent's.
@@ -104,6 +106,7 @@ def closed_delta(
     state: mx.array,
     lineage: Lineage,
     scale: float = 1.0,
+    rule: Rule | None = None,
     **options: Any,
 ) -> tuple[mx.array, Tape]:
     """`gated_delta` over a tree in closed form: outputs (N, H, Dv), tape.
@@ -111,6 +114,7 @@ def closed_delta(
     Args:
         rows: queries and keys as one, (N, 2, Hk, Dk), v, a and b (N, ...).
         scale: queries are still to be multiplied by its square, and keys by it.
+        rule: what computes it in place of `delta_rule`.
     """
     qk, v, a, b = rows
     beta = mx.sigmoid(b) * (2.0 if options.get("allow_neg_eigval") else 1.0)
@@ -118,7 +122,7 @@ def closed_delta(
     scales = mx.array([scale**2, scale])[:, None, None]
     # (Hk, 2, N, Dk): in this order by the same kernel.
     qk = qk.transpose(2, 1, 0, 3).astype(mx.float32) * scales
-    return delta_rule(qk, v, gates, beta, state, lineage)
+    return (rule or delta_rule)(qk, v, gates, beta, state, lineage)
 
 
 def _log_gates(A_log: mx.array, dt_bias: mx.array, a: mx.array, lower: float | None) -> mx.array:

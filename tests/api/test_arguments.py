@@ -21,7 +21,7 @@ from mlx_redrafter.cache.packed import PackedSlab
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.models import Decoder, load_model, small_rows
 from mlx_redrafter.tree.shape import TreeShape
 
 IDS = [256, *b"once"]
@@ -290,6 +290,7 @@ def test_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (".", {"draftr": "x"}, "there is no option draftr: did you mean drafter=?"),
         (".", {"temp": 0.5}, "there is no option temp: give it to generate()"),
         (".", {"kv_bits": 5}, "kv_bits 5 is not possible: use 8 or 4"),
+        (".", {"exact": "no"}, "exact 'no' is not possible: give True or False"),
         (".", {"kv_group_size": 16}, "kv_group_size 16 is not possible: use 32, 64 or 128"),
     ],
     ids=str,
@@ -314,6 +315,20 @@ def test_load_for_quantised_keys_and_values(
     with pytest.raises(OptionError, match="the session belongs to another model"):
         generate(*load(given, None), "da da", session=session)
     assert pair[0].budget.conditions() != load(given, None)[0].budget.conditions()
+
+
+@pytest.mark.parametrize(("exact", "choice"), [(True, "exact"), (False, None)])
+def test_load_says_which_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool, choice: str | None
+) -> None:
+    asked = []
+    monkeypatch.setattr(small_rows, "switch_on", lambda model, say, by: asked.append((model, by)))
+    monkeypatch.setattr(api, "_compiler_present", lambda: False)
+    loaded, _ = load(write_chat_model(tmp_path), None, exact=exact)
+    assert asked == [(loaded.target, choice)]
+    monkeypatch.setenv("MLX_REDRAFTER_KERNEL", "quick")
+    with pytest.raises(OptionError, match="MLX_REDRAFTER_KERNEL=quick is not possible"):
+        load("nowhere/at-all", exact=exact)
 
 
 def test_verbose_is_a_switch(model: Model) -> None:

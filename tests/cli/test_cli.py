@@ -65,7 +65,7 @@ def test_generate_prints_the_text_alone_and_statistics_on_stderr(
     assert (result.exit_code, result.stdout, result.stderr) == (0, "Paris.\n", SUMMARY)
     assert model.prompts == [ASKED]
     assert options_of(model.calls[0]) == DEFAULTS
-    usual = {"revision": None, "kv_bits": None, "kv_group_size": 64}
+    usual = {"revision": None, "kv_bits": None, "kv_group_size": 64, "exact": False}
     assert model.loaded == [("smollm2-135m", "auto", usual)]
 
 
@@ -144,11 +144,11 @@ def test_every_option_reaches_the_generation(runner: CliRunner, model: FakeModel
         " --stop FIN --system-prompt Hi --beam-width 4 --beam-length 5 --nodes 16"
         " --lookup 3 --prefill-step-size 64 --sparse-prefill xattention"
         " --sparse-prefill-min-context 4096 --sparse-prefill-tau 0.8 --kv-bits 8 --kv-group-size 32"
-        " Capital?"
+        " --exact Capital?"
     )
     result = runner.invoke(cli.app, line.split())
     assert result.exit_code == 0, result.output
-    asked = {"revision": "main", "kv_bits": 8, "kv_group_size": 32}
+    asked = {"revision": "main", "kv_bits": 8, "kv_group_size": 32, "exact": True}
     assert model.loaded == [("org/name", "beside", asked)]
     assert model.prompts == ["[system]Hi[user]Capital?[assistant]"]
     assert options_of(model.calls[0]) == {

@@ -22,6 +22,8 @@ from mlx_redrafter.cli import doctor, info
 from mlx_redrafter.cli import main as cli
 from mlx_redrafter.evaluation import model_checks
 from mlx_redrafter.evaluation.model_checks import Check, Difference
+from mlx_redrafter.kernels import verdicts
+from mlx_redrafter.kernels.products import Order, Shape
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.runtime import blas
 from mlx_redrafter.terminal import console
@@ -86,8 +88,9 @@ def test_doctor_reports_and_its_exit_code_is_that_of_the_worst(
         "attention",
         "verify, built-in",
         "KV cache",
+        "few-row products",
     ]
-    assert all("not in the cache" in check["detail"] for check in report["checks"][-2:])
+    assert all("not in the cache" in check["detail"] for check in report["checks"][-3:-1])
 
     def broken() -> Check:
         raise RuntimeError("kernel\nlost")
@@ -96,6 +99,31 @@ def test_doctor_reports_and_its_exit_code_is_that_of_the_worst(
     result = CliRunner().invoke(cli.app, ["doctor"])
     assert result.exit_code == 1
     assert "fail attention           RuntimeError: kernel lost" in result.stdout.splitlines()
+
+
+def test_what_kernels_were_found_good_for_is_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLX_REDRAFTER_CACHE", str(tmp_path))
+    monkeypatch.delenv(verdicts.VARIABLE, raising=False)
+    assert doctor.few_rows().detail == "MLX's own (no Metal)" or mx.metal.is_available()
+    monkeypatch.setattr(verdicts, "metal", lambda: True)
+    monkeypatch.setattr(verdicts, "conditions", dict)
+    assert doctor.few_rows().detail == "not tried: no quantised model was loaded"
+    shape = Shape(64, 96, 4, 32, mx.float16)
+    found = verdicts.Verdict({5: 1.25, 8: 0.9}, Order(2, True), True)
+    monkeypatch.setattr(verdicts, "_asked", lambda names, _: dict.fromkeys(names, found))
+    verdicts.verdicts([shape], lambda _: None)
+    check = doctor.few_rows()
+    assert check.mark == "ok" and check.detail == (
+        "fast; 64x96-4-32-float16: 5: x1.25, 8: x0.90, exact in MLX's order"
+    )
+    found = verdicts.Verdict(error="it took more than 300 s")
+    verdicts.found([verdicts.named(shape)], verdicts.PROBE, lambda _: None, again=True)
+    check = doctor.few_rows()
+    assert check.mark == "warn" and "it took more" in check.detail
+    monkeypatch.setenv(verdicts.VARIABLE, "off")
+    assert doctor.few_rows().detail == "MLX's own (MLX_REDRAFTER_KERNEL=off)"
 
 
 def run_doctor(*options: object) -> tuple[int, dict[str, dict[str, Any]]]:

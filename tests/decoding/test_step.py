@@ -184,7 +184,8 @@ def test_no_vocabulary_wide_sort(wide: tuple[Decoder, ReDrafter], shape: TreeSha
 
 
 def test_no_metal_only_call() -> None:
-    """Metal-only entry points appear nowhere; asking whether Metal is there is allowed."""
+    """Metal-only entry points appear in the one file that has kernels; asking whether Metal is
+    there is allowed."""
     package = Path(mlx_redrafter.__file__).parent
     forbidden = {"metal_kernel", "start_capture", "stop_capture"}
     seen = set()
@@ -192,5 +193,6 @@ def test_no_metal_only_call() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
                 seen.add(node.attr)
-                assert node.attr not in forbidden, f"{file}: {node.attr}"
+                ours = file == package / "kernels" / "source.py" and node.attr == "metal_kernel"
+                assert node.attr not in forbidden or ours, f"{file}: {node.attr}"
     assert "is_available" in seen

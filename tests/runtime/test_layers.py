@@ -22,7 +22,7 @@ LAYERS = [
     {"errors", "stats"},
     {"runtime"},
     {"terminal"},
-    {"tree", "cache"},
+    {"tree", "cache", "kernels"},
     {"models"},
     {"drafters", "prefill"},
     {"text"},
