@@ -12,12 +12,13 @@ import mlx.core as mx
 from mlx_redrafter.cache.layer import Kept, LayerCache, capacity_of, grown
 from mlx_redrafter.cache.session import UNKNOWN
 from mlx_redrafter.cache.slabs import capacity_for
+from mlx_redrafter.decoding.grammar import MOST_FORCED, Again, Chosen, Held
 from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.decoding.request import Request
-from mlx_redrafter.decoding.step import State, StepSpec, nothing_pending
+from mlx_redrafter.decoding.step import State, StepSpec, nothing_pending, waits
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.models import Target
-from mlx_redrafter.tree.nodes import END
+from mlx_redrafter.tree.nodes import END, DraftTree
 from mlx_redrafter.tree.shape import TreeShape
 
 _PATIENCE = 32  # steps that keep the rows of drafters whom nobody asks
@@ -48,13 +49,21 @@ class Runner(Protocol):
         """The drafters: all, or those that keep no rows."""
         ...
 
+    def again(self, spec: StepSpec) -> Again:
+        """What makes a choice of such a step again."""
+        ...
+
 
 class InFlight(NamedTuple):
     """A step that was started; counted: behind its text stands a number of experts."""
 
-    shape: TreeShape
+    spec: StepSpec
     text: mx.array
     counted: bool
+
+    @property
+    def shape(self) -> TreeShape:
+        return self.spec.shape
 
 
 class Answering:
@@ -71,6 +80,7 @@ class Answering:
     """
 
     state: State
+    held: Held  # of a step whose choices can be made again, the one in flight
 
     def __init__(
         self, engine: Runner, request: Request, policy: Policy, room: int, awake: bool
@@ -79,17 +89,24 @@ class Answering:
         self.awake, self.unasked = awake, 0
         self.asleep: list[Kept] = []  # caches of drafters that do not take part
         self.covered: int | None = None  # tokens that these have rows of
-        self.arrays = request.sampling.arrays(engine.target.config.vocab_size)
+        self.sampling = request.sampling.arrays(engine.target.config.vocab_size)
+        self.arrays = self.sampling  # of the next step
         self.known = list(request.prompt)
         # As letters, behind the first root: an answer goes on with it from a token that is there.
         self.prediction = "".join(map(chr, [*request.prompt[-1:], *request.prediction]))
         self.final = len(self.known) + room
         self.longest = max(shape.longest for shape in policy.shapes) + 1  # tokens of a step
         self.widest = max(shape.nodes for shape in policy.shapes)
+        self.place = request.grammar.begin() if request.grammar is not None else None
+        self.forced: list[int] = []  # what certainly follows
+        if self.place is not None:
+            self.longest = max(self.longest, MOST_FORCED + 1)
+            self.widest = max(self.widest, MOST_FORCED + 1)
+            self.forced = self.place.forced(MOST_FORCED)
         self.in_flight: deque[InFlight] = deque()
         # Tokens whose rows are in the slabs where they belong, and those that are committed.
         self.in_place = self.stand = len(self.known) - 1
-        self.done = False
+        self.done = self.ended = False  # ended: by its grammar
         self._mark = self._read = 0.0
         self._traces = 0
 
@@ -103,8 +120,8 @@ class Answering:
 
     @property
     def goes_on(self) -> bool:
-        """Will there be a step behind the one in flight?"""
-        return len(self.known) + 1 < self.final
+        """Will there be a step behind the one in flight, whatever comes of that?"""
+        return self.place is None and len(self.known) + 1 < self.final
 
     @property
     def needed(self) -> int:
@@ -114,7 +131,9 @@ class Answering:
 
     def prepare(self) -> StepSpec:
         """The bucket of the next step, for which the state has room afterwards."""
-        shape, stacked = self._shape(), not self.state.caches
+        given = [token for token in self.forced if self.place and token != self.place.end]
+        shape, stacked = _row_of(len(given)) if given else self._shape(), not self.state.caches
+        self.arrays = {**self.sampling, "given": mx.array(given)} if given else self.sampling
         self._grow(self.needed)
         pending = self.state.pending
         if not pending and len(self.policy.shapes) == 1 and not stacked:
@@ -122,15 +141,20 @@ class Answering:
             self.state = self.state._replace(pending=pending)
         waiting = pending[1].shape[0] if pending else 0
         sampling = self.request.sampling
-        return StepSpec(shape, sampling.features, sampling.windows, waiting, self.awake)
+        return StepSpec(
+            shape, sampling.features, sampling.windows, waiting, self.awake,
+            held=self.place is not None, given=bool(given),
+        )  # fmt: skip
 
     def launched(self, spec: StepSpec, text: mx.array, state: State, counted: bool = False) -> None:
         """A step of the prepared bucket was started. counted: behind the text of one that drafts
         stands how many experts its nodes chose."""
-        if self.in_flight:
-            self.stand = UNKNOWN
-        self.state = state
-        self.in_flight.append(InFlight(spec.shape, text, counted and spec.shape.drafts))
+        self.stand = UNKNOWN if self.in_flight else len(self.known) - 1
+        if state.held:
+            held = Held(*state.held)
+            self.held = held._replace(tree=DraftTree(*held.tree))
+        self.state = state._replace(held=())
+        self.in_flight.append(InFlight(spec, text, counted and spec.shape.drafts))
 
     def read(self, alone: bool = True) -> list[int]:
         """Wait for the oldest step: its tokens, accepted drafts and the bonus.
@@ -138,33 +162,79 @@ class Answering:
         Args:
             alone: nothing else ran with it, so that its time tells what such a step takes.
         """
-        shape, text, counted = self.in_flight.popleft()
+        spec, text, counted = self.in_flight.popleft()
         request, known, ahead = self.request, self.known, bool(self.in_flight)
-        stats = request.stats
+        stats, shape = request.stats, spec.shape
         numbers = cast(list[int], text.tolist())
         experts = numbers.pop() if counted else self.engine.target.routes
-        tokens = [t for t in numbers[1:] if t != END]
+        tokens, closing, redone = [t for t in numbers[1:] if t != END], list[int](), False
+        if self.place is not None:
+            tokens, closing, redone = self._legal(spec, tokens)
         now = time.perf_counter()
         stats.decode_seconds += now - self._mark
         self.in_place = len(known) - self.behind
         if ahead:
             self.stand = len(known) + len(tokens) - 1
         tokens = tokens[: self.final - len(known)]
-        stats.record(len(tokens), shape.nodes - 1, str(shape))
         if request.prediction:
             found = _going_on([known[-1], *tokens], self.prediction)
             stats.foretold += found
-            stats.predicted += min(found, len(tokens) - 1)
+            stats.predicted += min(found, max(0, len(tokens) - 1))
         # A step that was traced first, or waited for the reader, tells nothing.
-        traced = self.engine.traces != self._traces
+        traced = self.engine.traces != self._traces or redone
         timed = alone and not traced and now - self._mark > (now - self._read) / 2
-        self.policy.record(shape, len(tokens), now - self._read if timed else None, experts)
+        if not spec.given:
+            self.policy.record(shape, len(tokens), now - self._read if timed else None, experts)
         self._read, self._mark, self._traces = now, now, self.engine.traces
         known.extend(tokens)
         if ahead or (shape.one_path and not self.behind):
             self.in_place = len(known) - 1
-        self.done = not ahead or len(known) >= self.final
+        closing = closing[: self.final - len(known)]
+        known.extend(closing)
+        tokens += closing
+        label = f"{shape.lookup} certain" if spec.given else str(shape)
+        stats.record(len(tokens), max(shape.nodes, len(tokens)) - 1, label)
+        self.done = self.ended or len(known) >= self.final
         return tokens
+
+    def _legal(self, spec: StepSpec, tokens: list[int]) -> tuple[list[int], list[int], bool]:
+        """What the grammar makes of a step: its legal tokens, those that nothing but the end can
+        follow them with, and was a choice made again?"""
+        place = self.place
+        assert place is not None
+        taken, redone = place.take(tokens), False
+        self.forced = place.forced(MOST_FORCED)
+        ends = place.over or place.end in self.forced
+        if taken < len(tokens) and not ends:
+            token, redone = self._choose_again(spec, taken), True
+            legal = place.take([token])
+            assert legal == 1, "a choice among the legal tokens is legal"
+            tokens[taken], taken = token, taken + 1
+            self.forced = place.forced(MOST_FORCED)
+        closing = self.forced if place.end in self.forced else []
+        self.ended = place.over or bool(closing)
+        return tokens[:taken], closing, redone
+
+    def _choose_again(self, spec: StepSpec, depth: int) -> int:
+        """The step that was read goes on from the node at a depth of its path, with a token that is
+        legal there."""
+        state, held, own = self.state, self.held, len(self.engine.target.caches)
+        assert self.place is not None
+        bits, at = mx.array(self.place.mask()), mx.array([depth], mx.int32)
+        again = self.engine.again(spec)(held, state.history, self.sampling, bits, at)
+        chosen = Chosen(*again)
+        history, pending = state.history, state.pending
+        if not isinstance(history, tuple):
+            history = mx.slice_update(history, chosen.text, held.position, (0,))
+        if pending:  # accepted is what has a slot before the new root: those stand
+            waiting = [waits(kind, spec.shape) for kind in self.kinds[own:]]
+            left = [r if w else () for r, w in zip(chosen.rows, waiting, strict=True)]
+            pending = [*pending[0][:own], *left], pending[1]
+        self.state = state._replace(
+            root=chosen.token, position=held.position + chosen.produced, drafts=chosen.drafts,
+            history=history, pending=pending,
+        )  # fmt: skip
+        return cast(int, chosen.token.item())
 
     def resumed(self) -> None:
         """Whoever got the tokens is back: what it took is not the decoding's."""
@@ -228,3 +298,8 @@ def _going_on(tokens: Sequence[int], text: str) -> int:
     """How many of the tokens behind the first one stand there in a text too, in a row."""
     letters = "".join(map(chr, tokens))
     return next((n for n in range(len(tokens) - 1, 0, -1) if letters[: n + 1] in text), 0)
+
+
+def _row_of(tokens: int) -> TreeShape:
+    """The shape of a step whose drafts, so many, are known."""
+    return TreeShape(1, 0, 1 + tokens, lookup=tokens)

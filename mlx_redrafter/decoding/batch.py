@@ -21,6 +21,7 @@ from mlx_redrafter.decoding.engine import Emitted, Engine
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.stacks import Stacks
 from mlx_redrafter.decoding.step import State
+from mlx_redrafter.errors import OptionError
 from mlx_redrafter.tree.shape import TreeShape
 
 _AT_ONCE = 64  # tokens of prompts between two steps, if no part of one is longer
@@ -45,6 +46,7 @@ class Row:
     answer: Answering
     opening: Iterator[None]
     held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    failed: OptionError | None = None
 
     @property
     def left(self) -> int:
@@ -110,8 +112,13 @@ class Batch:
             What came out, by answer. One that ended is no longer in the batch (``answer.done``).
 
         Raises:
-            Whatever the reading of a prompt raises, of whose answer nothing is left in the batch.
+            Whatever the reading of a prompt raises, and OptionError of a grammar that cannot be
+            followed: nothing of that answer is left in the batch, and the others go on.
         """
+        for row in self.rows:
+            if row.failed is not None:
+                self.remove(row)
+                raise row.failed
         start = time.perf_counter()
         if self.waiting and (not self.rows or self._decoded_for > self._owed):
             self._mark, self._decoded_for = None, 0.0
@@ -160,7 +167,11 @@ class Batch:
             self.rows.append(self.rows.pop(0))
         running = self.rows[-1:] if turns else list(self.rows)
         traces, reading = self.engine.traces, [row for row in running if row.answer.in_flight]
-        self._launch([row for row in running if row not in reading or row.answer.goes_on])
+        if all(row.answer.place is None for row in running):
+            self._launch([row for row in running if row not in reading or row.answer.goes_on])
+        else:  # what waits for the host would run without the others, if these were a step ahead
+            self._launch([row for row in running if row not in reading])
+            reading = running
         if not reading:
             return []
         found = []
@@ -168,7 +179,10 @@ class Batch:
         for row in reading:
             answer = row.answer
             answer.resumed()
-            found.append((row, Emitted(answer.read(alone=len(reading) == 1))))
+            try:
+                found.append((row, Emitted(answer.read(alone=len(reading) == 1))))
+            except OptionError as error:
+                row.failed = error  # the others' tokens are handed out first
         now = time.perf_counter()
         steady = len(reading) == len(running) and traces == self.engine.traces
         if self.company is not None and steady and self._mark is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import mlx.core as mx
 
@@ -13,6 +14,7 @@ from mlx_redrafter.cache.layer import capacity_of
 from mlx_redrafter.cache.ring import check_nodes
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.decoding.answering import Answering
+from mlx_redrafter.decoding.grammar import Again, again
 from mlx_redrafter.decoding.policy import Fixed, Policy
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.rows import RowsStep, make_rows_step
@@ -63,6 +65,7 @@ class Engine:
         self.traces = 0
         self.say: Callable[[str], None] = lambda text: None  # told what takes seconds, once
         self._steps: dict[StepSpec, StepFunction] = {}
+        self._again: dict[StepSpec, Again] = {}
         self._rows_steps: OrderedDict[tuple[tuple[int, ...], tuple[StepSpec, ...]], RowsStep] = (
             OrderedDict()
         )
@@ -73,6 +76,15 @@ class Engine:
             step = make_step(self.target, self.taking_part(spec.awake), spec, self.count_trace)
             self._steps[spec] = mx.compile(step) if self.compiled else step
         return self._steps[spec]
+
+    def again(self, spec: StepSpec) -> Again:
+        """What makes a choice of such a step again, made on first use."""
+        spec = replace(spec, pending=0, given=False)
+        if spec not in self._again:
+            drafters = self.taking_part(spec.awake)
+            chosen: Again = partial(again, drafters, spec.windows, read_layers(drafters))
+            self._again[spec] = mx.compile(chosen) if self.compiled else chosen
+        return self._again[spec]
 
     def rows_step(self, specs: tuple[StepSpec, ...], stacked: tuple[int, ...] = ()) -> RowsStep:
         """The compiled step of several answers with these buckets, made on first use; of the ones
@@ -112,8 +124,9 @@ class Engine:
             for _ in self.opening(answer):
                 pass
             try:
-                self._launch(answer)
                 while not answer.done:
+                    if not answer.in_flight:
+                        self._launch(answer)
                     if answer.goes_on:
                         self._launch(answer)
                     yield Emitted(answer.read())
@@ -124,8 +137,9 @@ class Engine:
     def answering(self, request: Request) -> Answering:
         """A request's answer, not begun; raises OptionError as `generate` does."""
         room, policy = request.room(self.target.config), self.policy(request.shape)
-        check_nodes(self.kinds, max(shape.nodes for shape in policy.shapes))
-        return Answering(self, request, policy, room, self._awake(policy))
+        answer = Answering(self, request, policy, room, self._awake(policy))
+        check_nodes(self.kinds, answer.widest)
+        return answer
 
     def _launch(self, answer: Answering) -> None:
         """Start an answer's next step."""

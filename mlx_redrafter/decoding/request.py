@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_redrafter.cache.session import Session
+from mlx_redrafter.decoding.grammar import Grammar
 from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.errors import OptionError
@@ -41,6 +42,7 @@ class Request:
         progress: called with (tokens read, tokens in the prompt).
         sparse_prefill: how the prompt is read; every step attends to all of it.
         prediction: what the answer may be, to draft from; token ids.
+        grammar: what the answer may be; None: anything.
     """
 
     prompt: Sequence[int]
@@ -53,6 +55,7 @@ class Request:
     progress: Progress | None = None
     sparse_prefill: SparsePrefill | None = None
     prediction: Sequence[int] = ()
+    grammar: Grammar | None = None
 
     def room(self, config: DecoderConfig) -> int:
         """How many tokens may be produced.

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mlx_redrafter.cache.layer import Kept, LayerCache, Pass, Rows, capacity_of, new_caches
 from mlx_redrafter.decoding import sampling
+from mlx_redrafter.decoding.grammar import Held, committed
 from mlx_redrafter.decoding.sampling import Arrays
 from mlx_redrafter.drafters import Ask, Drafter, Verified
 from mlx_redrafter.models import Target
@@ -24,6 +25,7 @@ from mlx_redrafter.models.layers import Routed
 from mlx_redrafter.models.stacked import StackPass
 from mlx_redrafter.tree.accept import accept
 from mlx_redrafter.tree.nodes import (
+    END,
     DraftTree,
     best_nodes,
     chain,
@@ -49,6 +51,7 @@ class State(NamedTuple):
                         The next step puts them there before its own. Moving them at once would read
                         and write a slab back to back, and MLX copies a buffer whose reader is still
                         in flight.
+    held                what a choice of this step can be made again from; the next one takes none
     """
 
     root: mx.array
@@ -57,6 +60,7 @@ class State(NamedTuple):
     drafts: tuple[Any, ...] = ()
     history: mx.array | tuple[()] = ()
     pending: tuple[list[Rows], mx.array] | tuple[()] = ()
+    held: Held | tuple[()] = ()
 
 
 def nothing_pending(
@@ -84,7 +88,8 @@ class StepSpec:
     """What a compiled step is specialised for (the capacity comes with the state's shapes).
 
     ``pending``: nodes of the step before, if its rows still have to be put into place. ``awake``:
-    do drafters that keep rows take part?
+    do drafters that keep rows take part? ``held``: can a choice be made again? ``given``: the
+    drafts are known to be right: `Arrays` has them, as "given" (L,).
     """
 
     shape: TreeShape
@@ -92,6 +97,8 @@ class StepSpec:
     windows: tuple[tuple[str, int], ...]
     pending: int = 0
     awake: bool = True
+    held: bool = False
+    given: bool = False
 
 
 StepFunction = Callable[[State, Arrays], tuple[mx.array, State]]
@@ -146,32 +153,36 @@ class Begun(NamedTuple):
 
 class Opened(NamedTuple):
     """A step before anything is drafted. run, others: its passes over the target's caches and over
-    every drafter's; states: the drafters'."""
+    every drafter's; states: the drafters'. given: drafts that are known to be right."""
 
     ask: Ask
     run: Pass
     others: list[Pass]
     states: tuple[Any, ...]
     history: mx.array | tuple[()]
+    given: mx.array | None = None
 
 
 def opening(
     target: Target, drafters: Sequence[Drafter], spec: StepSpec, state: State, arrays: Arrays
 ) -> Opened:
     """What drafters are asked in a step, and with what."""
-    root, position, caches, states, history, pending = state
+    root, position, caches, states, history, pending, _ = state
     draw = sampling.draw(arrays, position + 1, spec.shape.depth)
     text_so_far = None if isinstance(history, tuple) else history
     run, *others = passes([target, *drafters], caches, position, pending)
     ask = Ask(root, position, text_so_far, spec.shape, draw)
-    return Opened(ask, run, others, states, history)
+    return Opened(ask, run, others, states, history, arrays["given"] if spec.given else None)
 
 
 def drafted(
     drafters: Sequence[Drafter], opened: Opened, proposed: Mapping[int, Any] | None = None
 ) -> Begun:
     """Draft the tree. proposed: by the number of a drafter what it proposes, if it was asked."""
-    tree = draft(drafters, opened.states, opened.others, opened.ask, proposed or {})
+    if opened.given is None:
+        tree = draft(drafters, opened.states, opened.others, opened.ask, proposed or {})
+    else:
+        tree = chain(mx.concatenate([opened.ask.root, opened.given, integers([END])]))
     opened.run.ancestors = tree.ancestors
     return Begun(tree, opened)
 
@@ -187,7 +198,7 @@ def finish(
 ) -> tuple[mx.array, State, mx.array]:
     """Accept what the target says of a tree's nodes, logits (N, V): as of `make_step`, and the
     slots (N,) where the nodes belong."""
-    tree, (ask, run, others, states, history) = begun
+    tree, (ask, run, others, states, history, _) = begun
     position = ask.position
     windows = {
         name: sampling.recent_tokens(tree, history, position, size)
@@ -195,13 +206,12 @@ def finish(
         if not isinstance(history, tuple)
     }
     choices = sampling.sample(logits, tree, windows, arrays, position)
+    if spec.given:
+        choices = mx.concatenate([arrays["given"], choices[-1:]])
     last, count, text = accept(tree, choices)
 
     done = Verified(tree, read, last, count, text, choices, position)
-    drafts = tuple(
-        d.commit(s, done._replace(own=own))
-        for d, s, own in zip(drafters, states, others, strict=True)
-    )
+    drafts = committed(drafters, states, done, others)
     if not isinstance(history, tuple):
         history = mx.slice_update(history, text, position, (0,))
     caches, rows = joined_passes([target, *drafters], [run, *others])
@@ -211,7 +221,20 @@ def finish(
     if any(waiting):
         pending = [r if w else () for r, w in zip(rows, waiting, strict=True)], slots
     root = mx.take(choices, last) if spec.shape.drafts else choices
-    return text, State(root, position + count, caches, drafts, history, pending), slots
+    held = holding(drafters, done, logits, states) if spec.held else ()
+    after = State(root, position + count, caches, drafts, history, pending, held)
+    return text, after, slots
+
+
+def holding(
+    drafters: Sequence[Drafter], done: Verified, logits: mx.array, states: tuple[Any, ...]
+) -> Held:
+    """What a choice of a step can be made again from."""
+    read = done.read
+    outputs = tuple(read.outputs[read.layers.index(layer)] for layer in read_layers(drafters))
+    return Held(
+        logits, done.tree, read.hidden, outputs, done.choices, done.last, done.position, states
+    )
 
 
 class Remembering(Protocol):

@@ -134,7 +134,7 @@ def _draft_function(model: Model, temp: float) -> DraftFunction:
     which = model.engine.drafters.index(drafter)
 
     def drafts(state: State, history: mx.array, seed: mx.array, text: mx.array) -> Drafted:
-        root, position, caches, states, _, pending = state
+        root, position, caches, states, _, pending, _ = state
 
         def propose(shape: TreeShape, draw: Draw | None) -> Sequence[Candidates]:
             # A pass is used up by whoever drafts with it.
