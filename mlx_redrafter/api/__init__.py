@@ -8,10 +8,11 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -21,6 +22,7 @@ from mlx_redrafter.budget.machine import Budget
 from mlx_redrafter.cache.packed import GROUP
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.engine import Engine
+from mlx_redrafter.decoding.grammar import Grammar
 from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.drafters import Drafter
@@ -35,7 +37,9 @@ from mlx_redrafter.prefill.reading import Progress
 from mlx_redrafter.runtime import blas, checks, threads
 from mlx_redrafter.runtime.paths import BUILTIN, user_path
 from mlx_redrafter.terminal import console
+from mlx_redrafter.text import grammar as grammars
 from mlx_redrafter.text.answer import Answer, GenerationResponse
+from mlx_redrafter.text.grammar import Grammars
 from mlx_redrafter.text.tokenizer import check_same, load_tokenizer
 from mlx_redrafter.tree.shape import TreeShape
 
@@ -59,6 +63,20 @@ class Model:
     engine: Engine
     budget: Budget
     drafting: bool = True
+    _grammars: WeakKeyDictionary[Any, Grammars] = field(
+        default_factory=WeakKeyDictionary, repr=False, compare=False
+    )
+
+    def grammars(self, tokenizer: Any) -> Grammars:
+        """What makes grammars over a tokenizer's tokens; the first time it takes a moment.
+
+        Raises:
+            OptionError: llguidance is not there, or cannot read this tokenizer.
+        """
+        inner = getattr(tokenizer, "_tokenizer", tokenizer)
+        if inner not in self._grammars:
+            self._grammars[inner] = Grammars(tokenizer, self.target.config.vocab_size)
+        return self._grammars[inner]
 
     @classmethod
     def of(
@@ -162,6 +180,9 @@ def stream_generate(
     prompt_progress_callback: Progress | None = None,
     sparse_prefill: SparsePrefill | None = None,
     prediction: str | Sequence[int] | None = None,
+    json_schema: dict[str, Any] | str | None = None,
+    regex: str | None = None,
+    grammar: str | Grammar | None = None,
     **sampling: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Generate an answer, one response per token.
@@ -183,6 +204,10 @@ def stream_generate(
             that of a prompt that was read densely. Drafted or not it is the same.
         prediction: what the answer may be, text or token ids: drafts come from it first. The answer
             stays the model's own.
+        json_schema: the answer is JSON that is valid by this schema, a dict or its text.
+        regex: the answer as a whole matches this expression.
+        grammar: the answer follows this grammar, as text in llguidance's Lark or llama.cpp's GBNF.
+            At most one of these three; drafted or not the text is the same.
         sampling: see :class:`SamplingParams`: temp, top_p, top_k, min_p, penalties, seed, ...
 
     None stands for the default everywhere. Closing the generator, or dropping it, ends the answer
@@ -196,13 +221,15 @@ def stream_generate(
 
     Raises:
         OptionError: an unknown or impossible option, an empty prompt, a prompt beyond the context,
-            a session in use or of another model; all at the call, before anything is computed (of
-            two answers begun with one session, the second one's first response raises it).
+            a session in use or of another model, a grammar that is not possible; all at the call,
+            before anything is computed (of two answers begun with one session, the second one's
+            first response raises it).
     """
     given = dict(
         draft=draft, tree=tree, stop=stop, stop_tokens=stop_tokens, session=session,
         prefill_step_size=prefill_step_size, prompt_progress_callback=prompt_progress_callback,
-        sparse_prefill=sparse_prefill, prediction=prediction, **sampling,
+        sparse_prefill=sparse_prefill, prediction=prediction, json_schema=json_schema, regex=regex,
+        grammar=grammar, **sampling,
     )  # fmt: skip
     return _responses(checked(model, tokenizer, prompt, max_tokens, **given))
 
@@ -257,6 +284,9 @@ def checked(
     prompt_progress_callback: Progress | None = None,
     sparse_prefill: SparsePrefill | None = None,
     prediction: str | Sequence[int] | None = None,
+    json_schema: dict[str, Any] | str | None = None,
+    regex: str | None = None,
+    grammar: str | Grammar | None = None,
     **sampling: Any,
 ) -> Asked:
     """The arguments of `stream_generate`, found possible; raises OptionError as it does."""
@@ -283,10 +313,22 @@ def checked(
         session if session is not None else Session(),
         progress=prompt_progress_callback, sparse_prefill=sparse_prefill,
         prediction=() if plain else predicted,
+        grammar=_grammar(model, tokenizer, json_schema, regex, grammar),
     )  # fmt: skip
     answer = partial(Answer, tokenizer, len(ids), stops, end_tokens, asked.room(config))
     asked.session.check(model.target)
     return Asked(model, asked, plain or tree is not None, prefill_step_size, answer)
+
+
+def _grammar(
+    model: Model, tokenizer: TokenizerWrapper, schema: Any, regex: Any, grammar: Any
+) -> Grammar | None:
+    """The grammar of an answer; raises OptionError."""
+    made = grammar if hasattr(grammar, "begin") else None
+    source = grammars.asked(schema, regex, None if made is not None else grammar)
+    if source is None or made is not None:
+        return made
+    return model.grammars(tokenizer).compiled(source)
 
 
 def _responses(asked: Asked) -> Generator[GenerationResponse, None, None]:

@@ -125,6 +125,14 @@ def opens_thought(tokenizer: Any, prompt: str | Sequence[int]) -> bool:
     return str(end).rstrip().endswith(found[0])
 
 
+def thought_ahead(tokenizer: Any, prompt: str | Sequence[int]) -> tuple[str, str] | None:
+    """The texts around the thought that an answer may begin with, or begins within; None where the
+    prompt has one that is closed, as templates write it that are asked not to think."""
+    found = markers(tokenizer)
+    end = prompt if isinstance(prompt, str) else tokenizer.decode(list(prompt[-_TAIL:]))
+    return None if found is not None and str(end).rstrip().endswith(found[1]) else found
+
+
 def thinks(tokenizer: Any, chat_template_config: Variables | None = None) -> bool:
     """Is a thought to be expected before an answer? Not of a template that fails."""
     found = markers(tokenizer)
