@@ -11,6 +11,7 @@ import typer
 
 from mlx_redrafter.cli import question, remarks
 from mlx_redrafter.cli.answer_writer import AnswerWriter
+from mlx_redrafter.cli.form import FormOptions, made
 from mlx_redrafter.cli.options import DRAFTING, DecodeOptions, Json, ModelOptions, Quiet, Verbose
 from mlx_redrafter.cli.question import Question, Raw
 from mlx_redrafter.errors import OptionError
@@ -37,6 +38,7 @@ def command(
     prompt: Question = None,
     source: ModelOptions,
     options: DecodeOptions,
+    form: FormOptions,
     prediction: Prediction = None,
     raw: Raw = False,
     as_json: Json = False,
@@ -46,11 +48,12 @@ def command(
     """Answer one question: the text on stdout, statistics on stderr."""
     text = question.asked(prompt)
     options.check(raw)
+    asked = form.arguments()
     predicted = _read(prediction) if prediction is not None else None
     model, tokenizer = source.load(options.tree())
     run(
-        model, tokenizer, text, options, raw=raw, as_json=as_json, quiet=quiet, verbose=verbose,
-        prediction=predicted,
+        model, tokenizer, text, options, asked, raw=raw, as_json=as_json, quiet=quiet,
+        verbose=verbose, prediction=predicted,
     )  # fmt: skip
 
 
@@ -68,6 +71,7 @@ def run(
     tokenizer: Any,
     text: str,
     options: DecodeOptions,
+    form: dict[str, Any] | None = None,
     *,
     raw: bool = False,
     as_json: bool = False,
@@ -75,7 +79,7 @@ def run(
     verbose: bool = False,
     prediction: str | None = None,
 ) -> None:
-    """Answer ``text``; raises the errors of `stream_generate`."""
+    """Answer ``text``, in a form by `FormOptions`; raises the errors of `stream_generate`."""
     from mlx_redrafter.api import stream_generate
 
     if model.drafting and model.drafter is None and not (quiet or as_json):
@@ -88,6 +92,8 @@ def run(
     arguments = {"prompt_progress_callback": waiting.on_progress, **options.arguments()}
     if prediction is not None:
         arguments["prediction"] = prediction
+    if form:
+        arguments["grammar"] = made(model, tokenizer, prompt, raw, form)
     try:
         for last in stream_generate(model, tokenizer, prompt, **arguments):
             waiting.word()

@@ -52,6 +52,7 @@ HARMLESS_HUGE = {
 FILE_OPTIONS = {"--model", "--drafter", "--target", "--against", "--mlx-lm-draft", "--prompts"}
 TEXT_LISTS = {
     "--logit-bias": ["x", "=", "1=", "=1", "1=x", "-1=2", "999999=1", "1=nan", "1=inf", "1:2", ""],
+    "--regex": ["((", "[", "\\", "(?=x)", "a{99999}", "x{2,1}", "", "\x00", "(a*)*"],
     "--shape": ["x", "3x", "x4", "0x0", "3x4/0", "3x4/999", "lookup", "lookup-1", "3,4", "1x1x1"],
     "--lengths": ["x", "0", "-128", "512,", ",", "512;1024", "1e3", "513", "1" + "0" * 12, "5 5"],
     "--modes": ["x", ",", "trianglemix,", "trianglemix,x", " "],
@@ -122,6 +123,11 @@ CONTRADICTIONS = [
     "generate hi -m model -d drafter --json --verbose --quiet",
     "generate hi -m model --raw --system-prompt x",
     "generate hi -m model --no-draft --lookup 5",
+    "generate hi -m model --regex a --json-schema text.txt",
+    "generate hi -m model --json-schema text.txt",
+    "generate hi -m model --json-schema model",
+    "generate hi -m model --json-schema nowhere",
+    "generate hi -m model --grammar text.txt",
     "generate hi -m model --no-draft --sparse-prefill xattention --sparse-prefill-config text.txt",
     "generate hi -m model --no-draft --sparse-prefill minference",
     "generate hi -m model --no-draft --sparse-prefill-tau 0.5",
