@@ -22,7 +22,13 @@ from mlx_redrafter.server.events import Event, Failed, Finished
 from mlx_redrafter.server.fields import Body, Options, generation, parse, refuse_model
 from mlx_redrafter.server.metrics import TEXT
 from mlx_redrafter.server.problems import TOO_LONG, Problem, invalid
-from mlx_redrafter.server.prompts import Talk, of_talk, of_text
+from mlx_redrafter.server.prompts import (
+    Talk,
+    grammar_of_talk,
+    grammar_of_text,
+    of_talk,
+    of_text,
+)
 from mlx_redrafter.server.requests import Generation
 from mlx_redrafter.server.settings import Settings
 from mlx_redrafter.server.wire.dialect import Dialect
@@ -70,9 +76,11 @@ class Endpoints:
         self, engine: Engine, asked: Options, talk: Callable[[], Talk], answers: int = 1
     ) -> list[Generation]:
         def prepare() -> list[Generation]:
-            prompt, reading = of_talk(engine, self.settings, talk())
+            wanted = talk()
+            prompt, reading = of_talk(engine, self.settings, wanted)
+            grammar = grammar_of_talk(engine, self.settings, wanted, prompt)
             return [
-                generation(asked, self.settings, engine, prompt, reading, ahead)
+                generation(asked, self.settings, engine, prompt, reading, ahead, grammar)
                 for ahead in range(answers)
             ]
 
@@ -86,8 +94,9 @@ class Endpoints:
         refuse_model(asked.model, self.settings, engine)
 
         def prepare() -> list[Generation]:
+            grammar = grammar_of_text(engine, asked.form)
             return [
-                generation(asked, self.settings, engine, prompt, ahead=ahead)
+                generation(asked, self.settings, engine, prompt, ahead=ahead, grammar=grammar)
                 for prompt in [of_text(engine, text) for text in asked.prompts()]
                 for ahead in range(asked.n)
             ]

@@ -19,6 +19,7 @@ from mlx_redrafter.runtime.device import memory_bytes
 from mlx_redrafter.runtime.paths import json_or_nothing
 from mlx_redrafter.server.requests import Generation
 from mlx_redrafter.text.answer import GenerationResponse
+from mlx_redrafter.text.grammar import Grammars
 
 USABLE = 0.9  # share of a machine's memory that a server may fill
 Responses = Generator[GenerationResponse, None, None]
@@ -54,6 +55,10 @@ class Engine(Protocol):
 
     def room(self) -> int:
         """Bytes that sessions may fill, and more."""
+        ...
+
+    def grammars(self) -> Grammars:
+        """What makes grammars; any thread may. Raises OptionError where nothing can."""
         ...
 
     def answer(self, asked: Generation, session: Session, progress: Progress) -> Responses:
@@ -100,6 +105,10 @@ class ModelEngine:
             f"and this machine has {there / 1e9:.1f}: start with a smaller --context"
         )
 
+    def grammars(self) -> Grammars:
+        """See `Engine.grammars`."""
+        return self.model.grammars(self.tokenizer)
+
     def answer(self, asked: Generation, session: Session, progress: Progress) -> Responses:
         """See `Engine.answer`."""
         return api.stream_generate(
@@ -119,6 +128,7 @@ def options(asked: Generation, session: Session, progress: Progress) -> dict[str
         "prompt_progress_callback": progress,
         "sparse_prefill": asked.sparse_prefill,
         "prediction": asked.prediction,
+        "grammar": asked.grammar,
         **sampling,
     }
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mlx_redrafter import arguments
+from mlx_redrafter.decoding.grammar import Grammar
 from mlx_redrafter.decoding.request import length
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.errors import OptionError
@@ -136,6 +137,7 @@ def generation(
     prompt: list[int],
     reading: Reading | None = None,
     ahead: int = 0,
+    grammar: Grammar | None = None,
 ) -> Generation:
     """An answer for the engine to make. Raises Problem."""
     longest = options.longest if options.longest is not None else settings.max_tokens
@@ -163,6 +165,7 @@ def generation(
         tokens=options.x_redrafter.tokens,
         sparse_prefill=_sparse(options, settings, engine),
         reading=reading or Reading(),
+        grammar=grammar,
     )
 
 

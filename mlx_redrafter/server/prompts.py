@@ -7,14 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_redrafter import arguments
+from mlx_redrafter.decoding.grammar import Grammar
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.server.conversation import with_tools_told, without_system
 from mlx_redrafter.server.engine import Engine
+from mlx_redrafter.server.forced_calls import MOST, calls
+from mlx_redrafter.server.forms import Form
 from mlx_redrafter.server.problems import invalid, of_option, too_long
 from mlx_redrafter.server.reader import Reading
 from mlx_redrafter.server.settings import Settings
-from mlx_redrafter.server.tools import Tool, tool_format
+from mlx_redrafter.server.tools import Tool, template_text, tool_format
 from mlx_redrafter.text import template
+from mlx_redrafter.text.grammar import Source
 from mlx_redrafter.text.template import Message
 
 # What transformers takes beside the variables of a template: a template of somebody else's, or a
@@ -36,6 +40,8 @@ class Talk:
         template: variables of the chat template.
         one_call: the answer ends with the first call.
         open_end: the last message is the beginning of the answer.
+        must: names of tools, one of which has to be called; none: as the model likes.
+        form: what the answer may be, unless tools are called.
     """
 
     messages: Sequence[Message]
@@ -43,6 +49,8 @@ class Talk:
     template: Mapping[str, Any] = field(default_factory=dict)
     one_call: bool = False
     open_end: bool = False
+    must: Sequence[str] = ()
+    form: Form | None = None
 
 
 def of_talk(engine: Engine, settings: Settings, talk: Talk) -> tuple[list[int], Reading]:
@@ -66,6 +74,50 @@ def of_talk(engine: Engine, settings: Settings, talk: Talk) -> tuple[list[int], 
     thoughts = None if settings.reasoning == "inline" else template.markers(tokenizer)
     opened = thoughts is not None and template.opens_thought(tokenizer, ids)
     return ids, Reading(thoughts, opened, talk.tools, calls, talk.one_call)
+
+
+def grammar_of_talk(
+    engine: Engine, settings: Settings, talk: Talk, prompt: list[int]
+) -> Grammar | None:
+    """What the answer to a talk may be: behind a thought, if the model thinks. Raises Problem."""
+    if talk.form is None and not talk.must:
+        return None
+    tokenizer = engine.tokenizer
+    called = [tool for tool in talk.tools if not talk.must or tool["function"]["name"] in talk.must]
+    try:
+        grammars, sources = engine.grammars(), list[Source]()
+        if called:
+            how, most = tool_format(tokenizer, settings.tool_parser), 1 if talk.one_call else MOST
+            sources.append(calls(how, called, most, grammars.marked, template_text(tokenizer)))
+        if talk.form is not None and not talk.must:
+            sources.append(talk.form.source)
+        thought = template.thought_ahead(tokenizer, prompt)
+        opened = template.opens_thought(tokenizer, prompt)
+        return grammars.compiled(*sources, thought=thought, opened=opened)
+    except OptionError as error:
+        param = talk.form.param if talk.form is not None and not talk.must else "tool_choice"
+        raise of_option(error, param) from None
+
+
+def grammar_of_text(engine: Engine, form: Form | None) -> Grammar | None:
+    """What the continuation of a text may be. Raises Problem."""
+    try:
+        return engine.grammars().compiled(form.source) if form is not None else None
+    except OptionError as error:
+        assert form is not None
+        raise of_option(error, form.param) from None
+
+
+def chosen(tools: Sequence[Tool], name: str | None) -> tuple[str, ...]:
+    """Names of the tools of which one has to be called: all, or the one named. Raises Problem."""
+    names = tuple(tool["function"]["name"] for tool in tools)
+    if not names:
+        raise invalid("tool_choice demands a call: give tools", "tool_choice")
+    if name is None:
+        return names
+    if name not in names:
+        raise invalid(f"tool_choice names {name[:60]!r}, which is none of the tools", "tool_choice")
+    return (name,)
 
 
 def _with_calls(messages: Sequence[Message]) -> bool:

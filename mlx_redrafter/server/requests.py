@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mlx_redrafter.decoding.grammar import Grammar
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.server.reader import Reading
@@ -26,6 +27,7 @@ class Generation:
         prediction: what the answer may be, token ids to draft from.
         tokens: tell where every token is from.
         reading: what its text means: thoughts, calls of tools.
+        grammar: what it may be; None: anything.
     """
 
     prompt: Sequence[int]
@@ -38,3 +40,4 @@ class Generation:
     prediction: Sequence[int] = ()
     tokens: bool = False
     reading: Reading = field(default_factory=Reading)
+    grammar: Grammar | None = None

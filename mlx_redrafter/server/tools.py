@@ -94,6 +94,12 @@ FORMATS = {
 """Those that are ours; the others are modules of mlx_lm.tool_parsers."""
 
 
+def template_text(tokenizer: Any) -> str:
+    """The chat template, or all of them."""
+    template = getattr(tokenizer, "chat_template", None) or ""
+    return template if isinstance(template, str) else "\n".join(map(str, template.values()))
+
+
 def tool_format(tokenizer: Any, wanted: str | None = None) -> ToolFormat:
     """The format of a model: the one wanted, mlx_lm's choice, or what the chat template shows.
 
@@ -104,9 +110,9 @@ def tool_format(tokenizer: Any, wanted: str | None = None) -> ToolFormat:
         return FORMATS.get(wanted) or _of_module(wanted)
     if tokenizer.tool_parser is not None:
         start, end = tokenizer.tool_call_start, tokenizer.tool_call_end
-        return ToolFormat("mlx_lm", start, end, tokenizer.tool_parser)
-    template = getattr(tokenizer, "chat_template", None) or ""
-    text = template if isinstance(template, str) else "\n".join(map(str, template.values()))
+        name = str(getattr(tokenizer.tool_parser, "__module__", "")).rpartition(".")[2]
+        return ToolFormat(name, start, end, tokenizer.tool_parser)
+    text = template_text(tokenizer)
     if "tools" not in text:
         return FORMATS["generic"]
     if "<|python_tag|>" in text or '{"name": function name, "parameters"' in text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 from conftest import ByteTokenizer
 
 from mlx_redrafter.cache.session import Session
+from mlx_redrafter.errors import OptionError
 from mlx_redrafter.prefill.reading import Progress
 from mlx_redrafter.server.engine import Responses
 from mlx_redrafter.server.requests import Generation
@@ -20,6 +22,7 @@ from mlx_redrafter.server.running import Server
 from mlx_redrafter.server.settings import Settings
 from mlx_redrafter.server.worker import Worker
 from mlx_redrafter.text.answer import Answer
+from mlx_redrafter.text.grammar import Source, quoted
 
 
 class ChatBytes(ByteTokenizer):
@@ -53,6 +56,26 @@ class ChatBytes(ByteTokenizer):
 
 
 @dataclass
+class ScriptedGrammars:
+    """Keeps what it is asked for, and refuses what llguidance would."""
+
+    found: list[Any]
+
+    def marked(self, text: str) -> str:
+        return quoted(text)
+
+    def compiled(self, *sources: Source, **more: Any) -> Any:
+        from llguidance import LLMatcher
+
+        for source in sources:
+            wrong = LLMatcher.validate_grammar(json.dumps({"grammars": [source]}))
+            if wrong and not wrong.startswith("WARNING"):
+                raise OptionError(f"the grammar is not possible ({wrong.splitlines()[0]})")
+        self.found.append((sources, more))
+        return self
+
+
+@dataclass
 class ScriptedEngine:
     """Answers with texts in turn, some bytes per step, at a pace.
 
@@ -79,8 +102,12 @@ class ScriptedEngine:
     asked: list[Generation] = field(default_factory=list)
     steps: int = 0  # so far, over all answers
     parts: int = 0
+    compiled: list[Any] = field(default_factory=list)  # grammars that requests had
     closed: int = 0  # answers that were ended by whoever asked
     before_step: Callable[[int], None] = lambda step: None
+
+    def grammars(self) -> Any:
+        return ScriptedGrammars(self.compiled)
 
     def room(self) -> int:
         return 1 << 20

@@ -19,8 +19,9 @@ from mlx_redrafter.server.events import (
     Usage,
 )
 from mlx_redrafter.server.fields import Body, Options
+from mlx_redrafter.server.forms import of_format
 from mlx_redrafter.server.problems import Wrong, invalid, unsupported
-from mlx_redrafter.server.prompts import Talk
+from mlx_redrafter.server.prompts import Talk, chosen
 from mlx_redrafter.server.tools import Tool
 from mlx_redrafter.server.wire.dialect import data, fresh_id
 from mlx_redrafter.text.template import Message
@@ -34,6 +35,7 @@ class Choice(Body):
     """Which tools may be called."""
 
     type: str = "auto"
+    name: str = ""
     disable_parallel_tool_use: bool = False
 
 
@@ -52,6 +54,8 @@ class MessagesBody(Options):
     tools: list[Any] = Field(default_factory=list)
     tool_choice: Choice = Choice()
     thinking: Thinking | None = None
+    output_format: dict[str, Any] | None = None
+    output_config: dict[str, Any] = Field(default_factory=dict)
 
     def model_post_init(self, context: Any) -> None:
         """Under the name that all dialects share."""
@@ -60,9 +64,14 @@ class MessagesBody(Options):
     def talk(self) -> Talk:
         """What the model is asked; raises Problem."""
         choice = self.tool_choice
-        if choice.type not in ("auto", "none"):
-            raise unsupported("tool_choice", "use 'auto' or 'none'")
+        if choice.type not in ("auto", "none", "any", "tool"):
+            raise unsupported("tool_choice", "use 'auto', 'none', 'any' or 'tool'")
         tools = [] if choice.type == "none" else _tools(self.tools)
+        must: tuple[str, ...] = ()
+        if choice.type in ("any", "tool"):
+            must = chosen(tools, choice.name if choice.type == "tool" else None)
+        form = of_format(self.output_format, "output_format")
+        form = of_format(self.output_config.get("format"), "output_config.format") or form
         config: dict[str, Any] = {}
         if self.thinking is not None and self.thinking.type in ("enabled", "disabled"):
             config["enable_thinking"] = self.thinking.type == "enabled"
@@ -71,7 +80,8 @@ class MessagesBody(Options):
             given += _messages(message, f"messages[{i}]")
         if len(given) == 1:
             raise invalid("messages is empty: give at least one", "messages")
-        return Talk(conversation(given), tools, config, choice.disable_parallel_tool_use)
+        one_call = choice.disable_parallel_tool_use or choice.type == "tool"
+        return Talk(conversation(given), tools, config, one_call, must=must, form=form)
 
 
 def _system(given: str | list[Any]) -> str:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from mlx_redrafter.server.conversation import conversation, text_of, tools_of
 from mlx_redrafter.server.events import (
@@ -20,14 +20,14 @@ from mlx_redrafter.server.events import (
     Text,
 )
 from mlx_redrafter.server.fields import MOST_CHOICES, Body, Options
+from mlx_redrafter.server.forms import Form, of_openai
 from mlx_redrafter.server.problems import Wrong, invalid, unsupported
-from mlx_redrafter.server.prompts import Talk
+from mlx_redrafter.server.prompts import Talk, chosen
+from mlx_redrafter.server.tools import Tool
 from mlx_redrafter.server.wire import statistics
 from mlx_redrafter.server.wire.dialect import comment, data, fresh_id
 
 DONE = b"data: [DONE]\n\n"
-_GRAMMARS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "json_schema",
-             "grammar", "structured_outputs")  # fmt: skip
 
 
 class StreamOptions(Body):
@@ -42,6 +42,12 @@ class Common(Options):
     n: int = 1
     stream_options: StreamOptions = StreamOptions()
     return_progress: bool = False
+    _form: Form | None = PrivateAttr(None)
+
+    @property
+    def form(self) -> Form | None:
+        """What the answer may be, once it was checked."""
+        return self._form
 
     def check(self, body: dict[str, Any]) -> None:
         """Raises Problem for what would be wrong in silence."""
@@ -52,12 +58,7 @@ class Common(Options):
         for name in ("logprobs", "top_logprobs"):
             if body.get(name) not in (None, False, 0):
                 raise unsupported(name, "leave it out")
-        for name in _GRAMMARS:
-            if body.get(name) is not None:
-                raise unsupported(name, "leave it out, and describe the form in the prompt")
-        form = body.get("response_format")
-        if form is not None and not (isinstance(form, dict) and form.get("type") == "text"):
-            raise unsupported("response_format", 'use {"type": "text"}')
+        self._form = of_openai(body)
 
 
 class Prediction(Body):
@@ -97,8 +98,9 @@ class ChatBody(Common):
                 "the last message is not the assistant's: there is nothing to continue",
                 "continue_final_message",
             )
-        tools = [] if checked_choice(self.tool_choice) == "none" else tools_of(self.tools)
-        return Talk(messages, tools, config, not self.parallel_tool_calls, open_end)
+        tools, must = demanded(self.tool_choice, tools_of(self.tools))
+        one_call = not self.parallel_tool_calls or isinstance(self.tool_choice, dict)
+        return Talk(messages, tools, config, one_call, open_end, must, self.form)
 
 
 def effort(value: str) -> dict[str, Any]:
@@ -106,11 +108,19 @@ def effort(value: str) -> dict[str, Any]:
     return {"enable_thinking": False} if value == "none" else {"reasoning_effort": value}
 
 
-def checked_choice(choice: str | dict[str, Any]) -> str:
-    """auto or none; raises Problem for a choice that needs a grammar."""
-    if choice not in ("auto", "none"):
-        raise unsupported("tool_choice", "use 'auto' or 'none'")
-    return str(choice)
+def demanded(choice: str | dict[str, Any], tools: list[Tool]) -> tuple[list[Tool], tuple[str, ...]]:
+    """The tools that the model is told of, and those of which it has to call one, in the form of
+    either endpoint; raises Problem."""
+    if choice in ("auto", "none"):
+        return ([] if choice == "none" else tools), ()
+    if choice == "required":
+        return tools, chosen(tools, None)
+    named = choice.get("function", choice) if isinstance(choice, dict) else None
+    name = named.get("name") if isinstance(named, dict) else None
+    if not isinstance(name, str) or choice.get("type") != "function":  # type: ignore[union-attr]
+        use = "use 'auto', 'none', 'required', or the name of a function"
+        raise unsupported("tool_choice", use)
+    return tools, chosen(tools, name)
 
 
 class Choices:

@@ -20,11 +20,12 @@ from mlx_redrafter.server.events import (
     Usage,
 )
 from mlx_redrafter.server.fields import Body, Options
+from mlx_redrafter.server.forms import of_format
 from mlx_redrafter.server.problems import Wrong, invalid, unsupported
 from mlx_redrafter.server.prompts import Talk
 from mlx_redrafter.server.tools import Tool
 from mlx_redrafter.server.wire.dialect import data, fresh_id
-from mlx_redrafter.server.wire.openai_chat import checked_choice, effort
+from mlx_redrafter.server.wire.openai_chat import demanded, effort
 from mlx_redrafter.text.template import Message
 
 Item = dict[str, Any]
@@ -67,9 +68,6 @@ class ResponsesBody(Options):
         included = body.get("include")
         if isinstance(included, list) and "message.output_text.logprobs" in included:
             raise unsupported("include", "leave message.output_text.logprobs out")
-        form = self.text.get("format")
-        if form is not None and not (isinstance(form, dict) and form.get("type") == "text"):
-            raise unsupported("text.format", 'use {"type": "text"}')
 
     def talk(self) -> Talk:
         """What the model is asked; raises Problem."""
@@ -86,8 +84,10 @@ class ResponsesBody(Options):
             _add(given, item, f"input[{i}]")
         if not given:
             raise invalid("input is empty: give a text, or items", "input")
-        tools = [] if checked_choice(self.tool_choice) == "none" else _tools(self.tools)
-        return Talk(conversation(given), tools, config, not self.parallel_tool_calls)
+        tools, must = demanded(self.tool_choice, _tools(self.tools))
+        one_call = not self.parallel_tool_calls or isinstance(self.tool_choice, dict)
+        form = of_format(self.text.get("format"), "text.format")
+        return Talk(conversation(given), tools, config, one_call, must=must, form=form)
 
 
 def _tools(given: Sequence[Any]) -> list[Tool]:
