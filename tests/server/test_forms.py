@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
@@ -175,6 +176,37 @@ def test_a_form_leaves_room_for_calls(scripted: Running) -> None:
     posted(scripted, "/v1/chat/completions", messages=HI, tools=TOOLS, response_format=FORM)
     (sources, _) = scripted.engine.compiled[-1]
     assert len(sources) == 2 and "json_schema" in sources[1]
+
+
+def test_the_grammar_begins_behind_the_thought(scripted: Running) -> None:
+    """Where one may come, where the prompt has opened it, and not where it has closed it."""
+    tokenizer, marks = scripted.engine.tokenizer, ("<think>", "</think>")
+    tokenizer.think_start, tokenizer.think_end = marks
+    try:
+        for begun, thought, opened in (("", marks, False), ("<think>", marks, True),
+                                       ("<think></think>", None, False)):  # fmt: skip
+            talk = [*HI, {"role": "assistant", "content": begun}] if begun else HI
+            more = {"continue_final_message": True} if begun else {}
+            posted(scripted, "/v1/chat/completions", messages=talk, response_format=FORM, **more)
+            assert scripted.engine.compiled[-1][1] == {"thought": thought, "opened": opened}
+    finally:
+        tokenizer.think_start = tokenizer.think_end = None
+
+
+def test_beside_free_answers(server: Running) -> None:
+    """Asked for at the same time, with a form or without, each is what it is alone."""
+    forms: list[dict[str, Any]] = [{"response_format": FORM}, {}, {"guided_regex": "[a-z ]{30}"}]
+    asked = [
+        {"messages": HI, "temperature": 1.0, "seed": seed, "max_tokens": 60, **form}
+        for seed, form in enumerate([*forms, *forms])
+    ]
+
+    def said(body: dict[str, Any]) -> Any:
+        return posted(server, "/v1/chat/completions", **body)["choices"][0]["message"]["content"]
+
+    alone = [said(body) for body in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        assert list(pool.map(said, asked)) == alone
 
 
 def parsed(module: Any) -> ToolFormat:
