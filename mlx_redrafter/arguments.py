@@ -18,9 +18,11 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.cache.packed import BITS, GROUP, Packing
+from mlx_redrafter.decoding.grammar import Grammar
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime import checks
+from mlx_redrafter.text import grammar as grammars
 
 # Options of mlx_lm and its relatives, and what does the same here.
 _HERE = {
@@ -196,6 +198,21 @@ def prediction(tokenizer: TokenizerWrapper, value: Any, vocab_size: int) -> list
         )
     ids = value.tolist() if hasattr(value, "tolist") else value
     return [checks.whole("prediction token", token, 0, vocab_size - 1) for token in ids]
+
+
+def grammar(
+    model: Any, tokenizer: TokenizerWrapper, schema: Any, pattern: Any, given: Any
+) -> Grammar | None:
+    """The grammar of an answer, made by a loaded model unless it is one already."""
+    grammars.one_at_most(schema, pattern, given)
+    if hasattr(given, "begin"):
+        made: Grammar = given
+        return made
+    source = grammars.asked(schema, pattern, given)
+    if source is None:
+        return None
+    found: Grammar = model.grammars(tokenizer).compiled(source)
+    return found
 
 
 def prompt_ids(tokenizer: TokenizerWrapper, prompt: Any) -> list[int]:

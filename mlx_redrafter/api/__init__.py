@@ -37,7 +37,6 @@ from mlx_redrafter.prefill.reading import Progress
 from mlx_redrafter.runtime import blas, checks, threads
 from mlx_redrafter.runtime.paths import BUILTIN, user_path
 from mlx_redrafter.terminal import console
-from mlx_redrafter.text import grammar as grammars
 from mlx_redrafter.text.answer import Answer, GenerationResponse
 from mlx_redrafter.text.grammar import Grammars
 from mlx_redrafter.text.tokenizer import check_same, load_tokenizer
@@ -313,22 +312,11 @@ def checked(
         session if session is not None else Session(),
         progress=prompt_progress_callback, sparse_prefill=sparse_prefill,
         prediction=() if plain else predicted,
-        grammar=_grammar(model, tokenizer, json_schema, regex, grammar),
+        grammar=arguments.grammar(model, tokenizer, json_schema, regex, grammar),
     )  # fmt: skip
     answer = partial(Answer, tokenizer, len(ids), stops, end_tokens, asked.room(config))
     asked.session.check(model.target)
     return Asked(model, asked, plain or tree is not None, prefill_step_size, answer)
-
-
-def _grammar(
-    model: Model, tokenizer: TokenizerWrapper, schema: Any, regex: Any, grammar: Any
-) -> Grammar | None:
-    """The grammar of an answer; raises OptionError."""
-    made = grammar if hasattr(grammar, "begin") else None
-    source = grammars.asked(schema, regex, None if made is not None else grammar)
-    if source is None or made is not None:
-        return made
-    return model.grammars(tokenizer).compiled(source)
 
 
 def _responses(asked: Asked) -> Generator[GenerationResponse, None, None]:

@@ -12,7 +12,6 @@ from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime.checks import checked_text
 from mlx_redrafter.runtime.paths import expanded
 
-FORM = "Form of the answer"
 MOST = 1 << 20  # bytes of a file
 
 
@@ -23,19 +22,18 @@ class FormOptions:
     json_schema: Annotated[
         Path | None,
         typer.Option(
-            rich_help_panel=FORM, callback=expanded, metavar="FILE", help="JSON by this schema."
+            callback=expanded, metavar="FILE", help="Answer in JSON that is valid by this schema."
         ),
     ] = None
     regex: Annotated[
-        str | None, typer.Option(rich_help_panel=FORM, help="Text that matches, as a whole.")
+        str | None, typer.Option(help="Answer with a text that matches as a whole.")
     ] = None
     grammar: Annotated[
         Path | None,
         typer.Option(
-            rich_help_panel=FORM,
             callback=expanded,
             metavar="FILE",
-            help="By a Lark or GBNF grammar.",
+            help="Answer by a grammar, in Lark or GBNF.",
         ),
     ] = None
 

@@ -27,8 +27,7 @@ Prediction = Annotated[
     typer.Option(
         rich_help_panel=DRAFTING,
         callback=expanded,
-        help="File with what the answer may be, such as the text to be edited: drafts come from "
-        "it first.",
+        help="File of what the answer may be, to draft from.",
     ),
 ]
 

@@ -59,8 +59,7 @@ SparseMode = Annotated[
     typer.Option(
         rich_help_panel=PROMPT,
         metavar="MODE",
-        help="trianglemix, xattention or minference: read a long prompt with sparse attention, "
-        "which may change the answer.",
+        help="Read sparsely: trianglemix, xattention or minference; may change the answer.",
     ),
 ]
 SparseConfig = Annotated[
@@ -181,7 +180,7 @@ class DecodeOptions:
         float,
         typer.Option(
             rich_help_panel=SAMPLING,
-            help="Drop tokens less likely than this share of the likeliest; 0: off.",
+            help="Drop what is under this share of the top.",
         ),
     ] = 0.0
     stop: Annotated[

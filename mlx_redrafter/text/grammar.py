@@ -96,12 +96,17 @@ def _text(option: str, value: Any) -> str:
     return value
 
 
-def asked(json_schema: Any, regex: Any, grammar: Any) -> Source | None:
-    """The one that was given, None if none was; raises OptionError."""
+def one_at_most(json_schema: Any, regex: Any, grammar: Any) -> None:
+    """Raise OptionError where several are given."""
     given = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise OptionError(f"{' and '.join(named)} cannot be followed at once: give one of them")
+
+
+def asked(json_schema: Any, regex: Any, grammar: Any) -> Source | None:
+    """The one that was given, None if none was; raises OptionError."""
+    one_at_most(json_schema, regex, grammar)
     if json_schema is not None:
         return of_schema(json_schema)
     if regex is not None:
