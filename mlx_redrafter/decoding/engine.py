@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -13,6 +13,7 @@ from mlx_redrafter.cache.layer import capacity_of
 from mlx_redrafter.cache.ring import check_nodes
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.decoding.answering import Answering
+from mlx_redrafter.decoding.graphs import Graphs
 from mlx_redrafter.decoding.policy import Fixed, Policy
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.rows import RowsStep, make_rows_step
@@ -32,8 +33,6 @@ from mlx_redrafter.prefill.reading import reading
 from mlx_redrafter.prefill.sparse import SparseAttention
 from mlx_redrafter.stats import PrefillStats
 from mlx_redrafter.tree.shape import TEXT, TreeShape
-
-_COMBINATIONS = 256  # of answers that run together, whose graphs are kept
 
 
 @dataclass(frozen=True)
@@ -62,30 +61,42 @@ class Engine:
         self.compiled = compiled
         self.traces = 0
         self.say: Callable[[str], None] = lambda text: None  # told what takes seconds, once
-        self._steps: dict[StepSpec, StepFunction] = {}
-        self._rows_steps: OrderedDict[tuple[tuple[int, ...], tuple[StepSpec, ...]], RowsStep] = (
-            OrderedDict()
-        )
+        self._graphs = Graphs()
 
     def step_function(self, spec: StepSpec) -> StepFunction:
         """The compiled step of a bucket, made on first use."""
-        if spec not in self._steps:
-            step = make_step(self.target, self.taking_part(spec.awake), spec, self.count_trace)
-            self._steps[spec] = mx.compile(step) if self.compiled else step
-        return self._steps[spec]
+
+        def make(on_trace: Callable[[], None]) -> StepFunction:
+            return make_step(self.target, self.taking_part(spec.awake), spec, on_trace)
+
+        return cast(StepFunction, self._made(spec, make))
 
     def rows_step(self, specs: tuple[StepSpec, ...], stacked: tuple[int, ...] = ()) -> RowsStep:
-        """The compiled step of several answers with these buckets, made on first use; of the ones
-        used last. stacked: see `make_rows_step`."""
-        kept, key = self._rows_steps, (stacked, specs)
-        if key not in kept:
+        """The compiled step of several answers with these buckets, made on first use. stacked: see
+        `make_rows_step`."""
+
+        def make(on_trace: Callable[[], None]) -> RowsStep:
             members = [(self.taking_part(spec.awake), spec) for spec in specs]
-            step = make_rows_step(self.target, members, stacked, self.count_trace)
-            kept[key] = mx.compile(step) if self.compiled else step
-            if len(kept) > _COMBINATIONS:
-                kept.popitem(last=False)
-        kept.move_to_end(key)
-        return kept[key]
+            return make_rows_step(self.target, members, stacked, on_trace)
+
+        return cast(RowsStep, self._made((stacked, specs), make))
+
+    def _made(self, key: Hashable, make: Callable[[Callable[[], None]], Any]) -> Any:
+        """A step, compiled if steps are."""
+
+        def compiled(traced: Callable[[], None]) -> Any:
+            def count() -> None:
+                self.count_trace()
+                if self.compiled:  # otherwise nothing is kept of a trace
+                    traced()
+
+            step = make(count)
+            return mx.compile(step) if self.compiled else step
+
+        return self._graphs.get(key, compiled)
+
+    def count_trace(self) -> None:
+        self.traces += 1
 
     def taking_part(self, awake: bool) -> tuple[Drafter, ...]:
         """The drafters: all, or those that keep no rows."""
@@ -95,9 +106,6 @@ class Engine:
         """May a drafter that keeps rows be asked? Where none is, its rows are not made either."""
         parts = {part for shape in policy.shapes for part in shape.parts}
         return not self.keeping or any(drafter.part in parts for drafter in self.keeping)
-
-    def count_trace(self) -> None:
-        self.traces += 1
 
     def generate(self, request: Request) -> Generator[Emitted, None, None]:
         """Yield the tokens after the prompt, a step at a time, until ``max_tokens`` (-1: no limit)
