@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -15,6 +15,7 @@ from mlx_redrafter.cache.ring import check_nodes
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.decoding.answering import Answering
 from mlx_redrafter.decoding.grammar import Again, again
+from mlx_redrafter.decoding.graphs import Graphs
 from mlx_redrafter.decoding.policy import Fixed, Policy
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.rows import RowsStep, make_rows_step
@@ -34,8 +35,6 @@ from mlx_redrafter.prefill.reading import reading
 from mlx_redrafter.prefill.sparse import SparseAttention
 from mlx_redrafter.stats import PrefillStats
 from mlx_redrafter.tree.shape import TEXT, TreeShape
-
-_COMBINATIONS = 256  # of answers that run together, whose graphs are kept
 
 
 @dataclass(frozen=True)
@@ -64,40 +63,53 @@ class Engine:
         self.compiled = compiled
         self.traces = 0
         self.say: Callable[[str], None] = lambda text: None  # told what takes seconds, once
-        self._steps: dict[StepSpec, StepFunction] = {}
-        self._again: dict[StepSpec, Again] = {}
-        self._rows_steps: OrderedDict[tuple[tuple[int, ...], tuple[StepSpec, ...]], RowsStep] = (
-            OrderedDict()
-        )
+        self._graphs = Graphs()
 
     def step_function(self, spec: StepSpec) -> StepFunction:
         """The compiled step of a bucket, made on first use."""
-        if spec not in self._steps:
-            step = make_step(self.target, self.taking_part(spec.awake), spec, self.count_trace)
-            self._steps[spec] = mx.compile(step) if self.compiled else step
-        return self._steps[spec]
+
+        def make(on_trace: Callable[[], None]) -> StepFunction:
+            return make_step(self.target, self.taking_part(spec.awake), spec, on_trace)
+
+        return cast(StepFunction, self._made(spec, make))
 
     def again(self, spec: StepSpec) -> Again:
         """What makes a choice of such a step again, made on first use."""
         spec = replace(spec, pending=0, given=False)
-        if spec not in self._again:
+
+        def make(_: Callable[[], None]) -> Again:
             drafters = self.taking_part(spec.awake)
             chosen: Again = partial(again, drafters, spec.windows, read_layers(drafters))
-            self._again[spec] = mx.compile(chosen) if self.compiled else chosen
-        return self._again[spec]
+            return mx.compile(chosen) if self.compiled else chosen
+
+        return cast(Again, self._graphs.get(("again", spec), make))
 
     def rows_step(self, specs: tuple[StepSpec, ...], stacked: tuple[int, ...] = ()) -> RowsStep:
-        """The compiled step of several answers with these buckets, made on first use; of the ones
-        used last. stacked: see `make_rows_step`."""
-        kept, key = self._rows_steps, (stacked, specs)
-        if key not in kept:
+        """The compiled step of several answers with these buckets, made on first use. stacked: see
+        `make_rows_step`."""
+
+        def make(on_trace: Callable[[], None]) -> RowsStep:
             members = [(self.taking_part(spec.awake), spec) for spec in specs]
-            step = make_rows_step(self.target, members, stacked, self.count_trace)
-            kept[key] = mx.compile(step) if self.compiled else step
-            if len(kept) > _COMBINATIONS:
-                kept.popitem(last=False)
-        kept.move_to_end(key)
-        return kept[key]
+            return make_rows_step(self.target, members, stacked, on_trace)
+
+        return cast(RowsStep, self._made((stacked, specs), make))
+
+    def _made(self, key: Hashable, make: Callable[[Callable[[], None]], Any]) -> Any:
+        """A step, compiled if steps are."""
+
+        def compiled(traced: Callable[[], None]) -> Any:
+            def count() -> None:
+                self.count_trace()
+                if self.compiled:  # otherwise nothing is kept of a trace
+                    traced()
+
+            step = make(count)
+            return mx.compile(step) if self.compiled else step
+
+        return self._graphs.get(key, compiled)
+
+    def count_trace(self) -> None:
+        self.traces += 1
 
     def taking_part(self, awake: bool) -> tuple[Drafter, ...]:
         """The drafters: all, or those that keep no rows."""
@@ -107,9 +119,6 @@ class Engine:
         """May a drafter that keeps rows be asked? Where none is, its rows are not made either."""
         parts = {part for shape in policy.shapes for part in shape.parts}
         return not self.keeping or any(drafter.part in parts for drafter in self.keeping)
-
-    def count_trace(self) -> None:
-        self.traces += 1
 
     def generate(self, request: Request) -> Generator[Emitted, None, None]:
         """Yield the tokens after the prompt, a step at a time, until ``max_tokens`` (-1: no limit)
