@@ -36,7 +36,8 @@ def measure(
     Raises:
         ModelError: a server that does not start.
     """
-    folder = model.folder
+    folder, there = model.folder.resolve(), Path(drafter).expanduser()
+    drafter = str(there.resolve()) if there.is_dir() else drafter  # they start in another folder
     own = ["-m", "mlx_redrafter", "serve", "-m", str(folder), "-d", drafter, "--port"]
     starts = {"mlx_lm.server": ["-c", _THEIRS, "--model", str(folder), "--port"], "serve": own}
     with contextlib.ExitStack() as stack:
