@@ -18,6 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_redrafter.decoding.filters import restrict
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import vectorised
 from mlx_redrafter.runtime import checks
@@ -291,44 +292,6 @@ def penalise(logits: mx.array, windows: dict[str, mx.array], arrays: Arrays) -> 
             times = count if name == "frequency" else (count > 0).astype(mx.float32)
             logits = logits - times * penalty
     return logits
-
-
-def restrict(logits: mx.array, arrays: Arrays) -> mx.array:
-    """Log-probabilities with the tokens outside top-p, min-p and top-k at -inf. (N, V)."""
-    filters = [name for name in ("top_p", "min_p", "top_k") if name in arrays]
-    if not filters:
-        return logits
-    logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    for name in filters:
-        if name == "min_p":
-            floor = logp.max(-1, keepdims=True) + mx.log(arrays["min_p"])
-            logp = mx.where(logp < floor, -mx.inf, logp)
-            continue
-        surprise = mx.maximum(-logp, 0.0)  # rounding may put a logp just above 0
-        if name == "top_p":
-            p = mx.exp(logp)
-            limit = _threshold(surprise, p, arrays[name] * p.sum(-1, keepdims=True))
-        else:
-            limit = _threshold(surprise, mx.array(1.0), arrays[name])
-        logp = mx.where(surprise > limit, -mx.inf, logp)
-    return logp
-
-
-def _threshold(x: mx.array, weights: mx.array, budget: mx.array) -> mx.array:
-    """The smallest t per row for which the entries <= t weigh at least the budget: (N, 1).
-
-    Bisection over the bits of a non-negative float, which order as the floats do: exact after 31
-    halvings, and no sort of the vocabulary (on Metal a merge sort of many passes). Infinity where
-    all entries together weigh less.
-    """
-    low = mx.full((*x.shape[:-1], 1), -1, mx.int32)  # below 0: nothing is in
-    high = mx.full(low.shape, 0x7F800000, mx.int32)  # infinity: everything is in
-    for _ in range(31):
-        middle = low + (high - low) // 2  # the sum may overflow
-        inside = mx.where(x <= mx.view(middle, mx.float32), weights, 0.0).sum(-1, keepdims=True)
-        enough = inside >= budget
-        low, high = mx.where(enough, low, middle), mx.where(enough, middle, high)
-    return mx.view(high, mx.float32)
 
 
 def _occurrences(window: mx.array, vocab_size: int) -> mx.array:

@@ -17,6 +17,7 @@ from rich.table import Table
 from mlx_redrafter.bench.counts import host, kinds, metal, parts, passes, sizes
 from mlx_redrafter.bench.counts.graph import metal_shaped
 from mlx_redrafter.decoding.engine import Engine
+from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.drafters.loading import load_drafter, module_of
 from mlx_redrafter.drafters.lookup import Lookup
@@ -31,6 +32,10 @@ from mlx_redrafter.tree.shape import TreeShape
 
 USUAL = TreeShape(3, 2, 8, lookup=7)  # what the policy mostly takes for the built-in model
 SHAPES = (TreeShape.plain(), USUAL, TreeShape.chain(4))
+DRAWN = {
+    "sampled": SamplingParams(temp=0.8),
+    "with filters": SamplingParams(temp=0.8, top_p=0.9, top_k=40, min_p=0.05),
+}
 _PROMPT = 40  # tokens of the answer that host work is counted on
 _DRAFTER_BITS = 6
 _GROUP = 32  # weights that share a scale, as in the GGUF file of the built-in model
@@ -44,6 +49,7 @@ class Budget:
     counts: parts.Counts
     read: sizes.Read
     host: host.Host | None
+    drawn: dict[str, int]  # dispatches of the same step, by DRAWN
 
 
 def run(
@@ -62,11 +68,16 @@ def run(
     here = load_model(folder)
     engine = Engine(here, [Lookup(), load_drafter(found, here)])
     prompt = [7 * i % here.config.vocab_size for i in range(_PROMPT)]
+    drafters: list[Drafter] = [Lookup(), draft]
     budgets = [
         Budget(
-            parts.count(target, [Lookup(), draft], each, capacity=context + 128),
+            parts.count(target, drafters, each, capacity=context + 128),
             sizes.read(target, draft, each, context),
             host.run(engine, prompt, each),
+            {
+                name: parts.count(target, drafters, each, params, context + 128).dispatches
+                for name, params in DRAWN.items()
+            },
         )
         for each in shapes
     ]
@@ -180,6 +191,7 @@ def as_dict(budget: Budget, plain: Budget) -> dict[str, Any]:
         "shape": str(counts.shape),
         "primitives": counts.primitives,
         "dispatches": counts.dispatches,
+        "dispatches_drawn": budget.drawn,
         "dispatches_to_plain": round(counts.dispatches / plain.counts.dispatches, 4),
         "parts": {
             name: {"primitives": p, "dispatches": d, "by_kind": _nonzero(counts.by_part[name])}
@@ -216,6 +228,8 @@ def _show(budgets: list[Budget], others: list[Table], conditions: dict[str, Any]
             row(f"  {part}", [str(number) for number in found])
     ratios = [b.counts.dispatches / plain.counts.dispatches for b in budgets]
     row("  to the plain step", [f"{ratio:.2f}" for ratio in ratios], "bold")
+    for name in DRAWN:
+        row(f"  {name}", [str(b.drawn[name]) for b in budgets])
     row("primitives (views are free)", [str(b.counts.primitives) for b in budgets])
     row("widest sort", [str(b.counts.widest_sort or "none") for b in budgets])
     row("MB of target weights read", [f"{b.read.target / _MB:.1f}" for b in budgets])
