@@ -13,6 +13,7 @@ from mlx_redrafter.cache.layer import Kept, Pass, capacity_of
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.models import Target
+from mlx_redrafter.models.attention import causal
 from mlx_redrafter.models.decoder import Functions
 from mlx_redrafter.models.features import Chunk, Features
 from mlx_redrafter.prefill.config import SparsePrefill
@@ -150,7 +151,10 @@ def _read(
     """One pass over all but the last token. A selector evaluates its layer within it: a slab that
     had another owner would be copied, so the session gives its caches away for a sparse one."""
     done = len(session.tokens)
-    functions = Functions() if sparse is None else Functions(sparse.at(done))
+    if sparse is None:
+        functions = Functions(causal(done + len(chunk) - 1, target.config.layer_windows))
+    else:
+        functions = Functions(sparse.at(done))
     inputs = _inputs(chunk[:-1], session)
     if sparse is not None:
         session.read_sparsely(sparse.options.tag, done)

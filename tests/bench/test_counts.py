@@ -16,7 +16,7 @@ import tiny_speculators
 from conftest import random_drafter, write_target
 from typer.testing import CliRunner
 
-from mlx_redrafter.bench.counts import kinds, metal, parts, passes, report, sizes
+from mlx_redrafter.bench.counts import kinds, metal, parts, passes, prompt, report, sizes
 from mlx_redrafter.bench.counts.graph import graph, metal_shaped
 from mlx_redrafter.cli import main as cli
 from mlx_redrafter.decoding.sampling import SamplingParams
@@ -99,6 +99,13 @@ def test_a_sampled_step_has_noise_and_no_wide_sort(built_in: tuple[Decoder, ReDr
     params = SamplingParams(temp=0.8, repetition_penalty=1.2)
     counts = parts.count(*sources(*built_in), TreeShape(3, 4, 8), params)
     assert counts.widest_sort <= beam.SORT_WIDTH and not counts.unknown
+
+
+def test_a_prompt_is_read_without_masks(built_in: tuple[Decoder, ReDrafter]) -> None:
+    masked, free = (prompt.count(built_in[0], 64, masked) for masked in (True, False))
+    assert free["dispatches"] < masked["dispatches"]
+    assert free["mask_bytes"] == 0 and masked["mask_bytes"] == 30 * 6 * 64 * 128
+    assert free["by_kind"]["ScaledDotProductAttention"] == 30
 
 
 def test_filters_share_one_sort(built_in: tuple[Decoder, ReDrafter]) -> None:

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from rich.console import Console
 from rich.table import Table
 
-from mlx_redrafter.bench.counts import host, kinds, metal, parts, passes, sizes
+from mlx_redrafter.bench.counts import host, kinds, metal, parts, passes, prompt, sizes
 from mlx_redrafter.bench.counts.graph import metal_shaped
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.sampling import SamplingParams
@@ -67,13 +67,13 @@ def run(
     target, draft = load_as_on_metal(folder, found, bits)
     here = load_model(folder)
     engine = Engine(here, [Lookup(), load_drafter(found, here)])
-    prompt = [7 * i % here.config.vocab_size for i in range(_PROMPT)]
+    asked = [7 * i % here.config.vocab_size for i in range(_PROMPT)]
     drafters: list[Drafter] = [Lookup(), draft]
     budgets = [
         Budget(
             parts.count(target, drafters, each, capacity=context + 128),
             sizes.read(target, draft, each, context),
-            host.run(engine, prompt, each),
+            host.run(engine, asked, each),
             {
                 name: parts.count(target, drafters, each, params, context + 128).dispatches
                 for name, params in DRAWN.items()
@@ -82,6 +82,7 @@ def run(
         for each in shapes
     ]
     large, others = reckoning(shapes, context), passes.passes(USUAL, context)
+    reading = prompt.count(target)
     facts = machine()
     conditions = {
         "model": model,
@@ -92,9 +93,14 @@ def run(
         "host times on": facts["chip"],
     }
     if as_json:
-        print(json.dumps({"steps": [as_dict(b, budgets[0]) for b in budgets], "8B": large,
-                          "passes": others, "conditions": conditions}))  # fmt: skip
+        steps = [as_dict(b, budgets[0]) for b in budgets]
+        counted = {"steps": steps, "8B": large, "passes": others, "prompt": reading}
+        print(json.dumps({**counted, "conditions": conditions}))
         return
+    conditions["prompt"] = (
+        f"of {reading['tokens']} tokens in one pass: {reading['dispatches']} dispatches, "
+        f"{reading['mask_bytes'] / _MB:.0f} MB of masks"
+    )
     _show(budgets, [_large(large), passes.table(others)], conditions)
 
 
