@@ -34,7 +34,7 @@ from mlx_redrafter.kernels import verdicts
 from mlx_redrafter.models import Decoder, Loaded, load_model, small_rows
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import Progress
-from mlx_redrafter.runtime import blas, checks, threads
+from mlx_redrafter.runtime import blas, checks, metal, threads
 from mlx_redrafter.runtime.paths import BUILTIN, user_path
 from mlx_redrafter.terminal import console
 from mlx_redrafter.text.answer import Answer, GenerationResponse
@@ -149,6 +149,7 @@ def load(
         drafter_folder = find_drafter(name, folder)
     else:
         drafter_folder = resolve(given) if given is not None else None
+    metal.prepare(folder)
     target = load_model(folder, dtype)
     if isinstance(target, Decoder):
         small_rows.switch_on(target, console.note, "exact" if exact else None)

@@ -33,6 +33,7 @@ from mlx_redrafter.drafters.lookup import foretold
 from mlx_redrafter.models import Target
 from mlx_redrafter.prefill.reading import reading
 from mlx_redrafter.prefill.sparse import SparseAttention
+from mlx_redrafter.runtime.device import release
 from mlx_redrafter.stats import PrefillStats
 from mlx_redrafter.tree.shape import TEXT, TreeShape
 
@@ -199,6 +200,7 @@ class Engine:
         if request.sampling.windows or looked_up:
             room = capacity_of(session.kinds, session.caches) or needed
             history = mx.array([*prompt, *[0] * (room - len(prompt))], mx.int32)
+        release()
         root, position = mx.array([prompt[-1]], mx.int32), mx.array([len(prompt) - 1], mx.int32)
         drafts = tuple(drafter.begin(last) for drafter in drafters)
         if request.prediction and looked_up:

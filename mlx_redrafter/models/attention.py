@@ -11,6 +11,7 @@ from mlx_redrafter.cache.packed import Packed, Seen, plain
 
 from ..runtime import metal
 from ..runtime.device import fused_kernels
+from .config import DecoderConfig
 
 Softmax = Callable[[mx.array], mx.array]
 
@@ -61,7 +62,7 @@ def dense(layer: int) -> Attend:
     return attend
 
 
-def causal(length: int, windows: Sequence[int]) -> Callable[[int], Attend]:
+def causal(length: int, config: DecoderConfig) -> Callable[[int], Attend]:
     """For a chunk of a prompt that ends behind so many tokens: no mask is read where MLX's kernels
     know what a token sees. Within a window they do not, and on a CPU there are none."""
 
@@ -70,7 +71,8 @@ def causal(length: int, windows: Sequence[int]) -> Callable[[int], Attend]:
 
     if not fused_kernels():
         return dense
-    return lambda layer: attend if layer < len(windows) and windows[layer] else whole
+    windows = config.layer_windows
+    return lambda layer: attend if windows[layer] else whole
 
 
 def _fused_calls(q: mx.array, slab: mx.array, mask: mx.array | None) -> list[int]:

@@ -152,7 +152,7 @@ def _read(
     had another owner would be copied, so the session gives its caches away for a sparse one."""
     done = len(session.tokens)
     if sparse is None:
-        functions = Functions(causal(done + len(chunk) - 1, target.config.layer_windows))
+        functions = Functions(causal(done + len(chunk) - 1, target.config))
     else:
         functions = Functions(sparse.at(done))
     inputs = _inputs(chunk[:-1], session)

@@ -1,10 +1,16 @@
-"""Which of MLX's kernels attention takes on Metal: by the rules of MLX, read and not asked.
+"""What MLX does on Metal with what it is given: by its rules, read in its sources and not asked.
 
-`has_fused_kernel` and `use_fallback` of mlx/backend/metal/scaled_dot_product_attention.cpp at
-846d176, which MLX 0.32.4 contains. Whoever has a Mac can ask: `mlx-redrafter doctor` does.
+`has_fused_kernel` and `use_fallback` of mlx/backend/metal/scaled_dot_product_attention.cpp, and
+`needs_commit` of metal/device.cpp, at 846d176. Whoever has a Mac can ask: `mlx-redrafter doctor`.
 """
 
 from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
 
 VECTOR, FULL, UNFUSED = "vector", "full", "unfused"
 FEW = 8  # queries of the vector kernel, at most
@@ -33,3 +39,37 @@ def attention_calls(queries: int, heads: int, kv_heads: int, size: int) -> list[
         return []
     calls = -(-queries // most)
     return [(queries + i) // calls for i in range(calls)]
+
+
+BUFFERS = 14  # command buffers of a step from which its slabs are surely written in place
+LAUNCHES = 12  # of a plain step, by layer of a dense model; others have more
+_OPS = "MLX_MAX_OPS_PER_BUFFER"
+USUAL_OPS, _MOST, _LEAST = 40, 50, 8  # launches in a buffer: MLX's limits, and our least
+_HEAVY = 3 * 2**30  # bytes of weights that fill so many buffers by themselves
+
+
+def ops_per_buffer(layers: int, weights: int) -> int | None:
+    """How many launches to a command buffer a model of so many layers and bytes of weights should
+    have; None: MLX's own limit does.
+
+    MLX holds what a command buffer reads until it is done, and encodes up to ten ahead of the one
+    that runs. A step of no more than ten would find the slabs that it is to write into held by
+    the step before, and MLX would copy them all, every time (docs/metal.md).
+    """
+    fitting = layers * LAUNCHES // BUFFERS
+    if weights >= _HEAVY or fitting >= _MOST:
+        return None
+    return max(min(fitting, USUAL_OPS), _LEAST)
+
+
+def prepare(folder: Path) -> None:
+    """Set MLX's limit for a model, where nobody else did. MLX reads it when the GPU is first used:
+    to be called before the model is loaded, and for the first model alone."""
+    if sys.platform != "darwin" or _OPS in os.environ:
+        return
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+        raw = json.loads((folder / "config.json").read_text())
+        layers = int(raw.get("num_hidden_layers") or raw["text_config"]["num_hidden_layers"])
+        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if ops := ops_per_buffer(layers, weights):
+            os.environ[_OPS] = str(ops)

@@ -29,7 +29,7 @@ def count(target: Decoder, tokens: int = TOKENS, masked: bool = False) -> dict[s
         capacity = capacity_for(tokens)
         caches = new_caches(target.caches, capacity, target.dtype)
         windows = target.config.layer_windows
-        functions = Functions() if masked else Functions(causal(tokens, windows))
+        functions = Functions() if masked else Functions(causal(tokens, target.config))
 
         def read(start: mx.array, ids: mx.array, *kept: mx.array) -> list[mx.array]:
             at = mx.arange(tokens, dtype=mx.int32)

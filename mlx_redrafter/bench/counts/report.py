@@ -27,6 +27,7 @@ from mlx_redrafter.models import AdaptedModel, Decoder, load_model, registry
 from mlx_redrafter.models.weights import read_json
 from mlx_redrafter.runtime.checks import at_least, whole
 from mlx_redrafter.runtime.device import machine
+from mlx_redrafter.runtime.metal import USUAL_OPS, ops_per_buffer
 from mlx_redrafter.terminal import tables
 from mlx_redrafter.tree.shape import TreeShape
 
@@ -50,6 +51,7 @@ class Budget:
     read: sizes.Read
     host: host.Host | None
     drawn: dict[str, int]  # dispatches of the same step, by DRAWN
+    layers: int
 
 
 def run(
@@ -78,6 +80,7 @@ def run(
                 name: parts.count(target, drafters, each, params, context + 128).dispatches
                 for name, params in DRAWN.items()
             },
+            target.config.num_layers,
         )
         for each in shapes
     ]
@@ -236,6 +239,7 @@ def _show(budgets: list[Budget], others: list[Table], conditions: dict[str, Any]
     row("  to the plain step", [f"{ratio:.2f}" for ratio in ratios], "bold")
     for name in DRAWN:
         row(f"  {name}", [str(b.drawn[name]) for b in budgets])
+    row("command buffers", [_buffers(b, plain) for b in budgets])
     row("primitives (views are free)", [str(b.counts.primitives) for b in budgets])
     row("widest sort", [str(b.counts.widest_sort or "none") for b in budgets])
     row("MB of target weights read", [f"{b.read.target / _MB:.1f}" for b in budgets])
@@ -254,6 +258,14 @@ def _show(budgets: list[Budget], others: list[Table], conditions: dict[str, Any]
     if unknown := sorted(set().union(*(b.counts.unknown for b in budgets))):
         out.print(f"kinds without a row in the table, counted as one: {', '.join(unknown)}")
     out.print(", ".join(f"{name} {value}" for name, value in conditions.items()), style="dim")
+
+
+def _buffers(budget: Budget, plain: Budget) -> str:
+    """At MLX's limit of launches for most chips, and at the one that is set for a small model; of
+    heavy weights there are more."""
+    limits = (ops_per_buffer(plain.layers, plain.read.target) or USUAL_OPS, USUAL_OPS)
+    ours, usual = (-(-budget.counts.dispatches // (ops + 1)) for ops in limits)
+    return f"{ours} (else {usual})" if ours != usual else str(ours)
 
 
 def _kinds(budgets: list[Budget]) -> Table:
