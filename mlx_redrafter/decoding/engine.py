@@ -28,6 +28,7 @@ from mlx_redrafter.decoding.step import (
     make_step,
     read_layers,
 )
+from mlx_redrafter.decoding.warming import warming
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.drafters.lookup import foretold
 from mlx_redrafter.models import Target
@@ -64,6 +65,7 @@ class Engine:
         self.compiled = compiled
         self.traces = 0
         self.say: Callable[[str], None] = lambda text: None  # told what takes seconds, once
+        self.warm: set[StepSpec] = set()  # buckets whose kernels are compiled; see `warming`
         self._graphs = Graphs()
 
     def step_function(self, spec: StepSpec) -> StepFunction:
@@ -190,11 +192,13 @@ class Engine:
         stats.prefill_tokens += len(prompt) - len(session.tokens)
         needed = capacity_for(len(prompt) + 2 * answer.widest)
         session.open(self.kinds, needed, self.target.dtype)
+        beside = warming(self, answer, needed)
         last = yield from reading(
             self.target, prompt, session, request.step_size,
             layers=read_layers(drafters), absorb=absorbing(drafters), sparse=sparse,
-            progress=request.progress,
+            progress=request.progress, beside=beside,
         )  # fmt: skip
+        yield from beside
         history: mx.array | tuple[()] = ()
         looked_up = any(shape.lookup for shape in answer.policy.shapes)
         if request.sampling.windows or looked_up:
