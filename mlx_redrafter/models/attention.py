@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
+from mlx_redrafter.cache.halves import Halved, halves
 from mlx_redrafter.cache.packed import Packed, Seen, plain
 
 from ..runtime import metal
@@ -30,7 +31,7 @@ def softmax(scores: mx.array) -> mx.array:
 
 def attend(
     q: mx.array,
-    slab: Seen,
+    slab: Seen | Halved,
     mask: mx.array | None,
     scale: float,
     softcap: float,
@@ -45,7 +46,8 @@ def attend(
     """
     if mask is not None and mask.shape[1] < slab.shape[2]:
         slab = slab[:, :, : mask.shape[1]]
-    slab = readable(slab)
+    if not isinstance(slab, Halved):
+        slab = readable(slab)
     if softcap == 0.0 and fused_kernels() and not isinstance(slab, Packed):
         calls = _fused_calls(q, slab, mask)
         if calls:
@@ -75,7 +77,7 @@ def causal(length: int, config: DecoderConfig) -> Callable[[int], Attend]:
     return lambda layer: attend if windows[layer] else whole
 
 
-def _fused_calls(q: mx.array, slab: mx.array, mask: mx.array | None) -> list[int]:
+def _fused_calls(q: mx.array, slab: mx.array | Halved, mask: mx.array | None) -> list[int]:
     """How many queries every call of MLX's fused kernels gets; empty: there is none for them."""
     heads, total, size = q.shape
     n, kv_heads = total // slab.shape[0], slab.shape[1] // 2
@@ -86,24 +88,24 @@ def _fused_calls(q: mx.array, slab: mx.array, mask: mx.array | None) -> list[int
 
 def _attend_fused(
     q: mx.array,
-    slab: mx.array,
+    slab: mx.array | Halved,
     mask: mx.array | None,
     scale: float,
     sinks: mx.array | None,
     calls: Sequence[int],
 ) -> mx.array:
     """By MLX's kernels, which give every query the same bits in whatever company."""
-    rows, half, capacity = slab.shape[0], slab.shape[1] // 2, slab.shape[2]
+    rows, capacity = slab.shape[0], slab.shape[2]
     queries = q.reshape(q.shape[0], rows, -1, q.shape[2]).transpose(1, 0, 2, 3)
     n, found, start = queries.shape[2], [], 0
     seen = None if mask is None else _by_row(mask, rows)
     for count in calls:
         stop = start + count
-        own, keys = queries[:, :, start:stop], slab
+        own, shown = queries[:, :, start:stop], slab
         if seen is None and stop < n:
-            keys = slab[:, :, : capacity - n + stop]
+            shown = slab[:, :, : capacity - n + stop]
         out = mx.fast.scaled_dot_product_attention(
-            own, keys[:, :half], keys[:, half:], scale=scale,
+            own, *halves(shown), scale=scale,
             mask="causal" if seen is None else seen[..., start:stop, :], sinks=sinks,
         )  # fmt: skip
         found.append(out.transpose(0, 2, 1, 3))
@@ -180,7 +182,7 @@ def _masked(softmax: Softmax) -> Callable[[mx.array, mx.array], mx.array]:
 
 def _attend_unfused(
     q: mx.array,
-    slab: Seen,
+    slab: Seen | Halved,
     mask: mx.array | None,
     scale: float,
     softcap: float,
@@ -195,7 +197,7 @@ def _attend_unfused(
     heads, total, dim = q.shape
     rows, kv_heads = slab.shape[0], slab.shape[1] // 2
     n, repeats, capacity = total // rows, heads // kv_heads, slab.shape[2]
-    keys, values = slab[:, :kv_heads], slab[:, kv_heads:]  # (B, Hkv, C, Dh)
+    keys, values = halves(slab)  # (B, Hkv, C, Dh)
     q = q * mx.array(scale, q.dtype)
     q = q.reshape(kv_heads, repeats, rows, n, dim).transpose(2, 0, 1, 3, 4)
     scores = scored(q.reshape(rows, kv_heads, repeats * n, dim), keys)
