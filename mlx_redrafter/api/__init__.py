@@ -77,6 +77,12 @@ class Model:
             self._grammars[inner] = Grammars(tokenizer, self.target.config.vocab_size)
         return self._grammars[inner]
 
+    @property
+    def exact(self) -> bool:
+        """Is a drafted text plain decoding's to the last bit? Else rounding may choose otherwise
+        between tokens that are nearly alike."""
+        return self.target.dtype == mx.float32 and blas.rows_alone()
+
     @classmethod
     def of(
         cls,
@@ -183,6 +189,7 @@ def stream_generate(
     json_schema: dict[str, Any] | str | None = None,
     regex: str | None = None,
     grammar: str | Grammar | None = None,
+    margins: bool = False,
     **sampling: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Generate an answer, one response per token.
@@ -208,6 +215,8 @@ def stream_generate(
         regex: the answer as a whole matches this expression.
         grammar: the answer follows this grammar, as text in llguidance's Lark or llama.cpp's GBNF.
             At most one of these three; drafted or not the text is the same.
+        margins: count the tokens that rounding may have chosen, in ``stats.near_ties``: where
+            drafted and plain text may part if `Model.exact` is False.
         sampling: see :class:`SamplingParams`: temp, top_p, top_k, min_p, penalties, seed, ...
 
     None stands for the default everywhere. Closing the generator, or dropping it, ends the answer
@@ -229,7 +238,7 @@ def stream_generate(
         draft=draft, tree=tree, stop=stop, stop_tokens=stop_tokens, session=session,
         prefill_step_size=prefill_step_size, prompt_progress_callback=prompt_progress_callback,
         sparse_prefill=sparse_prefill, prediction=prediction, json_schema=json_schema, regex=regex,
-        grammar=grammar, **sampling,
+        grammar=grammar, margins=margins, **sampling,
     )  # fmt: skip
     return _responses(checked(model, tokenizer, prompt, max_tokens, **given))
 
@@ -287,6 +296,7 @@ def checked(
     json_schema: dict[str, Any] | str | None = None,
     regex: str | None = None,
     grammar: str | Grammar | None = None,
+    margins: bool = False,
     **sampling: Any,
 ) -> Asked:
     """The arguments of `stream_generate`, found possible; raises OptionError as it does."""
@@ -312,7 +322,7 @@ def checked(
         USUAL_LENGTH if max_tokens is None else max_tokens,
         session if session is not None else Session(),
         progress=prompt_progress_callback, sparse_prefill=sparse_prefill,
-        prediction=() if plain else predicted,
+        prediction=() if plain else predicted, margins=bool(margins),
         grammar=arguments.grammar(model, tokenizer, json_schema, regex, grammar),
     )  # fmt: skip
     answer = partial(Answer, tokenizer, len(ids), stops, end_tokens, asked.room(config))

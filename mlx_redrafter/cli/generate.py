@@ -93,6 +93,7 @@ def run(
         arguments["prediction"] = prediction
     if form:
         arguments["grammar"] = made(model, tokenizer, prompt, raw, form)
+    arguments["margins"] = (verbose or as_json) and not model.exact
     try:
         for last in stream_generate(model, tokenizer, prompt, **arguments):
             waiting.word()

@@ -144,10 +144,15 @@ class Answering:
             pending = nothing_pending(self.kinds, self.state.caches, shape)
             self.state = self.state._replace(pending=pending)
         waiting = pending[1].shape[0] if pending else 0
-        sampling = self.request.sampling
+        return self.spec(shape, waiting, bool(given))
+
+    def spec(self, shape: TreeShape, waiting: int, given: bool = False) -> StepSpec:
+        """The bucket of a step of this shape, with so many nodes of the one before waiting. given:
+        see `StepSpec`."""
+        request = self.request
         return StepSpec(
-            shape, sampling.features, sampling.windows, waiting, self.awake,
-            held=self.place is not None, given=bool(given),
+            shape, request.sampling.features, request.sampling.windows, waiting, self.awake,
+            held=self.place is not None, given=given, margins=request.margins and not given,
         )  # fmt: skip
 
     def launched(self, spec: StepSpec, text: mx.array, state: State, counted: bool = False) -> None:
@@ -175,6 +180,8 @@ class Answering:
         if grown:
             release()
         experts = numbers.pop() if counted else self.engine.target.routes
+        if spec.margins:
+            stats.near_ties = (stats.near_ties or 0) + numbers.pop()
         tokens, closing, redone = [t for t in numbers[1:] if t != END], list[int](), False
         if self.place is not None:
             tokens, closing, redone = self._legal(spec, tokens)

@@ -12,7 +12,7 @@ then top-p, min-p and top-k on the distribution at temperature 1; then the tempe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -28,6 +28,7 @@ from mlx_redrafter.tree.nodes import DraftTree, integers
 Arrays = dict[str, mx.array]
 MAX_CONTEXT = 1024
 LEAST_TEMP = 0.001
+ROUNDINGS = 4  # of a logit, that two passes may differ by
 _NUMBERS: dict[str, tuple[float, float]] = {
     "temp": (0, 100),
     "top_p": (0, 1),
@@ -253,6 +254,7 @@ def sample(
     windows: dict[str, mx.array],
     arrays: Arrays,
     position: mx.array,
+    told: Callable[[mx.array], None] | None = None,
 ) -> mx.array:
     """The target's token after every node.
 
@@ -262,18 +264,36 @@ def sample(
         windows: per active penalty (N, R) int32, the recent tokens of each node, -1 for none.
         arrays: see :meth:`SamplingParams.arrays`.
         position: (1,) int32, the root's.
+        told: of `near_ties`.
 
     Returns:
         (N,) int32.
     """
-    if not windows and not arrays:
-        return mx.argmax(logits, axis=-1).view(mx.int32)  # the same in every type
-    logits = penalise(logits.astype(mx.float32), windows, arrays)
+    scores = logits
+    if windows or arrays:  # else the same in every type
+        scores = penalise(logits.astype(mx.float32), windows, arrays)
     if "seed" in arrays:
         every = integers(range(logits.shape[-1]))
         drawn = gumbel(noise_keys(arrays["seed"], position + 1 + tree.depths), every)
-        logits = restrict(logits, arrays) / arrays["temp"] + drawn
-    return mx.argmax(logits, axis=-1).view(mx.int32)
+        scores = restrict(scores, arrays) / arrays["temp"] + drawn
+    if told is not None:
+        told(near_ties(logits, scores, arrays))
+    return mx.argmax(scores, axis=-1).view(mx.int32)
+
+
+def near_ties(logits: mx.array, scores: mx.array, arrays: Arrays) -> mx.array:
+    """Where another token's score is so near the largest that rounding may choose: (N,) bool.
+
+    A pass over other rows beside a node may give logits (N, V) that differ by a few roundings of
+    their type, at the size of the largest.
+    """
+    size = mx.abs(logits).max(-1, keepdims=True).astype(mx.float32)
+    margin = ROUNDINGS * mx.finfo(logits.dtype).eps * size
+    if "temp" in arrays:
+        margin = margin / arrays["temp"]
+    scores = scores.astype(mx.float32)
+    close = scores >= scores.max(-1, keepdims=True) - margin
+    return close.astype(mx.int32).sum(-1) > 1
 
 
 def penalise(logits: mx.array, windows: dict[str, mx.array], arrays: Arrays) -> mx.array:

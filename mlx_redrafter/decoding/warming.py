@@ -45,7 +45,7 @@ def warming(engine: Compiling, answer: Answering, capacity: int) -> Iterator[Non
             history=bool(sampling.windows) or looked_up,
         )  # fmt: skip
         waiting = state.pending[1].shape[0] if state.pending else 0
-        spec = StepSpec(shape, sampling.features, sampling.windows, waiting, answer.awake)
+        spec = answer.spec(shape, waiting)
         if spec in engine.warm:
             continue
         engine.warm.add(spec)
