@@ -93,7 +93,8 @@ def run(
         arguments["prediction"] = prediction
     if form:
         arguments["grammar"] = made(model, tokenizer, prompt, raw, form)
-    arguments["margins"] = (verbose or as_json) and not model.exact
+    if (verbose or as_json) and not model.same_bits:
+        arguments["margins"] = True
     try:
         for last in stream_generate(model, tokenizer, prompt, **arguments):
             waiting.word()

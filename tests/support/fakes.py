@@ -66,6 +66,7 @@ class FakeModel:
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     drafter: object | None = field(default_factory=object)
     drafting: bool = True
+    same_bits: bool = True
     error: Exception | None = None
     name: str = "fake"
     budget: Any = field(default_factory=lambda: SimpleNamespace(costs=lambda *_: None))
