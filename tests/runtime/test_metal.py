@@ -35,19 +35,25 @@ def test_the_limit_is_set_on_a_mac_alone(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And never over what the user has set, or by a folder that is no model's."""
-    monkeypatch.setenv(metal._OPS, "1")  # so that it is put back
-    monkeypatch.delenv(metal._OPS)
+    monkeypatch.setenv(metal.OPS, "1")  # so that it is put back
+    monkeypatch.delenv(metal.OPS)
     (tmp_path / "config.json").write_text(json.dumps(config))
     for platform, expected in (("linux", None), ("darwin", "25")):
         monkeypatch.setattr(sys, "platform", platform)
         metal.prepare(tmp_path)
-        assert os.environ.get(metal._OPS) == expected
-    monkeypatch.setenv(metal._OPS, "100")
+        assert os.environ.get(metal.OPS) == expected
+    monkeypatch.setenv(metal.OPS, "100")
     metal.prepare(tmp_path)
-    assert os.environ[metal._OPS] == "100"
-    monkeypatch.delenv(metal._OPS)
+    assert os.environ[metal.OPS] == "100"
+    monkeypatch.delenv(metal.OPS)
+    monkeypatch.setenv("MLX_REDRAFTER_CACHE", str(tmp_path / "cache"))
+    metal.keep(tmp_path, metal.MLX)
+    metal.prepare(tmp_path)
+    assert metal.OPS not in os.environ, "MLX's own was measured to be better"
+    metal.keep(tmp_path, metal.OWN)
+    metal._file().write_text("[")
     for text in ("{}", "[]", "{"):
         (tmp_path / "config.json").write_text(text)
         metal.prepare(tmp_path)
     metal.prepare(tmp_path / "nowhere")
-    assert metal._OPS not in os.environ
+    assert metal.OPS not in os.environ
