@@ -47,7 +47,7 @@ def test_a_report_has_every_part(
     parts = found["parts"]
     assert not [part for part in parts.values() if "error" in part]
     assert parts["compiling"].keys() == measure.SHAPES.keys()
-    assert parts["kernels"]["attention"]["4/2 x 64"]["8"] == metal.VECTOR
+    assert parts["kernels"]["attention"]["4/2 x 64"]["queries"] == "1-8 vector, 9-16 full"
     assert [row["parted_at"] for row in parts["answers"]] == [None, None]
     times = parts["passes, 4 bits"]["milliseconds"]
     assert times.keys() == {"16", "2046"} and times["16"].keys() == {"1", "2"}

@@ -91,7 +91,7 @@ def kernels(config: Any) -> dict[str, Any]:
     }
     attention = {
         f"{heads}/{kv} x {size}": {
-            **{str(n): _attention(n, heads, kv, size) for n in range(1, 17)},
+            "queries": _runs([_attention(n, heads, kv, size) for n in range(1, 17)]),
             "prompt": metal.attention_kernel(512, heads, kv, size),
         }
         for heads, kv, size in sorted(shapes)

@@ -48,12 +48,11 @@ def _compiling(found: Any) -> list[str]:
 
 
 def _kernels(found: Any) -> list[str]:
-    numbers = list(next(iter(found["attention"].values()), {}))
-    attention = [(shape, *(by[n] for n in numbers)) for shape, by in found["attention"].items()]
+    attention = [(shape, *by.values()) for shape, by in found["attention"].items()]
     chips = list(next(iter(found["products"].values())))
     products = [(size, *by.values()) for size, by in found["products"].items()]
     return [
-        *_table(("heads / of keys x size, queries", *numbers), attention),
+        *_table(("heads / of keys x size", "queries", "a prompt"), attention),
         "",
         *_table(("4-bit product, rows", *chips), products),
     ]
