@@ -12,7 +12,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = [
         f"### mlx-redrafter {facts['mlx_redrafter']} on {facts['chip']}",
         "",
-        ", ".join(f"{name.replace('_', ' ')} {facts[name]}" for name in facts if facts[name]),
+        ", ".join(f"{name.replace('_', ' ')} {_short(facts[name])}" for name in facts if facts[name]),
         "",
         f"Model {report['model']['name']}, {report['model']['dtype']}, drafter "
         f"{report['model']['drafter'] or 'none'}",
@@ -36,6 +36,10 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     body = [f"| {' | '.join(row)} |" for row in [list(titles), *cells]]
     return [body[0], "|" + "---|" * len(titles), *body[1:]]
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def _plain(found: Any) -> str:

@@ -56,7 +56,7 @@ def measured(
     folder = model.drafter_folder
     return {
         "schema": SCHEMA,
-        "machine": {**machine(), "memory_gb": round(machine()["memory_gb"], 1)},
+        "machine": machine(),
         "model": {
             "name": model.name,
             "dtype": dtype_name(model.target.dtype),
