@@ -96,6 +96,10 @@ def _attend_fused(
 ) -> mx.array:
     """By MLX's kernels, which give every query the same bits in whatever company."""
     rows, capacity = slab.shape[0], slab.shape[2]
+    if len(calls) > 1 and rows == 1:  # by query: a call's share needs no copy then
+        heads, _, size = q.shape
+        q = q.transpose(1, 0, 2).reshape(-1, heads * size)
+        q = q.reshape(-1, heads, size).transpose(1, 0, 2)
     queries = q.reshape(q.shape[0], rows, -1, q.shape[2]).transpose(1, 0, 2, 3)
     n, found, start = queries.shape[2], [], 0
     seen = None if mask is None else _by_row(mask, rows)

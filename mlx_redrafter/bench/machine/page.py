@@ -12,7 +12,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = [
         f"### mlx-redrafter {facts['mlx_redrafter']} on {facts['chip']}",
         "",
-        ", ".join(f"{name.replace('_', ' ')} {_short(facts[name])}" for name in facts if facts[name]),
+        ", ".join(f"{name.replace('_', ' ')} {_short(fact)}" for name, fact in facts.items()),
         "",
         f"Model {report['model']['name']}, {report['model']['dtype']}, drafter "
         f"{report['model']['drafter'] or 'none'}",
