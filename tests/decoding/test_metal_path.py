@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
 from conftest import PENALTIES, RANKS, SHAPES, Oracle, engine_of, prompt_of, run
+from tiny_models import CASES, build
 
 from mlx_redrafter.cache.layer import Pass
 from mlx_redrafter.cache.slabs import Slab, capacity_for
 from mlx_redrafter.decoding import answering, engine
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.models import Decoder
+from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.runtime import metal
 from mlx_redrafter.runtime.device import fused_kernels
 from mlx_redrafter.stats import DraftStats
 
@@ -38,6 +42,29 @@ def test_drafted_text_is_plain_text(target: Decoder, params: SamplingParams) -> 
         one, stats = engine_of(target, drafter, compiled=False), DraftStats()
         assert run(one, prompt, params, SHAPES[name], 24, stats=stats) == plain
         assert stats.steps < 24, "something was accepted"
+
+
+QUICK = ("gemma3", "gpt_oss", "glm4_moe_lite", "gemma4_text")
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in QUICK]
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize("case", [*QUICK, *SLOW])
+def test_every_kind_of_layer_goes_the_way_of_a_gpu(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows, sinks, experts, latent vectors, ...: by MLX's functions, as if its kernels took the
+    tiny heads; the text is that of the way of a CPU."""
+    build(tmp_path, case)
+    prompt, cpu = prompt_of(30), load_model(tmp_path)
+    expected = run(engine_of(cpu, None, compiled=False), prompt, FILTERED, None, 10)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    for sizes in ("_VECTOR_SIZES", "_FULL_SIZES"):
+        monkeypatch.setattr(metal, sizes, tuple(range(1, 257)))
+    model = load_model(tmp_path)
+    assert run(engine_of(model, None, compiled=False), prompt, FILTERED, None, 10) == expected
+    drafting = engine_of(model, Oracle(model, [[*prompt, *expected]], RANKS), compiled=False)
+    assert run(drafting, prompt, FILTERED, SHAPES["beam-and-lookup"], 10) == expected
 
 
 @pytest.mark.parametrize("gpu", [False, True])
