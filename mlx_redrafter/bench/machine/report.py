@@ -58,7 +58,7 @@ def measured(
         "schema": SCHEMA,
         "machine": machine(),
         "model": {
-            "name": model.name,
+            "name": Path(model.name).name if Path(model.name).is_absolute() else model.name,
             "dtype": dtype_name(model.target.dtype),
             "drafter": folder.name if folder is not None else None,
         },
