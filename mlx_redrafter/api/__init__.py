@@ -77,12 +77,6 @@ class Model:
             self._grammars[inner] = Grammars(tokenizer, self.target.config.vocab_size)
         return self._grammars[inner]
 
-    @property
-    def same_bits(self) -> bool:
-        """Is a drafted text plain decoding's to the last bit? Else rounding may choose otherwise
-        between tokens that are nearly alike."""
-        return self.target.dtype == mx.float32 and blas.rows_alone()
-
     @classmethod
     def of(
         cls,
@@ -216,7 +210,7 @@ def stream_generate(
         grammar: the answer follows this grammar, as text in llguidance's Lark or llama.cpp's GBNF.
             At most one of these three; drafted or not the text is the same.
         margins: count the tokens that rounding may have chosen, in ``stats.near_ties``: where
-            drafted and plain text may part if `Model.same_bits` is False.
+            drafted and plain text may part if `Engine.same_bits` is False.
         sampling: see :class:`SamplingParams`: temp, top_p, top_k, min_p, penalties, seed, ...
 
     None stands for the default everywhere. Closing the generator, or dropping it, ends the answer

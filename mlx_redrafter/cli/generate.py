@@ -93,7 +93,7 @@ def run(
         arguments["prediction"] = prediction
     if form:
         arguments["grammar"] = made(model, tokenizer, prompt, raw, form)
-    if (verbose or as_json) and not model.same_bits:
+    if (verbose or as_json) and not model.engine.same_bits:
         arguments["margins"] = True
     try:
         for last in stream_generate(model, tokenizer, prompt, **arguments):

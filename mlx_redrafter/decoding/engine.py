@@ -34,6 +34,7 @@ from mlx_redrafter.drafters.lookup import foretold
 from mlx_redrafter.models import Target
 from mlx_redrafter.prefill.reading import reading
 from mlx_redrafter.prefill.sparse import SparseAttention
+from mlx_redrafter.runtime.blas import rows_alone
 from mlx_redrafter.runtime.device import release
 from mlx_redrafter.stats import PrefillStats
 from mlx_redrafter.tree.shape import TEXT, TreeShape
@@ -110,6 +111,12 @@ class Engine:
             return mx.compile(step) if self.compiled else step
 
         return self._graphs.get(key, compiled)
+
+    @property
+    def same_bits(self) -> bool:
+        """Is a drafted text plain decoding's to the last bit? Else rounding may choose otherwise
+        between tokens that are nearly alike."""
+        return self.target.dtype == mx.float32 and rows_alone()
 
     def count_trace(self) -> None:
         self.traces += 1

@@ -88,9 +88,8 @@ class StepSpec:
     """What a compiled step is specialised for (the capacity comes with the state's shapes).
 
     ``pending``: nodes of the step before, if its rows still have to be put into place. ``awake``:
-    do drafters that keep rows take part? ``held``: can a choice be made again? ``given``: the
-    drafts are known to be right: `Arrays` has them, as "given" (L,). ``margins``: are tokens
-    counted that rounding may have chosen?
+    do drafters that keep rows take part? ``held``: can a choice be made again? ``given``: right
+    drafts are in `Arrays`, as "given" (L,). ``margins``: are `sampling.near_ties` counted?
     """
 
     shape: TreeShape
@@ -118,8 +117,8 @@ def make_step(
 
     Returns:
         step(state, arrays) -> (text (L+2,) int32: the root's token, the new ones, and END from
-        there on; with margins one number more, of `sampling.near_ties`; of several nodes and a
-        target with experts one more, how many the nodes chose; the next state).
+        there on; with margins one number more; of several nodes and a target with experts one
+        more, how many the nodes chose; the next state).
     """
     layers, counted = read_layers(drafters), bool(target.routes) and spec.shape.drafts
 
@@ -208,8 +207,7 @@ def finish(
         if not isinstance(history, tuple)
     }
     near: list[mx.array] = []
-    told = near.append if spec.margins else None
-    choices = sampling.sample(logits, tree, windows, arrays, position, told)
+    choices = sampling.sample(logits, tree, windows, arrays, position, near.append)
     if spec.given:
         choices = mx.concatenate([arrays["given"], choices[-1:]])
     last, count, text = accept(tree, choices)
@@ -225,9 +223,8 @@ def finish(
     if any(waiting):
         pending = [r if w else () for r, w in zip(rows, waiting, strict=True)], slots
     root = mx.take(choices, last) if spec.shape.drafts else choices
-    if near:
-        path = mx.take(tree.ancestors, last, axis=0)
-        text = mx.concatenate([text, (path & near[0]).astype(mx.int32).sum(-1)])
+    if spec.margins:
+        text = mx.concatenate([text, (near[0] & mx.take(tree.ancestors, last, axis=0)).sum(-1)])
     held = holding(drafters, done, logits, states) if spec.held else ()
     after = State(root, position + count, caches, drafts, history, pending, held)
     return text, after, slots

@@ -333,6 +333,6 @@ def test_near_ties_are_asked_for_where_bits_may_differ(
 ) -> None:
     """By whoever shows the statistics: they cost a little."""
     for same, option, asked in [(True, "-v", False), (False, "-v", True), (False, "-q", False)]:
-        model.same_bits = same
+        model.engine.same_bits = same
         assert runner.invoke(cli.app, ["generate", option, "Capital?"]).exit_code == 0
         assert model.calls[-1].get("margins", False) == asked

@@ -66,13 +66,12 @@ class FakeModel:
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     drafter: object | None = field(default_factory=object)
     drafting: bool = True
-    same_bits: bool = True
     error: Exception | None = None
     name: str = "fake"
     budget: Any = field(default_factory=lambda: SimpleNamespace(costs=lambda *_: None))
     ends: str = "stop"
     drafter_folder: Path | None = Path("the-drafter")
-    engine: Any = field(default_factory=SimpleNamespace)
+    engine: Any = field(default_factory=lambda: SimpleNamespace(same_bits=True))
     target: Any = field(
         default_factory=lambda: SimpleNamespace(
             config=SimpleNamespace(max_positions=1000, model_type="llama")
