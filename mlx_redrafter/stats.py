@@ -98,6 +98,7 @@ class DraftStats:
     decode_seconds: float = 0.0  # launching steps and waiting for them: draft, verify, commit
     host_seconds: float = 0.0  # whoever consumes the tokens: text, printing
     sparse_prefill: PrefillStats | None = None  # where it was on
+    near_ties: int | None = None  # tokens that rounding may have chosen, where they are counted
 
     def record(self, produced: int, drafted: int, shape: str = "") -> None:
         """One step that produced ``produced`` tokens (accepted drafts and the bonus)."""
@@ -137,6 +138,8 @@ class DraftStats:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.histogram.update(other.histogram)
         self.shapes.update(other.shapes)
+        if other.near_ties is not None:
+            self.near_ties = (self.near_ties or 0) + other.near_ties
         if other.sparse_prefill is not None:
             self.sparse_prefill = self.sparse_prefill or PrefillStats(other.sparse_prefill.mode)
             self.sparse_prefill.add(other.sparse_prefill)
@@ -162,4 +165,5 @@ class DraftStats:
                 "host": round(self.host_seconds, 4),
             },
             **sparse,
+            **({} if self.near_ties is None else {"near_ties": self.near_ties}),
         }

@@ -34,7 +34,7 @@ from mlx_redrafter.kernels import verdicts
 from mlx_redrafter.models import Decoder, Loaded, load_model, small_rows
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import Progress
-from mlx_redrafter.runtime import blas, checks, threads
+from mlx_redrafter.runtime import blas, checks, metal, threads
 from mlx_redrafter.runtime.paths import BUILTIN, user_path
 from mlx_redrafter.terminal import console
 from mlx_redrafter.text.answer import Answer, GenerationResponse
@@ -149,6 +149,7 @@ def load(
         drafter_folder = find_drafter(name, folder)
     else:
         drafter_folder = resolve(given) if given is not None else None
+    metal.prepare(folder)
     target = load_model(folder, dtype)
     if isinstance(target, Decoder):
         small_rows.switch_on(target, console.note, "exact" if exact else None)
@@ -182,6 +183,7 @@ def stream_generate(
     json_schema: dict[str, Any] | str | None = None,
     regex: str | None = None,
     grammar: str | Grammar | None = None,
+    margins: bool = False,
     **sampling: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Generate an answer, one response per token.
@@ -207,6 +209,8 @@ def stream_generate(
         regex: the answer as a whole matches this expression.
         grammar: the answer follows this grammar, as text in llguidance's Lark or llama.cpp's GBNF.
             At most one of these three; drafted or not the text is the same.
+        margins: count the tokens that rounding may have chosen, in ``stats.near_ties``: where
+            drafted and plain text may part if `Engine.same_bits` is False.
         sampling: see :class:`SamplingParams`: temp, top_p, top_k, min_p, penalties, seed, ...
 
     None stands for the default everywhere. Closing the generator, or dropping it, ends the answer
@@ -228,7 +232,7 @@ def stream_generate(
         draft=draft, tree=tree, stop=stop, stop_tokens=stop_tokens, session=session,
         prefill_step_size=prefill_step_size, prompt_progress_callback=prompt_progress_callback,
         sparse_prefill=sparse_prefill, prediction=prediction, json_schema=json_schema, regex=regex,
-        grammar=grammar, **sampling,
+        grammar=grammar, margins=margins, **sampling,
     )  # fmt: skip
     return _responses(checked(model, tokenizer, prompt, max_tokens, **given))
 
@@ -286,6 +290,7 @@ def checked(
     json_schema: dict[str, Any] | str | None = None,
     regex: str | None = None,
     grammar: str | Grammar | None = None,
+    margins: bool = False,
     **sampling: Any,
 ) -> Asked:
     """The arguments of `stream_generate`, found possible; raises OptionError as it does."""
@@ -311,7 +316,7 @@ def checked(
         USUAL_LENGTH if max_tokens is None else max_tokens,
         session if session is not None else Session(),
         progress=prompt_progress_callback, sparse_prefill=sparse_prefill,
-        prediction=() if plain else predicted,
+        prediction=() if plain else predicted, margins=bool(margins),
         grammar=arguments.grammar(model, tokenizer, json_schema, regex, grammar),
     )  # fmt: skip
     answer = partial(Answer, tokenizer, len(ids), stops, end_tokens, asked.room(config))

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mlx_redrafter.cache.packed import PackedSlab
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.models import Decoder, DecoderConfig, Target
 from mlx_redrafter.prefill.reading import USUAL, read
 from mlx_redrafter.runtime import clock
 from mlx_redrafter.runtime.device import fused_kernels
+from mlx_redrafter.runtime.metal import FULL, attention_kernel
 
 SIZES = (128, 256, USUAL, 1024, 2048)
 LONG = 2048  # tokens to read: what the best size saves on fewer is less than measuring takes
@@ -70,12 +72,29 @@ class Chunks:
         return cls(near, far, int(stored["layers"]))
 
 
-def most(config: DecoderConfig, prompt: int) -> int:
+def most(config: DecoderConfig, prompt: int, packed: bool = False) -> int:
     """The largest chunk whose attention scores over the whole prompt have room; the smallest of
-    ``SIZES`` in any case."""
-    if fused_kernels() and not config.attention_softcap:
+    ``SIZES`` in any case. packed: are keys and values quantised? No fused kernel reads these."""
+    if fused_kernels() and not packed and _fused(config):
         return max(SIZES)
     return max(min(SIZES), _SCORES // (4 * config.num_heads * capacity_for(prompt)))
+
+
+def _fused(config: DecoderConfig) -> bool:
+    """Has every layer that attends a kernel for chunks, in which no scores are kept?"""
+    if config.attention_softcap or config.latent is not None:
+        return False
+    layers = [config.layer(i) for i in range(config.num_layers)]
+    return all(
+        attention_kernel(min(SIZES), layer.num_heads, layer.num_kv_heads, layer.head_dim) == FULL
+        for layer in layers
+        if layer.delta is None
+    )
+
+
+def packed(target: Target) -> bool:
+    """Does it keep keys and values quantised?"""
+    return any(isinstance(kind, PackedSlab) for kind in target.caches)
 
 
 def measure(target: Target, text: Sequence[int] = ()) -> Chunks:
@@ -86,7 +105,7 @@ def measure(target: Target, text: Sequence[int] = ()) -> Chunks:
     runs: dict[tuple[int, int], clock.Run] = {}
     least = float("inf")
     for n in SIZES:
-        if n > USUAL and n > most(target.config, FAR + n):
+        if n > USUAL and n > most(target.config, FAR + n, packed(target)):
             break
         mine = {(n, at): _reading(few, n, at, text or (0,)) for at in (0, FAR)}
         once = clock.fastest(mine, 1, warm=n == SIZES[0])[n, FAR] / n

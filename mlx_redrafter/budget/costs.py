@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlx_redrafter.budget.expert_costs import ExpertCosts
 from mlx_redrafter.budget.written import Written
@@ -24,9 +25,11 @@ from mlx_redrafter.decoding.step import State, StepSpec, blank_state, joined_pas
 from mlx_redrafter.drafters import Ask, Drafter
 from mlx_redrafter.models import Target
 from mlx_redrafter.runtime import clock
+from mlx_redrafter.runtime.device import fused_kernels
 from mlx_redrafter.tree.shape import BEAMS, TreeShape
 
 NODES = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+NODES_ON_GPU = (*NODES[:7], 10, 12, 13, 16)  # its products have steps behind 5, 10 and 12 rows
 WIDTHS = (1, 2, 3, 4)
 NEAR, FAR = 256, 2048  # tokens in the cache
 _ROUNDS = 6
@@ -168,16 +171,16 @@ def measure(
     far = min(FAR, target.config.max_positions // 2)
     written = Written(target, text(), NEAR, build) if target.routes else None
     passes: dict[int, clock.Run] = {}
-    for nodes in NODES:
+    for nodes in NODES_ON_GPU if fused_kernels() else NODES:
         passes[nodes] = (
             timed_pass(target, nodes, NEAR, build) if written is None else written.timed(nodes)
         )
         passes[nodes]()  # traces, and may compile kernels
-        if nodes in (4, 8):
-            few = clock.fastest({1: passes[1], nodes: passes[nodes]}, 2)
+        if nodes in (4, 8) and not fused_kernels():  # whose older ones are flat from some rows on
+            few = clock.fastest_pass({1: passes[1], nodes: passes[nodes]}, 2)
             if few[nodes] > _LINEAR * nodes * few[1]:
                 break
-    verify = clock.fastest(passes, _ROUNDS)
+    verify = clock.fastest_pass(passes, _ROUNDS)
     least = float("inf")
     for n in sorted(verify, reverse=True):  # a pass over more tokens is never faster
         least = verify[n] = min(least, verify[n])
@@ -185,8 +188,9 @@ def measure(
     short = verify
     if written is not None:  # what is cached far away is not real: neither may the nearer pass be
         near = {n: timed_pass(target, n, NEAR, build) for n in ends}
-        short = clock.fastest(near, 3, warm=True)
-    long = clock.fastest({n: timed_pass(target, n, far, build) for n in ends}, 3, warm=True)
+        short = clock.fastest_pass(near, 3, warm=True)
+    away = {n: timed_pass(target, n, far, build) for n in ends}
+    long = clock.fastest_pass(away, 3, warm=True)
     per_token = [max(long[n] - short[n], 0.0) / max(far - NEAR, 1) for n in ends]
     costs = Costs(verify, (per_token[0], per_token[1]))
     if written is not None:
@@ -206,7 +210,7 @@ def _measure_draft(
 ) -> None:
     widths = [w for w in WIDTHS if w <= target.config.vocab_size]
     runs = {(w, d): _draft_levels(target, drafters, w, d, build) for w in widths for d in (1, 3)}
-    found = clock.fastest(runs, _ROUNDS, warm=True)
+    found = clock.fastest_pass(runs, _ROUNDS, warm=True)
     for w in widths:
         costs.draft[w] = found[w, 1], max(found[w, 3] - found[w, 1], 0.0) / 2
     shape = TreeShape(2, 2, min(5, max(costs.verify)), lookup=2)
@@ -216,7 +220,7 @@ def _measure_draft(
         chosen: list[int] = []
         whole = _whole_step(target, drafters, shape, step_function, chosen)
         check = passes.get(shape.nodes) or timed_pass(target, shape.nodes, NEAR, build)
-        taken = clock.fastest({"whole": whole, "check": check}, _ROUNDS, True)
+        taken = clock.fastest_pass({"whole": whole, "check": check}, _ROUNDS, True)
         slower = taken["check"] / costs.checking(shape.nodes)
         known = costs.table(shape)
         if costs.distinct:  # the step's text is no text, and its experts are others
@@ -263,14 +267,24 @@ def timed_pass(target: Target, nodes: int, position: int, build: Any) -> clock.R
     capacity = capacity_for(position + nodes)
     caches = new_caches(target.caches, capacity, target.dtype)
     tokens, start = mx.zeros((nodes,), mx.int32), mx.array([position], mx.int32)
+    given = tokens
     run = build(verify_pass(target))
 
-    def once() -> None:
-        nonlocal caches
-        choices, caches = run(tokens, start, caches)
-        mx.eval(choices, caches)
+    def launch() -> Any:
+        nonlocal caches, given
+        choices, caches = run(given, start, caches)
+        given = after(tokens, choices)
+        return given, caches
 
-    return once
+    return clock.launched(launch)
+
+
+def after(x: mx.array, arrays: Any) -> mx.array:
+    """The same for whoever needs these arrays first."""
+    pairs = cast("list[tuple[str, Any]]", tree_flatten(arrays))
+    known = [array for _, array in pairs if isinstance(array, mx.array)]
+    (same,) = mx.depends([x], known)
+    return cast(mx.array, same)
 
 
 def _draft_levels(
@@ -298,12 +312,15 @@ def _draft_levels(
 
     run = build(propose)
 
-    def once() -> None:
-        nonlocal caches
-        found, caches = run(caches, state.drafts, state.root, state.position)
-        mx.eval(found, caches)
+    root = state.root
 
-    return once
+    def launch() -> Any:
+        nonlocal caches, root
+        found, caches = run(caches, state.drafts, root, state.position)
+        root = after(state.root, found)
+        return root, caches
+
+    return clock.launched(launch)
 
 
 def _whole_step(
@@ -318,13 +335,18 @@ def _whole_step(
     position = state.position
     waiting = state.pending[1].shape[0] if state.pending else 0
     step = step_function(StepSpec(shape, frozenset(), (), waiting))
+    emitted = position
 
-    def once() -> None:
-        nonlocal state
+    def launch() -> Any:
+        nonlocal state, emitted
         emitted, after = step(state._replace(position=position), {})
         state = State(*after)
-        del after
-        mx.eval(emitted, state)
+        return emitted, state
+
+    steps = clock.launched(launch)
+
+    def once() -> None:
+        steps()
         if target.routes:
             chosen.append(cast(int, emitted[-1].item()))
 

@@ -133,7 +133,7 @@ class Budget:
         Measures at the first prompt that is long enough to gain by it. Drafted or plain it is the
         same size: it depends on the prompt, what of it is cached, and the machine.
         """
-        most = chunks.most(self.target.config, prompt)
+        most = chunks.most(self.target.config, prompt, chunks.packed(self.target))
         if prompt - cached <= chunks.LONG:
             return min(USUAL, most)
         return self.chunks().size(cached, prompt, most)

@@ -60,11 +60,19 @@ class Written:
         parts = tree.tokens, tree.depths, tree.ancestors
         mx.eval(parts)
         start, caches = mx.array([self._position], mx.int32), self._caches
+        tokens, *others = parts
+        chosen = start
+
+        def launch() -> Any:
+            nonlocal caches, chosen, tokens
+            choices, chosen, caches = self._run(tokens, *others, start, caches)
+            (tokens,) = mx.depends([tree.tokens], [choices])  # behind this pass
+            return tokens, chosen, caches
+
+        passes = clock.launched(launch)
 
         def once() -> None:
-            nonlocal caches
-            choices, chosen, caches = self._run(*parts, start, caches)
-            mx.eval(choices, chosen, caches)
+            passes()
             self.distinct[nodes] = cast(int, chosen.item())
 
         return once

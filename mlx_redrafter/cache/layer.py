@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_redrafter.cache.lineage import Lineage
@@ -99,6 +100,13 @@ class Pass:
         self._rows = dict.fromkeys(self._before, cast(Rows, ()))
         self.position, self.ancestors, self.pending = position, ancestors, pending
         self._lineage: Lineage | None = None
+        self._slots: dict[int, mx.array] = {}
+
+    def slots(self, n: int) -> mx.array:
+        """The n positions from the first on, (n,) int32: made once for all layers."""
+        if n not in self._slots:
+            self._slots[n] = self.position + mx.array(np.arange(n, dtype=np.int32))
+        return self._slots[n]
 
     @property
     def lineage(self) -> Lineage | None:

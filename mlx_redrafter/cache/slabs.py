@@ -11,17 +11,22 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_redrafter.cache.layer import Pass
+from mlx_redrafter.runtime.device import fused_kernels
 
 _STEP = 128
+_STEP_ON_GPU = 512
+_FEW = 64  # rows of a pass that are written by their slots on a GPU: a tree, not a prompt
 
 
 def capacity_for(n: int) -> int:
     """The smallest capacity >= n: steps of 128 up to 2048, then an eighth of the power below.
 
     A capacity is one more graph to trace (10 ms for 30 layers), but an empty slot is read by every
-    pass: for a tree of 8 nodes on a CPU 128 of them cost 3 ms.
+    pass: for a tree of 8 nodes on a CPU 128 of them cost 3 ms. A GPU's kernels skip what is masked,
+    and its steps are of 512.
     """
-    step = max(_STEP, (1 << max(0, (n - 1).bit_length() - 1)) // 8)
+    least = _STEP_ON_GPU if fused_kernels() else _STEP
+    step = max(least, (1 << max(0, (n - 1).bit_length() - 1)) // 8)
     return max(1, -(-n // step)) * step
 
 
@@ -71,5 +76,9 @@ class Slab:
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Rows (1, 2*Hkv, N, Dh) to the N slots from the pass's position on."""
         rows = rows.astype(kept.dtype)
-        slab = mx.slice_update(kept, rows, to.position, axes=(2,))
+        n = rows.shape[2]
+        if n <= _FEW and fused_kernels():  # one launch, and a slice from an array takes two
+            slab = mx.put_along_axis(kept, to.slots(n)[None, None, :, None], rows, axis=2)
+        else:
+            slab = mx.slice_update(kept, rows, to.position, axes=(2,))
         return slab, rows, slab

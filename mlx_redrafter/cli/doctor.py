@@ -21,6 +21,7 @@ from mlx_redrafter.evaluation import model_checks
 from mlx_redrafter.evaluation.model_checks import SIZES, Check, guarded
 from mlx_redrafter.runtime import blas
 from mlx_redrafter.runtime.device import dtype_name
+from mlx_redrafter.runtime.paths import expanded
 from mlx_redrafter.terminal import console
 
 if TYPE_CHECKING:
@@ -57,10 +58,22 @@ def command(
         ),
     ] = None,
     drafter: DrafterName = "auto",
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            callback=expanded,
+            help="Measure this machine too, some minutes, and write what was found to FILE.json "
+            "and FILE.md (or to one, by the ending), to be pasted into an issue.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Test the installation, and a model on it; exit code 1 if a check fails."""
-    checks = examine(None if as_json else show, model, drafter)
+    shown = None if as_json else show
+    if report is not None:
+        checks = _reported(report, shown, model, drafter)
+    else:
+        checks = examine(shown, _loaded(model, drafter))
     if as_json:
         typer.echo(json.dumps(as_dict(checks)))
     if any(check.mark == "fail" for check in checks):
@@ -68,30 +81,47 @@ def command(
 
 
 def examine(
-    report: Callable[[Check], None] | None = None,
-    name: str | None = None,
-    drafter: str = "auto",
+    report: Callable[[Check], None] | None = None, given: tuple[Model, Any] | None = None
 ) -> list[Check]:
-    """Run every check; `report` sees each one as it is done.
-
-    Args:
-        name: a model to test, and ``drafter`` with it; None: the built-in one, if it is there.
-
-    Raises:
-        HubError, ModelError, DrafterError: the given model or drafter cannot be loaded.
-    """
-    blas.full_float32()
-    given = None
-    if name is not None or drafter != "auto":
-        from mlx_redrafter.api import load
-        from mlx_redrafter.runtime.paths import BUILTIN
-
-        given = load(name or BUILTIN, drafter)
+    """Run every check; `report` sees each one as it is done. given: a loaded model to test; None:
+    the built-in one, if it is there."""
     checks = []
     for check in _all(given):
         checks.append(check)
         if report is not None:
             report(check)
+    return checks
+
+
+def _loaded(name: str | None, drafter: str, needed: bool = False) -> tuple[Model, Any] | None:
+    """A model and its tokenizer, if one is named or needed; raises the errors of `load`."""
+    blas.full_float32()
+    if name is None and drafter == "auto" and not needed:
+        return None
+    from mlx_redrafter.api import load
+    from mlx_redrafter.runtime.paths import BUILTIN
+
+    return load(name or BUILTIN, drafter)
+
+
+def _reported(
+    file: Path, shown: Callable[[Check], None] | None, name: str | None, drafter: str
+) -> list[Check]:
+    """The checks, and a report with them."""
+    from mlx_redrafter.bench.machine import report
+    from mlx_redrafter.bench.machine.measure import Effort
+
+    to = report.files(file)
+    given = _loaded(name, drafter, needed=True)
+    assert given is not None
+    checks: list[Check] = []
+
+    def check() -> list[Check]:
+        checks.extend(examine(shown, given))
+        return checks
+
+    report.write(report.measured(*given, check, Effort(), console.note), to)
+    console.note(f"written: {', '.join(map(str, to))}")
     return checks
 
 

@@ -93,6 +93,8 @@ def run(
         arguments["prediction"] = prediction
     if form:
         arguments["grammar"] = made(model, tokenizer, prompt, raw, form)
+    if (verbose or as_json) and not model.engine.same_bits:
+        arguments["margins"] = True
     try:
         for last in stream_generate(model, tokenizer, prompt, **arguments):
             waiting.word()

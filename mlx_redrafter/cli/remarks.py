@@ -105,6 +105,9 @@ def details(stats: DraftStats) -> str:
         ("steps by shape", shapes or "-"),
         ("seconds", seconds),
     ]
+    if stats.near_ties is not None:
+        told = f"{stats.near_ties} of {stats.tokens} tokens were chosen by less than rounding"
+        rows.append(("near ties", f"{told}: where plain and drafted text may part"))
     if stats.sparse_prefill is not None:
         rows.insert(1, ("sparse prefill", sparse_prefill(stats.sparse_prefill)))
     return "\n".join(f"  {name:<18}{value}" for name, value in rows)

@@ -18,6 +18,7 @@ from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.step import State, StepSpec, nothing_pending, waits
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.models import Target
+from mlx_redrafter.runtime.device import release
 from mlx_redrafter.tree.nodes import END, DraftTree
 from mlx_redrafter.tree.shape import TreeShape
 
@@ -55,11 +56,13 @@ class Runner(Protocol):
 
 
 class InFlight(NamedTuple):
-    """A step that was started; counted: behind its text stands a number of experts."""
+    """A step that was started; counted: behind its text stands a number of experts; grown: its
+    caches are larger than those of the step before."""
 
     spec: StepSpec
     text: mx.array
     counted: bool
+    grown: bool
 
     @property
     def shape(self) -> TreeShape:
@@ -107,6 +110,7 @@ class Answering:
         # Tokens whose rows are in the slabs where they belong, and those that are committed.
         self.in_place = self.stand = len(self.known) - 1
         self.done = self.ended = False  # ended: by its grammar
+        self._grew = False
         self._mark = self._read = 0.0
         self._traces = 0
 
@@ -140,10 +144,15 @@ class Answering:
             pending = nothing_pending(self.kinds, self.state.caches, shape)
             self.state = self.state._replace(pending=pending)
         waiting = pending[1].shape[0] if pending else 0
-        sampling = self.request.sampling
+        return self.spec(shape, waiting, bool(given))
+
+    def spec(self, shape: TreeShape, waiting: int, given: bool = False) -> StepSpec:
+        """The bucket of a step of this shape, with so many nodes of the one before waiting. given:
+        see `StepSpec`."""
+        request = self.request
         return StepSpec(
-            shape, sampling.features, sampling.windows, waiting, self.awake,
-            held=self.place is not None, given=bool(given),
+            shape, request.sampling.features, request.sampling.windows, waiting, self.awake,
+            held=self.place is not None, given=given, margins=request.margins and not given,
         )  # fmt: skip
 
     def launched(self, spec: StepSpec, text: mx.array, state: State, counted: bool = False) -> None:
@@ -154,7 +163,9 @@ class Answering:
             held = Held(*state.held)
             self.held = held._replace(tree=DraftTree(*held.tree))
         self.state = state._replace(held=())
-        self.in_flight.append(InFlight(spec, text, counted and spec.shape.drafts))
+        counted = counted and spec.shape.drafts
+        self.in_flight.append(InFlight(spec, text, counted, self._grew))
+        self._grew = False
 
     def read(self, alone: bool = True) -> list[int]:
         """Wait for the oldest step: its tokens, accepted drafts and the bonus.
@@ -162,11 +173,15 @@ class Answering:
         Args:
             alone: nothing else ran with it, so that its time tells what such a step takes.
         """
-        spec, text, counted = self.in_flight.popleft()
+        spec, text, counted, grown = self.in_flight.popleft()
         request, known, ahead = self.request, self.known, bool(self.in_flight)
         stats, shape = request.stats, spec.shape
         numbers = cast(list[int], text.tolist())
+        if grown:
+            release()
         experts = numbers.pop() if counted else self.engine.target.routes
+        if spec.margins:
+            stats.near_ties = (stats.near_ties or 0) + numbers.pop()
         tokens, closing, redone = [t for t in numbers[1:] if t != END], list[int](), False
         if self.place is not None:
             tokens, closing, redone = self._legal(spec, tokens)
@@ -288,7 +303,7 @@ class Answering:
         room = capacity_of(self.kinds, caches) if caches else None
         if room is not None and room < needed:
             caches = grown(self.kinds, caches, capacity_for(needed))
-            self.state = self.state._replace(caches=caches)
+            self.state, self._grew = self.state._replace(caches=caches), True
         if not isinstance(history, tuple) and history.shape[0] < needed:
             more = capacity_for(needed) - history.shape[0]
             self.state = self.state._replace(history=mx.pad(history, (0, more)))

@@ -28,11 +28,14 @@ from mlx_redrafter.decoding.step import (
     make_step,
     read_layers,
 )
+from mlx_redrafter.decoding.warming import warming
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.drafters.lookup import foretold
 from mlx_redrafter.models import Target
 from mlx_redrafter.prefill.reading import reading
 from mlx_redrafter.prefill.sparse import SparseAttention
+from mlx_redrafter.runtime.blas import rows_alone
+from mlx_redrafter.runtime.device import release
 from mlx_redrafter.stats import PrefillStats
 from mlx_redrafter.tree.shape import TEXT, TreeShape
 
@@ -63,6 +66,7 @@ class Engine:
         self.compiled = compiled
         self.traces = 0
         self.say: Callable[[str], None] = lambda text: None  # told what takes seconds, once
+        self.warm: set[StepSpec] = set()  # buckets whose kernels are compiled; see `warming`
         self._graphs = Graphs()
 
     def step_function(self, spec: StepSpec) -> StepFunction:
@@ -107,6 +111,12 @@ class Engine:
             return mx.compile(step) if self.compiled else step
 
         return self._graphs.get(key, compiled)
+
+    @property
+    def same_bits(self) -> bool:
+        """Is a drafted text plain decoding's to the last bit? Else rounding may choose otherwise
+        between tokens that are nearly alike."""
+        return self.target.dtype == mx.float32 and rows_alone()
 
     def count_trace(self) -> None:
         self.traces += 1
@@ -189,16 +199,19 @@ class Engine:
         stats.prefill_tokens += len(prompt) - len(session.tokens)
         needed = capacity_for(len(prompt) + 2 * answer.widest)
         session.open(self.kinds, needed, self.target.dtype)
+        beside = warming(self, answer, needed)
         last = yield from reading(
             self.target, prompt, session, request.step_size,
             layers=read_layers(drafters), absorb=absorbing(drafters), sparse=sparse,
-            progress=request.progress,
+            progress=request.progress, beside=beside,
         )  # fmt: skip
+        yield from beside
         history: mx.array | tuple[()] = ()
         looked_up = any(shape.lookup for shape in answer.policy.shapes)
         if request.sampling.windows or looked_up:
             room = capacity_of(session.kinds, session.caches) or needed
             history = mx.array([*prompt, *[0] * (room - len(prompt))], mx.int32)
+        release()
         root, position = mx.array([prompt[-1]], mx.int32), mx.array([len(prompt) - 1], mx.int32)
         drafts = tuple(drafter.begin(last) for drafter in drafters)
         if request.prediction and looked_up:

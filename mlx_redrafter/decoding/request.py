@@ -43,6 +43,7 @@ class Request:
         sparse_prefill: how the prompt is read; every step attends to all of it.
         prediction: what the answer may be, to draft from; token ids.
         grammar: what the answer may be; None: anything.
+        margins: count tokens that rounding may have chosen.
     """
 
     prompt: Sequence[int]
@@ -56,6 +57,7 @@ class Request:
     sparse_prefill: SparsePrefill | None = None
     prediction: Sequence[int] = ()
     grammar: Grammar | None = None
+    margins: bool = False
 
     def room(self, config: DecoderConfig) -> int:
         """How many tokens may be produced.

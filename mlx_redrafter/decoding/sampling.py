@@ -12,12 +12,13 @@ then top-p, min-p and top-k on the distribution at temperature 1; then the tempe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_redrafter.decoding.filters import restrict
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import vectorised
 from mlx_redrafter.runtime import checks
@@ -27,6 +28,7 @@ from mlx_redrafter.tree.nodes import DraftTree, integers
 Arrays = dict[str, mx.array]
 MAX_CONTEXT = 1024
 LEAST_TEMP = 0.001
+ROUNDINGS = 4  # of a logit, that two passes may differ by
 _NUMBERS: dict[str, tuple[float, float]] = {
     "temp": (0, 100),
     "top_p": (0, 1),
@@ -252,6 +254,7 @@ def sample(
     windows: dict[str, mx.array],
     arrays: Arrays,
     position: mx.array,
+    told: Callable[[mx.array], None] | None = None,
 ) -> mx.array:
     """The target's token after every node.
 
@@ -261,18 +264,36 @@ def sample(
         windows: per active penalty (N, R) int32, the recent tokens of each node, -1 for none.
         arrays: see :meth:`SamplingParams.arrays`.
         position: (1,) int32, the root's.
+        told: of `near_ties`.
 
     Returns:
         (N,) int32.
     """
-    if not windows and not arrays:
-        return mx.argmax(logits, axis=-1).view(mx.int32)  # the same in every type
-    logits = penalise(logits.astype(mx.float32), windows, arrays)
+    scores = logits
+    if windows or arrays:  # else the same in every type
+        scores = penalise(logits.astype(mx.float32), windows, arrays)
     if "seed" in arrays:
         every = integers(range(logits.shape[-1]))
         drawn = gumbel(noise_keys(arrays["seed"], position + 1 + tree.depths), every)
-        logits = restrict(logits, arrays) / arrays["temp"] + drawn
-    return mx.argmax(logits, axis=-1).view(mx.int32)
+        scores = restrict(scores, arrays) / arrays["temp"] + drawn
+    if told is not None:
+        told(near_ties(logits, scores, arrays))
+    return mx.argmax(scores, axis=-1).view(mx.int32)
+
+
+def near_ties(logits: mx.array, scores: mx.array, arrays: Arrays) -> mx.array:
+    """Where another token's score is so near the largest that rounding may choose: (N,) bool.
+
+    A pass over other rows beside a node may give logits (N, V) that differ by a few roundings of
+    their type, at the size of the largest.
+    """
+    size = mx.abs(logits).max(-1, keepdims=True).astype(mx.float32)
+    margin = ROUNDINGS * mx.finfo(logits.dtype).eps * size
+    if "temp" in arrays:
+        margin = margin / arrays["temp"]
+    scores = scores.astype(mx.float32)
+    close = scores >= scores.max(-1, keepdims=True) - margin
+    return close.astype(mx.int32).sum(-1) > 1
 
 
 def penalise(logits: mx.array, windows: dict[str, mx.array], arrays: Arrays) -> mx.array:
@@ -291,44 +312,6 @@ def penalise(logits: mx.array, windows: dict[str, mx.array], arrays: Arrays) -> 
             times = count if name == "frequency" else (count > 0).astype(mx.float32)
             logits = logits - times * penalty
     return logits
-
-
-def restrict(logits: mx.array, arrays: Arrays) -> mx.array:
-    """Log-probabilities with the tokens outside top-p, min-p and top-k at -inf. (N, V)."""
-    filters = [name for name in ("top_p", "min_p", "top_k") if name in arrays]
-    if not filters:
-        return logits
-    logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    for name in filters:
-        if name == "min_p":
-            floor = logp.max(-1, keepdims=True) + mx.log(arrays["min_p"])
-            logp = mx.where(logp < floor, -mx.inf, logp)
-            continue
-        surprise = mx.maximum(-logp, 0.0)  # rounding may put a logp just above 0
-        if name == "top_p":
-            p = mx.exp(logp)
-            limit = _threshold(surprise, p, arrays[name] * p.sum(-1, keepdims=True))
-        else:
-            limit = _threshold(surprise, mx.array(1.0), arrays[name])
-        logp = mx.where(surprise > limit, -mx.inf, logp)
-    return logp
-
-
-def _threshold(x: mx.array, weights: mx.array, budget: mx.array) -> mx.array:
-    """The smallest t per row for which the entries <= t weigh at least the budget: (N, 1).
-
-    Bisection over the bits of a non-negative float, which order as the floats do: exact after 31
-    halvings, and no sort of the vocabulary (on Metal a merge sort of many passes). Infinity where
-    all entries together weigh less.
-    """
-    low = mx.full((*x.shape[:-1], 1), -1, mx.int32)  # below 0: nothing is in
-    high = mx.full(low.shape, 0x7F800000, mx.int32)  # infinity: everything is in
-    for _ in range(31):
-        middle = low + (high - low) // 2  # the sum may overflow
-        inside = mx.where(x <= mx.view(middle, mx.float32), weights, 0.0).sum(-1, keepdims=True)
-        enough = inside >= budget
-        low, high = mx.where(enough, low, middle), mx.where(enough, middle, high)
-    return mx.view(high, mx.float32)
 
 
 def _occurrences(window: mx.array, vocab_size: int) -> mx.array:

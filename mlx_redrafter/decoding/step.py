@@ -88,8 +88,8 @@ class StepSpec:
     """What a compiled step is specialised for (the capacity comes with the state's shapes).
 
     ``pending``: nodes of the step before, if its rows still have to be put into place. ``awake``:
-    do drafters that keep rows take part? ``held``: can a choice be made again? ``given``: the
-    drafts are known to be right: `Arrays` has them, as "given" (L,).
+    do drafters that keep rows take part? ``held``: can a choice be made again? ``given``: right
+    drafts are in `Arrays`, as "given" (L,). ``margins``: are `sampling.near_ties` counted?
     """
 
     shape: TreeShape
@@ -99,6 +99,7 @@ class StepSpec:
     awake: bool = True
     held: bool = False
     given: bool = False
+    margins: bool = False
 
 
 StepFunction = Callable[[State, Arrays], tuple[mx.array, State]]
@@ -116,8 +117,8 @@ def make_step(
 
     Returns:
         step(state, arrays) -> (text (L+2,) int32: the root's token, the new ones, and END from
-        there on; of several nodes and a target with experts one number more, how many the nodes
-        chose; the next state).
+        there on; with margins one number more; of several nodes and a target with experts one
+        more, how many the nodes chose; the next state).
     """
     layers, counted = read_layers(drafters), bool(target.routes) and spec.shape.drafts
 
@@ -205,7 +206,8 @@ def finish(
         for name, size in spec.windows
         if not isinstance(history, tuple)
     }
-    choices = sampling.sample(logits, tree, windows, arrays, position)
+    near: list[mx.array] = []
+    choices = sampling.sample(logits, tree, windows, arrays, position, near.append)
     if spec.given:
         choices = mx.concatenate([arrays["given"], choices[-1:]])
     last, count, text = accept(tree, choices)
@@ -221,6 +223,8 @@ def finish(
     if any(waiting):
         pending = [r if w else () for r, w in zip(rows, waiting, strict=True)], slots
     root = mx.take(choices, last) if spec.shape.drafts else choices
+    if spec.margins:
+        text = mx.concatenate([text, (near[0] & mx.take(tree.ancestors, last, axis=0)).sum(-1)])
     held = holding(drafters, done, logits, states) if spec.held else ()
     after = State(root, position + count, caches, drafts, history, pending, held)
     return text, after, slots

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
+from mlx_redrafter.cache.halves import Halved, halves
 from mlx_redrafter.cache.packed import Packed, Seen, plain
 
+from ..runtime import metal
 from ..runtime.device import fused_kernels
+from .config import DecoderConfig
 
 Softmax = Callable[[mx.array], mx.array]
 
@@ -28,7 +31,7 @@ def softmax(scores: mx.array) -> mx.array:
 
 def attend(
     q: mx.array,
-    slab: Seen,
+    slab: Seen | Halved,
     mask: mx.array | None,
     scale: float,
     softcap: float,
@@ -43,16 +46,76 @@ def attend(
     """
     if mask is not None and mask.shape[1] < slab.shape[2]:
         slab = slab[:, :, : mask.shape[1]]
-    slab = readable(slab)
+    if not isinstance(slab, Halved):
+        slab = readable(slab)
     if softcap == 0.0 and fused_kernels() and not isinstance(slab, Packed):
-        rows, half = slab.shape[0], slab.shape[1] // 2
-        queries = q.reshape(q.shape[0], rows, -1, q.shape[2]).transpose(1, 0, 2, 3)
-        out = mx.fast.scaled_dot_product_attention(
-            queries, slab[:, :half], slab[:, half:], scale=scale,
-            mask="causal" if mask is None else _by_row(mask, rows), sinks=sinks,
-        )  # fmt: skip
-        return out.transpose(0, 2, 1, 3).reshape(q.shape[1], -1)
+        calls = _fused_calls(q, slab, mask)
+        if calls:
+            return _attend_fused(q, slab, mask, scale, sinks, calls)
     return _attend_unfused(q, slab, mask, scale, softcap, softmax, sinks)
+
+
+Attend = Callable[[mx.array, Seen, mx.array, float, float], mx.array]
+"""How one layer of one pass attends; arguments and result as of `attend`."""
+
+
+def dense(layer: int) -> Attend:
+    """Every layer looks at every slot that its mask shows."""
+    return attend
+
+
+def causal(length: int, config: DecoderConfig) -> Callable[[int], Attend]:
+    """For a chunk of a prompt that ends behind so many tokens: no mask is read where MLX's kernels
+    know what a token sees. Within a window they do not, and on a CPU there are none."""
+
+    def whole(q: mx.array, slab: Seen, mask: mx.array, scale: float, softcap: float) -> mx.array:
+        return attend(q, slab[:, :, :length], None, scale, softcap)
+
+    if not fused_kernels():
+        return dense
+    windows = config.layer_windows
+    return lambda layer: attend if windows[layer] else whole
+
+
+def _fused_calls(q: mx.array, slab: mx.array | Halved, mask: mx.array | None) -> list[int]:
+    """How many queries every call of MLX's fused kernels gets; empty: there is none for them."""
+    heads, total, size = q.shape
+    n, kv_heads = total // slab.shape[0], slab.shape[1] // 2
+    if mask is None and n >= metal.LONG and size == 256:
+        return [n]  # MLX knows whether this GPU has one
+    return metal.attention_calls(n, heads, kv_heads, size)
+
+
+def _attend_fused(
+    q: mx.array,
+    slab: mx.array | Halved,
+    mask: mx.array | None,
+    scale: float,
+    sinks: mx.array | None,
+    calls: Sequence[int],
+) -> mx.array:
+    """By MLX's kernels, which give every query the same bits in whatever company."""
+    rows, capacity = slab.shape[0], slab.shape[2]
+    if len(calls) > 1 and rows == 1:  # by query: a call's share needs no copy then
+        heads, _, size = q.shape
+        q = q.transpose(1, 0, 2).reshape(-1, heads * size)
+        q = q.reshape(-1, heads, size).transpose(1, 0, 2)
+    queries = q.reshape(q.shape[0], rows, -1, q.shape[2]).transpose(1, 0, 2, 3)
+    n, found, start = queries.shape[2], [], 0
+    seen = None if mask is None else _by_row(mask, rows)
+    for count in calls:
+        stop = start + count
+        own, shown = queries[:, :, start:stop], slab
+        if seen is None and stop < n:
+            shown = slab[:, :, : capacity - n + stop]
+        out = mx.fast.scaled_dot_product_attention(
+            own, *halves(shown), scale=scale,
+            mask="causal" if seen is None else seen[..., start:stop, :], sinks=sinks,
+        )  # fmt: skip
+        found.append(out.transpose(0, 2, 1, 3))
+        start = stop
+    whole = found[0] if len(found) == 1 else mx.concatenate(found, axis=1)
+    return whole.reshape(q.shape[1], -1)
 
 
 def attend_branches(
@@ -81,15 +144,6 @@ def attend_branches(
     weights = masked_softmax(scores, mask).reshape(kv_heads, heads // kv_heads * n, -1)
     out = weights[..., :capacity] @ values[0] + weights[..., capacity:] @ values[1]
     return out.reshape(heads, n, dim).transpose(1, 0, 2).reshape(n, -1)
-
-
-Attend = Callable[[mx.array, Seen, mx.array, float, float], mx.array]
-"""How one layer of one pass attends; arguments and result as of `attend`."""
-
-
-def dense(layer: int) -> Attend:
-    """Every layer looks at every slot that its mask shows."""
-    return attend
 
 
 def readable(slab: Seen) -> Seen:
@@ -132,7 +186,7 @@ def _masked(softmax: Softmax) -> Callable[[mx.array, mx.array], mx.array]:
 
 def _attend_unfused(
     q: mx.array,
-    slab: Seen,
+    slab: Seen | Halved,
     mask: mx.array | None,
     scale: float,
     softcap: float,
@@ -147,7 +201,7 @@ def _attend_unfused(
     heads, total, dim = q.shape
     rows, kv_heads = slab.shape[0], slab.shape[1] // 2
     n, repeats, capacity = total // rows, heads // kv_heads, slab.shape[2]
-    keys, values = slab[:, :kv_heads], slab[:, kv_heads:]  # (B, Hkv, C, Dh)
+    keys, values = halves(slab)  # (B, Hkv, C, Dh)
     q = q * mx.array(scale, q.dtype)
     q = q.reshape(kv_heads, repeats, rows, n, dim).transpose(2, 0, 1, 3, 4)
     scores = scored(q.reshape(rows, kv_heads, repeats * n, dim), keys)

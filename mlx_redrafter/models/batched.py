@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 
+from mlx_redrafter.cache.halves import halved, some
 from mlx_redrafter.cache.layer import Kept, LayerCache, Pass, capacity_of, new_caches
 from mlx_redrafter.cache.recurrent import State
 from mlx_redrafter.cache.ring import whole
@@ -103,7 +104,7 @@ class BatchedTarget(Sequences):
 
     def caches(self, rows: int, capacity: int) -> list[Kept]:
         """Empty ones for so many sequences."""
-        return new_caches(whole(self.target.caches), capacity, self.target.dtype, rows)
+        return new_caches(_kinds(self.target.caches), capacity, self.target.dtype, rows)
 
     def _read(
         self, tokens: np.ndarray, pads: np.ndarray, kv: list[mx.array]
@@ -178,9 +179,9 @@ class _Batch:
             return False
         if going.sum() <= _SHRINK * len(going):
             kept = np.flatnonzero(going)
-            index = mx.array(kept)
+            index, kinds = mx.array(kept), _kinds(self.batched.target.caches)
             for layer, slab in enumerate(self.kv):
-                self.kv[layer] = slab[index]
+                self.kv[layer] = some(kinds[layer], slab, index)
                 del slab
                 mx.eval(self.kv[layer])
             self.rows, self.pads, self.last = self.rows[kept], self.pads[kept], self.last[kept]
@@ -200,6 +201,11 @@ class _Batch:
         ]
 
 
+def _kinds(kinds: Sequence[LayerCache]) -> list[LayerCache]:
+    """What layers remember of many sequences."""
+    return halved(whole(kinds)) if fused_kernels() else whole(kinds)
+
+
 class _RowsPass(Pass):
     """A pass that appends n nodes to each of B sequences."""
 
@@ -212,10 +218,10 @@ class _RowsPass(Pass):
             return super().extend(layer, kind, rows)
         heads, _, dim = rows.shape[1:]  # (1, 2*Hkv, B*n, Dh)
         by_row = rows[0].reshape(heads, self._count, -1, dim).transpose(1, 0, 2, 3)
-        return super().extend(layer, whole([kind])[0], by_row)
+        return super().extend(layer, _kinds([kind])[0], by_row)
 
     def room(self, layer: int, kind: LayerCache) -> int | None:
-        return super().room(layer, whole([kind])[0])
+        return super().room(layer, _kinds([kind])[0])
 
 
 def vectorised_functions(target: Target) -> Functions:

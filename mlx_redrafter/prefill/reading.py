@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar, cast
 
@@ -13,10 +13,12 @@ from mlx_redrafter.cache.layer import Kept, Pass, capacity_of
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.models import Target
+from mlx_redrafter.models.attention import causal
 from mlx_redrafter.models.decoder import Functions
 from mlx_redrafter.models.features import Chunk, Features
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.sparse import SparseAttention
+from mlx_redrafter.runtime.device import fused_kernels
 
 Progress = Callable[[int, int], None]
 P = ParamSpec("P")
@@ -78,6 +80,7 @@ def reading(
     absorb: Absorb | None = None,
     sparse: SparseAttention | None = None,
     progress: Progress | None = None,
+    beside: Iterable[None] = (),
 ) -> Generator[None, None, Features]:
     """Read what the session lacks of all but the last token, a pass from one step of the iteration
     to the next; it has room for it.
@@ -88,6 +91,7 @@ def reading(
         absorb: adds a part to the caches behind the target's, if the session has more.
         sparse: None: everything is read densely.
         progress: called before each pass and at the end with (tokens read, tokens in the prompt).
+        beside: what the host does while a GPU reads, a step of it with every pass.
 
     Returns:
         features (1, D) of the last token read: after the final norm, and the wanted outputs.
@@ -95,12 +99,13 @@ def reading(
     nothing = mx.zeros((1, target.config.hidden_size), target.dtype)
     found = Features(nothing, tuple(layers), (nothing,) * len(layers))
     options = sparse.options if sparse is not None else None
+    meanwhile = iter(beside)
     for part in parts(len(session.tokens), len(prompt), step, options):
         if progress is not None:
             progress(part.start, len(prompt))
         chunk = list(prompt[part.start : part.stop + 1])
         dense = part.dense or (sparse.unable if sparse is not None else "")
-        found = _read(target, chunk, session, layers, absorb, None if dense else sparse)
+        found = _read(target, chunk, session, layers, absorb, None if dense else sparse, meanwhile)
         if sparse is not None:
             sparse.count(part.start, part.stop, dense)
         yield
@@ -146,11 +151,15 @@ def _read(
     layers: Sequence[int],
     absorb: Absorb | None,
     sparse: SparseAttention | None,
+    meanwhile: Iterator[None],
 ) -> Features:
     """One pass over all but the last token. A selector evaluates its layer within it: a slab that
     had another owner would be copied, so the session gives its caches away for a sparse one."""
     done = len(session.tokens)
-    functions = Functions() if sparse is None else Functions(sparse.at(done))
+    if sparse is None:
+        functions = Functions(causal(done + len(chunk) - 1, target.config))
+    else:
+        functions = Functions(sparse.at(done))
     inputs = _inputs(chunk[:-1], session)
     if sparse is not None:
         session.read_sparsely(sparse.options.tag, done)
@@ -166,6 +175,9 @@ def _read(
             others = absorb(Chunk(inputs[0], following, inputs[1], read), others)
         found = Features(hidden[-1:], tuple(layers), tuple(x[-1:] for x in outputs))
         session.caches = [*caches.caches, *others]  # before they are written: no other owner
+        if fused_kernels():
+            mx.async_eval(found.hidden, found.outputs, session.caches)
+            next(meanwhile, None)
         mx.eval(found.hidden, found.outputs, session.caches)
     except BaseException:
         if sparse is not None:

@@ -18,6 +18,15 @@ def fused_kernels() -> bool:
     return bool(mx.default_device() == mx.Device(mx.gpu))
 
 
+def release() -> None:
+    """Have MLX give back what a GPU's freed arrays leave: it keeps them for arrays of the same size
+    until nearly all memory is taken, and slabs that grew are not of the same size."""
+    import mlx.core as mx
+
+    if fused_kernels():
+        mx.clear_cache()
+
+
 def device() -> str:
     """What MLX computes on: "gpu" (Metal) or "cpu"."""
     import mlx.core as mx

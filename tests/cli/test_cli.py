@@ -326,3 +326,13 @@ def test_the_tree_is_left_to_the_program_until_an_option_names_it() -> None:
 def test_logit_bias_is_read_from_its_text() -> None:
     assert parse_logit_bias(None) == {}
     assert parse_logit_bias(["42=-5", "1=0.5"]) == {42: -5.0, 1: 0.5}
+
+
+def test_near_ties_are_asked_for_where_bits_may_differ(
+    runner: CliRunner, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whoever shows the statistics: they cost a little."""
+    for same, option, asked in [(True, "-v", False), (False, "-v", True), (False, "-q", False)]:
+        model.engine.same_bits = same
+        assert runner.invoke(cli.app, ["generate", option, "Capital?"]).exit_code == 0
+        assert model.calls[-1].get("margins", False) == asked

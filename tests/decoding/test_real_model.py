@@ -11,6 +11,7 @@ import pytest
 
 from mlx_redrafter.api import load
 from mlx_redrafter.bench import exactness
+from mlx_redrafter.cache.layer import Pass, new_caches
 from mlx_redrafter.evaluation.prompts import read_prompts
 
 pytestmark = pytest.mark.model
@@ -30,6 +31,17 @@ def test_drafted_is_plain_is_mlx_lm() -> None:
     assert report.differences == []
     assert sum(report.compared.values()) == 3 * (6 + 2)
     assert min(report.tokens.values()) >= 16
+
+
+def test_what_is_passed_on_fits_into_float16() -> None:
+    """Metal's built-in model computes in float16, which ends at 65,504; 24,926 were met."""
+    model, tokenizer = load(drafter=None)
+    ids, target = read_prompts(count=1)[0].encode(tokenizer)[:100], model.target
+    slots = mx.arange(128, dtype=mx.int32)
+    places, run = slots[: len(ids)], Pass(new_caches(target.caches, 128, target.dtype), slots[:1])
+    layers = range(target.config.num_layers)
+    _, outputs = target(mx.array(ids), places, slots <= places[:, None], slots, run, layers)
+    assert 1_000 < mx.max(mx.abs(mx.stack(outputs))).item() < 40_000
 
 
 DIGEST = """

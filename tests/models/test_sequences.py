@@ -16,6 +16,7 @@ from mlx_redrafter.models import Decoder, sequences
 from mlx_redrafter.models.adapter import AdaptedModel
 from mlx_redrafter.models.batched import BatchedTarget, over
 from mlx_redrafter.models.sequences import OneByOne, Request
+from mlx_redrafter.runtime import metal
 
 LAYERS = (0, 2)
 ASKED = [Request(prompt_of(3 + 9 * i, seed=i), 0.0 if i % 2 else 0.9, seed=i) for i in range(5)]
@@ -88,3 +89,27 @@ def test_mutations_are_caught(target: Decoder, monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr(sequences._Text, "_at", lambda self: at(self) + (self.length > 0))
     with pytest.raises(AssertionError):
         test_one_by_one_is_what_they_are_together(target)
+
+
+def test_halves_on_a_gpu_are_what_slabs_are(
+    target: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers of unlike lengths, so that sequences leave; keys and values lie dense over all."""
+    expected = BatchedTarget(target, LAYERS).write(ASKED, 12, {5, 17, 40})
+    asked: list[tuple[int, ...]] = []
+    original = mx.fast.scaled_dot_product_attention
+
+    def fused(q: mx.array, k: mx.array, v: mx.array, **options: object) -> mx.array:
+        asked.append(k.shape)
+        return original(q, k, v, **options)
+
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(metal, "attention_calls", lambda n, *_: [n])
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", fused)
+    way = BatchedTarget(target, LAYERS)
+    assert {slab.shape[:2] for slab in way.caches(5, 64)} == {(10, 2)}
+    found = way.write(ASKED, 12, {5, 17, 40})
+    assert {rows for rows, *_ in asked} > {5} and {heads for _, heads, *_ in asked} == {2}
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.tokens == theirs.tokens
+        np.testing.assert_allclose(ours.features, theirs.features, atol=2e-3)

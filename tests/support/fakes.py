@@ -71,7 +71,7 @@ class FakeModel:
     budget: Any = field(default_factory=lambda: SimpleNamespace(costs=lambda *_: None))
     ends: str = "stop"
     drafter_folder: Path | None = Path("the-drafter")
-    engine: Any = field(default_factory=SimpleNamespace)
+    engine: Any = field(default_factory=lambda: SimpleNamespace(same_bits=True))
     target: Any = field(
         default_factory=lambda: SimpleNamespace(
             config=SimpleNamespace(max_positions=1000, model_type="llama")

@@ -14,9 +14,10 @@ import mlx.nn as nn
 from rich.console import Console
 from rich.table import Table
 
-from mlx_redrafter.bench.counts import host, kinds, metal, parts, passes, sizes
+from mlx_redrafter.bench.counts import host, kinds, metal, parts, passes, prompt, sizes
 from mlx_redrafter.bench.counts.graph import metal_shaped
 from mlx_redrafter.decoding.engine import Engine
+from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.drafters.loading import load_drafter, module_of
 from mlx_redrafter.drafters.lookup import Lookup
@@ -26,11 +27,16 @@ from mlx_redrafter.models import AdaptedModel, Decoder, load_model, registry
 from mlx_redrafter.models.weights import read_json
 from mlx_redrafter.runtime.checks import at_least, whole
 from mlx_redrafter.runtime.device import machine
+from mlx_redrafter.runtime.metal import USUAL_OPS, ops_per_buffer
 from mlx_redrafter.terminal import tables
 from mlx_redrafter.tree.shape import TreeShape
 
 USUAL = TreeShape(3, 2, 8, lookup=7)  # what the policy mostly takes for the built-in model
 SHAPES = (TreeShape.plain(), USUAL, TreeShape.chain(4))
+DRAWN = {
+    "sampled": SamplingParams(temp=0.8),
+    "with filters": SamplingParams(temp=0.8, top_p=0.9, top_k=40, min_p=0.05),
+}
 _PROMPT = 40  # tokens of the answer that host work is counted on
 _DRAFTER_BITS = 6
 _GROUP = 32  # weights that share a scale, as in the GGUF file of the built-in model
@@ -44,6 +50,8 @@ class Budget:
     counts: parts.Counts
     read: sizes.Read
     host: host.Host | None
+    drawn: dict[str, int]  # dispatches of the same step, by DRAWN
+    layers: int
 
 
 def run(
@@ -61,16 +69,23 @@ def run(
     target, draft = load_as_on_metal(folder, found, bits)
     here = load_model(folder)
     engine = Engine(here, [Lookup(), load_drafter(found, here)])
-    prompt = [7 * i % here.config.vocab_size for i in range(_PROMPT)]
+    asked = [7 * i % here.config.vocab_size for i in range(_PROMPT)]
+    drafters: list[Drafter] = [Lookup(), draft]
     budgets = [
         Budget(
-            parts.count(target, [Lookup(), draft], each, capacity=context + 128),
+            parts.count(target, drafters, each, capacity=context + 128),
             sizes.read(target, draft, each, context),
-            host.run(engine, prompt, each),
+            host.run(engine, asked, each),
+            {
+                name: parts.count(target, drafters, each, params, context + 128).dispatches
+                for name, params in DRAWN.items()
+            },
+            target.config.num_layers,
         )
         for each in shapes
     ]
     large, others = reckoning(shapes, context), passes.passes(USUAL, context)
+    reading = prompt.count(target)
     facts = machine()
     conditions = {
         "model": model,
@@ -81,9 +96,14 @@ def run(
         "host times on": facts["chip"],
     }
     if as_json:
-        print(json.dumps({"steps": [as_dict(b, budgets[0]) for b in budgets], "8B": large,
-                          "passes": others, "conditions": conditions}))  # fmt: skip
+        steps = [as_dict(b, budgets[0]) for b in budgets]
+        counted = {"steps": steps, "8B": large, "passes": others, "prompt": reading}
+        print(json.dumps({**counted, "conditions": conditions}))
         return
+    conditions["prompt"] = (
+        f"of {reading['tokens']} tokens in one pass: {reading['dispatches']} dispatches, "
+        f"{reading['mask_bytes'] / _MB:.0f} MB of masks"
+    )
     _show(budgets, [_large(large), passes.table(others)], conditions)
 
 
@@ -180,6 +200,7 @@ def as_dict(budget: Budget, plain: Budget) -> dict[str, Any]:
         "shape": str(counts.shape),
         "primitives": counts.primitives,
         "dispatches": counts.dispatches,
+        "dispatches_drawn": budget.drawn,
         "dispatches_to_plain": round(counts.dispatches / plain.counts.dispatches, 4),
         "parts": {
             name: {"primitives": p, "dispatches": d, "by_kind": _nonzero(counts.by_part[name])}
@@ -216,6 +237,9 @@ def _show(budgets: list[Budget], others: list[Table], conditions: dict[str, Any]
             row(f"  {part}", [str(number) for number in found])
     ratios = [b.counts.dispatches / plain.counts.dispatches for b in budgets]
     row("  to the plain step", [f"{ratio:.2f}" for ratio in ratios], "bold")
+    for name in DRAWN:
+        row(f"  {name}", [str(b.drawn[name]) for b in budgets])
+    row("command buffers", [_buffers(b, plain) for b in budgets])
     row("primitives (views are free)", [str(b.counts.primitives) for b in budgets])
     row("widest sort", [str(b.counts.widest_sort or "none") for b in budgets])
     row("MB of target weights read", [f"{b.read.target / _MB:.1f}" for b in budgets])
@@ -234,6 +258,14 @@ def _show(budgets: list[Budget], others: list[Table], conditions: dict[str, Any]
     if unknown := sorted(set().union(*(b.counts.unknown for b in budgets))):
         out.print(f"kinds without a row in the table, counted as one: {', '.join(unknown)}")
     out.print(", ".join(f"{name} {value}" for name, value in conditions.items()), style="dim")
+
+
+def _buffers(budget: Budget, plain: Budget) -> str:
+    """At MLX's limit of launches for most chips, and at the one that is set for a small model; of
+    heavy weights there are more."""
+    limits = (ops_per_buffer(plain.layers, plain.read.target) or USUAL_OPS, USUAL_OPS)
+    ours, usual = (-(-budget.counts.dispatches // (ops + 1)) for ops in limits)
+    return f"{ours} (else {usual})" if ours != usual else str(ours)
 
 
 def _kinds(budgets: list[Budget]) -> Table:

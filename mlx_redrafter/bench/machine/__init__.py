@@ -1,0 +1,1 @@
+"""What this machine does with a model, as a report that can be pasted into an issue."""
