@@ -23,6 +23,9 @@ _ANY_OBJECT = {"type": "object"}
 _SHOWN = 300  # letters of what llguidance says
 _GAP = r"/[ \n]{0,4}/"  # between a thought and what follows
 
+_BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
+_WHOLE = 2**53 - 1
+
 
 def of_schema(schema: Any = None) -> Source:
     """JSON that is valid by a schema, a dict or its text; None: any object. Raises OptionError."""
@@ -38,8 +41,10 @@ def of_schema(schema: Any = None) -> Source:
 
 
 def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same without properties that it does not name, unless it says that there may be some: a
-    small model would never stop inventing them. Parts that are put together stay as they are."""
+    """The same without properties that it does not name, unless it says that there may be some, and
+    with whole numbers that every reader of JSON has (RFC 7493), unless it says which: a small model
+    would never stop inventing them, or writing zeros. Parts that are put together stay as they
+    are."""
     if any(f'"{word}"' in json.dumps(schema) for word in ("allOf", "unevaluatedProperties")):
         return schema
 
@@ -51,6 +56,8 @@ def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
         found = {k: v if k in ("const", "enum", "default") else closed(v) for k, v in part.items()}
         if isinstance(part.get("properties"), Mapping) and "patternProperties" not in part:
             found.setdefault("additionalProperties", False)
+        if part.get("type") == "integer" and not _BOUNDS & part.keys():
+            found.update(minimum=-_WHOLE, maximum=_WHOLE)
         return found
 
     return dict(closed(schema))

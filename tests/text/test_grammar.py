@@ -91,6 +91,16 @@ def test_what_is_certain_takes_no_step(pair: tuple[Model, Any]) -> None:
     assert last.stats.acceptance_rate == 1
 
 
+def test_whole_numbers_end(pair: tuple[Model, Any]) -> None:
+    """A model that only ever writes zeros writes numbers that every reader has."""
+    zeros = dict.fromkeys(pair[1].encode("0", add_special_tokens=False), 90.0)
+    bounded = {"type": "integer", "minimum": 1}  # who says a bound says all of them
+    assert answers(pair, 60, json_schema=bounded, logit_bias=zeros)[1] == "length"
+    numbers = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+    text, reason = answers(pair, 60, json_schema=numbers, logit_bias=zeros, temp=1.0, seed=2)
+    assert reason == "stop" and all(abs(n) < 2**53 for n in json.loads(text))
+
+
 def test_the_length_and_stop_strings_end_it_too(pair: tuple[Model, Any]) -> None:
     long = {"type": "array", "items": {"const": "red"}, "minItems": 50}
     text, reason = answers(pair, 25, json_schema=long)
