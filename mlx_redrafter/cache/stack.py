@@ -21,8 +21,9 @@ _LEAST, _MOST = 128, 1024  # slots: beyond, the attention of a sequence is work 
 
 
 class Stacked(NamedTuple):
-    """The arrays, which travel with the steps: slabs (S, 2*Hkv, C, Dh) a layer; pending: the last
-    step's rows (S, 2*Hkv, N', Dh) a layer and the slots (S, N') where they belong, or nothing."""
+    """The arrays, which travel with the steps: slabs (2, S, Hkv, C, Dh) a layer, keys and values
+    dense over all places, or (1, S, 1, C, W) of latent vectors; pending: the last step's rows
+    (2, S, Hkv, N', Dh) a layer and the slots (S, N') where they belong, or nothing."""
 
     slabs: list[mx.array]
     pending: tuple[list[mx.array], mx.array] | tuple[()] = ()
@@ -50,7 +51,7 @@ class Stack:
 
     def __init__(self, kinds: Sequence[LayerCache], capacity: int, dtype: mx.Dtype) -> None:
         self.capacity = capacity
-        self.arrays = Stacked([kind.empty(capacity, dtype, 0) for kind in kinds])
+        self.arrays = Stacked([parted(kind.empty(capacity, dtype, 0)) for kind in kinds])
         self._places: list[object | None] = []
 
     def __contains__(self, who: object) -> bool:
@@ -82,7 +83,8 @@ class Stack:
         slabs, pending = self.taken()
         at = mx.array([place], mx.int32)
         for i, own in enumerate(caches):
-            slabs[i] = mx.slice_update(slabs[i], own[:, :, : self.capacity], at, axes=(0,))
+            own = parted(own[:, :, : self.capacity])
+            slabs[i] = mx.slice_update(slabs[i], own, at, axes=(1,))
         if pending:
             rows, slots = pending
             nowhere = mx.full((1, slots.shape[1]), self.capacity - 1, mx.int32)
@@ -94,15 +96,15 @@ class Stack:
         """A sequence's slabs as its own, every accepted row in its place."""
         place = self.place(who)
         slabs, pending = self.arrays
-        own = [slab[place : place + 1] for slab in slabs]
+        own = [slab[:, place : place + 1] for slab in slabs]
         if pending:
             rows, slots = pending
-            at = slots[place][None, None, :, None]
+            at = by_slot(slots[place : place + 1])
             own = [
-                mx.put_along_axis(slab, at, part[place : place + 1], axis=2)
+                mx.put_along_axis(slab, at, part[:, place : place + 1], axis=3)
                 for slab, part in zip(own, rows, strict=True)
             ]
-        own = [mx.contiguous(slab) for slab in own]
+        own = [mx.contiguous(slab).reshape(1, -1, *slab.shape[3:]) for slab in own]
         mx.eval(own)  # or the whole array would live as long as they do
         self._places[place] = None
         self._close_up()
@@ -115,21 +117,35 @@ class Stack:
             return
         at = mx.array(left, mx.int32)
         slabs, pending = self.taken()
-        slabs = [mx.take(slab, at, axis=0) for slab in slabs]
+        slabs = [mx.take(slab, at, axis=1) for slab in slabs]
         if pending:
             rows, slots = pending
-            pending = [mx.take(part, at, axis=0) for part in rows], mx.take(slots, at, axis=0)
+            pending = [mx.take(part, at, axis=1) for part in rows], mx.take(slots, at, axis=0)
         self._places = [self._places[i] for i in left]
         self.arrays = Stacked(slabs, pending)
 
     def _add(self, places: int) -> None:
         """So many more places; what is there is copied."""
         slabs, pending = self.taken()
-        slabs = [mx.pad(slab, [(0, places), (0, 0), (0, 0), (0, 0)]) for slab in slabs]
+        more = [(0, 0), (0, places), (0, 0), (0, 0), (0, 0)]
+        slabs = [mx.pad(slab, more) for slab in slabs]
         if pending:
             rows, slots = pending
-            rows = [mx.pad(part, [(0, places), (0, 0), (0, 0), (0, 0)]) for part in rows]
+            rows = [mx.pad(part, more) for part in rows]
             slots = mx.pad(slots, [(0, places), (0, 0)], constant_values=self.capacity - 1)
             pending = rows, slots
         self._places += [None] * places
         self.arrays = Stacked(slabs, pending)
+
+
+def parted(slabs: mx.array) -> mx.array:
+    """Slabs or rows (S, 2*Hkv, C, Dh) as they lie in a stack: a GPU's attention would copy halves
+    that are not dense over all sequences (`cache.halves`)."""
+    size, heads, capacity, width = slabs.shape
+    parts = 1 + (heads % 2 == 0)
+    return slabs.reshape(size, parts, heads // parts, capacity, width).swapaxes(0, 1)
+
+
+def by_slot(slots: mx.array) -> mx.array:
+    """(S, N) -> as `mx.put_along_axis` takes it for (2, S, Hkv, C, Dh)."""
+    return slots[None, :, None, :, None]

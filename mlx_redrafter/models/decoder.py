@@ -318,7 +318,7 @@ class _Stacked:
         self._decoder, self._stack = decoder, stack
         self._masks = {window: stack.mask(window) for window in {*decoder.windows, 0}}
         self._growth = decoder.growth(stack.positions, dtype)
-        self._seen: dict[int, mx.array] = {}
+        self._seen: dict[int, Any] = {}
 
     def layer(self, index: int, common: _Common) -> LayerPass:
         slot, window = self._decoder.place(index)
@@ -336,7 +336,7 @@ class _Stacked:
             stack=self._stack,
         )
 
-    def _write(self, slot: int, rows: mx.array) -> mx.array:
+    def _write(self, slot: int, rows: mx.array) -> Any:
         """As of `_Running`."""
         if slot not in self._seen:
             self._seen[slot] = self._stack.extend(slot, rows)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_redrafter.cache.stack import Stacked
+from mlx_redrafter.cache.halves import Halved
+from mlx_redrafter.cache.stack import Stacked, by_slot, parted
 from mlx_redrafter.tree.nodes import DraftTree, integers
 
 
@@ -40,7 +41,7 @@ class StackPass:
         slabs, self._pending = stacked
         self._before, self._after = dict(enumerate(slabs)), dict[int, mx.array]()
         self._new: dict[int, mx.array] = {}
-        self.capacity = slabs[0].shape[2]
+        self.capacity = slabs[0].shape[3]
         sizes = [tree.tokens.shape[0] for tree in trees]
         self.sequences, self.rows, self.nodes = len(sizes), sum(sizes), max(sizes)
         self._whose = mx.maximum(seating.order, 0)
@@ -98,16 +99,17 @@ class StackPass:
             seen = seen & (self._positions[:, :, None] < held + window)
         return seen.reshape(-1, self.capacity)
 
-    def extend(self, layer: int, rows: mx.array) -> mx.array:
-        """Put the step before into place, and add rows (1, 2*Hkv, S*N, Dh): the slabs."""
+    def extend(self, layer: int, rows: mx.array) -> mx.array | Halved:
+        """Put the step before into place, and add rows (1, 2*Hkv, S*N, Dh): what is read."""
         slab = self._before.pop(layer)
         if self._pending:
-            slab = mx.put_along_axis(slab, _by_slot(self._pending[1]), self._pending[0][layer], 2)
+            slab = mx.put_along_axis(slab, by_slot(self._pending[1]), self._pending[0][layer], 3)
         size = self._roots.shape[0]
         new = rows.reshape(rows.shape[1], size, self.nodes, -1).swapaxes(0, 1).astype(slab.dtype)
-        self._new[layer] = new
-        self._after[layer] = mx.put_along_axis(slab, _by_slot(self._slots()), new, 2)
-        return self._after[layer]
+        self._new[layer] = parted(new)
+        slab = mx.put_along_axis(slab, by_slot(self._slots()), self._new[layer], 3)
+        self._after[layer] = slab
+        return Halved(slab[0], slab[1]) if slab.shape[0] == 2 else slab[0]
 
     def settled(self, slots: Sequence[mx.array] | None) -> Stacked:
         """The arrays after the pass. slots: by sequence (n,) int32, where its nodes belong; None:
@@ -121,8 +123,3 @@ class StackPass:
         ]
         at = mx.where(self._there, self._placed(mx.stack(padded)), nowhere)
         return Stacked(slabs, ([self._new[layer] for layer in sorted(self._new)], at))
-
-
-def _by_slot(slots: mx.array) -> mx.array:
-    """(S, N) -> as `mx.put_along_axis` takes it for (S, 2*Hkv, C, Dh)."""
-    return slots[:, None, :, None]

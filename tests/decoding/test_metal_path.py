@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
-from conftest import PENALTIES, RANKS, SHAPES, Oracle, engine_of, prompt_of, run
+from conftest import PENALTIES, RANKS, SHAPES, Oracle, asked, engine_of, prompt_of, run
 from tiny_models import CASES, build
 
+from mlx_redrafter.cache.halves import Halved
 from mlx_redrafter.cache.layer import Pass
 from mlx_redrafter.cache.slabs import Slab, capacity_for
 from mlx_redrafter.decoding import answering, engine
+from mlx_redrafter.decoding.batch import Batch, Row
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.models import Decoder, attention, load_model
 from mlx_redrafter.runtime import metal
 from mlx_redrafter.runtime.device import fused_kernels
 from mlx_redrafter.stats import DraftStats
@@ -65,6 +68,35 @@ def test_every_kind_of_layer_goes_the_way_of_a_gpu(
     assert run(engine_of(model, None, compiled=False), prompt, FILTERED, None, 10) == expected
     drafting = engine_of(model, Oracle(model, [[*prompt, *expected]], RANKS), compiled=False)
     assert run(drafting, prompt, FILTERED, SHAPES["beam-and-lookup"], 10) == expected
+
+
+@pytest.mark.bits
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_answers_in_a_stack_have_dense_halves(
+    target: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys of all sequences lie one behind the other, or MLX's kernel would copy them."""
+    asked_for: list[tuple[int, ...]] = []
+    attend = attention._attend_fused
+
+    def noted(q: mx.array, slab: Any, *rest: Any) -> mx.array:
+        asked_for.append((isinstance(slab, Halved), slab.shape[0]))
+        return attend(q, slab, *rest)
+
+    monkeypatch.setattr(metal, "attention_calls", lambda n, *_: [n])
+    monkeypatch.setattr(attention, "_attend_fused", noted)
+    one = engine_of(target, None, compiled=False)
+    prompts = [prompt_of(5 + 4 * i, seed=i) for i in range(3)]
+    alone = [run(one, prompt, FILTERED, None, 12) for prompt in prompts]
+    assert {halved for halved, _ in asked_for} == {False}
+    batch, found = Batch(one), dict[Row, list[int]]()
+    for prompt in prompts:
+        found[batch.add(asked(prompt, FILTERED, SHAPES["lookup"], 12))] = []
+    while batch.rows or batch.waiting:
+        for row, emitted in batch.step():
+            found[row] += emitted.tokens
+    assert list(found.values()) == alone
+    assert (True, 4) in asked_for and not any(rows > 1 for halved, rows in asked_for if not halved)
 
 
 @pytest.mark.parametrize("gpu", [False, True])
