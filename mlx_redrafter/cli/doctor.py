@@ -19,7 +19,7 @@ from mlx_redrafter.cli.options import DrafterName, Json
 from mlx_redrafter.errors import RedrafterError
 from mlx_redrafter.evaluation import model_checks
 from mlx_redrafter.evaluation.model_checks import SIZES, Check, guarded
-from mlx_redrafter.runtime import blas
+from mlx_redrafter.runtime import blas, metal
 from mlx_redrafter.runtime.device import dtype_name
 from mlx_redrafter.runtime.paths import expanded
 from mlx_redrafter.terminal import console
@@ -85,6 +85,10 @@ def examine(
 ) -> list[Check]:
     """Run every check; `report` sees each one as it is done. given: a loaded model to test; None:
     the built-in one, if it is there."""
+    from mlx_redrafter.hub import builtin
+
+    if given is None:  # before the GPU is used: it is to be tested as it will run
+        metal.prepare(builtin.folder(builtin.device_kind()))
     checks = []
     for check in _all(given):
         checks.append(check)

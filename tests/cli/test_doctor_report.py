@@ -134,3 +134,18 @@ def test_a_process_of_its_own_times_a_step(folder: Path) -> None:
 def test_products_by_mlx_s_rules(chip: int, ultra: bool, inputs: int, expected: str) -> None:
     names = [metal.product_kernel(n, inputs, 2048, chip, ultra) for n in range(1, 17)]
     assert measure._runs(names) == expected
+
+
+def test_the_built_in_model_is_tested_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX reads its limit when the GPU is first used, and doctor uses it before it loads."""
+    done: list[str] = []
+
+    def checks(given: Any) -> Any:
+        done.append("checks")
+        yield from CHECKS
+
+    monkeypatch.setattr(metal, "prepare", lambda folder: done.append(folder.name))
+    monkeypatch.setattr(doctor, "_all", checks)
+    given: Any = (None, None)
+    assert doctor.examine() == doctor.examine(given=given) == CHECKS
+    assert done[0].startswith("smollm2-135m") and done[1:] == ["checks", "checks"]
