@@ -21,13 +21,14 @@ from mlx_redrafter.runtime import clock
 from mlx_redrafter.tree.shape import TreeShape
 
 ROWS = (16, 24, 32, 48, 64)
-_ROUNDS = 3
+ROUNDS = 7
 _BETTER = 1.05  # by which answering in turns has to be faster than together
-_OTHER = 1.03  # by which other trees have to be faster than those there are
-_WORTH = 1.08  # by which any drafting has to be faster than none
+# Another combination of trees is another graph, which takes as long as two steps.
+_OTHER = 1.1  # by which other trees have to be faster than those there are
+_WORTH = 1.15  # by which any drafting has to be faster than none
 _USUAL, _MORE = 4, 3  # answers for which trees are made, and how many of these at most
 _RECENT, _ENOUGH = 32, 6  # timed steps that say what such steps cost
-_EVERY = 8  # steps of all, after which trees are given anew: a new combination is a new graph
+_EVERY = 16  # steps of all, after which trees are given anew
 
 
 Ratios = dict[bool, deque[float]]
@@ -120,9 +121,9 @@ class Company:
 
     def seconds(self, shapes: Sequence[TreeShape]) -> float:
         """Of one step of all, as steps like it took of late."""
-        known = self._ratios[any(s.drafts for s in shapes)]
-        ratio = statistics.median(known) if len(known) >= _ENOUGH else 1.0
-        return ratio * self._foreseen(shapes)
+        drafts = any(s.drafts for s in shapes)
+        known = [r for r in (self._ratios[drafts], self._ratios[not drafts]) if len(r) >= _ENOUGH]
+        return (statistics.median(known[0]) if known else 1.0) * self._foreseen(shapes)
 
     def learn(self, shapes: Sequence[TreeShape], seconds: float) -> None:
         """A step of answers with these shapes took so long."""
@@ -157,7 +158,7 @@ class Company:
         self._due = _EVERY * len(self._seats)
         now = [seat.planned for seat in self._seats]
         best, found = self._best()
-        if best > _OTHER * self.rate(now):  # another combination is another graph
+        if best > _OTHER * self.rate(now):
             for seat, shape in zip(self._seats, found, strict=True):
                 seat.planned = shape
         self._turns = max(seat.alone() for seat in self._seats) > _BETTER * best
@@ -204,7 +205,7 @@ class Seat:
 def measure(target: Target, build: Callable[[Any], Any]) -> dict[int, float]:
     """Seconds of passes over `ROWS` rows, timed in turns; the fastest counts."""
     runs = {n: timed_pass(target, n, NEAR, build) for n in ROWS}
-    found = clock.fastest_pass(runs, _ROUNDS, warm=True)
+    found = clock.fastest_pass(runs, ROUNDS, warm=True)
     least = float("inf")
     for n in sorted(found, reverse=True):  # a pass over more tokens is never faster
         least = found[n] = min(least, found[n])

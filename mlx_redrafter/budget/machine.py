@@ -120,7 +120,7 @@ class Budget:
         at first, and kept as :meth:`costs` are, beside them."""
         costs, target = self.costs(), self.target
         facts = {name: fact for name, fact in self.conditions().items() if name != "drafter"}
-        file = _file({**facts, "of": "rows"})
+        file = _file({**facts, "of": "rows", "rounds": company.ROUNDS})
         found = _read(file, lambda stored: {int(n): float(t) for n, t in stored["rows"].items()})
         if found is None:
             found = company.measure(target, mx.compile if self.engine.compiled else lambda f: f)
