@@ -19,6 +19,7 @@ from mlx_redrafter.cache import stack as stack_module
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cache.stack import Stacked
 from mlx_redrafter.decoding import rows as rows_module
+from mlx_redrafter.decoding import step as step_module
 from mlx_redrafter.decoding.batch import Batch, Row
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.request import Request
@@ -209,12 +210,32 @@ def nothing_put_into_place(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(StackPass, "settled", lambda self, slots: Stacked(list(self._after.values())))
 
 
+def the_neighbours_masks(patch: pytest.MonkeyPatch) -> None:
+    """What an answer in a stack sees is what another may."""
+    mask = StackPass.mask
+
+    def turned(self: Any, window: int) -> mx.array:
+        return mx.roll(mask(self, window), self.nodes, axis=0)
+
+    patch.setattr(StackPass, "mask", turned)
+
+
+def the_neighbours_window(patch: pytest.MonkeyPatch) -> None:
+    """Penalties look at the text of another answer."""
+    last: list[Any] = []
+    recent = step_module.sampling.recent_tokens
+
+    def another(tree: Any, history: mx.array, position: mx.array, size: int) -> mx.array:
+        last.append(history)
+        return recent(tree, last[-2] if len(last) > 1 else history, position, size)
+
+    patch.setattr(step_module.sampling, "recent_tokens", another)
+
+
 MUTATIONS = [
-    the_first_ones_noise,
-    the_neighbours_rows,
-    the_neighbours_slabs,
-    nothing_put_into_place,
-]
+    the_first_ones_noise, the_neighbours_rows, the_neighbours_slabs, nothing_put_into_place,
+    the_neighbours_masks, the_neighbours_window,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("mutate", MUTATIONS)

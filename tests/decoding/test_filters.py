@@ -8,8 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_redrafter.decoding import filters
+from mlx_redrafter.decoding import filters, sampling
 from mlx_redrafter.decoding.sampling import SamplingParams
+from mlx_redrafter.tree.nodes import root_only
 
 V = 3000
 OPTIONS: list[dict[str, Any]] = [
@@ -109,3 +110,30 @@ def test_both_ways_are_right_up_to_rounding(scale: float) -> None:
         for way in (True, False):
             found = (kept(logits, {"top_p": top_p}, way) > -np.inf).sum(-1)
             assert np.abs(found - counts).max() <= (1 if scale == 0.01 else 0), (top_p, way)
+
+
+def draw(logits: mx.array, options: dict[str, Any], seed: int, way: bool) -> list[int]:
+    """A token of every row, each of another position."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filters, "fused_kernels", lambda: way)
+        params = SamplingParams(seed=seed, **options)
+        rows = [
+            sampling.sample(row[None], ROOT, {}, params.arrays(V), mx.array([i], mx.int32))
+            for i, row in enumerate(logits)
+        ]
+        return [int(row.item()) for row in rows]
+
+
+ROOT = root_only(mx.array([0], mx.int32))
+
+
+@pytest.mark.slow
+def test_ten_thousand_draws() -> None:
+    """Mixtures of options, drawn by both ways: the same tokens."""
+    rng, drawn, other = np.random.default_rng(5), 0, 0
+    for seed in range(1250):
+        options = dict(OPTIONS[seed % len(OPTIONS)], temp=float(rng.choice([0.5, 0.8, 1.3])))
+        logits = mx.array((rng.standard_normal((8, V)) * rng.choice([1, 3, 8])).astype(np.float32))
+        new, old = (draw(logits, options, seed, way) for way in (True, False))
+        drawn, other = drawn + len(new), other + sum(a != b for a, b in zip(new, old, strict=True))
+    assert (drawn, other) == (10_000, 0)
