@@ -57,6 +57,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         mx.enable_compile()
 
 
+def half_slow(count: int) -> list[Any]:
+    """Numbers, the second half of which is for the slow tests."""
+    return [pytest.param(n, marks=[pytest.mark.slow] * (2 * n >= count)) for n in range(count)]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
@@ -84,7 +89,7 @@ def judge(broken: Broken, before: dict[str, bytes], outcome: Any = None) -> None
     )
 
 
-@pytest.mark.parametrize("number", range(FILES))
+@pytest.mark.parametrize("number", half_slow(FILES))
 def test_files(number: int, runs: Path, tmp_path: Path) -> None:
     rng = drawn("files", number)
     kind, line = commands.LINES[number % len(commands.LINES)]
@@ -134,7 +139,7 @@ def judge_lines(broken: Broken, before: dict[str, bytes], starts: bool = True) -
     assert wrong is None, f"{wrong}: {broken}\n{outcome}"
 
 
-@pytest.mark.parametrize("number", range(2 * len(pipes.STREAMS) * TIMES))
+@pytest.mark.parametrize("number", half_slow(2 * len(pipes.STREAMS) * TIMES))
 def test_streams(number: int, world: Path, tmp_path: Path) -> None:
     copy_of(world, tmp_path, ["model"])
     streams = list(pipes.STREAMS)[number % len(pipes.STREAMS)]

@@ -180,7 +180,10 @@ def chatting(*, job: bool = False) -> Iterator[tuple[Terminal, list[Any]]]:
         os.close(screen.fd)
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP", "SIGQUIT"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("SIGHUP", "SIGQUIT")]
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", *SLOW])
 def test_a_signal_during_an_answer_gives_the_terminal_back(number: str) -> None:
     with chatting() as (screen, before):
         screen.type("Count\r")
