@@ -99,7 +99,8 @@ class BatchGenerator:
         for row, emitted in steps:
             number, answer, _ = self._answers[row]
             for i, token in enumerate(emitted.tokens):
-                response = answer.add(token, from_draft=i < len(emitted.tokens) - 1)
+                from_draft = i < len(emitted.tokens) - 1
+                response = answer.add(token, from_draft, None if i else emitted.tree)
                 found.append((number, response))
                 if response.finish_reason is not None:
                     break
