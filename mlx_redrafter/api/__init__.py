@@ -202,8 +202,8 @@ def stream_generate(
         prefill_step_size: prompt tokens read in one pass; None: for a long prompt what is fastest
             on this machine (the first time it is measured, which takes a few seconds).
         prompt_progress_callback: called with (tokens read, tokens in the prompt).
-        sparse_prefill: read a long prompt with sparse attention; the answer may then be another than
-            after dense reading. Drafted or not it is the same.
+        sparse_prefill: read a long prompt with sparse attention; the answer may then be another,
+            drafted or not the same.
         prediction: what the answer may be, text or token ids, to draft from; it changes no answer.
         json_schema: the answer is JSON that is valid by this schema, a dict or its text.
         regex: the answer as a whole matches this expression.
@@ -336,9 +336,8 @@ def _responses(asked: Asked) -> Generator[GenerationResponse, None, None]:
         try:
             for emitted in steps:
                 threads.clear_at_end()  # the caller may go on in another thread
-                for i, token in enumerate(emitted.tokens):
-                    last, tree = i == len(emitted.tokens) - 1, None if i else emitted.tree
-                    yield (response := answer.add(token, not last, tree))
+                for token, from_draft, tree in emitted.each():
+                    yield (response := answer.add(token, from_draft, tree))
                     if response.finish_reason is not None:
                         return
         finally:

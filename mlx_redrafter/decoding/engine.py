@@ -49,6 +49,11 @@ class Emitted:
     tokens: list[int]
     tree: ToldTree | None = None
 
+    def each(self) -> Iterator[tuple[int, bool, ToldTree | None]]:
+        """Every token, was it drafted, and with the first one the tree."""
+        for i, token in enumerate(self.tokens):
+            yield token, i < len(self.tokens) - 1, None if i else self.tree
+
 
 class Engine:
     """Runs steps of one target and its drafters.
