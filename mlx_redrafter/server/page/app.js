@@ -3,9 +3,13 @@
 import { json } from "./api.js";
 import { chat, focusInput } from "./chat.js";
 import { $, keep, kept, trouble } from "./dom.js";
+import { long } from "./long.js";
+import { race } from "./race.js";
+import { server } from "./server.js";
+import { tree } from "./tree.js";
 
 const talking = chat();
-const SCREENS = { chat: talking };
+const SCREENS = { chat: talking, tree: tree(), race: race(), long: long(), server: server() };
 
 function go() {
   const name = location.hash.slice(1) in SCREENS ? location.hash.slice(1) : "chat";
