@@ -131,7 +131,7 @@ def test_settings_system_prompt_and_files_reach_the_model(
     note.write_text("the secret is 42")
     with visit(chromium, server.url) as seen:
         page = seen.page
-        page.get_by_text("Settings").click()
+        page.get_by_role("button", name="Settings").click()
         page.fill("[name=temperature]", "0.5")
         page.fill("[name=seed]", "9")
         page.fill("[name=max_tokens]", "100")
@@ -149,7 +149,7 @@ def test_settings_system_prompt_and_files_reach_the_model(
         assert text.startswith("[system]Be brief.[user]File note.txt:\n```\nthe secret is 42\n```")
         assert text.endswith("What is it?[assistant]")
         page.reload()
-        page.get_by_text("Settings").click()
+        page.get_by_role("button", name="Settings").click()
         assert page.input_value("[name=temperature]") == "0.5"
 
 
@@ -188,7 +188,7 @@ def test_thoughts_are_folded_and_a_long_prompt_shows_its_progress(chromium: Any)
         page.fill("#input", "long " * 80)
         page.press("#input", "Enter")
         page.get_by_text("Reading: ").wait_for()
-        assert page.locator("progress").get_attribute("max") is not None
+        assert page.locator("#chat progress").get_attribute("max") is not None
         last(page).get_by_text("Retry").wait_for()
         assert last(page).locator(".body").inner_text() == "Well."
         thoughts = last(page).locator(".thoughts")
@@ -224,7 +224,7 @@ def test_the_chat_has_no_serious_faults(
         seen.ask("Hello")
         assert seen.serious() == []
         last(seen.page).get_by_text("Origin").click()
-        seen.page.get_by_text("Settings").click()
+        seen.page.get_by_role("button", name="Settings").click()
         assert seen.serious() == []
         wide = "document.documentElement.scrollWidth"
         assert seen.page.evaluate(wide) == width

@@ -8,6 +8,8 @@ import { sampling } from "./settings.js";
 const MODES = [["trianglemix", "TriangleMix", "static: the first keys and the nearest, in the upper half of the layers"],
   ["xattention", "XAttention", "blocks that antidiagonals find"], ["minference", "MInference", "a pattern for every head"]];
 
+const WARM_UP = 8000; // letters
+
 export function long() {
   let stopping = null;
   const saved = kept("long", { question: "What is this text about? Answer in one sentence.", modes: ["trianglemix"], least: 1024, longest: 60 });
@@ -29,7 +31,7 @@ export function long() {
   const least = h("input", { type: "number", min: 0, max: 1000000, value: saved.least });
   const longest = h("input", { type: "number", min: 1, max: 4000, value: saved.longest });
   const start = h("button", { class: "main" }, "Read it");
-  const results = h("div", { class: "lanes" });
+  const state = h("p", { class: "dim", role: "status" }), results = h("div", { class: "lanes" });
   const screen = h("section", { id: "long", "aria-label": "Long prompt", class: "page", tabindex: "0" }, h("form", { class: "asking", onsubmit: (event) => {
     event.preventDefault();
     if (stopping) stopping();
@@ -38,7 +40,7 @@ export function long() {
   h("label", {}, "Question about it", question),
   h("fieldset", { class: "row" }, h("legend", {}, "Beside dense reading"), modes),
   h("div", { class: "row" }, h("label", {}, "Sparse from token", least), h("label", {}, "Longest answer", longest), start),
-  h("p", { class: "dim" }, "Sparse attention scores a part of the pairs of tokens while the prompt is read: sooner a first token, and perhaps another answer. Nothing is taken from the prefix cache.")), results);
+  h("p", { class: "dim" }, "Sparse attention scores a part of the pairs of tokens while the prompt is read: sooner a first token, and perhaps another answer. Nothing is taken from the prefix cache, and a beginning is read in every way first, since what runs first is compiled.")), state, results);
 
   async function run() {
     const chosen = modes.map((label) => label.querySelector("input")).filter((box) => box.checked).map((box) => box.value);
@@ -51,15 +53,24 @@ export function long() {
     trouble(null);
     const runs = ["off", ...chosen].map((mode) => ({ mode, answer: new Answer(), own: lane(MODES.find(([name]) => name === mode)?.[1] ?? "Dense") }));
     results.replaceChildren(...runs.map(({ own }) => own.element));
+    results.scrollIntoView({ block: "nearest" });
+    const extra = (mode) => ({ ...usual.x_redrafter, sparse_prefill: mode, ...(mode !== "off" && { sparse_prefill_min_context: Number(least.value) }) });
+    const beginning = [{ role: "user", content: body.messages[0].content.slice(0, WARM_UP) }];
     try {
+      state.textContent = "Warming up \u2026";
+      for (const { mode } of runs) {
+        await new Answer().run({ ...body, messages: beginning, max_tokens: 4, x_redrafter: extra(mode) }, control.signal);
+      }
+      state.textContent = "Reading \u2026";
       for (const { mode, answer, own } of runs) {
-        const sparse = { ...usual.x_redrafter, sparse_prefill: mode, ...(mode !== "off" && { sparse_prefill_min_context: Number(least.value) }) };
         const draw = () => drawLane(own, answer, runs[0].answer);
-        await answer.run({ ...body, x_redrafter: sparse }, control.signal, eased(draw));
+        await answer.run({ ...body, x_redrafter: extra(mode) }, control.signal, eased(draw));
         draw();
       }
+      state.textContent = "";
       say("all are read");
     } catch (error) {
+      state.textContent = "Stopped.";
       if (error.name !== "AbortError") trouble(error);
     }
     stopping = null;
@@ -83,9 +94,9 @@ function drawLane(own, answer, dense) {
 }
 
 function compared(own, answer, dense, sparse) {
-  const faster = dense.timings.prompt_ms / answer.timings.prompt_ms, at = difference(dense, answer);
+  const at = difference(dense, answer);
   if (at !== null) show(own, answer, at);
   const where = at === null ? "the same answer" : `the answers part at token ${at + 1}`;
-  const reason = sparse && !sparse.sparse_layers ? ` Nothing was sparse: ${Object.keys(sparse.declined)[0] ?? "the prompt is too short"}.` : "";
-  return `Read in ${number(1 / faster, 2)} of the time of dense reading; ${where}.${reason}`;
+  if (!sparse?.sparse_layers) return `Nothing was sparse (${Object.keys(sparse?.declined ?? {})[0] ?? "short context"}); ${where}.`;
+  return `Read in ${number(answer.timings.prompt_ms / dense.timings.prompt_ms, 2)} of the time of dense reading; ${where}.`;
 }
