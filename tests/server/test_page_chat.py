@@ -121,6 +121,9 @@ def test_what_a_model_writes_is_never_markup(chromium: Any, server: Running) -> 
         assert last(page).locator(".tokens .drafted").count() > 50
         assert page.locator("main img, main script").count() == 0
         assert "stolen" not in page.title()
+        trying = "try { document.body.innerHTML = '<b>x</b>' } catch (error) { error.name }"
+        assert seen.complaints == [] and page.evaluate(trying) == "TypeError"
+        seen.complaints.clear()  # that was the test itself
 
 
 def test_settings_system_prompt_and_files_reach_the_model(
