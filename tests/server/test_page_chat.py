@@ -215,6 +215,7 @@ def test_a_key_is_asked_for_and_faults_are_said(chromium: Any) -> None:
             page.fill("#input", "long " * 400)
             page.press("#input", "Enter")
             page.get_by_text("prompt is too long").wait_for()
+            assert last(page).get_by_text("Ask again").is_visible()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1100, "light"), (390, "dark")])

@@ -113,6 +113,16 @@ def test_the_turn_goes_to_the_one_whose_clock_is_behind() -> None:
     runner.close()
 
 
+def test_an_answer_alone_ends_when_its_client_leaves(server: Running) -> None:
+    extra = {"alone": True, "tokens": True, "draft": False}
+    body = {**ASK, "stream": True, "logit_bias": {"1": -1e30}, "x_redrafter": extra}
+    for _ in range(2):
+        with httpx.stream("POST", server.url + CHAT, json=body, timeout=60) as answer:
+            next(line for line in answer.iter_lines() if '"seconds"' in line)
+        server.idle()
+    assert told(streamed(server, {"alone": True, "tokens": True}), "seconds")
+
+
 def test_a_prompt_is_read_afresh_where_that_is_wanted(server: Running) -> None:
     """And leaves nothing for others, who find what they had left."""
     words = [{"role": "user", "content": "fa fe fi fo fu " * 8}]

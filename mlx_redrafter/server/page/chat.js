@@ -108,6 +108,10 @@ const does = {
     input.focus();
     say("editing the message; Enter sends it as another version");
   },
+  unanswered: (message) => message.id === talk.leaf && !stopping,
+  again(message) {
+    answer(message.id);
+  },
   retry(message) {
     if (!stopping) answer(message.parent);
   },

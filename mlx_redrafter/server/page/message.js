@@ -9,6 +9,7 @@ export function view(message, does, versions) {
   const actions = [others(message, does, versions)];
   if (message.role === "user") {
     actions.push(button("Edit", () => does.edit(message), { class: "quiet" }));
+    if (does.unanswered(message)) actions.push(button("Ask again", () => does.again(message), { class: "quiet" }));
     return h("li", { class: "message user", "data-id": message.id }, h("h3", {}, "You"),
       (message.files ?? []).map((file) =>
         h("details", { class: "file" }, h("summary", {}, `${file.name}, ${size(new Blob([file.text]).size)}`), h("pre", { tabindex: 0 }, file.text))),
