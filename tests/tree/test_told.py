@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 from conftest import asked, engine_of, run
+from fake_grammar import Drawn
 
 from mlx_redrafter.decoding.batch import Batch
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.tree.shape import BEAMS, TreeShape
+from mlx_redrafter.tree.told import GRAMMAR
 
 SHAPES = [
     TreeShape.plain(), TreeShape.chain(3), TreeShape(3, 4, 8), TreeShape(2, 3, 9, lookup=4),
@@ -79,3 +81,17 @@ def test_trees_change_nothing_and_are_the_same_in_company(
                 assert emitted.tree is None
     assert [tokens for tokens, _ in found] == [tokens for tokens, _ in alone]
     assert [tree.nodes for _, tree in found[:-1]] == [tree.nodes for _, tree in alone[:-1]]
+
+
+def test_trees_of_an_answer_with_a_grammar(target: Any, texts: Any, oracle: Any) -> None:
+    """The bonus is the token that was chosen again, and what is certain comes from the grammar."""
+    engine, (prompt, _) = engine_of(target, oracle, compiled=False), texts[2]
+    shape, grammar = TreeShape(3, 4, 8), Drawn(target.config.vocab_size, 4, share=0.9)
+    plain = run(engine, prompt, shape=shape, grammar=grammar)
+    found = trees_of(engine, prompt, shape, grammar=grammar)
+    assert [t for tokens, _ in found for t in tokens] == plain
+    for tokens, tree in found:
+        kept = [node.token for node in tree.nodes if node.kept][1:]
+        assert [*kept, tree.bonus] == tokens[: len(kept) + 1]
+    assert GRAMMAR in {node.part for _, tree in found for node in tree.nodes}
+    assert any(tree.nodes[0].choice != tokens[0] for tokens, tree in found)  # chosen again

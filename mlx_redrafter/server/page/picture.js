@@ -4,6 +4,8 @@ import { svg } from "./dom.js";
 
 const WIDE = 126, HIGH = 46, BOX = 100, TALL = 38;
 
+export const FROM = { beams: "the drafter", text: "the text itself", grammar: "the grammar, which leaves no choice" };
+
 // In words, for those who see no picture and those who do.
 export function told({ nodes, bonus }) {
   const drafts = nodes.length - 1, checked = nodes.filter((node) => node.checked).length - 1;
@@ -49,7 +51,7 @@ function share(node, i) {
 function hint(node, i) {
   if (i === 0) return "The last token of the text, decided in the step before";
   if (node.own) return "The model's own token behind the kept branch";
-  const from = node.part === "text" ? "From the text itself" : "From the drafter";
+  const from = `From ${FROM[node.part]}`;
   const cost = node.cost === null ? "" : `, cost ${node.cost.toFixed(2)}`;
   const after = node.choice === null ? "not checked" : `the model goes on with ${quoted(node.choice)}`;
   return `${from}${cost}; ${after}`;

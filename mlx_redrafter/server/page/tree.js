@@ -2,7 +2,7 @@
 
 import { Answer } from "./api.js";
 import { button, eased, h, keep, kept, say, trouble } from "./dom.js";
-import { picture, told } from "./picture.js";
+import { FROM, picture, told } from "./picture.js";
 import { sampling } from "./settings.js";
 import { coloured, legend, meter } from "./tokens.js";
 
@@ -110,7 +110,7 @@ export function tree() {
 function tableOf({ nodes }) {
   const head = ["Token", "after", "probability", "from", "checked", "kept", "the model says"];
   const rows = nodes.map((node, i) => [node.text, nodes[node.parent]?.text ?? "", node.cost === null ? "" : Math.exp(-node.cost).toPrecision(2),
-    i ? { beams: "drafter", text: "the text" }[node.part] : "decided before", node.checked ? "yes" : "no", node.kept ? "yes" : "no", node.choice ?? ""]);
+    i ? FROM[node.part] : "decided before", node.checked ? "yes" : "no", node.kept ? "yes" : "no", node.choice ?? ""]);
   return h("div", { class: "wide", tabindex: "0" }, h("table", {}, h("thead", {}, h("tr", {}, head.map((name) => h("th", { scope: "col" }, name)))),
     h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell) => h("td", {}, cell)))))));
 }
