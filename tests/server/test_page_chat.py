@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,16 @@ def last(page: Any) -> Any:
 
 def test_an_answer_streams_and_is_there_after_a_reload(chromium: Any, server: Running) -> None:
     """It grows while it is made (an answer shown at its end only would have no busy message)."""
-    server.engine.says("one two three four five", step=4, pause=0.05)
+    server.engine.says("one two three four five", step=4)
+    seen_it, begun = threading.Event(), server.engine.steps
+    server.engine.before_step = lambda step: step != begun + 2 or seen_it.wait(30)
     with visit(chromium, server.url) as seen:
         page = seen.page
         page.fill("#input", "Count")
         page.press("#input", "Enter")
         page.locator("[aria-busy] > .said").get_by_text("one").wait_for()
         assert not last(page).inner_text().endswith("five")
+        seen_it.set()
         last(page).get_by_text("Retry").wait_for()
         assert last(page).locator(".body").inner_text() == "one two three four five"
         figures = last(page).locator(".meter").inner_text()
@@ -183,7 +187,7 @@ def test_conversations_are_exported_and_imported(
 
 
 def test_thoughts_are_folded_and_a_long_prompt_shows_its_progress(chromium: Any) -> None:
-    engine = ScriptedEngine(["<think>hm hm</think>Well."], context=100_000, chunk=40, pause=0.03)
+    engine = ScriptedEngine(["<think>hm hm</think>Well."], context=100_000, chunk=30, pause=0.1)
     engine.tokenizer.has_thinking = True
     engine.tokenizer.think_start, engine.tokenizer.think_end = "<think>", "</think>"
     with running(engine) as server, visit(chromium, server.url) as seen:

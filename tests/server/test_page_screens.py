@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from browsing import browser, visit
+from conftest import random_drafter
 from scripted_engine import Running, ScriptedEngine, running
+from tiny_chat import write_chat_model
 
+from mlx_redrafter import load
+from mlx_redrafter.api import Model
 from mlx_redrafter.server import pages
+from mlx_redrafter.server.engine import ModelEngine
 
 SCREENS = ("chat", "tree", "race", "long", "server")
 
@@ -136,6 +142,29 @@ def test_the_screens_have_no_serious_faults(
             assert page.evaluate("document.documentElement.scrollWidth") == width, name
         page.get_by_role("button", name="Keys").click()
         assert seen.serious() == []
+
+
+@pytest.mark.slow
+def test_a_real_model_races_and_shows_its_trees(chromium: Any, tmp_path: Path) -> None:
+    """A tiny random model and drafter behind the engine thread that answers in company."""
+    model, tokenizer = load(write_chat_model(tmp_path / "chat"))
+    drafter = random_drafter(model.target)
+    drafting = Model.of(model.name, model.folder, model.target, drafter, compiled=False)
+    with (
+        running(ModelEngine(drafting, tokenizer), parallel=4) as server,
+        visit(chromium, server.url, "/#race") as seen,
+    ):
+        page = seen.page
+        page.fill("#race textarea", "ba be bi ba be bi ba be")
+        page.get_by_role("button", name="Race").click()
+        page.locator(".verdict").wait_for()
+        assert "Same text: yes" in page.locator(".verdict").inner_text()
+        page.keyboard.press("Alt+2")
+        page.fill("#tree-question", "ba be bi ba be bi ba be")
+        page.get_by_role("button", name="Watch").click()
+        page.get_by_role("button", name="Watch").wait_for()
+        page.locator("svg.draft .node.own").wait_for()
+        assert page.locator("svg.draft .node.checked, svg.draft .node.kept").count() > 2
 
 
 def test_the_page_is_small_and_written_by_hand() -> None:

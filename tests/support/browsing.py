@@ -18,7 +18,7 @@ ARGUMENTS = [
 ]  # fmt: skip
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
-WAIT = 10_000  # milliseconds
+WAIT = 30_000  # milliseconds
 
 
 def chromium() -> str | None:

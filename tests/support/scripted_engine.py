@@ -106,7 +106,7 @@ class ScriptedEngine:
     parts: int = 0
     compiled: list[Any] = field(default_factory=list)  # grammars that requests had
     closed: int = 0  # answers that were ended by whoever asked
-    before_step: Callable[[int], None] = lambda step: None
+    before_step: Callable[[int], object] = lambda step: None
 
     def grammars(self) -> Any:
         return ScriptedGrammars(self.compiled)

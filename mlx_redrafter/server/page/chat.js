@@ -25,6 +25,9 @@ export function chat() {
     h("details", { class: "system" }, h("summary", {}, "System prompt"), h("label", {}, h("span", { class: "unseen" }, "System prompt"), system)),
     button("Settings", openSettings, { class: "quiet" }));
   const screen = h("section", { id: "chat", "aria-label": "Chat", class: "chat" }, side, h("div", { class: "talk" }, head, messages, composer()));
+  screen.addEventListener("click", ({ target }) => {
+    if (!side.contains(target) && target !== unfolding) fold(false);
+  });
   screen.addEventListener("dragover", (event) => event.preventDefault());
   screen.addEventListener("drop", (event) => {
     event.preventDefault();
@@ -95,6 +98,7 @@ function open(other) {
 
 function fold(open) {
   side.classList.toggle("open", open);
+  if (open) side.querySelector("button").focus();
 }
 
 // An attempt to edit takes the message back into the input.

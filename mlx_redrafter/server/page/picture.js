@@ -15,7 +15,7 @@ export function told({ nodes, bonus }) {
 }
 
 export const quoted = (text) => `\u201c${text.replaceAll("\n", "\u21b5")}\u201d`;
-const visible = (text) => text.replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5").replaceAll(" ", "\u00b7");
+export const visible = (text) => text.replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5").replaceAll(" ", "\u00b7");
 
 export function picture({ nodes, bonus }) {
   const last = nodes.findLastIndex((node) => node.kept);
@@ -63,7 +63,7 @@ function line([x, y], [u, v], kind) {
 }
 
 function box([x, y], text, kind, beside, hinted) {
-  const shown = visible(text);
+  const shown = visible(text) || "\u2205"; // a token that is no text, such as the end
   const name = svg("text", { x: x + 7, y: y + 16 });
   name.textContent = shown.length > 12 ? `${shown.slice(0, 11)}\u2026` : shown;
   const figure = svg("text", { x: x + BOX - 5, y: y + TALL - 6, class: "figure", "text-anchor": "end" });

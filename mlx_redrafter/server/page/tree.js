@@ -2,7 +2,7 @@
 
 import { Answer } from "./api.js";
 import { button, eased, h, keep, kept, say, trouble } from "./dom.js";
-import { FROM, picture, told } from "./picture.js";
+import { FROM, picture, told, visible } from "./picture.js";
 import { sampling } from "./settings.js";
 import { coloured, legend, meter } from "./tokens.js";
 
@@ -108,9 +108,9 @@ export function tree() {
 }
 
 function tableOf({ nodes }) {
-  const head = ["Token", "after", "probability", "from", "checked", "kept", "the model says"];
-  const rows = nodes.map((node, i) => [node.text, nodes[node.parent]?.text ?? "", node.cost === null ? "" : Math.exp(-node.cost).toPrecision(2),
-    i ? FROM[node.part] : "decided before", node.checked ? "yes" : "no", node.kept ? "yes" : "no", node.choice ?? ""]);
+  const head = ["Token", "after", "probability", "cost", "from", "checked", "kept", "the model says"];
+  const rows = nodes.map((node, i) => [visible(node.text), visible(nodes[node.parent]?.text ?? ""), node.cost === null ? "" : Math.exp(-node.cost).toPrecision(2), node.cost?.toFixed(2) ?? "",
+    i ? FROM[node.part] : "decided before", node.checked ? "yes" : "no", node.kept ? "yes" : "no", visible(node.choice ?? "")]);
   return h("div", { class: "wide", tabindex: "0" }, h("table", {}, h("thead", {}, h("tr", {}, head.map((name) => h("th", { scope: "col" }, name)))),
     h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell) => h("td", {}, cell)))))));
 }
