@@ -184,6 +184,7 @@ def stream_generate(
     regex: str | None = None,
     grammar: str | Grammar | None = None,
     margins: bool = False,
+    trees: bool = False,
     **sampling: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Generate an answer, one response per token.
@@ -201,16 +202,16 @@ def stream_generate(
         prefill_step_size: prompt tokens read in one pass; None: for a long prompt what is fastest
             on this machine (the first time it is measured, which takes a few seconds).
         prompt_progress_callback: called with (tokens read, tokens in the prompt).
-        sparse_prefill: read a long prompt with sparse attention; the answer may then differ from
-            that of a prompt that was read densely. Drafted or not it is the same.
-        prediction: what the answer may be, text or token ids: drafts come from it first. The answer
-            stays the model's own.
+        sparse_prefill: read a long prompt with sparse attention; the answer may then be another,
+            drafted or not the same.
+        prediction: what the answer may be, text or token ids, to draft from; it changes no answer.
         json_schema: the answer is JSON that is valid by this schema, a dict or its text.
         regex: the answer as a whole matches this expression.
         grammar: the answer follows this grammar, as text in llguidance's Lark or llama.cpp's GBNF.
             At most one of these three; drafted or not the text is the same.
         margins: count the tokens that rounding may have chosen, in ``stats.near_ties``: where
             drafted and plain text may part if `Engine.same_bits` is False.
+        trees: give every step's draft tree, to look at: ``response.tree`` of its first token.
         sampling: see :class:`SamplingParams`: temp, top_p, top_k, min_p, penalties, seed, ...
 
     None stands for the default everywhere. Closing the generator, or dropping it, ends the answer
@@ -232,7 +233,7 @@ def stream_generate(
         draft=draft, tree=tree, stop=stop, stop_tokens=stop_tokens, session=session,
         prefill_step_size=prefill_step_size, prompt_progress_callback=prompt_progress_callback,
         sparse_prefill=sparse_prefill, prediction=prediction, json_schema=json_schema, regex=regex,
-        grammar=grammar, margins=margins, **sampling,
+        grammar=grammar, margins=margins, trees=trees, **sampling,
     )  # fmt: skip
     return _responses(checked(model, tokenizer, prompt, max_tokens, **given))
 
@@ -291,6 +292,7 @@ def checked(
     regex: str | None = None,
     grammar: str | Grammar | None = None,
     margins: bool = False,
+    trees: bool = False,
     **sampling: Any,
 ) -> Asked:
     """The arguments of `stream_generate`, found possible; raises OptionError as it does."""
@@ -316,7 +318,7 @@ def checked(
         USUAL_LENGTH if max_tokens is None else max_tokens,
         session if session is not None else Session(),
         progress=prompt_progress_callback, sparse_prefill=sparse_prefill,
-        prediction=() if plain else predicted, margins=bool(margins),
+        prediction=() if plain else predicted, margins=bool(margins), trees=bool(trees),
         grammar=arguments.grammar(model, tokenizer, json_schema, regex, grammar),
     )  # fmt: skip
     answer = partial(Answer, tokenizer, len(ids), stops, end_tokens, asked.room(config))
@@ -334,9 +336,8 @@ def _responses(asked: Asked) -> Generator[GenerationResponse, None, None]:
         try:
             for emitted in steps:
                 threads.clear_at_end()  # the caller may go on in another thread
-                for i, token in enumerate(emitted.tokens):
-                    from_draft = i < len(emitted.tokens) - 1
-                    yield (response := answer.add(token, from_draft))
+                for token, from_draft, tree in emitted.each():
+                    yield (response := answer.add(token, from_draft, tree))
                     if response.finish_reason is not None:
                         return
         finally:

@@ -98,8 +98,8 @@ class BatchGenerator:
             raise
         for row, emitted in steps:
             number, answer, _ = self._answers[row]
-            for i, token in enumerate(emitted.tokens):
-                response = answer.add(token, from_draft=i < len(emitted.tokens) - 1)
+            for token, from_draft, tree in emitted.each():
+                response = answer.add(token, from_draft, tree)
                 found.append((number, response))
                 if response.finish_reason is not None:
                     break

@@ -59,6 +59,10 @@ class ServeOptions:
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="A line for every request, without its text.")
     ] = False
+    open_page: Annotated[
+        bool, typer.Option("--open", help="Show the page in a browser when the model is loaded.")
+    ] = False
+    no_ui: Annotated[bool, typer.Option("--no-ui", help="No page, the API alone.")] = False
     show_config: Annotated[
         str | None,
         typer.Option(
@@ -160,6 +164,8 @@ class ServeOptions:
         checks.at_least(1, parallel=self.parallel)
         checks.at_least(2, context=self.context)
         grace = checks.number("--grace", self.grace, 0, 86400)
+        if self.open_page and self.no_ui:
+            raise OptionError("--open shows the page, and --no-ui leaves it out: give one of them")
         names = ("temp", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
                  "frequency_penalty")  # fmt: skip
         given = {name: getattr(self, name) for name in names}
@@ -188,6 +194,7 @@ class ServeOptions:
             reasoning=self.reasoning,
             sparse_prefill=sparse,
             strict_model=self.strict_model,
+            page=not self.no_ui,
             grace=grace,
             log_requests=self.log_requests,
         )
@@ -221,24 +228,30 @@ def command(*, source: ModelOptions, options: ServeOptions) -> None:
     if options.show_config is not None:
         _show(options.show_config, source.model, settings)
         return
-    _serve(source, options.context, settings)
+    _serve(source, options, settings)
 
 
 command.context_settings = {"auto_envvar_prefix": ENVIRONMENT}  # type: ignore[attr-defined]
 
 
-def _serve(source: ModelOptions, context: int | None, settings: Settings) -> None:
+def _serve(source: ModelOptions, options: ServeOptions, settings: Settings) -> None:
     from mlx_redrafter.server.engine import Engine, ModelEngine
     from mlx_redrafter.server.running import serve
 
+    def show(address: str) -> None:
+        import webbrowser
+
+        if not webbrowser.open(address):
+            console.note(f"no browser was found: open {address} in one")
+
     def load() -> Engine:
         model, tokenizer = source.load(settings.tree)
-        engine = ModelEngine(model, tokenizer, context)
+        engine = ModelEngine(model, tokenizer, options.context)
         if warning := engine.warning():
             console.warn(warning)
         return engine
 
-    serve(load, settings, console.note)
+    serve(load, settings, console.note, show if options.open_page else None)
 
 
 def _show(client: str, model: str, settings: Settings) -> None:

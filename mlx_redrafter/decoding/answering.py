@@ -19,6 +19,7 @@ from mlx_redrafter.decoding.step import State, StepSpec, nothing_pending, waits
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.models import Target
 from mlx_redrafter.runtime.device import release
+from mlx_redrafter.tree import told
 from mlx_redrafter.tree.nodes import END, DraftTree
 from mlx_redrafter.tree.shape import TreeShape
 
@@ -111,6 +112,7 @@ class Answering:
         self.in_place = self.stand = len(self.known) - 1
         self.done = self.ended = False  # ended: by its grammar
         self._grew = False
+        self.tree: told.ToldTree | None = None  # of the step that was read last
         self._mark = self._read = 0.0
         self._traces = 0
 
@@ -153,6 +155,7 @@ class Answering:
         return StepSpec(
             shape, request.sampling.features, request.sampling.windows, waiting, self.awake,
             held=self.place is not None, given=given, margins=request.margins and not given,
+            told=request.trees,
         )  # fmt: skip
 
     def launched(self, spec: StepSpec, text: mx.array, state: State, counted: bool = False) -> None:
@@ -182,9 +185,12 @@ class Answering:
         experts = numbers.pop() if counted else self.engine.target.routes
         if spec.margins:
             stats.near_ties = (stats.near_ties or 0) + numbers.pop()
-        tokens, closing, redone = [t for t in numbers[1:] if t != END], list[int](), False
+        size = shape.longest + 2
+        tokens, closing, redone = [t for t in numbers[1:size] if t != END], list[int](), False
         if self.place is not None:
             tokens, closing, redone = self._legal(spec, tokens)
+        if spec.told:
+            self.tree = told.read(numbers[size:], [numbers[0], *tokens]) if tokens else None
         now = time.perf_counter()
         stats.decode_seconds += now - self._mark
         self.in_place = len(known) - self.behind

@@ -180,7 +180,8 @@ class Batch:
             answer = row.answer
             answer.resumed()
             try:
-                found.append((row, Emitted(answer.read(alone=len(reading) == 1))))
+                tokens = answer.read(alone=len(reading) == 1)
+                found.append((row, Emitted(tokens, answer.tree)))
             except OptionError as error:
                 row.failed = error  # the others' tokens are handed out first
         now = time.perf_counter()

@@ -38,13 +38,21 @@ from mlx_redrafter.runtime.blas import rows_alone
 from mlx_redrafter.runtime.device import release
 from mlx_redrafter.stats import PrefillStats
 from mlx_redrafter.tree.shape import TEXT, TreeShape
+from mlx_redrafter.tree.told import ToldTree
 
 
 @dataclass(frozen=True)
 class Emitted:
-    """What one step produced: accepted drafts, then the bonus token."""
+    """What one step produced: accepted drafts, then the bonus token. tree: if the request wants
+    trees."""
 
     tokens: list[int]
+    tree: ToldTree | None = None
+
+    def each(self) -> Iterator[tuple[int, bool, ToldTree | None]]:
+        """Every token, was it drafted, and with the first one the tree."""
+        for i, token in enumerate(self.tokens):
+            yield token, i < len(self.tokens) - 1, None if i else self.tree
 
 
 class Engine:
@@ -148,7 +156,7 @@ class Engine:
                         self._launch(answer)
                     if answer.goes_on:
                         self._launch(answer)
-                    yield Emitted(answer.read())
+                    yield Emitted(answer.read(), answer.tree)
                     answer.resumed()
             finally:
                 answer.close()

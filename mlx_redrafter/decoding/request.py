@@ -44,6 +44,7 @@ class Request:
         prediction: what the answer may be, to draft from; token ids.
         grammar: what the answer may be; None: anything.
         margins: count tokens that rounding may have chosen.
+        trees: keep the draft tree of every step, to look at.
     """
 
     prompt: Sequence[int]
@@ -58,6 +59,7 @@ class Request:
     prediction: Sequence[int] = ()
     grammar: Grammar | None = None
     margins: bool = False
+    trees: bool = False
 
     def room(self, config: DecoderConfig) -> int:
         """How many tokens may be produced.

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mlx_redrafter.cache.layer import Kept, LayerCache, Pass, Rows, capacity_of, new_caches
 from mlx_redrafter.decoding import sampling
+from mlx_redrafter.decoding.drafting import draft
 from mlx_redrafter.decoding.grammar import Held, committed
 from mlx_redrafter.decoding.sampling import Arrays
 from mlx_redrafter.drafters import Ask, Drafter, Verified
@@ -27,15 +28,11 @@ from mlx_redrafter.tree.accept import accept
 from mlx_redrafter.tree.nodes import (
     END,
     DraftTree,
-    best_nodes,
     chain,
-    distinct,
     integers,
-    joined,
-    root_only,
-    without_root,
 )
 from mlx_redrafter.tree.shape import TreeShape
+from mlx_redrafter.tree.told import GRAMMAR, Proposed, only, told
 
 
 class State(NamedTuple):
@@ -90,6 +87,7 @@ class StepSpec:
     ``pending``: nodes of the step before, if its rows still have to be put into place. ``awake``:
     do drafters that keep rows take part? ``held``: can a choice be made again? ``given``: right
     drafts are in `Arrays`, as "given" (L,). ``margins``: are `sampling.near_ties` counted?
+    ``told``: see `tree.told`.
     """
 
     shape: TreeShape
@@ -100,6 +98,7 @@ class StepSpec:
     held: bool = False
     given: bool = False
     margins: bool = False
+    told: bool = False
 
 
 StepFunction = Callable[[State, Arrays], tuple[mx.array, State]]
@@ -117,8 +116,8 @@ def make_step(
 
     Returns:
         step(state, arrays) -> (text (L+2,) int32: the root's token, the new ones, and END from
-        there on; with margins one number more; of several nodes and a target with experts one
-        more, how many the nodes chose; the next state).
+        there on; what is told; with margins one number more; of several nodes and a target with
+        experts one more, how many the nodes chose; the next state).
     """
     layers, counted = read_layers(drafters), bool(target.routes) and spec.shape.drafts
 
@@ -141,6 +140,7 @@ class Begun(NamedTuple):
     """A step whose tree is drafted and not yet checked: see `Opened`."""
 
     tree: DraftTree
+    proposed: Proposed
     opened: Opened
 
     @property
@@ -181,11 +181,12 @@ def drafted(
 ) -> Begun:
     """Draft the tree. proposed: by the number of a drafter what it proposes, if it was asked."""
     if opened.given is None:
-        tree = draft(drafters, opened.states, opened.others, opened.ask, proposed or {})
+        tree, of = draft(drafters, opened.states, opened.others, opened.ask, proposed or {})
     else:
-        tree = chain(mx.concatenate([opened.ask.root, opened.given, integers([END])]))
+        path = mx.concatenate([opened.ask.root, opened.given, integers([END])])
+        tree, of = chain(path), only(path, GRAMMAR)
     opened.run.ancestors = tree.ancestors
-    return Begun(tree, opened)
+    return Begun(tree, of, opened)
 
 
 def finish(
@@ -199,7 +200,7 @@ def finish(
 ) -> tuple[mx.array, State, mx.array]:
     """Accept what the target says of a tree's nodes, logits (N, V): as of `make_step`, and the
     slots (N,) where the nodes belong."""
-    tree, (ask, run, others, states, history, _) = begun
+    tree, proposed, (ask, run, others, states, history, _) = begun
     position = ask.position
     windows = {
         name: sampling.recent_tokens(tree, history, position, size)
@@ -223,6 +224,8 @@ def finish(
     if any(waiting):
         pending = [r if w else () for r, w in zip(rows, waiting, strict=True)], slots
     root = mx.take(choices, last) if spec.shape.drafts else choices
+    if spec.told:
+        text = mx.concatenate([text, told(proposed, tree, choices)])
     if spec.margins:
         text = mx.concatenate([text, (near[0] & mx.take(tree.ancestors, last, axis=0)).sum(-1)])
     held = holding(drafters, done, logits, states) if spec.held else ()
@@ -307,31 +310,6 @@ def read_layers(drafters: Sequence[Drafter]) -> tuple[int, ...]:
     """Layers of the target whose outputs some drafter reads."""
     wanted = {layer for drafter in drafters for layer in drafter.features or ()}
     return tuple(sorted(wanted))
-
-
-def draft(
-    drafters: Sequence[Drafter],
-    states: Sequence[Any],
-    passes: Sequence[Pass],
-    ask: Ask,
-    proposed: Mapping[int, Any],
-) -> DraftTree:
-    """The tree that the target will check; proposed: see `drafted`."""
-    shape = ask.shape
-    if not shape.drafts:
-        return root_only(ask.root)
-    found = [
-        proposed[i] if i in proposed else drafter.propose(states[i], ask._replace(own=passes[i]))
-        for i, drafter in enumerate(drafters)
-        if drafter.part in shape.parts
-    ]
-    if shape.one_path:
-        return chain(found[0][0].paths.reshape(-1))
-    first, *others = found
-    candidates = joined([*first, *(part for parts in others for part in without_root(parts))])
-    if others:
-        candidates = distinct(candidates)
-    return best_nodes(candidates, shape.nodes)
 
 
 def row_slots(tree: DraftTree, last: mx.array, count: mx.array, position: mx.array) -> mx.array:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from mlx_redrafter.server import problems
+from mlx_redrafter.server import pages, problems
 from mlx_redrafter.server.endpoints import Endpoints, Say
 from mlx_redrafter.server.errors import response
 from mlx_redrafter.server.problems import INVALID, Problem, Wrong
@@ -55,6 +55,7 @@ def make_app(worker: Worker, settings: Settings, say: Say = lambda line: None) -
         Route("/metrics", _safe(does.metrics, say), methods=["GET"]),
         Route("/slots", _safe(does.slots, say), methods=["GET"]),
     ]
+    routes += pages.routes() if settings.page else []
     app = Starlette(
         routes=routes,
         middleware=[Middleware(Guard, settings=settings, count=worker.metrics.answered)],

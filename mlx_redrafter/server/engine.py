@@ -129,6 +129,7 @@ def options(asked: Generation, session: Session, progress: Progress) -> dict[str
         "sparse_prefill": asked.sparse_prefill,
         "prediction": asked.prediction,
         "grammar": asked.grammar,
+        "trees": asked.trees,
         **sampling,
     }
 

@@ -39,9 +39,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The tokens of a step, as text, and whether each was drafted; for those who ask for them."""
+    """The tokens of a step, as text, and whether each was drafted; for those who ask for them.
+    tree: what was drafted, as `trees.shown` has it; seconds: on the clock of an answer that has one
+    of its own."""
 
     tokens: tuple[tuple[str, bool], ...]
+    tree: dict[str, Any] | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,12 @@ class Extra(Body):
 
     draft: bool | None = None
     tokens: bool = False
+    trees: bool = False
+    alone: bool = False
     tree: str | None = None
     lookup: int | None = None
     sparse_prefill: Literal["off", "trianglemix", "xattention", "minference"] | None = None
+    sparse_prefill_min_context: int | None = None
 
 
 class Options(Body):
@@ -71,6 +74,7 @@ class Options(Body):
     max_completion_tokens: int | None = None
     stream: bool = False
     num_draft_tokens: int | None = None
+    cache_prompt: bool = True
     x_redrafter: Extra = Extra()
     length_field: ClassVar[str] = "max_tokens"  # its name in the dialect
 
@@ -153,7 +157,7 @@ def generation(
         named = str(error).replace("max_tokens", options.length_field, 1)
         raise of_option(OptionError(named), options.length_field) from None
     room = engine.context - len(prompt)
-    draft, tree = _drafting(options, settings)
+    (draft, tree), extra = _drafting(options, settings), options.x_redrafter
     return Generation(
         prompt=prompt,
         sampling=sampling(options, settings, engine, ahead),
@@ -162,7 +166,10 @@ def generation(
         draft=draft,
         tree=tree,
         prediction=arguments.prediction(engine.tokenizer, options.predicted, engine.vocab_size),
-        tokens=options.x_redrafter.tokens,
+        tokens=extra.tokens or extra.trees,
+        trees=extra.trees,
+        alone=extra.alone,
+        cached=options.cache_prompt,
         sparse_prefill=_sparse(options, settings, engine),
         reading=reading or Reading(),
         grammar=grammar,
@@ -198,13 +205,16 @@ def _tree(text: str) -> TreeShape:
 
 
 def _sparse(options: Options, settings: Settings, engine: Engine) -> SparsePrefill | None:
-    mode, base = options.x_redrafter.sparse_prefill, settings.sparse_prefill
-    if mode is None or (base is not None and base.mode == mode):
-        return base
-    if mode == "off":
+    extra, base = options.x_redrafter, settings.sparse_prefill
+    mode, least = extra.sparse_prefill, extra.sparse_prefill_min_context
+    if mode == "off" or (mode is None and base is None):
         return None
+    own = base or SparsePrefill()
+    changes: dict[str, Any] = {} if least is None else {"min_context": least}
+    if mode is not None and mode != own.mode:
+        changes |= {"mode": mode, "patterns": None}
     try:
-        return dataclasses.replace(base or SparsePrefill(), mode=mode, patterns=None)
+        return dataclasses.replace(own, **changes)
     except OptionError as error:
         raise of_option(error, "x_redrafter") from None
 

@@ -25,7 +25,9 @@ class Generation:
         tree: how much to draft; None: what pays.
         sparse_prefill: how a long prompt is read; None: densely.
         prediction: what the answer may be, token ids to draft from.
-        tokens: tell where every token is from.
+        tokens: tell where every token is from. trees: and what every step drafted.
+        alone: in no company, but in turns with others that want it, and tell its own time.
+        cached: go on from what a former request left, and leave something for others.
         reading: what its text means: thoughts, calls of tools.
         grammar: what it may be; None: anything.
     """
@@ -39,5 +41,8 @@ class Generation:
     sparse_prefill: SparsePrefill | None = None
     prediction: Sequence[int] = ()
     tokens: bool = False
+    trees: bool = False
+    alone: bool = False
+    cached: bool = True
     reading: Reading = field(default_factory=Reading)
     grammar: Grammar | None = None

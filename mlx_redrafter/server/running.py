@@ -82,14 +82,17 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(load: Load, settings: Settings, say: Say) -> None:
-    """Serve until a signal comes. Raises what `load` raises, and OptionError."""
+def serve(load: Load, settings: Settings, say: Say, show: Say | None = None) -> None:
+    """Serve until a signal comes. ``show`` is told the address when all is ready. Raises what
+    `load` raises, and OptionError."""
     listener = listening(settings)
     where = address(listener)
 
     def on_ready() -> None:
         if worker.failure is None:
             say(f"listening on {where}")
+            if show is not None:  # a browser may take its time, and answers shall not wait for it
+                threading.Thread(target=show, args=(where,), daemon=True).start()
         else:
             server.should_exit = True
 

@@ -19,12 +19,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mlx_redrafter.server import pages
 from mlx_redrafter.server.errors import response
 from mlx_redrafter.server.problems import Problem
 from mlx_redrafter.server.settings import Settings
 
 Count = Callable[[int], None]
-FREE = ("/health",)  # paths that need no key
+FREE = ("/health",)  # paths that need no key, beside the page
 _HEADERS = (
     "authorization, content-type, x-api-key, anthropic-version, anthropic-beta, openai-beta, "
     "anthropic-dangerous-direct-browser-access"
@@ -84,7 +85,7 @@ class Guard:
                 given = self._adding(send, {})
                 await Response(status_code=204, headers=added)(scope, receive, given)
                 return
-            if scope["path"] not in FREE:
+            if scope["path"] not in FREE and not pages.is_page(scope["path"]):
                 self._check_key(headers)
         except Problem as problem:
             refused = response(scope, problem.wrong)

@@ -33,6 +33,7 @@ class Settings:
         tree: how much to draft; None: what pays.
         sparse_prefill: how long prompts are read; None: densely.
         strict_model: a request for a model of another name is refused.
+        page: show a page to browsers.
         grace: seconds for running answers after the signal to end.
         log_requests: a line for every request: sizes, counts and times.
         body_limit: bytes of a request.
@@ -57,6 +58,7 @@ class Settings:
     tree: TreeShape | None = None
     sparse_prefill: SparsePrefill | None = None
     strict_model: bool = False
+    page: bool = True
     grace: float = 10.0
     log_requests: bool = False
     body_limit: int = 32 * MIB

@@ -249,7 +249,8 @@ class Worker:
                 job.check()
                 asked = job.generations[place]
                 tally = Tally(self.metrics, len(asked.prompt), job.arrived)
-                writing = Writing(asked, partial(job.deliver, place), tally)
+                spell = engine.tokenizer.decode
+                writing = Writing(asked, partial(job.deliver, place), tally, spell)
                 session = self._take(asked, engine)
                 try:
                     progress = partial(_progress, job, writing)
@@ -262,6 +263,8 @@ class Worker:
 
     def _take(self, asked: Generation, engine: Engine) -> Session:
         """What is known of a prompt."""
+        if not asked.cached:
+            return Session()
         tag = asked.sparse_prefill.tag if asked.sparse_prefill is not None else ""
         before = self.prefixes.tokens
         drafted = engine.keeps_rows and asked.draft is not False
@@ -341,7 +344,8 @@ class Worker:
         if number in self._together:
             self._together.remove(number)
         row.writing.tally.ended(why)
-        self._give(row.session)
+        if row.writing.asked.cached:
+            self._give(row.session)
 
     def _finished(self, job: Job) -> None:
         """A job that has no more answers runs no more."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from mlx_redrafter.server.events import Drawn, Event, Finished, Progress, Reason, Usage
 from mlx_redrafter.server.reader import Reader
 from mlx_redrafter.server.requests import Generation
 from mlx_redrafter.server.tally import Tally
+from mlx_redrafter.server.trees import Spell, shown
 from mlx_redrafter.text.answer import GenerationResponse
 
 
@@ -17,10 +19,14 @@ class Writing:
     Args:
         tell: takes them.
         tally: counts the answer.
+        spell: makes text of tokens, where trees are wanted.
     """
 
-    def __init__(self, asked: Generation, tell: Callable[[Event], None], tally: Tally) -> None:
-        self.asked, self.tell, self.tally = asked, tell, tally
+    def __init__(
+        self, asked: Generation, tell: Callable[[Event], None], tally: Tally, spell: Spell = str
+    ) -> None:
+        self.asked, self.tell, self.tally, self.spell = asked, tell, tally, spell
+        self._tree: dict[str, Any] | None = None
         self._reader, self._thoughts = Reader(asked.reading), 0
         self._drawn: list[tuple[str, bool]] = []
 
@@ -31,11 +37,14 @@ class Writing:
         self._thoughts += reader.thinking
         reader.add(last.text)
         self._drawn.append((last.text, last.from_draft))
+        if last.tree is not None:
+            self._tree = shown(last.tree, self.spell)
         ended = last.finish_reason is not None
         if last.from_draft and not ended:
             return None  # the step is not over
         if self.asked.tokens:
-            self.tell(Drawn(tuple(self._drawn)))
+            clock = last.stats.decode_seconds if self.asked.alone else None
+            self.tell(Drawn(tuple(self._drawn), self._tree, clock))
         self._drawn.clear()
         if ended:
             reader.end()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.stats import DraftStats
+from mlx_redrafter.tree.told import ToldTree
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class GenerationResponse:
     a bonus token. ``prompt_tps`` counts the prompt tokens that were read, not those that a session
     held already. ``peak_memory`` is in GB. ``finish_reason`` is None until the last response,
     then ``stop`` (end token, stop string or stop token) or ``length``; ``stop`` is the string that
-    ended it.
+    ended it. ``tree``, where trees are wanted: that of the step, with its first token.
     """
 
     text: str
@@ -34,6 +35,7 @@ class GenerationResponse:
     finish_reason: str | None
     stats: DraftStats
     stop: str | None = None
+    tree: ToldTree | None = None
 
 
 @dataclass
@@ -60,8 +62,8 @@ class Answer:
         """Tokens of prompt and answer that may stay in the cache."""
         return self.prompt_tokens + self.count
 
-    def add(self, token: int, from_draft: bool) -> GenerationResponse:
-        """Take the next token."""
+    def add(self, token: int, from_draft: bool, tree: ToldTree | None = None) -> GenerationResponse:
+        """Take the next token; tree: of a step's first one."""
         self.count += 1
         if self.count == 1:
             self.started = time.perf_counter()
@@ -77,7 +79,8 @@ class Answer:
         self.pending += self.detokenizer.last_segment
         text, hit = split_at_stop(self.pending, self.stop, final=reason is not None)
         self.pending = "" if hit or reason else self.pending[len(text) :]
-        return self._response(text, token, from_draft, "stop" if hit else reason, hit)
+        found = self._response(text, token, from_draft, "stop" if hit else reason, hit)
+        return found if tree is None else replace(found, tree=tree)
 
     def _response(
         self, text: str, token: int, from_draft: bool, reason: str | None, stop: str | None

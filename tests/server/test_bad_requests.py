@@ -273,7 +273,7 @@ def test_bodies(
 @pytest.mark.parametrize(
     ("method", "path", "status", "kind"),
     [
-        ("GET", "/", 404, "not_found_error"),
+        ("GET", "/nothing", 404, "not_found_error"),
         ("GET", "/v1", 404, "not_found_error"),
         ("POST", "/v1/nothing", 404, "not_found_error"),
         ("POST", "/v1/chat/completions/", 404, "not_found_error"),

@@ -71,20 +71,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def program(model: Path) -> Iterator[Program]:
+def program(model: Path, tmp_path: Path) -> Iterator[Program]:
+    browser = tmp_path / "browser"
+    browser.write_text(f"#!/bin/sh\necho $1 > {tmp_path}/shown\n")
+    browser.chmod(0o755)
     found = Program(
-        model, "--no-draft", "--log-requests", "--grace", "0.5",
-        MLX_REDRAFTER_PORT="0", MLX_REDRAFTER_API_KEY="right",
+        model, "--no-draft", "--log-requests", "--grace", "0.5", "--open",
+        MLX_REDRAFTER_PORT="0", MLX_REDRAFTER_API_KEY="right", BROWSER=str(browser),
     )  # fmt: skip
     yield found
     found.process.kill()
     found.ended()
 
 
-def test_it_listens_answers_and_ends(program: Program) -> None:
+def test_it_listens_answers_and_ends(program: Program, tmp_path: Path) -> None:
     url = program.url()
     assert program.lines[0] == f"listening on {url}"
     assert httpx.get(f"{url}/ready").status_code == 401
+    assert "<title>" in httpx.get(f"{url}/").text
     key = {"authorization": "Bearer right"}
     (model,) = httpx.get(f"{url}/v1/models", headers=key).json()["data"]
     assert (model["id"], model["max_model_len"]) == ("tiny", 9000)
@@ -113,6 +117,7 @@ def test_it_listens_answers_and_ends(program: Program) -> None:
     assert program.ended() == 0
     assert time.monotonic() - at < 0.5 + 8  # the grace, and a machine with other things to do
     reader.join(10)
+    assert (tmp_path / "shown").read_text().strip() == url
     error = json.loads([line for line in lines if line][-1].removeprefix("data: "))["error"]
     assert error["code"] == "unavailable"
     said = "\n".join(program.lines)
@@ -171,6 +176,7 @@ def said(*options: str, env: dict[str, str] | None = None) -> tuple[int, str]:
         (["--tool-parser", "x"], "there is no tool parser 'x'"),
         (["--chat-template-config", "x"], "--chat-template-config x is not a JSON object"),
         (["--show-config", "x"], "there is no client 'x': use one of aider, claude"),
+        (["--open", "--no-ui"], "--open shows the page, and --no-ui leaves it out: give one"),
         (["--sparse-prefill-config", "x"], "--sparse-prefill-config needs"),
     ],
 )
@@ -245,6 +251,7 @@ def test_every_option_reaches_the_settings(tmp_path: Path) -> None:
         allowed_origins="https://a.example, *", allowed_hosts="Box.example", strict_model=True,
         log_requests=True, reasoning="off", tool_parser="hermes", chat_template_config='{"a": 1}',
         sparse_prefill="xattention", sparse_prefill_tau=0.8,
+        no_ui=True,
     )  # fmt: skip
     found = options.settings()
     assert (found.host, found.port, found.queue, found.grace) == ("::1", 1, 3, 4.5)
@@ -254,5 +261,5 @@ def test_every_option_reaches_the_settings(tmp_path: Path) -> None:
     assert found.allowed_hosts == ("box.example",)
     assert (found.strict_model, found.log_requests, found.reasoning) == (True, True, "off")
     assert (found.tool_parser, found.template) == ("hermes", {"a": 1})
-    assert found.sparse_prefill is not None
+    assert found.sparse_prefill is not None and not found.page
     assert (found.sparse_prefill.mode, found.sparse_prefill.tau) == ("xattention", 0.8)

@@ -23,6 +23,8 @@ from mlx_redrafter.server.settings import Settings
 from mlx_redrafter.server.worker import Worker
 from mlx_redrafter.text.answer import Answer
 from mlx_redrafter.text.grammar import Source, quoted
+from mlx_redrafter.tree.shape import BEAMS, TEXT
+from mlx_redrafter.tree.told import ToldNode, ToldTree
 
 
 class ChatBytes(ByteTokenizer):
@@ -104,7 +106,7 @@ class ScriptedEngine:
     parts: int = 0
     compiled: list[Any] = field(default_factory=list)  # grammars that requests had
     closed: int = 0  # answers that were ended by whoever asked
-    before_step: Callable[[int], None] = lambda step: None
+    before_step: Callable[[int], object] = lambda step: None
 
     def grammars(self) -> Any:
         return ScriptedGrammars(self.compiled)
@@ -137,8 +139,11 @@ class ScriptedEngine:
                 self.steps += 1
                 step = tokens[at : at + self.step]
                 answer.stats.record(len(step), drafted=self.step)
+                answer.stats.decode_seconds += self.pause
+                tree = _tree(asked.prompt[-1] if at == 0 else tokens[at - 1], step)
                 for i, token in enumerate(step):
-                    response = answer.add(token, from_draft=i < len(step) - 1)
+                    given = tree if asked.trees and i == 0 else None
+                    response = answer.add(token, from_draft=i < len(step) - 1, tree=given)
                     yield response
                     if response.finish_reason is not None:
                         return
@@ -158,6 +163,17 @@ class ScriptedEngine:
         if callable(self.texts):
             return self.texts(self.tokenizer.decode(list(asked.prompt)))
         return self.texts[min(len(self.asked), len(self.texts)) - 1] if self.asked else ""
+
+
+def _tree(root: int, step: Sequence[int]) -> ToldTree:
+    """One that a step might have had: a wrong draft beside every right one, and one that was not
+    checked."""
+    nodes = [ToldNode(root, -1, 0.0, "", True, True, step[0])]
+    for depth, token in enumerate(step[:-1], 1):
+        above = len(nodes) - 2 if depth > 1 else 0
+        nodes.append(ToldNode(token, above, 0.25 * depth, BEAMS, True, True, step[depth]))
+        nodes.append(ToldNode(ord("?"), above, 1.5 + depth, TEXT, depth == 1, False, None))
+    return ToldTree(tuple(nodes), step[-1])
 
 
 @dataclass

@@ -137,7 +137,7 @@ class Choices:
 
     def __init__(self, model: str, fingerprint: str, body: Common) -> None:
         self.body, self.usages = body, dict[int, Any]()
-        self.drawn: dict[int, list[Any]] = {}  # of every answer: tokens that no chunk has told yet
+        self.drawn: dict[int, dict[str, Any]] = {}  # of every answer: what no chunk has told yet
         self.head = {
             "id": fresh_id(self.prefix),
             "object": self.kind,
@@ -150,7 +150,7 @@ class Choices:
         """One event of a stream."""
         used = {"usage": None} if self.body.stream_options.include_usage else {}
         if choices and (drawn := self.drawn.pop(choices[0]["index"], None)):
-            more["x_redrafter"] = {"tokens": drawn}
+            more["x_redrafter"] = drawn
         return data({**self.head, "choices": choices, **used, **more})
 
     def note(self, row: int, event: Event) -> None:
@@ -159,7 +159,12 @@ class Choices:
             self.usages[row] = event.usage
         elif isinstance(event, Drawn):
             told = [[text, "d" if drafted else "b"] for text, drafted in event.tokens]
-            self.drawn.setdefault(row, []).extend(told)
+            waiting = self.drawn.setdefault(row, {"tokens": []})
+            waiting["tokens"] += told
+            if event.tree is not None:
+                waiting.setdefault("trees", []).append(event.tree)
+            if event.seconds is not None:
+                waiting["seconds"] = round(event.seconds, 6)
 
     def progress(self, event: Progress) -> list[bytes]:
         """llama.cpp's chunk, for those who ask for it."""
