@@ -12,7 +12,7 @@ const talking = chat();
 const SCREENS = { chat: talking, tree: tree(), race: race(), long: long(), server: server() };
 
 function go() {
-  const name = location.hash.slice(1) in SCREENS ? location.hash.slice(1) : "chat";
+  const asked = location.hash.slice(1), name = Object.hasOwn(SCREENS, asked) ? asked : "chat";
   for (const [other, { screen, hidden }] of Object.entries(SCREENS)) {
     if (!screen.hidden && other !== name) hidden?.();
     screen.hidden = other !== name;
