@@ -18,9 +18,11 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter import arguments
+from mlx_redrafter.budget.company import Company
 from mlx_redrafter.budget.machine import Budget
 from mlx_redrafter.cache.packed import GROUP
 from mlx_redrafter.cache.session import Session
+from mlx_redrafter.decoding.batch import Batch
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.grammar import Grammar
 from mlx_redrafter.decoding.policy import Policy
@@ -32,6 +34,7 @@ from mlx_redrafter.drafters.model import DraftModel
 from mlx_redrafter.hub import find_drafter, resolve
 from mlx_redrafter.kernels import verdicts
 from mlx_redrafter.models import Decoder, Loaded, load_model, small_rows
+from mlx_redrafter.models.share import Plan
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import Progress
 from mlx_redrafter.runtime import blas, checks, metal, threads
@@ -52,6 +55,7 @@ class Model:
     ``drafter`` is the trained one, or None; the text itself drafts in any case: ``engine.drafters``
     has all that draft. ``drafting`` tells whether `stream_generate` drafts unless it is told so or
     not: False where the model was loaded for plain decoding. ``budget`` knows what pays here.
+    ``batch`` makes what runs several answers, if it is another than `Batch`.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Model:
     engine: Engine
     budget: Budget
     drafting: bool = True
+    batch: Callable[[Engine, Company], Batch] | None = None
     _grammars: WeakKeyDictionary[Any, Grammars] = field(
         default_factory=WeakKeyDictionary, repr=False, compare=False
     )
@@ -90,12 +95,14 @@ class Model:
         compiled: bool = True,
     ) -> Model:
         """Put together of loaded parts."""
-        drafters: list[Drafter] = [Lookup()]
-        if drafter is not None:
-            drafters.append(drafter)
-        engine = Engine(target, drafters, compiled)
+        engine = Engine(target, all_drafters(drafter), compiled)
         budget = Budget(engine, target, folder, drafter_folder)
         return cls(name, folder, target, drafter, drafter_folder, engine, budget, drafting)
+
+
+def all_drafters(drafter: Drafter | None) -> list[Drafter]:
+    """The text itself, and the trained one."""
+    return [Lookup()] if drafter is None else [Lookup(), drafter]
 
 
 def load(
@@ -131,9 +138,47 @@ def load(
     Raises:
         HubError, ModelError, DrafterError, OptionError: with what was given and what is needed.
     """
+    arguments.refuse(other, load)
+    parts = parts_of(
+        path_or_hf_repo, drafter, revision=revision, dtype=dtype, tokenizer_config=tokenizer_config,
+        kv_bits=kv_bits, kv_group_size=kv_group_size, exact=exact,
+    )  # fmt: skip
+    model = Model.of(
+        parts.name, parts.folder, parts.target, parts.drafter, parts.drafter_folder,
+        drafting=parts.drafting, compiled=parts.compiled,
+    )  # fmt: skip
+    return model, parts.tokenizer
+
+
+class Parts(NamedTuple):
+    """What a model is put together of; ``tokenizer`` None: not wanted."""
+
+    name: str
+    folder: Path
+    target: Loaded
+    drafter: Drafter | None
+    drafter_folder: Path | None
+    drafting: bool
+    compiled: bool
+    tokenizer: Any
+
+
+def parts_of(
+    path_or_hf_repo: str | os.PathLike[str] = BUILTIN,
+    drafter: str | os.PathLike[str] | None = "auto",
+    *,
+    revision: str | None = None,
+    dtype: mx.Dtype | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = GROUP,
+    exact: bool = False,
+    plan: Plan | None = None,
+    text: bool = True,
+) -> Parts:
+    """As `load`; plan: of a machine that has a share of the model; text: is a tokenizer wanted?"""
     blas.status()  # an unknown choice is said before anything is downloaded
     verdicts.choice()
-    arguments.refuse(other, load)
     name, dtype = arguments.name_or_folder("model", path_or_hf_repo), arguments.dtype(dtype)
     arguments.instance("revision", revision, str, "a branch, tag or commit as text")
     arguments.options("tokenizer_config", tokenizer_config)
@@ -150,19 +195,18 @@ def load(
     else:
         drafter_folder = resolve(given) if given is not None else None
     metal.prepare(folder)
-    target = load_model(folder, dtype)
+    target = load_model(folder, dtype, plan=plan)
     if isinstance(target, Decoder):
         small_rows.switch_on(target, console.note, "exact" if exact else None)
     if packing is not None:
         target.pack(packing)
     loaded = load_drafter(drafter_folder, target) if drafter_folder is not None else None
-    tokenizer = load_tokenizer(folder, tokenizer_config)
-    if isinstance(loaded, DraftModel) and drafter_folder is not None:
+    tokenizer = load_tokenizer(folder, tokenizer_config) if text else None
+    if tokenizer is not None and isinstance(loaded, DraftModel) and drafter_folder is not None:
         check_same(tokenizer, drafter_folder)
-    model = Model.of(
-        name, folder, target, loaded, drafter_folder, drafting=given is not None, compiled=compiled
+    return Parts(
+        name, folder, target, loaded, drafter_folder, given is not None, compiled, tokenizer
     )
-    return model, tokenizer
 
 
 def stream_generate(

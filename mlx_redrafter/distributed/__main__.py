@@ -1,0 +1,56 @@
+"""A machine that another one has started; what it is to do comes from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+
+from mlx_redrafter.distributed import cluster
+from mlx_redrafter.distributed.follow import follow
+from mlx_redrafter.distributed.wire import End
+from mlx_redrafter.errors import RedrafterError
+from mlx_redrafter.terminal import console
+
+
+def main() -> int:
+    """The exit code."""
+    end = End()
+    settings = json.loads(sys.stdin.buffer.readline() or b"{}")
+    if not settings:
+        console.error("nothing was said of what to do: use mlx-redrafter ... --hosts")
+        return 1
+
+    def watch() -> None:
+        """Whoever started this one has ended when the input does."""
+        sys.stdin.buffer.read()
+        if not over.wait(2.0):
+            end.now("the first machine has ended")
+
+    over = threading.Event()
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        wire, alike = cluster.connected(settings["at"], settings["token"], settings["rank"], end)
+        link = cluster.join_ring(
+            settings["environment"], settings["backend"], settings["rank"], end
+        )
+        link.alike = alike
+        cluster.test(link)
+        follow(link, wire, end)
+        code = 0
+    except RedrafterError as error:
+        console.error(str(error))
+        code = 1
+    except Exception as error:
+        from mlx_redrafter.cli.net import describe
+
+        console.error(describe(error))
+        code = 1
+    over.set()
+    sys.stderr.flush()
+    os._exit(code)  # nothing of a collective is left to wait for
+
+
+if __name__ == "__main__":
+    sys.exit(main())
