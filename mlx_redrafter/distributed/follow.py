@@ -110,6 +110,7 @@ class Follower:
         self._link, self._wire = link, wire
         self._models: dict[int, Followed] = {}
         self._answers: dict[int, Generator[Emitted, None, None]] = {}
+        self._seen: dict[int, int] = {}  # checksums of what answers and batches gave
         self._batches: dict[int, Batch] = {}
         self._rows: dict[int, Row] = {}
         self._since: float | None = None
@@ -145,6 +146,9 @@ class Follower:
         budget = Budget(engine, parts.target, parts.folder, parts.drafter_folder)
         return Followed(engine, budget)
 
+    def _alike(self, message: Message) -> None:
+        self._link.alike = message["alike"]
+
     def _unload(self, message: Message) -> None:
         del self._models[message["model"]]
 
@@ -168,11 +172,19 @@ class Follower:
         self._answers[message["number"]] = engine.generate(self._request(message))
 
     def _next(self, message: Message) -> None:
+        number = message["number"]
+        self._same(number, message)
         with contextlib.suppress(Left):
-            next(self._answers[message["number"]], None)
+            if (emitted := next(self._answers[number], None)) is not None:
+                self._seen[number] = messages.checksum(emitted.tokens, self._seen.get(number, 0))
+
+    def _same(self, number: int, message: Message) -> None:
+        if self._seen.get(number, 0) != message["seen"]:
+            raise ClusterError("this machine computes another text than the first one")
 
     def _close(self, message: Message) -> None:
         self._answers.pop(message["number"]).close()
+        self._seen.pop(message["number"], None)
 
     def _fork(self, message: Message) -> None:
         sessions = self._models[message["model"]].sessions
@@ -194,9 +206,11 @@ class Follower:
         batch.remove(self._rows.pop(message["number"]))
 
     def _step(self, message: Message) -> None:
-        batch = self._batches[message["batch"]]
+        number, batch = message["batch"], self._batches[message["batch"]]
+        self._same(number, message)
         with contextlib.suppress(Left):
-            batch.step()
+            for _, emitted in batch.step():
+                self._seen[number] = messages.checksum(emitted.tokens, self._seen.get(number, 0))
         there = {*batch.rows, *batch.waiting}
         self._rows = {n: r for n, r in self._rows.items() if r in there}
 

@@ -104,14 +104,15 @@ class Leading(Sharing):
         request.session.check(self.target)
         number, told = next(self._numbers), self.told(request)
         self.say_of("answer", request, number=number)
-        steps = super().generate(told)
+        steps, seen = super().generate(told), 0
         try:
             while True:
-                self.cluster.tell("next", number=number)
+                self.cluster.tell("next", number=number, seen=seen)
                 with self.cluster.whole(lambda: left(told)):
                     emitted = next(steps, None)
                 if emitted is None:
                     return
+                seen = messages.checksum(emitted.tokens, seen)
                 yield emitted
         finally:
             steps.close()
@@ -174,7 +175,7 @@ class LeadBatch(Batch):
     def __init__(self, engine: Leading, company: Company | None) -> None:
         super().__init__(engine, Turns(company, engine.cluster))
         self._lead, self._named, self._within = engine, dict[Row, int](), False
-        self._number = next(engine._numbers)
+        self._number, self._seen = next(engine._numbers), 0
         engine.cluster.tell("batch", model=engine.number, batch=self._number)
 
     def add(self, request: Request) -> Row:
@@ -197,11 +198,14 @@ class LeadBatch(Batch):
 
     def step(self) -> list[tuple[Row, Emitted]]:
         cluster, waiting = self._lead.cluster, list(self.waiting)
-        cluster.tell("step", batch=self._number)
+        cluster.tell("step", batch=self._number, seen=self._seen)
         self._within = True
         try:
             with cluster.whole(lambda: any(left(row.answer.request) for row in waiting)):
-                return super().step()
+                found = super().step()
+            for _, emitted in found:
+                self._seen = messages.checksum(emitted.tokens, self._seen)
+            return found
         finally:
             self._within = False
 
@@ -252,6 +256,7 @@ def load(
         ClusterError: what went wrong on another machine, or weights that are not equal.
     """
     number, split = next(_MODELS), split or Split()
+    text = more.pop("text", True)
     planned = Planned(cluster.link, split, cluster.quick)
     planned.split.for_size(cluster.link.size)
     cluster.tell(
@@ -259,7 +264,7 @@ def load(
         shares=list(split.shares), quick=cluster.quick, **messages.load_options(more),
     )  # fmt: skip
     try:
-        parts = parts_of(own_folder(path, 0), drafter, plan=planned, **more)
+        parts = parts_of(own_folder(path, 0), drafter, plan=planned, text=text, **more)
     except BaseException:
         cluster.answers()  # if it is wrong everywhere, nobody is left waiting
         raise

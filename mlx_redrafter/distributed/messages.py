@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -71,6 +72,11 @@ def shapes_of(message: Mapping[str, Any]) -> list[TreeShape]:
 def load_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Of `mlx_redrafter.load`, those that other machines need."""
     return {name: options.get(name) for name in ("revision", "kv_bits", "kv_group_size")}
+
+
+def checksum(tokens: Sequence[int], before: int = 0) -> int:
+    """Of a text, part after part: what tells whether machines have the same."""
+    return zlib.crc32(repr(list(tokens)).encode(), before)
 
 
 def fingerprint(folder: Path, drafter: Path | None) -> str:

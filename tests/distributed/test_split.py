@@ -52,7 +52,7 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("case", "kind"), cases())
 def test_two_machines_make_what_one_makes(case: str, kind: str, tmp_path: Path) -> None:
-    """Seen to fail: a bias behind a sum that all machines add, heads of values in keys' order."""
+    """Seen to fail: a bias behind a sum that all machines add."""
     if case in DELTA_CASES:
         write(tmp_path, DELTA_CASES[case])
     else:
