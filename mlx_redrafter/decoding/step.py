@@ -154,8 +154,8 @@ class Begun(NamedTuple):
 
 class Opened(NamedTuple):
     """A step before anything is drafted. run, others: its passes over the target's caches and over
-    every drafter's; states: the drafters'; common: see `Target.common`. given: drafts that are known
-    to be right."""
+    every drafter's; states: the drafters'; common: see `Target.common`; given: drafts that are
+    known to be right."""
 
     ask: Ask
     run: Pass

@@ -185,11 +185,6 @@ def start(hosts: launch.Hosts, patience: float = PATIENCE) -> Cluster:
     return Cluster(link, peers, end, hosts.backend == "jaccl", processes, patience)
 
 
-def launched() -> bool:
-    """Was this process started by mlx.launch, as one of several?"""
-    return "MLX_RANK" in os.environ
-
-
 def first_of_launched(link: Link, patience: float = PATIENCE) -> Cluster:
     """The same on the first machine, where mlx.launch has started all; see `second_of_launched`."""
     end, token = End(), secrets.token_hex(16)
@@ -214,6 +209,24 @@ def second_of_launched(link: Link, end: End) -> Wire:
     link.alike = alike
     test(link)
     return wire
+
+
+def of_launched(patience: float = PATIENCE) -> Cluster:
+    """The first machine of those that mlx.launch has started. On the others this is where they do
+    their part, and leave. Raises ClusterError."""
+    from mlx_redrafter.distributed.follow import follow
+
+    end = End()
+    try:
+        link = Link(mx.distributed.init(strict=True))
+    except RuntimeError as error:
+        raise ClusterError(
+            f"the machines cannot be joined ({' '.join(str(error).split())})"
+        ) from None
+    if link.rank == 0:
+        return first_of_launched(link, patience)
+    follow(link, second_of_launched(link, end), end)
+    raise SystemExit(0)
 
 
 def connected(at: list[Any], token: str, rank: int, end: End) -> tuple[Wire, bool]:

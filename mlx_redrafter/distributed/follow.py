@@ -7,7 +7,8 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
-from mlx_redrafter.api import all_drafters, parts_of
+from mlx_redrafter.api import all_drafters
+from mlx_redrafter.api.parts import parts_of
 from mlx_redrafter.budget.machine import Budget
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.batch import Batch, Row

@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_redrafter.api import Model, all_drafters, parts_of
+from mlx_redrafter.api import Model, all_drafters
+from mlx_redrafter.api.parts import parts_of
 from mlx_redrafter.budget import chunks
 from mlx_redrafter.budget.machine import Budget
 from mlx_redrafter.cache.session import Session

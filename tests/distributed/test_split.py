@@ -80,16 +80,15 @@ def quantised(folder: Path, **more: Any) -> None:
 
 def test_quantised_weights_are_cut_between_groups(tmp_path: Path) -> None:
     """Seen to fail: inner columns in units of 1."""
-    sizes = dict(head_dim=32, num_attention_heads=6, num_key_value_heads=3, intermediate_size=160)
-    quantised(tmp_path, **sizes)
+    sizes = {"intermediate_size": 160, "num_attention_heads": 6}
+    quantised(tmp_path, **sizes, head_dim=32, num_key_value_heads=3)
     alone = hidden_states(load_model(tmp_path), TOKENS)
     for shares in ((1, 1), (2, 1), (1, 1, 1)):
         together = shared(tmp_path, len(shares), Split("tensor", shares))
         assert all(np.array_equal(one, together[0]) for one in together)
         assert np.allclose(together[0], alone, atol=2e-3)
-    heads = dict(head_dim=16, num_attention_heads=6, num_key_value_heads=6)
-    quantised(tmp_path, **heads, intermediate_size=160)
-    with pytest.raises(ModelError, match="quantised in groups of 32.*--split pipeline"):
+    quantised(tmp_path, **sizes, head_dim=16, num_key_value_heads=6)
+    with pytest.raises(ModelError, match=r"quantised in groups of 32.*--split pipeline"):
         shared(tmp_path, 2, Split("tensor", (1, 1)))
 
 
@@ -111,7 +110,7 @@ def test_few_heads_are_held_by_several(tmp_path: Path) -> None:
     build(tmp_path, "llama", num_attention_heads=8, num_key_value_heads=2)
     alone = hidden_states(load_model(tmp_path), TOKENS)
     assert np.allclose(shared(tmp_path, 4, Split("tensor"))[3], alone, atol=2e-4)
-    with pytest.raises(ModelError, match="2 key/value heads .* 3 machines cannot share"):
+    with pytest.raises(ModelError, match=r"2 key/value heads .* 3 machines cannot share"):
         shared(tmp_path, 3, Split("tensor"))
 
 

@@ -140,9 +140,7 @@ def main(folder: Path) -> None:
     with cluster.start(launch.named("localhost,localhost,localhost")) as there:
         cases: dict[str, Callable[[], Any]] = {}
         model = loaded(there, folder, Split("tensor"))
-        cases["tensor"] = lambda: texts(
-            model, {"greedy": ["lookup"], "sampled": ["tree", "chain"]}
-        )
+        cases["tensor"] = lambda: texts(model, {"greedy": ["lookup"], "sampled": ["tree", "chain"]})
         cases["sessions"] = lambda: sessions(model)
         cases["stopped"] = lambda: stopped(model)
         cases["batch"] = lambda: batch(model)
@@ -151,7 +149,10 @@ def main(folder: Path) -> None:
         ]  # fmt: skip
         cases["collectives"] = lambda: [collectives(there, model, rows) for rows in (1, 8)]
         results = {name: case() for name, case in cases.items()}
-        for name, split in (("unequal", Split("tensor", (3, 2, 1))), ("pipeline", Split("pipeline"))):
+        for name, split in (
+            ("unequal", Split("tensor", (3, 2, 1))),
+            ("pipeline", Split("pipeline")),
+        ):
             other = loaded(there, folder, split)
             results[name] = texts(other, {"sampled": ["tree"]})
             results[f"{name} collectives"] = [collectives(there, other, rows) for rows in (1, 8)]

@@ -1,4 +1,4 @@
-"""Machines that share a model, played by threads of one process: what they exchange is evaluated."""
+"""Machines that share a model, played by threads of one process."""
 
 from __future__ import annotations
 
