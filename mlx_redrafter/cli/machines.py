@@ -76,6 +76,11 @@ class MachineOptions:
         ),
     ] = None
 
+    @property
+    def elsewhere(self) -> bool:
+        """Has mlx.launch started this as another machine than the first?"""
+        return os.environ.get("MLX_RANK", "0") != "0"
+
     @contextlib.contextmanager
     def joined(self) -> Iterator[tuple[Cluster, Split] | None]:
         """The machines, within; None: this one alone. On a machine that mlx.launch has started as
