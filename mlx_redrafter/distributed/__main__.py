@@ -6,10 +6,9 @@ import json
 import os
 import sys
 import threading
+from typing import Any
 
-from mlx_redrafter.distributed import cluster
-from mlx_redrafter.distributed.follow import follow
-from mlx_redrafter.distributed.wire import End
+from mlx_redrafter.distributed.wire import End, to_first
 from mlx_redrafter.errors import RedrafterError
 from mlx_redrafter.terminal import console
 
@@ -19,8 +18,9 @@ def main() -> int:
     end = End()
     settings = json.loads(sys.stdin.buffer.readline() or b"{}")
     if not settings:
-        console.error("nothing was said of what to do: use mlx-redrafter ... --hosts")
+        console.error("nothing was said of what to do: use mlx-redrafter generate --hosts")
         return 1
+    over = threading.Event()
 
     def watch() -> None:
         """Whoever started this one has ended when the input does."""
@@ -28,16 +28,9 @@ def main() -> int:
         if not over.wait(2.0):
             end.now("the first machine has ended")
 
-    over = threading.Event()
     threading.Thread(target=watch, daemon=True).start()
     try:
-        wire, alike = cluster.connected(settings["at"], settings["token"], settings["rank"], end)
-        link = cluster.join_ring(
-            settings["environment"], settings["backend"], settings["rank"], end
-        )
-        link.alike = alike
-        cluster.test(link)
-        follow(link, wire, end)
+        work(settings, end)
         code = 0
     except RedrafterError as error:
         console.error(str(error))
@@ -50,6 +43,20 @@ def main() -> int:
     over.set()
     sys.stderr.flush()
     os._exit(code)  # nothing of a collective is left to wait for
+
+
+def work(settings: dict[str, Any], end: End) -> None:
+    """Be there at once, then get ready, and follow."""
+    wire = to_first(settings, end)
+    from mlx_redrafter.distributed import cluster
+    from mlx_redrafter.distributed.follow import follow
+
+    alike = cluster.greeted(wire)
+    rank = int(settings["rank"])
+    link = cluster.join_ring(settings["environment"], settings["backend"], rank, end)
+    link.alike = alike
+    cluster.test(link)
+    follow(link, wire, end)
 
 
 if __name__ == "__main__":

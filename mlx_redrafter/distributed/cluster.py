@@ -20,10 +20,11 @@ import mlx.core as mx
 
 from mlx_redrafter.distributed import launch
 from mlx_redrafter.distributed.link import Link
-from mlx_redrafter.distributed.wire import ClusterError, End, Message, Wire
+from mlx_redrafter.distributed.wire import ClusterError, End, Message, Wire, to_first
 from mlx_redrafter.runtime.device import machine
 
-STARTED, CONNECTED = 60.0, 45.0  # seconds that starting, and joining the ring, may take
+STARTED, READY = 14.0, 60.0  # seconds until a machine has answered, and until it has MLX ready
+JOINED = 30.0  # seconds that joining the ring may take
 PATIENCE = 120.0  # seconds that a step, or a part of a prompt, may take
 SIZES = (1, 3, 64, 4096, 65536)  # of the exchanges that are tested
 
@@ -128,7 +129,7 @@ class Cluster:
         for peer in self.peers:
             with contextlib.suppress(OSError, ClusterError):
                 peer.wire.send({"op": "end", "error": error})
-            peer.wire._closed = True
+            peer.wire.leave()
         launch.end_all(self.processes, 3.0)
         for peer in self.peers:
             peer.wire.close()
@@ -173,7 +174,7 @@ def start(hosts: launch.Hosts, patience: float = PATIENCE) -> Cluster:
         alike = _check(facts(), peers)
         for peer in peers:
             peer.wire.send({"op": "go", "alike": alike})
-        end.before = partial(launch.end_all, processes, 0.5)
+        end.before = partial(launch.end_all, processes, 5.0)
         link = join_ring(environment, hosts.backend, 0, end)
     except BaseException:
         launch.end_all(processes, 1.0)
@@ -205,8 +206,8 @@ def first_of_launched(link: Link, patience: float = PATIENCE) -> Cluster:
 def second_of_launched(link: Link, end: End) -> Wire:
     """The same on the others: the connection to the first."""
     settings = json.loads(link.texts("")[0])
-    wire, alike = connected(settings["at"], settings["token"], link.rank, end)
-    link.alike = alike
+    wire = to_first({**settings, "rank": link.rank}, end)
+    link.alike = greeted(wire)
     test(link)
     return wire
 
@@ -217,47 +218,35 @@ def of_launched(patience: float = PATIENCE) -> Cluster:
     from mlx_redrafter.distributed.follow import follow
 
     end = End()
-    try:
-        link = Link(mx.distributed.init(strict=True))
-    except RuntimeError as error:
-        raise ClusterError(
-            f"the machines cannot be joined ({' '.join(str(error).split())})"
-        ) from None
+    link = join_ring({}, None, None, end)
     if link.rank == 0:
         return first_of_launched(link, patience)
     follow(link, second_of_launched(link, end), end)
     raise SystemExit(0)
 
 
-def connected(at: list[Any], token: str, rank: int, end: End) -> tuple[Wire, bool]:
-    """The connection to the first machine, and what it says of all: do they round alike?"""
-    try:
-        connection = socket.create_connection((at[0], at[1]), STARTED)
-    except OSError as error:
-        raise ClusterError(
-            f"the first machine is not reached at {at[0]}:{at[1]} ({error.strerror or error})"
-        ) from None
-    wire = Wire(
-        connection, lambda why: end.now(f"the connection to the first machine is lost: {why}")
-    )
-    wire.send({"op": "hello", "rank": rank, "token": token, "facts": facts()})
-    answer = wire.receive(STARTED)
+def greeted(wire: Wire) -> bool:
+    """Say what is here, and hear what the first machine makes of it: do all round alike?"""
+    wire.send({"op": "facts", **facts()})
+    answer = wire.receive(READY)
     if answer["op"] != "go":
         raise ClusterError(str(answer.get("error") or "the first machine has ended"))
-    return wire, bool(answer["alike"])
+    return bool(answer["alike"])
 
 
-def join_ring(environment: dict[str, str], backend: str, rank: int, end: End) -> Link:
-    """Join the others for collectives; whoever waits too long for them ends."""
+def join_ring(environment: dict[str, str], backend: str | None, rank: int | None, end: End) -> Link:
+    """Join the others for collectives; whoever waits too long for them ends. rank: None: all is in
+    this process's own environment. Raises ClusterError."""
+    given = environment if rank is None else {"MLX_RANK": str(rank), **environment}
     timer = threading.Timer(
-        CONNECTED,
-        lambda: end.now(f"the other machines did not join within {CONNECTED:g} s: can they reach "
-                        "each other at these addresses?"),
-    )  # fmt: skip
+        JOINED,
+        end.now,
+        [f"the other machines did not join within {JOINED:g} s: can they reach each other?"],
+    )
     timer.daemon = True
     timer.start()
     with contextlib.ExitStack() as stack:
-        for name, value in {"MLX_RANK": str(rank), **environment}.items():
+        for name, value in given.items():
             if value.startswith("["):
                 file = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".json"))
                 file.write(value)
@@ -265,16 +254,15 @@ def join_ring(environment: dict[str, str], backend: str, rank: int, end: End) ->
                 value = file.name
             os.environ[name] = value
         try:
-            link = Link(mx.distributed.init(strict=True, backend=backend))
+            return Link(mx.distributed.init(strict=True, backend=backend or "any"))
         except RuntimeError as error:
             raise ClusterError(
-                f"the machines cannot be joined over {backend} ({' '.join(str(error).split())})"
+                f"the machines cannot be joined ({' '.join(str(error).split())})"
             ) from None
         finally:
             timer.cancel()
-            for name in ("MLX_RANK", *environment):
+            for name in given:
                 os.environ.pop(name, None)
-    return link
 
 
 def test(link: Link) -> None:
@@ -319,14 +307,15 @@ def _accepted(
             continue
         lost = _Lost(end)
         wire = Wire(connection, lost)
-        hello = wire.receive(STARTED)
+        hello = wire.receive(READY)
         if not secrets.compare_digest(str(hello.get("token")), token):
             wire.close()
             continue
         i = int(hello["rank"]) - 1
         lost.name, lost.process = names[i], processes[i] if processes else None
-        found[i] = Peer(names[i], wire, hello["facts"])
-    return [found[i] for i in range(len(names))]
+        found[i] = Peer(names[i], wire, {})
+    peers = [found[i] for i in range(len(names))]
+    return [peer._replace(facts=peer.wire.receive(READY)) for peer in peers]
 
 
 class _Lost:
@@ -354,7 +343,7 @@ def _check(own: dict[str, Any], peers: list[Peer]) -> bool:
                 )
                 for other in peers:
                     other.wire.send({"op": "end", "error": text})
-                    other.wire._closed = True
+                    other.wire.leave()
                 raise ClusterError(text)
     return all(peer.facts["alike"] == own["alike"] for peer in peers)
 

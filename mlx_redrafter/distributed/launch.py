@@ -31,7 +31,7 @@ class Host:
 
     Args:
         ssh: as ssh knows it; ``localhost``: a process here.
-        ips: its addresses for the ring; the first is where others find it.
+        ips: its addresses for the ring, with a port or without; the first is where others find it.
         rdma: by machine, the device that leads there; None: itself.
     """
 
@@ -47,7 +47,7 @@ class Host:
     def address(self) -> str:
         """Where others find it; raises ClusterError."""
         if self.ips:
-            return self.ips[0]
+            return self.ips[0].partition(":")[0]
         try:
             return str(socket.getaddrinfo(self.ssh, None, socket.AF_INET)[0][4][0])
         except OSError as error:
@@ -84,7 +84,7 @@ class Hosts:
         free = iter(free_ports(len(self.hosts)))
         ports = [next(free) if h.local else FIRST_PORT + i for i, h in enumerate(self.hosts)]
         everybody = [
-            [f"{ip}:{port}" for ip in (host.ips or (host.address,))]
+            [ip if ":" in ip else f"{ip}:{port}" for ip in (host.ips or (host.address,))]
             for host, port in zip(self.hosts, ports, strict=True)
         ]
         return {"MLX_HOSTFILE": json.dumps(everybody)}

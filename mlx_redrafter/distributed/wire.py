@@ -22,7 +22,7 @@ from mlx_redrafter.terminal import console, modes
 
 Message = dict[str, Any]
 BEAT, SILENCE = 1.0, 8.0  # seconds between signs of life, and without one
-_STUCK = 1.0  # seconds that what ends a process may take
+_STUCK = 6.0  # seconds that what ends a process may take
 
 
 class ClusterError(RedrafterError):
@@ -113,7 +113,30 @@ class Wire:
             self.send({"op": "beat"})
             time.sleep(BEAT)
 
+    def leave(self) -> None:
+        """What follows is no loss."""
+        self._closed = True
+
     def _gone(self, why: str) -> None:
         if not self._closed:
             self._closed = True
             self._lost(why)
+
+
+def to_first(settings: dict[str, Any], end: End) -> Wire:
+    """From another machine to the first; settings: where it is, a token, and this one's rank.
+
+    Raises ClusterError.
+    """
+    host, port = settings["at"]
+    try:
+        connection = socket.create_connection((host, port), SILENCE)
+    except OSError as error:
+        raise ClusterError(
+            f"the first machine is not reached at {host}:{port} ({error.strerror or error})"
+        ) from None
+    wire = Wire(
+        connection, lambda why: end.now(f"the connection to the first machine is lost: {why}")
+    )
+    wire.send({"op": "hello", "rank": settings["rank"], "token": settings["token"]})
+    return wire
