@@ -93,7 +93,7 @@ class Planned:
             groups = {int(i): int(size) for i, size in stored["groups"].items()}
         else:
             groups = quantised_groups(config, weights)
-        self.share = share = self._shared(config, groups)
+        self.share = share = self.shared(config, groups)
         if stored is None:
             weights = self.part(config, share, weights)
         return share, {_local(name, share): value for name, value in weights.items()}
@@ -118,7 +118,8 @@ class Planned:
             "groups": {str(i): size for i, size in groups.items()},
         }
 
-    def _shared(self, config: DecoderConfig, groups: Mapping[int, int]) -> Share:
+    def shared(self, config: DecoderConfig, groups: Mapping[int, int]) -> Share:
+        """This machine's share; raises ModelError."""
         if self.kind == "auto":
             self.kind = self._chosen(config, groups)
         if self.kind == "pipeline":

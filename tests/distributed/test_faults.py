@@ -106,10 +106,10 @@ def test_a_machine_that_hangs_is_lost(model: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_machine_that_does_not_start(model: Path, tmp_path: Path) -> None:
     machines = Machines(tmp_path)
-    machines.patched("three", "raise SystemExit('error: no such program')")
+    machines.patched("three", "import os; os.write(2, b'error: no such program\\n'); os._exit(127)")
     code, lines = first_ended(machines.run(*QUESTION, model, "--hostfile", machines.hostfile))
     assert code == 1
-    assert "three, rank 2 ended before it was connected" in one_error(lines)
+    assert "three, rank 2 ended before it was connected (no such program)" in one_error(lines)
     assert machines.ended("two", SOON)[0] == 1
 
 
