@@ -177,7 +177,7 @@ def start(hosts: launch.Hosts, patience: float = PATIENCE) -> Cluster:
         end.before = partial(launch.end_all, processes, 5.0)
         link = join_ring(environment, hosts.backend, 0, end)
     except BaseException:
-        launch.end_all(processes, 1.0)
+        launch.end_all(processes, 5.0)
         raise
     finally:
         listener.close()
@@ -287,6 +287,30 @@ def _accepted(
 ) -> list[Peer]:
     """The others, when all are there. Raises ClusterError: one is not started in time, or ends."""
     found: dict[int, Peer] = {}
+    try:
+        _gather(listener, token, names, processes, end, found)
+        peers = [found[i] for i in range(len(names))]
+        return [peer._replace(facts=peer.wire.receive(READY)) for peer in peers]
+    except BaseException as error:
+        _let_go(list(found.values()), str(error))
+        raise
+
+
+def _let_go(peers: list[Peer], error: str) -> None:
+    """What the others do from now on is no loss."""
+    for peer in peers:
+        peer.wire.send({"op": "end", "error": error})
+        peer.wire.leave()
+
+
+def _gather(
+    listener: socket.socket,
+    token: str,
+    names: list[str],
+    processes: list[launch.Process],
+    end: End,
+    found: dict[int, Peer],
+) -> None:
     listener.settimeout(0.2)
     begin = time.monotonic()
     while len(found) < len(names):
@@ -314,8 +338,6 @@ def _accepted(
         i = int(hello["rank"]) - 1
         lost.name, lost.process = names[i], processes[i] if processes else None
         found[i] = Peer(names[i], wire, {})
-    peers = [found[i] for i in range(len(names))]
-    return [peer._replace(facts=peer.wire.receive(READY)) for peer in peers]
 
 
 class _Lost:
@@ -341,9 +363,7 @@ def _check(own: dict[str, Any], peers: list[Peer]) -> bool:
                     f"{peer.name} has {program} {theirs.get(name)} and this machine {version}: "
                     "install the same version on all"
                 )
-                for other in peers:
-                    other.wire.send({"op": "end", "error": text})
-                    other.wire.leave()
+                _let_go(peers, text)
                 raise ClusterError(text)
     return all(peer.facts["alike"] == own["alike"] for peer in peers)
 
