@@ -114,22 +114,24 @@ class Follower:
         self._seen: dict[int, int] = {}  # checksums of what answers and batches gave
         self._batches: dict[int, Batch] = {}
         self._rows: dict[int, Row] = {}
-        self._since: float | None = None
+        self._wrong: RedrafterError | None = None
 
     def run(self) -> None:
         """Raises Ended, and whatever goes wrong."""
         while True:
             message = self._wire.receive()
             if message["op"] == "end":
-                raise Ended(message["error"])
+                raise self._wrong or Ended(message["error"])
             getattr(self, f"_{message['op']}")(message)
 
     def _load(self, message: Message) -> None:
         try:
             self._models[message["model"]] = self._loaded(message)
         except RedrafterError as error:
+            # Whoever hears of it first ends first: the first machine tells its user why.
             self._wire.send({"op": "loaded", "error": str(error)})
-            raise
+            self._wrong = error
+            return
         model = self._models[message["model"]]
         own = messages.fingerprint(model.budget.folder, model.budget.drafter_folder)
         self._wire.send({"op": "loaded", "fingerprint": own})

@@ -7,6 +7,7 @@ has to be equal anywhere.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
 from collections import deque
@@ -267,7 +268,8 @@ def load(
     try:
         parts = parts_of(own_folder(path, 0), drafter, plan=planned, text=text, **more)
     except BaseException:
-        cluster.answers()  # if it is wrong everywhere, nobody is left waiting
+        with contextlib.suppress(ClusterError):  # what is wrong here is told, not what is there
+            cluster.answers()
         raise
     own = messages.fingerprint(Path(parts.folder), parts.drafter_folder)
     for peer, answer in zip(cluster.peers, cluster.answers(), strict=True):

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    heads = {"num_attention_heads": 12, "num_key_value_heads": 6}
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 8}
     return write_chat_model(tmp_path_factory.mktemp("models") / "tiny", **heads)
 
 
