@@ -18,6 +18,7 @@ from mlx_redrafter.distributed import messages
 from mlx_redrafter.distributed.cluster import Cluster, is_lost
 from mlx_redrafter.distributed.lead import Sharing, own_folder
 from mlx_redrafter.distributed.link import Link
+from mlx_redrafter.distributed.probing import probe
 from mlx_redrafter.distributed.split import Planned, Split
 from mlx_redrafter.distributed.wire import ClusterError, End, Message, Wire
 from mlx_redrafter.errors import RedrafterError
@@ -216,6 +217,9 @@ class Follower:
                 self._seen[number] = messages.checksum(emitted.tokens, self._seen.get(number, 0))
         there = {*batch.rows, *batch.waiting}
         self._rows = {n: r for n, r in self._rows.items() if r in there}
+
+    def _probe(self, message: Message) -> None:
+        probe(self._link)
 
     def _measure(self, message: Message) -> None:
         def told(seconds: list[float]) -> list[float]:
