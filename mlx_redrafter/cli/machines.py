@@ -30,7 +30,7 @@ HostNames = Annotated[
         "--hosts",
         rich_help_panel=MACHINES,
         metavar="NAME,...",
-        help="Run the model on these machines, this one first; names as ssh knows them.",
+        help="Run on these machines, this one first.",
     ),
 ]
 HostFile = Annotated[
@@ -39,15 +39,15 @@ HostFile = Annotated[
         "--hostfile",
         rich_help_panel=MACHINES,
         callback=expanded,
-        help="The same as a file of mlx.distributed_config.",
+        help="The same, as mlx.distributed_config has it.",
     ),
 ]
 Backend = Annotated[
     Literal["ring", "jaccl"] | None,
     typer.Option(
         rich_help_panel=MACHINES,
-        help="How they are connected: TCP, or RDMA over Thunderbolt 5.",
-        show_default="the host file's, or ring",
+        help="TCP, or RDMA over Thunderbolt.",
+        show_default="ring",
     ),
 ]
 
@@ -63,7 +63,7 @@ class MachineOptions:
         Literal["auto", "tensor", "pipeline"],
         typer.Option(
             rich_help_panel=MACHINES,
-            help="Share every layer (tensor), or the layers (pipeline); auto: tensor over RDMA.",
+            help="Cut every layer, or between layers.",
         ),
     ] = "auto"
     shares: Annotated[
@@ -71,8 +71,8 @@ class MachineOptions:
         typer.Option(
             rich_help_panel=MACHINES,
             metavar="N,...",
-            help="What part each machine takes, such as 2,1.",
-            show_default="equal parts",
+            help="Their parts, such as 2,1.",
+            show_default="equal",
         ),
     ] = None
 
