@@ -23,7 +23,7 @@ from mlx_redrafter.runtime.paths import json_or_nothing
 from mlx_redrafter.tree.shape import TreeShape
 
 _CARRIED = {"prompt", "sampling", "shape", "max_tokens", "session", "stats", "step_size",
-            "progress", "sparse_prefill", "prediction"}  # fmt: skip
+            "progress", "sparse_prefill", "prediction", "margins"}  # fmt: skip
 _SAMPLE, _PLACES = 4096, 3  # bytes of a tensor, and how often, that tell weights apart
 
 
@@ -47,6 +47,7 @@ def of_request(request: Request, shapes: Sequence[TreeShape]) -> dict[str, Any]:
         "length": len(request.session.tokens),
         "step_size": request.step_size,
         "prediction": list(request.prediction),
+        "margins": request.margins,
         "sparse": None if sparse is None else asdict(sparse),
     }
 
@@ -60,7 +61,7 @@ def to_request(
         message["prompt"], SamplingParams(**message["sampling"]), policy, message["max_tokens"],
         session, step_size=message["step_size"], progress=progress,
         sparse_prefill=None if sparse is None else SparsePrefill(**sparse),
-        prediction=message["prediction"],
+        prediction=message["prediction"], margins=message["margins"],
     )  # fmt: skip
 
 

@@ -20,8 +20,8 @@ VISIBLE = (
     "doctor", "bench",
 )  # fmt: skip
 MEASUREMENTS = (
-    "speed", "parallel", "acceptance", "budget", "hosts", "prefill", "patterns", "needles", "exactness",
-    "counts",
+    "speed", "parallel", "acceptance", "budget", "hosts", "prefill", "patterns", "needles",
+    "exactness", "counts",
 )  # fmt: skip
 
 

@@ -107,4 +107,4 @@ def test_mlx_launch_starts_them_too(model: Path, tmp_path: Path) -> None:
     )
     lines = [line for line in found.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == 1, found.stdout + found.stderr
-    assert len(json.loads(lines[0])["tokens"]) == 5
+    assert 1 <= len(json.loads(lines[0])["tokens"]) <= 5

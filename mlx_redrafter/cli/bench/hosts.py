@@ -52,8 +52,8 @@ def command(
         name: predict.table(found, bandwidth, numbers, rise) for name, rise in predict.RISES.items()
     }
     if as_json:
-        rows = {name: [asdict(row) for row in rows] for name, rows in found_rows.items()}
-        typer.echo(json.dumps({"predicted": True, "bandwidth": bandwidth, "tables": rows}))
+        plain = {name: [asdict(row) for row in rows] for name, rows in found_rows.items()}
+        typer.echo(json.dumps({"predicted": True, "bandwidth": bandwidth, "tables": plain}))
         return
     for name, rows in found_rows.items():
         _show(f"{PREDICTED}: {chip}, {name}", rows)
