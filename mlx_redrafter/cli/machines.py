@@ -98,14 +98,14 @@ class MachineOptions:
                 )
             yield None
             return
-        from mlx_redrafter.distributed import cluster
+        from mlx_redrafter.distributed import cluster, launched
         from mlx_redrafter.distributed.split import Split, shares_of
 
         split = Split(self.split, shares_of(self.shares))
         if given is not None:
             split.for_size(len(given.hosts))
         without_noise()
-        with cluster.start(given) if given is not None else cluster.of_launched() as there:
+        with cluster.start(given) if given is not None else launched.of_launched() as there:
             yield there, split
 
 

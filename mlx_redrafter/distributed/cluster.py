@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import secrets
@@ -20,7 +19,7 @@ import mlx.core as mx
 
 from mlx_redrafter.distributed import launch
 from mlx_redrafter.distributed.link import Link
-from mlx_redrafter.distributed.wire import ClusterError, End, Message, Wire, to_first
+from mlx_redrafter.distributed.wire import ClusterError, End, Message, Wire
 from mlx_redrafter.runtime.device import machine
 
 STARTED, READY = 14.0, 60.0  # seconds until a machine has answered, and until it has MLX ready
@@ -170,8 +169,8 @@ def start(hosts: launch.Hosts, patience: float = PATIENCE) -> Cluster:
         for rank, host in enumerate(hosts.hosts[1:], 1):
             processes.append(launch.start(host, rank, settings))
         names = [f"{host.ssh}, rank {rank}" for rank, host in enumerate(hosts.hosts)]
-        peers = _accepted(listener, token, names[1:], processes, end)
-        alike = _check(facts(), peers)
+        peers = accepted(listener, token, names[1:], processes, end)
+        alike = checked(facts(), peers)
         for peer in peers:
             peer.wire.send({"op": "go", "alike": alike})
         end.before = partial(launch.end_all, processes, 5.0)
@@ -184,45 +183,6 @@ def start(hosts: launch.Hosts, patience: float = PATIENCE) -> Cluster:
     link.alike = alike
     test(link)
     return Cluster(link, peers, end, hosts.backend == "jaccl", processes, patience)
-
-
-def first_of_launched(link: Link, patience: float = PATIENCE) -> Cluster:
-    """The same on the first machine, where mlx.launch has started all; see `second_of_launched`."""
-    end, token = End(), secrets.token_hex(16)
-    everybody = json.loads(_content(os.environ.get("MLX_HOSTFILE", "")) or "[]")
-    address = everybody[0][0].rpartition(":")[0] if everybody else _own_address()
-    listener = socket.create_server((address, 0))
-    link.texts(json.dumps({"at": listener.getsockname()[:2], "token": token}))
-    names = [f"rank {rank}" for rank in range(1, link.size)]
-    peers = _accepted(listener, token, names, [], end)
-    listener.close()
-    link.alike = _check(facts(), peers)
-    for peer in peers:
-        peer.wire.send({"op": "go", "alike": link.alike})
-    test(link)
-    return Cluster(link, peers, end, "MLX_JACCL_COORDINATOR" in os.environ, [], patience)
-
-
-def second_of_launched(link: Link, end: End) -> Wire:
-    """The same on the others: the connection to the first."""
-    settings = json.loads(link.texts("")[0])
-    wire = to_first({**settings, "rank": link.rank}, end)
-    link.alike = greeted(wire)
-    test(link)
-    return wire
-
-
-def of_launched(patience: float = PATIENCE) -> Cluster:
-    """The first machine of those that mlx.launch has started. On the others this is where they do
-    their part, and leave. Raises ClusterError."""
-    from mlx_redrafter.distributed.follow import follow
-
-    end = End()
-    link = join_ring({}, None, None, end)
-    if link.rank == 0:
-        return first_of_launched(link, patience)
-    follow(link, second_of_launched(link, end), end)
-    raise SystemExit(0)
 
 
 def greeted(wire: Wire) -> bool:
@@ -278,7 +238,7 @@ def test(link: Link) -> None:
     link.collectives = 0
 
 
-def _accepted(
+def accepted(
     listener: socket.socket,
     token: str,
     names: list[str],
@@ -352,7 +312,7 @@ class _Lost:
         self.end.now(f"{self.name} is lost: {said or why}")
 
 
-def _check(own: dict[str, Any], peers: list[Peer]) -> bool:
+def checked(own: dict[str, Any], peers: list[Peer]) -> bool:
     """Do all round alike? Raises ClusterError where versions differ, everywhere."""
     for peer in peers:
         theirs = peer.facts["versions"]
@@ -366,13 +326,3 @@ def _check(own: dict[str, Any], peers: list[Peer]) -> bool:
                 _let_go(peers, text)
                 raise ClusterError(text)
     return all(peer.facts["alike"] == own["alike"] for peer in peers)
-
-
-def _content(file: str) -> str:
-    with contextlib.suppress(OSError), open(file, encoding="utf-8") as stream:
-        return stream.read()
-    return ""
-
-
-def _own_address() -> str:
-    return str(os.environ.get("MLX_JACCL_COORDINATOR", "127.0.0.1:0").rpartition(":")[0])

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from mlx_redrafter.api import all_drafters
 from mlx_redrafter.api.parts import parts_of
@@ -16,18 +17,19 @@ from mlx_redrafter.decoding.engine import Emitted
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.distributed import messages
 from mlx_redrafter.distributed.cluster import Cluster, is_lost
+from mlx_redrafter.distributed.forms import ToldGrammar
 from mlx_redrafter.distributed.lead import Sharing, own_folder
 from mlx_redrafter.distributed.link import Link
 from mlx_redrafter.distributed.probing import probe
 from mlx_redrafter.distributed.split import Planned, Split
 from mlx_redrafter.distributed.wire import ClusterError, End, Message, Wire
-from mlx_redrafter.errors import RedrafterError
+from mlx_redrafter.errors import OptionError, RedrafterError
 from mlx_redrafter.runtime import clock, threads
 from mlx_redrafter.tree.shape import TreeShape
 
 
-class Left(Exception):
-    """The first machine has stopped reading a prompt."""
+class Left(OptionError):
+    """The first machine has stopped reading a prompt, or cannot follow a grammar any more."""
 
 
 class Told:
@@ -161,7 +163,10 @@ class Follower:
         session = sessions.setdefault(number, Session())
         session.trim(message["length"])
         policy = Told(messages.shapes_of(message), self._wire)
-        return messages.to_request(message, policy, session, self._read)
+        grammar = None
+        if message["end"] is not None:
+            grammar = ToldGrammar(message["end"], partial(expected, self._wire))
+        return messages.to_request(message, policy, session, self._read, grammar)
 
     def _read(self, done: int, total: int) -> None:
         told = expected(self._wire, "read")["done"]

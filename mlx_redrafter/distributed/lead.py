@@ -27,6 +27,7 @@ from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.distributed import messages
 from mlx_redrafter.distributed.cluster import Cluster
+from mlx_redrafter.distributed.forms import TellingGrammar
 from mlx_redrafter.distributed.link import Link
 from mlx_redrafter.distributed.split import Planned, Split
 from mlx_redrafter.distributed.wire import ClusterError
@@ -102,8 +103,7 @@ class Leading(Sharing):
 
     def generate(self, request: Request) -> Generator[Emitted, None, None]:
         """See `Engine.generate`; what it refuses is refused before the others are told."""
-        self.answering(request)
-        request.session.check(self.target)
+        self.refuse(request)
         number, told = next(self._numbers), self.told(request)
         self.say_of("answer", request, number=number)
         steps, seen = super().generate(told), 0
@@ -124,7 +124,16 @@ class Leading(Sharing):
     def told(self, request: Request) -> Request:
         """A request, all of whose decisions the others are told of."""
         shape = Chosen(self.policy(request.shape), self.cluster)
-        return replace(request, shape=shape, progress=Reading(request.progress, self.cluster))
+        grammar = request.grammar
+        if grammar is not None:
+            grammar = TellingGrammar(grammar, self.cluster.tell)
+        progress = Reading(request.progress, self.cluster)
+        return replace(request, shape=shape, progress=progress, grammar=grammar)
+
+    def refuse(self, request: Request) -> None:
+        """Raise what is wrong with a request, before the others are told of it."""
+        self.answering(request)
+        request.session.check(self.target)
 
     def say_of(self, op: str, request: Request, **more: int) -> None:
         """Tell the others of a request, and of sessions that are gone."""
@@ -152,7 +161,10 @@ class Leading(Sharing):
 
 
 def left(request: Request) -> bool:
-    return isinstance(request.progress, Reading) and request.progress.left
+    """Did an answer end, in good order, by an error?"""
+    progress, grammar = request.progress, request.grammar
+    by_grammar = isinstance(grammar, TellingGrammar) and grammar.left
+    return by_grammar or (isinstance(progress, Reading) and progress.left)
 
 
 class Turns:
@@ -181,9 +193,11 @@ class LeadBatch(Batch):
         engine.cluster.tell("batch", model=engine.number, batch=self._number)
 
     def add(self, request: Request) -> Row:
-        row = super().add(self._lead.told(request))
-        self._named[row] = number = next(self._lead._numbers)
+        self._lead.refuse(request)
+        number = next(self._lead._numbers)
         self._lead.say_of("add", request, number=number, batch=self._number)
+        row = super().add(self._lead.told(request))
+        self._named[row] = number
         return row
 
     def remove(self, row: Row) -> None:
@@ -193,17 +207,21 @@ class LeadBatch(Batch):
             self._lead.cluster.tell("remove", batch=self._number, number=number)
         super().remove(row)
 
+    @property
+    def everyone(self) -> list[Row]:
+        return [*self.rows, *self.waiting]
+
     def reads(self) -> bool:
         due = super().reads()
         self._lead.cluster.tell("due", due=due)
         return due
 
     def step(self) -> list[tuple[Row, Emitted]]:
-        cluster, waiting = self._lead.cluster, list(self.waiting)
+        cluster, asked = self._lead.cluster, [row.answer.request for row in self.everyone]
         cluster.tell("step", batch=self._number, seen=self._seen)
         self._within = True
         try:
-            with cluster.whole(lambda: any(left(row.answer.request) for row in waiting)):
+            with cluster.whole(lambda: any(map(left, asked))):
                 found = super().step()
             for _, emitted in found:
                 self._seen = messages.checksum(emitted.tokens, self._seen)

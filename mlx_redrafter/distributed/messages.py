@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_redrafter.cache.session import Session
+from mlx_redrafter.decoding.grammar import Grammar
 from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.sampling import SamplingParams
@@ -23,7 +24,7 @@ from mlx_redrafter.runtime.paths import json_or_nothing
 from mlx_redrafter.tree.shape import TreeShape
 
 _CARRIED = {"prompt", "sampling", "shape", "max_tokens", "session", "stats", "step_size",
-            "progress", "sparse_prefill", "prediction", "margins"}  # fmt: skip
+            "progress", "sparse_prefill", "prediction", "margins", "grammar"}  # fmt: skip
 _SAMPLE, _PLACES = 4096, 3  # bytes of a tensor, and how often, that tell weights apart
 
 
@@ -48,12 +49,17 @@ def of_request(request: Request, shapes: Sequence[TreeShape]) -> dict[str, Any]:
         "step_size": request.step_size,
         "prediction": list(request.prediction),
         "margins": request.margins,
+        "end": None if request.grammar is None else request.grammar.begin().end,
         "sparse": None if sparse is None else asdict(sparse),
     }
 
 
 def to_request(
-    message: Mapping[str, Any], policy: Policy, session: Session, progress: Progress
+    message: Mapping[str, Any],
+    policy: Policy,
+    session: Session,
+    progress: Progress,
+    grammar: Grammar | None,
 ) -> Request:
     """What was told, with what chooses here."""
     sparse = message["sparse"]
@@ -62,6 +68,7 @@ def to_request(
         session, step_size=message["step_size"], progress=progress,
         sparse_prefill=None if sparse is None else SparsePrefill(**sparse),
         prediction=message["prediction"], margins=message["margins"],
+        grammar=grammar,
     )  # fmt: skip
 
 

@@ -67,6 +67,13 @@ def test_a_prompt_is_left_on_all_machines(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.bits
+def test_a_grammar_is_read_by_the_first(found: dict[str, Any]) -> None:
+    plain, drafted = found["grammar"]
+    assert plain == drafted and len(plain) == 4
+    assert plain[2] == 8 and not any(token % 2 for token in plain)
+
+
+@pytest.mark.bits
 def test_answers_run_together(found: dict[str, Any]) -> None:
     assert found["batch"] == found["batch alone"]
 

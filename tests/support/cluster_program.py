@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import mlx.core as mx  # isort: skip
+import numpy as np
 
 from mlx_redrafter.api import Model
 from mlx_redrafter.budget.costs import bare_pass
@@ -119,6 +120,31 @@ def stopped(model: Model) -> str:
     return "went on"
 
 
+class Even:
+    """A grammar, and a place in it: every token is even, and the third is 8."""
+
+    end, over = 1, False
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def begin(self) -> Even:
+        return Even()
+
+    def take(self, tokens: Sequence[int]) -> int:
+        for taken, token in enumerate(tokens):
+            if token % 2 or (self.count == 2 and token != 8):
+                return taken
+            self.count += 1
+        return len(tokens)
+
+    def mask(self) -> np.ndarray:
+        return np.array([0x55555555] * 4, np.uint32)
+
+    def forced(self, most: int) -> list[int]:
+        return [8] if self.count == 2 else []
+
+
 def batch(model: Model) -> list[list[int]]:
     """Two answers at once, one of them drafted, and a third that is let go."""
     running = model.batch(model.engine, None) if model.batch else Batch(model.engine)
@@ -143,6 +169,9 @@ def main(folder: Path) -> None:
         cases["tensor"] = lambda: texts(model, {"greedy": ["lookup"], "sampled": ["tree", "chain"]})
         cases["sessions"] = lambda: sessions(model)
         cases["stopped"] = lambda: stopped(model)
+        cases["grammar"] = lambda: [
+            text(model, request(shape=shape, n=4, grammar=Even())) for shape in (PLAIN, TREE)
+        ]
         cases["batch"] = lambda: batch(model)
         cases["batch alone"] = lambda: [
             text(model, request(n=4)), text(model, request(PROMPT[:6], PARAMS["sampled"], n=3))
