@@ -236,9 +236,7 @@ def command(*, source: ModelOptions, options: ServeOptions, machines: MachineOpt
 command.context_settings = {"auto_envvar_prefix": ENVIRONMENT}  # type: ignore[attr-defined]
 
 
-def _serve(
-    source: ModelOptions, options: ServeOptions, settings: Settings, there: Any
-) -> None:
+def _serve(source: ModelOptions, options: ServeOptions, settings: Settings, there: Any) -> None:
     from mlx_redrafter.server.engine import Engine, ModelEngine
     from mlx_redrafter.server.running import serve
 

@@ -24,7 +24,8 @@ from mlx_redrafter.runtime.paths import json_or_nothing
 from mlx_redrafter.tree.shape import TreeShape
 
 _CARRIED = {"prompt", "sampling", "shape", "max_tokens", "session", "stats", "step_size",
-            "progress", "sparse_prefill", "prediction", "margins", "grammar"}  # fmt: skip
+            "progress", "sparse_prefill", "prediction", "margins", "grammar",
+            "trees"}  # fmt: skip
 _SAMPLE, _PLACES = 4096, 3  # bytes of a tensor, and how often, that tell weights apart
 
 
@@ -49,6 +50,7 @@ def of_request(request: Request, shapes: Sequence[TreeShape]) -> dict[str, Any]:
         "step_size": request.step_size,
         "prediction": list(request.prediction),
         "margins": request.margins,
+        "trees": request.trees,
         "end": None if request.grammar is None else request.grammar.begin().end,
         "sparse": None if sparse is None else asdict(sparse),
     }
@@ -68,6 +70,7 @@ def to_request(
         session, step_size=message["step_size"], progress=progress,
         sparse_prefill=None if sparse is None else SparsePrefill(**sparse),
         prediction=message["prediction"], margins=message["margins"],
+        trees=message["trees"],
         grammar=grammar,
     )  # fmt: skip
 
