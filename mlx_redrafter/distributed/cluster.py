@@ -83,6 +83,8 @@ class Cluster:
             raise ClusterError(
                 "the other machines were let go, in the middle of a step: start again"
             )
+        if self._since is not None:  # what is told within a step shows that it goes on
+            self._since = time.monotonic()
         for peer in self.peers:
             peer.wire.send({"op": op, **more})
 

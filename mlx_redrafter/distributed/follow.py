@@ -8,7 +8,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from mlx_redrafter.api import all_drafters
+from mlx_redrafter.api import all_drafters, wired
 from mlx_redrafter.api.parts import parts_of
 from mlx_redrafter.budget.machine import Budget
 from mlx_redrafter.cache.session import Session
@@ -118,6 +118,7 @@ class Follower:
         self._batches: dict[int, Batch] = {}
         self._rows: dict[int, Row] = {}
         self._wrong: RedrafterError | None = None
+        self._held = contextlib.ExitStack()
 
     def run(self) -> None:
         """Raises Ended, and whatever goes wrong."""
@@ -150,13 +151,11 @@ class Follower:
         engine = Sharing(parts.target, all_drafters(parts.drafter), parts.compiled)
         engine.link = self._link
         budget = Budget(engine, parts.target, parts.folder, parts.drafter_folder)
+        self._held.enter_context(wired(parts.target))
         return Followed(engine, budget)
 
     def _alike(self, message: Message) -> None:
         self._link.alike = message["alike"]
-
-    def _unload(self, message: Message) -> None:
-        del self._models[message["model"]]
 
     def _request(self, message: Message) -> Request:
         sessions, number = self._models[message["model"]].sessions, message["session"]

@@ -69,11 +69,6 @@ def load_model(
                 "calls native, or --hosts left out"
             )
         return adapted.load(folder, dtype)
-    if SHARED in raw and plan is None:
-        raise ModelError(
-            f"{folder} holds one machine's share of a model: load it with --hosts, on the machines "
-            "that have the other shares"
-        )
     model, weights = _read_native(folder, plan)
     if dtype is None and not fused_kernels():
         dtype = mx.float32
@@ -129,6 +124,11 @@ def stored_weights(folder: Path) -> tuple[DecoderConfig, Weights, dict[str, Any]
 
 def _read_native(folder: Path, plan: Plan | None = None) -> tuple[Decoder, Weights]:
     config, weights, raw = stored_weights(folder)
+    if SHARED in raw and plan is None:
+        raise ModelError(
+            f"{folder} holds one machine's share of a model: load it with --hosts, on the machines "
+            "that have the other shares"
+        )
     share: Share | None = None
     if plan is not None:
         share, weights = plan.cut(config, weights, raw)

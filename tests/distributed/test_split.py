@@ -15,11 +15,16 @@ from mlx_lm import utils as mlx_lm_utils
 from shared_in_threads import on_all
 from tiny_models import BASE, CASES, build, save
 
+from mlx_redrafter.cache.packed import Packing
+from mlx_redrafter.cache.session import Session
 from mlx_redrafter.distributed.link import Link
 from mlx_redrafter.distributed.split import Planned, Split, shares_of
 from mlx_redrafter.distributed.tensor import borders
 from mlx_redrafter.errors import ModelError, OptionError
 from mlx_redrafter.models import Decoder, load_model
+from mlx_redrafter.prefill.config import SparsePrefill
+from mlx_redrafter.prefill.reading import read
+from mlx_redrafter.prefill.sparse import SparseAttention
 
 TOKENS = [5, 3, 8, 1, 9, 2, 7]
 QUICK = ["llama", "gemma2", "phi3", "mixtral", "deepseek_v3", "gpt_oss", "qwen3_next"]
@@ -90,6 +95,30 @@ def test_quantised_weights_are_cut_between_groups(tmp_path: Path) -> None:
     quantised(tmp_path, **sizes, head_dim=16, num_key_value_heads=6)
     with pytest.raises(ModelError, match=r"quantised in groups of 32.*--split pipeline"):
         shared(tmp_path, 2, Split("tensor", (1, 1)))
+
+
+def outputs(target: Decoder) -> list[np.ndarray]:
+    """Of a prompt that is read sparsely, into rows of 8 bits: the end, and layers that a drafter
+    reads."""
+    target.pack(Packing(8, 32))
+    prompt = [(7 * i + 3) % 90 for i in range(700)]
+    options = SparsePrefill("trianglemix", block=64, min_context=64, sink=64, local=64)
+    session = Session().open(target.caches, 1024, target.dtype)
+    sparse = SparseAttention(options, target.config)
+    found = read(target, prompt, session, 256, layers=(0, 2), sparse=sparse)
+    return [np.array(x) for x in (found.hidden, *found.outputs)]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_what_drafters_read_is_on_all_machines(kind: str, tmp_path: Path) -> None:
+    """Seen to fail: every machine's own output of a layer."""
+    sizes = {"num_hidden_layers": 3, "hidden_size": 128, "max_position_embeddings": 2048}
+    build(tmp_path, "llama", head_dim=32, **sizes)
+    alone = load_model(tmp_path)
+    assert isinstance(alone, Decoder)
+    expected = outputs(alone)
+    for found in on_all(2, lambda link: outputs(loaded(tmp_path, link, Split(kind)))):
+        assert all(np.allclose(*pair, atol=1e-3) for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("shares", [(3, 2, 1), (1, 4, 1), (1, 1, 1)])
