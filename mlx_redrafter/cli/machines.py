@@ -90,8 +90,8 @@ class MachineOptions:
             OptionError, ClusterError: what cannot be meant, or started.
         """
         given = given_hosts(self.hosts, self.hostfile, self.backend)
-        launched = given is None and "MLX_RANK" in os.environ
-        if given is None and not launched:
+        elsewhere = given is None and "MLX_RANK" in os.environ
+        if given is None and not elsewhere:
             if self.split != "auto" or self.shares is not None or self.backend is not None:
                 raise OptionError(
                     "--split, --shares and --backend are for several machines: give --hosts too"
