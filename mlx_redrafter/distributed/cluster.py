@@ -156,6 +156,10 @@ def is_lost(error: BaseException) -> bool:
 def start(hosts: launch.Hosts, patience: float = PATIENCE) -> Cluster:
     """Start the others and join them. This is the first machine. Raises ClusterError."""
     end, token = End(), secrets.token_hex(16)
+    if hosts.hosts[0].local and not all(host.local for host in hosts.hosts):
+        raise ClusterError(
+            "this machine is called localhost, where others cannot reach it: give its name first"
+        )
     here = "127.0.0.1" if all(host.local for host in hosts.hosts) else hosts.hosts[0].address
     processes: list[launch.Process] = []
     try:

@@ -76,7 +76,7 @@ class Wire:
             try:
                 self._socket.sendall(data)
             except OSError as error:
-                self._gone(f"it does not take anything any more ({error.strerror or error})")
+                self._gone(f"it takes nothing any more ({error.strerror or error})")
 
     def receive(self, seconds: float | None = None) -> Message:
         """The next message; ClusterError if none comes within so many seconds."""
@@ -105,7 +105,8 @@ class Wire:
         except TimeoutError:
             return self._gone(f"it has not been heard of for {SILENCE:g} s")
         except (OSError, ValueError) as error:
-            return self._gone(str(error))
+            if not isinstance(error, ConnectionError):
+                return self._gone(getattr(error, "strerror", None) or str(error))
         self._gone("it closed the connection")
 
     def _beat(self) -> None:

@@ -65,9 +65,12 @@ class Machines:
         while not code.exists() or not code.read_text():
             assert time.monotonic() < end, f"{name} still runs"
             time.sleep(0.05)
-        time.sleep(0.05)
-        lines = (self.folder / f"{name}.err").read_text().splitlines()
-        return int(code.read_text()), [line for line in lines if not line.startswith("[ring]")]
+        lines: list[str] = []
+        while not lines and int(code.read_text()) == 1 and time.monotonic() < end:
+            time.sleep(0.05)  # what copies its words may be later than its end
+            lines = (self.folder / f"{name}.err").read_text().splitlines()
+            lines = [line for line in lines if not line.startswith("[ring]")]
+        return int(code.read_text()), lines
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid(name), number)
