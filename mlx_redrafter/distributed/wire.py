@@ -25,6 +25,9 @@ BEAT, SILENCE = 1.0, 8.0  # seconds between signs of life, and without one
 _STUCK = 6.0  # seconds that what ends a process may take
 
 
+_CLOSED = "it closed the connection"
+
+
 class ClusterError(RedrafterError):
     """Machines that cannot be started, do not fit together, or are lost."""
 
@@ -76,7 +79,7 @@ class Wire:
             try:
                 self._socket.sendall(data)
             except OSError as error:
-                self._gone(f"it takes nothing any more ({error.strerror or error})")
+                self._gone(_why(error))
 
     def receive(self, seconds: float | None = None) -> Message:
         """The next message; ClusterError if none comes within so many seconds."""
@@ -105,9 +108,8 @@ class Wire:
         except TimeoutError:
             return self._gone(f"it has not been heard of for {SILENCE:g} s")
         except (OSError, ValueError) as error:
-            if not isinstance(error, ConnectionError):
-                return self._gone(getattr(error, "strerror", None) or str(error))
-        self._gone("it closed the connection")
+            return self._gone(_why(error))
+        self._gone(_CLOSED)
 
     def _beat(self) -> None:
         while not self._closed:
@@ -122,6 +124,12 @@ class Wire:
         if not self._closed:
             self._closed = True
             self._lost(why)
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, ConnectionError):
+        return _CLOSED
+    return getattr(error, "strerror", None) or str(error)
 
 
 def to_first(settings: dict[str, Any], end: End) -> Wire:
