@@ -24,6 +24,7 @@ from mlx_redrafter.runtime.device import machine
 
 STARTED, READY = 14.0, 60.0  # seconds until a machine has answered, and until it has MLX ready
 JOINED = 30.0  # seconds that joining the ring may take
+LOST = 3.0  # seconds until the wire has said who is gone
 PATIENCE = 120.0  # seconds that a step, or a part of a prompt, may take
 SIZES = (1, 3, 64, 4096, 65536)  # of the exchanges that are tested
 
@@ -66,7 +67,7 @@ class Cluster:
     processes: list[launch.Process] = field(default_factory=list)
     patience: float = PATIENCE
     _since: float | None = None
-    _closed: bool = False
+    closed: bool = False
 
     def __post_init__(self) -> None:
         threading.Thread(target=self._watch, daemon=True).start()
@@ -79,7 +80,7 @@ class Cluster:
 
     def tell(self, op: str, **more: Any) -> None:
         """Tell all others what is done next. Raises ClusterError after the end."""
-        if self._closed:
+        if self.closed:
             raise ClusterError(
                 "the other machines were let go, in the middle of a step: start again"
             )
@@ -88,13 +89,9 @@ class Cluster:
         for peer in self.peers:
             peer.wire.send({"op": op, **more})
 
-    def asked(self, op: str, **more: Any) -> list[Message]:
-        """Tell all others to do something that they answer. Raises ClusterError: what went wrong
-        there."""
-        self.tell(op, **more)
-        return self.answers()
-
     def answers(self) -> list[Message]:
+        """What the others say to what they were told. Raises ClusterError: something went wrong
+        there."""
         found = [peer.wire.receive() for peer in self.peers]
         for peer, answer in zip(self.peers, found, strict=True):
             if "error" in answer:
@@ -112,7 +109,7 @@ class Cluster:
             raise
         except BaseException as error:
             if is_lost(error):
-                time.sleep(self.end_of_others)
+                time.sleep(LOST)
                 self.end.now("the connection to another machine was lost")
             if not orderly():
                 self.close("the first machine was interrupted")
@@ -120,13 +117,11 @@ class Cluster:
         finally:
             self._since = None
 
-    end_of_others = 3.0  # seconds until the wire has said who is lost
-
     def close(self, error: str = "") -> None:
         """Let the others go."""
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
+        self.closed = True
         for peer in self.peers:
             with contextlib.suppress(OSError, ClusterError):
                 peer.wire.send({"op": "end", "error": error})
@@ -136,7 +131,7 @@ class Cluster:
             peer.wire.close()
 
     def _watch(self) -> None:
-        while not self._closed:
+        while not self.closed:
             time.sleep(0.5)
             since = self._since
             if since is not None and time.monotonic() - since > self.patience:

@@ -16,7 +16,7 @@ from mlx_redrafter.decoding.batch import Batch, Row
 from mlx_redrafter.decoding.engine import Emitted
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.distributed import messages
-from mlx_redrafter.distributed.cluster import Cluster, is_lost
+from mlx_redrafter.distributed.cluster import LOST, is_lost
 from mlx_redrafter.distributed.forms import ToldGrammar
 from mlx_redrafter.distributed.lead import Sharing, own_folder
 from mlx_redrafter.distributed.link import Link
@@ -246,6 +246,6 @@ def follow(link: Link, wire: Wire, end: End) -> None:
             raise ClusterError(f"the first machine has ended: {ended}") from None
     except Exception as error:
         if is_lost(error):
-            time.sleep(Cluster.end_of_others)  # the wire says more, if it is the first that is lost
+            time.sleep(LOST)  # the wire says more, if it is the first that is lost
             end.now("the connection to another machine was lost")
         raise

@@ -134,7 +134,6 @@ class Process:
 
     name: str
     popen: subprocess.Popen[bytes]
-    local: bool
     said: str = ""  # its last error
     _reader: threading.Thread = field(init=False, repr=False)
 
@@ -190,7 +189,7 @@ def start(host: Host, rank: int, settings: dict[str, Any]) -> Process:
         popen.stdin.flush()
     except OSError as error:
         raise ClusterError(f"{host.ssh} cannot be started ({error.strerror})") from None
-    return Process(f"{host.ssh}, rank {rank}", popen, host.local)
+    return Process(f"{host.ssh}, rank {rank}", popen)
 
 
 def end_all(processes: Sequence[Process], seconds: float) -> None:

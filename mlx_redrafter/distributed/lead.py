@@ -118,7 +118,7 @@ class Leading(Sharing):
                 yield emitted
         finally:
             steps.close()
-            if not self.cluster._closed:
+            if not self.cluster.closed:
                 self.cluster.tell("close", number=number)
 
     def told(self, request: Request) -> Request:
@@ -203,7 +203,7 @@ class LeadBatch(Batch):
     def remove(self, row: Row) -> None:
         """Rows that end within a step end on all machines."""
         number = self._named.pop(row, None)
-        if not self._within and number is not None and not self._lead.cluster._closed:
+        if not self._within and number is not None and not self._lead.cluster.closed:
             self._lead.cluster.tell("remove", batch=self._number, number=number)
         super().remove(row)
 

@@ -22,6 +22,7 @@ from mlx_redrafter.terminal import console, modes
 
 Message = dict[str, Any]
 BEAT, SILENCE = 1.0, 8.0  # seconds between signs of life, and without one
+PARTING = 5.0  # seconds between the end and being told so
 _STUCK = 6.0  # seconds that what ends a process may take
 
 
@@ -103,6 +104,7 @@ class Wire:
                     message = json.loads(line)
                     if message.get("op") == "end":
                         self._closed = True
+                        self._end_soon()
                     if message.get("op") != "beat":
                         self._inbox.put(message)
         except TimeoutError:
@@ -110,6 +112,12 @@ class Wire:
         except (OSError, ValueError) as error:
             return self._gone(_why(error))
         self._gone(_CLOSED)
+
+    def _end_soon(self) -> None:
+        """Whoever waits inside a collective does not hear of the end."""
+        timer = threading.Timer(PARTING, self._lost, ["it has ended"])
+        timer.daemon = True
+        timer.start()
 
     def _beat(self) -> None:
         while not self._closed:

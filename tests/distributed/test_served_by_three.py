@@ -108,3 +108,16 @@ def test_mlx_launch_starts_them_too(model: Path, tmp_path: Path) -> None:
     lines = [line for line in found.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == 1, found.stdout + found.stderr
     assert 1 <= len(json.loads(lines[0])["tokens"]) <= 5
+
+
+@pytest.mark.bits
+@pytest.mark.model
+@pytest.mark.parametrize("split", ["tensor", "pipeline"])
+def test_the_built_in_model_over_three(split: str) -> None:
+    """9 heads and 3 of keys and values, 30 layers; its drafter's tree."""
+    line = ("generate", "Why is the sky blue?", "--json", "--temp", 0.8, "--seed", 5)
+    line = (*line, "--max-tokens", 10, *HOSTS, "--split", split)
+    tree = ("--beam-width", 3, "--beam-length", 4, "--nodes", 8, "--lookup", 3)
+    plain, drafted = (json.loads(run(*line, *more).stdout) for more in (("--no-draft",), tree))
+    assert plain["tokens"] == drafted["tokens"]
+    assert drafted["stats"]["steps"] < plain["stats"]["steps"]

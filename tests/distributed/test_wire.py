@@ -52,6 +52,13 @@ def test_messages_come_in_order_and_an_end_is_no_loss() -> None:
     assert lost.texts.empty() and lost_too.texts.empty()
 
 
+def test_who_does_not_hear_of_the_end_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "PARTING", 0.1)
+    first, _waits_in_a_collective, _, lost = pair()
+    first.send({"op": "end", "error": ""})
+    assert lost.texts.get(timeout=5) == "it has ended"
+
+
 def test_who_closes_or_is_silent_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     first, _, _, lost = pair()
     first.close()
