@@ -7,6 +7,7 @@ import os
 import platform
 import secrets
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -21,6 +22,7 @@ from mlx_redrafter.distributed import launch
 from mlx_redrafter.distributed.link import Link
 from mlx_redrafter.distributed.wire import ClusterError, End, Message, Wire
 from mlx_redrafter.runtime.device import machine
+from mlx_redrafter.runtime.paths import cache_dir
 
 STARTED, READY = 14.0, 60.0  # seconds until a machine has answered, and until it has MLX ready
 JOINED = 30.0  # seconds that joining the ring may take
@@ -199,6 +201,7 @@ def join_ring(environment: dict[str, str], backend: str | None, rank: int | None
     """Join the others for collectives; whoever waits too long for them ends. rank: None: all is in
     this process's own environment. Raises ClusterError."""
     given = environment if rank is None else {"MLX_RANK": str(rank), **environment}
+    _own_kernels(int(os.environ.get("MLX_RANK", "0")) if rank is None else rank)
     timer = threading.Timer(
         JOINED,
         end.now,
@@ -224,6 +227,17 @@ def join_ring(environment: dict[str, str], backend: str | None, rank: int | None
             timer.cancel()
             for name in given:
                 os.environ.pop(name, None)
+
+
+def _own_kernels(rank: int) -> None:
+    """On Linux MLX compiles kernels into one folder, and loads what another process has written
+    half of: processes here that do the same at the same time have folders of their own."""
+    if sys.platform != "linux" or not rank:
+        return
+    folder = cache_dir() / "kernels" / f"rank-{rank}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
 
 
 def test(link: Link) -> None:

@@ -118,6 +118,8 @@ def test_the_built_in_model_over_three(split: str) -> None:
     line = ("generate", "Why is the sky blue?", "--json", "--temp", 0.8, "--seed", 5)
     line = (*line, "--max-tokens", 10, *HOSTS, "--split", split)
     tree = ("--beam-width", 3, "--beam-length", 4, "--nodes", 8, "--lookup", 3)
-    plain, drafted = (json.loads(run(*line, *more).stdout) for more in (("--no-draft",), tree))
+    found = [run(*line, *more) for more in (("--no-draft",), tree)]
+    assert [(one.returncode, one.stderr) for one in found] == [(0, "")] * 2
+    plain, drafted = (json.loads(one.stdout) for one in found)
     assert plain["tokens"] == drafted["tokens"]
     assert drafted["stats"]["steps"] < plain["stats"]["steps"]

@@ -36,7 +36,7 @@ PROMPT = [(7 * i + 3) % 90 for i in range(11)]
 PLAIN, TREE = TreeShape.plain(), TreeShape(2, 2, 5)
 SHAPES = {"tree": TREE, "chain": TreeShape.chain(2), "lookup": TreeShape(1, 1, 5, lookup=4)}
 PARAMS = {"greedy": SamplingParams(), "sampled": SamplingParams(temp=0.8, seed=5)}
-N = 6
+N = 5
 
 
 def request(
@@ -185,7 +185,6 @@ def main(folder: Path) -> None:
             other = loaded(there, folder, split)
             results[name] = texts(other, {"sampled": ["tree"]})
             results[f"{name} collectives"] = [collectives(there, other, rows) for rows in (1, 8)]
-        results["pipeline sessions"] = sessions(other)
         there.link.alike = False
         there.tell("alike", alike=False)
         unlike = loaded(there, folder, Split("tensor"))
