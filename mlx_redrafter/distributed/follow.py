@@ -145,7 +145,6 @@ class Follower:
             self._link, Split(message["kind"], tuple(message["shares"])), message["quick"]
         )
         options = {name: message[name] for name in messages.load_options({})}
-        options["kv_group_size"] = options["kv_group_size"] or 64
         path = own_folder(message["path"], self._link.rank)
         parts = parts_of(path, message["drafter"], plan=plan, text=False, **options)
         engine = Sharing(parts.target, all_drafters(parts.drafter), parts.compiled)

@@ -10,6 +10,7 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
+from mlx_redrafter.cache.packed import GROUP
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.grammar import Grammar
 from mlx_redrafter.decoding.policy import Policy
@@ -82,7 +83,8 @@ def shapes_of(message: Mapping[str, Any]) -> list[TreeShape]:
 
 def load_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Of `mlx_redrafter.load`, those that other machines need."""
-    return {name: options.get(name) for name in ("revision", "kv_bits", "kv_group_size")}
+    usual = {"revision": None, "kv_bits": None, "kv_group_size": GROUP, "exact": False}
+    return {name: options.get(name, value) for name, value in usual.items()}
 
 
 def checksum(tokens: Sequence[int], before: int = 0) -> int:
