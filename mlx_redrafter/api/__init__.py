@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
-import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,28 +16,25 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter import arguments
+from mlx_redrafter.api.parts import parts_of
+from mlx_redrafter.budget.company import Company
 from mlx_redrafter.budget.machine import Budget
 from mlx_redrafter.cache.packed import GROUP
 from mlx_redrafter.cache.session import Session
+from mlx_redrafter.decoding.batch import Batch
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.grammar import Grammar
 from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.drafters import Drafter
-from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.drafters.lookup import Lookup
-from mlx_redrafter.drafters.model import DraftModel
-from mlx_redrafter.hub import find_drafter, resolve
-from mlx_redrafter.kernels import verdicts
-from mlx_redrafter.models import Decoder, Loaded, load_model, small_rows
+from mlx_redrafter.models import Loaded
 from mlx_redrafter.prefill.config import SparsePrefill
 from mlx_redrafter.prefill.reading import Progress
-from mlx_redrafter.runtime import blas, checks, metal, threads
-from mlx_redrafter.runtime.paths import BUILTIN, user_path
-from mlx_redrafter.terminal import console
+from mlx_redrafter.runtime import checks, threads
+from mlx_redrafter.runtime.paths import BUILTIN
 from mlx_redrafter.text.answer import Answer, GenerationResponse
 from mlx_redrafter.text.grammar import Grammars
-from mlx_redrafter.text.tokenizer import check_same, load_tokenizer
 from mlx_redrafter.tree.shape import TreeShape
 
 USUAL_LENGTH = 256  # tokens of an answer where nobody says it, as in mlx_lm
@@ -52,6 +47,7 @@ class Model:
     ``drafter`` is the trained one, or None; the text itself drafts in any case: ``engine.drafters``
     has all that draft. ``drafting`` tells whether `stream_generate` drafts unless it is told so or
     not: False where the model was loaded for plain decoding. ``budget`` knows what pays here.
+    ``batch`` makes what runs several answers, if it is another than `Batch`.
     """
 
     name: str
@@ -62,6 +58,7 @@ class Model:
     engine: Engine
     budget: Budget
     drafting: bool = True
+    batch: Callable[[Engine, Company], Batch] | None = None
     _grammars: WeakKeyDictionary[Any, Grammars] = field(
         default_factory=WeakKeyDictionary, repr=False, compare=False
     )
@@ -90,12 +87,14 @@ class Model:
         compiled: bool = True,
     ) -> Model:
         """Put together of loaded parts."""
-        drafters: list[Drafter] = [Lookup()]
-        if drafter is not None:
-            drafters.append(drafter)
-        engine = Engine(target, drafters, compiled)
+        engine = Engine(target, all_drafters(drafter), compiled)
         budget = Budget(engine, target, folder, drafter_folder)
         return cls(name, folder, target, drafter, drafter_folder, engine, budget, drafting)
+
+
+def all_drafters(drafter: Drafter | None) -> list[Drafter]:
+    """The text itself, and the trained one."""
+    return [Lookup()] if drafter is None else [Lookup(), drafter]
 
 
 def load(
@@ -131,38 +130,16 @@ def load(
     Raises:
         HubError, ModelError, DrafterError, OptionError: with what was given and what is needed.
     """
-    blas.status()  # an unknown choice is said before anything is downloaded
-    verdicts.choice()
     arguments.refuse(other, load)
-    name, dtype = arguments.name_or_folder("model", path_or_hf_repo), arguments.dtype(dtype)
-    arguments.instance("revision", revision, str, "a branch, tag or commit as text")
-    arguments.options("tokenizer_config", tokenizer_config)
-    arguments.instance("exact", exact, int, "True or False")
-    packing = arguments.packing(kv_bits, kv_group_size)
-    given = None if drafter is None else arguments.name_or_folder("drafter", drafter)
-    user_path(given or "")  # what cannot be a path is said before the model is downloaded
-    blas.warn_if_slow()
-    threads.clear_at_end()
-    compiled = _compiler_present()
-    folder = resolve(name, revision)
-    if given == "auto":
-        drafter_folder = find_drafter(name, folder)
-    else:
-        drafter_folder = resolve(given) if given is not None else None
-    metal.prepare(folder)
-    target = load_model(folder, dtype)
-    if isinstance(target, Decoder):
-        small_rows.switch_on(target, console.note, "exact" if exact else None)
-    if packing is not None:
-        target.pack(packing)
-    loaded = load_drafter(drafter_folder, target) if drafter_folder is not None else None
-    tokenizer = load_tokenizer(folder, tokenizer_config)
-    if isinstance(loaded, DraftModel) and drafter_folder is not None:
-        check_same(tokenizer, drafter_folder)
+    parts = parts_of(
+        path_or_hf_repo, drafter, revision=revision, dtype=dtype, tokenizer_config=tokenizer_config,
+        kv_bits=kv_bits, kv_group_size=kv_group_size, exact=exact,
+    )  # fmt: skip
     model = Model.of(
-        name, folder, target, loaded, drafter_folder, drafting=given is not None, compiled=compiled
-    )
-    return model, tokenizer
+        parts.name, parts.folder, parts.target, parts.drafter, parts.drafter_folder,
+        drafting=parts.drafting, compiled=parts.compiled,
+    )  # fmt: skip
+    return model, parts.tokenizer
 
 
 def stream_generate(
@@ -371,18 +348,6 @@ def generate(
             f"Peak memory: {response.peak_memory:.2f} GB"
         )
     return "".join(pieces)
-
-
-def _compiler_present() -> bool:
-    """MLX compiles CPU graphs with g++ on Linux; without it everything runs uncompiled."""
-    if sys.platform != "linux" or shutil.which("g++") is not None:
-        return True
-    mx.disable_compile()
-    warnings.warn(
-        "no C++ compiler found (g++): running uncompiled and slower; install g++ to change that",
-        stacklevel=2,
-    )
-    return False
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ class BatchGenerator:
         self._model = model
         self._tokenizer = arguments.pair(model, tokenizer, Model)
         self._company = model.budget.company()
-        self._batch = Batch(model.engine, self._company)
+        self._batch = (model.batch or Batch)(model.engine, self._company)
         self._answers: dict[Row, tuple[int, Answer, Seat]] = {}
         self._numbers = itertools.count()
         self._held = contextlib.ExitStack()

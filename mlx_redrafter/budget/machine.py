@@ -10,11 +10,11 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import mlx.core as mx
 
@@ -102,15 +102,13 @@ class Budget:
                 with contextlib.suppress(OSError):
                     _file(self.conditions()).unlink(missing_ok=True)
             return self._costs
-        facts, engine = self.conditions(), self.engine
+        facts = self.conditions()
         found = None if again else _read(_file(facts), Costs.from_dict)
         if found is None:
-            (say or engine.say)(
+            (say or self.engine.say)(
                 "Measuring what drafting costs on this machine (once, a few seconds) ..."
             )
-            found = measure(
-                self.target, engine.drafters, engine.step_function, engine.compiled, self._text
-            )
+            found = self.measured("costs")
             _write(_file(facts), {**facts, **found.as_dict()})
         self._costs = found
         return found
@@ -118,14 +116,25 @@ class Budget:
     def company(self) -> Company:
         """What chooses for answers that run together. What passes over many rows cost is measured
         at first, and kept as :meth:`costs` are, beside them."""
-        costs, target = self.costs(), self.target
+        costs = self.costs()
         facts = {name: fact for name, fact in self.conditions().items() if name != "drafter"}
         file = _file({**facts, "of": "rows", "rounds": company.ROUNDS})
         found = _read(file, lambda stored: {int(n): float(t) for n, t in stored["rows"].items()})
         if found is None:
-            found = company.measure(target, mx.compile if self.engine.compiled else lambda f: f)
+            found = self.measured("rows")
             _write(file, {**facts, "rows": {str(n): t for n, t in found.items()}})
         return Company(costs, found, self._ratios, self.shapes)
+
+    def measured(self, what: Literal["costs", "rows"], text: Sequence[int] = ()) -> Any:
+        """Measured now: `Costs`, or seconds by rows for :meth:`company`. text: that a model with
+        experts is timed on, if it is not the usual one."""
+        engine, target = self.engine, self.target
+        if what == "rows":
+            return company.measure(target, mx.compile if engine.compiled else lambda f: f)
+        return measure(
+            target, engine.drafters, engine.step_function, engine.compiled,
+            lambda: text or self._text(),
+        )  # fmt: skip
 
     def step_size(self, prompt: int, cached: int = 0) -> int:
         """How many tokens of a prompt to read in one pass, where nobody says it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -35,6 +35,8 @@ class Session:
     ``furthest`` is where rows were written up to, and ``rings`` are the rings of windows as they
     were at the end of the last prompt: back to it a session can be cut wherever the answer went.
 
+    ``forked`` is told of copies: (this one, the copy, its length).
+
     ``snapshot_bytes`` is what all snapshots may take; None: a sixteenth of the machine's memory.
     """
 
@@ -48,6 +50,9 @@ class Session:
     furthest: int = 0
     rings: tuple[int, dict[int, Kept]] = (0, {})
     snapshot_bytes: int | None = None
+    forked: Callable[[Session, Session, int], None] | None = field(
+        default=None, repr=False, compare=False
+    )
     snapshots: Snapshots = field(init=False)
     _dtype: mx.Dtype = field(default=mx.float32, init=False, repr=False)
     _target: weakref.ref[object] | None = field(default=None, init=False, repr=False, compare=False)
@@ -169,6 +174,8 @@ class Session:
             for kind, kept in zip(self.kinds, other.caches, strict=False)
         ]
         mx.eval(other.caches)
+        if self.forked is not None:
+            self.forked(self, other, length)
         return other
 
     @property

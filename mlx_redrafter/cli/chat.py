@@ -13,6 +13,7 @@ import typer
 from mlx_redrafter.cli import net, remarks
 from mlx_redrafter.cli.answer_writer import AnswerWriter
 from mlx_redrafter.cli.conversation import Conversation, unfinished, unquoted
+from mlx_redrafter.cli.machines import MachineOptions
 from mlx_redrafter.cli.options import MAX_TOKENS, DecodeOptions, ModelOptions, Quiet, Verbose
 from mlx_redrafter.errors import OptionError, RedrafterError
 from mlx_redrafter.runtime.checks import checked_text
@@ -33,6 +34,7 @@ def command(
     *,
     source: ModelOptions,
     options: DecodeOptions,
+    machines: MachineOptions,
     no_history: Annotated[
         bool, typer.Option("--no-history", help="Keep no file of what was typed.")
     ] = False,
@@ -41,10 +43,10 @@ def command(
 ) -> None:
     """Talk with a model; /help lists what you can type besides questions."""
     options.check()
-    model, tokenizer = source.load(options.tree())
-    raise typer.Exit(
-        run(model, tokenizer, options, history=not no_history, quiet=quiet, verbose=verbose)
-    )
+    with machines.joined() as there:
+        model, tokenizer = source.load(options.tree(), there)
+        code = run(model, tokenizer, options, history=not no_history, quiet=quiet, verbose=verbose)
+    raise typer.Exit(code)
 
 
 class Interrupted(Exception):

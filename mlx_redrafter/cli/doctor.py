@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from mlx_redrafter.cli.machines import Backend, HostFile, HostNames, given_hosts, without_noise
 from mlx_redrafter.cli.options import DrafterName, Json
 from mlx_redrafter.errors import RedrafterError
 from mlx_redrafter.evaluation import model_checks
@@ -66,11 +67,22 @@ def command(
             "and FILE.md (or to one, by the ending), to be pasted into an issue.",
         ),
     ] = None,
+    hosts: HostNames = None,
+    hostfile: HostFile = None,
+    backend: Backend = None,
     as_json: Json = False,
 ) -> None:
-    """Test the installation, and a model on it; exit code 1 if a check fails."""
+    """Test the installation, and a model on it; exit code 1 if a check fails.
+
+    With --hosts several machines instead: do they start, agree, and answer quickly?
+    """
     shown = None if as_json else show
-    if report is not None:
+    if (machines := given_hosts(hosts, hostfile, backend)) is not None:
+        from mlx_redrafter.cli import doctor_hosts
+
+        without_noise()
+        checks = one_by_one(doctor_hosts.machines(machines, model), shown)
+    elif report is not None:
         checks = _reported(report, shown, model, drafter)
     else:
         checks = examine(shown, _loaded(model, drafter))
@@ -89,12 +101,17 @@ def examine(
 
     if given is None:  # before the GPU is used: it is to be tested as it will run
         metal.prepare(builtin.folder(builtin.device_kind()))
-    checks = []
-    for check in _all(given):
-        checks.append(check)
+    return one_by_one(_all(given), report)
+
+
+def one_by_one(checks: Iterable[Check], report: Callable[[Check], None] | None) -> list[Check]:
+    """All of them; `report` sees each one as it is done."""
+    found = []
+    for check in checks:
+        found.append(check)
         if report is not None:
             report(check)
-    return checks
+    return found
 
 
 def _loaded(name: str | None, drafter: str, needed: bool = False) -> tuple[Model, Any] | None:

@@ -12,6 +12,7 @@ import typer
 from mlx_redrafter.cli import question, remarks
 from mlx_redrafter.cli.answer_writer import AnswerWriter
 from mlx_redrafter.cli.form import FormOptions, made
+from mlx_redrafter.cli.machines import MachineOptions
 from mlx_redrafter.cli.options import DRAFTING, DecodeOptions, Json, ModelOptions, Quiet, Verbose
 from mlx_redrafter.cli.question import Question, Raw
 from mlx_redrafter.errors import OptionError
@@ -38,6 +39,7 @@ def command(
     source: ModelOptions,
     options: DecodeOptions,
     form: FormOptions,
+    machines: MachineOptions,
     prediction: Prediction = None,
     raw: Raw = False,
     as_json: Json = False,
@@ -45,15 +47,16 @@ def command(
     verbose: Verbose = False,
 ) -> None:
     """Answer one question: the text on stdout, statistics on stderr."""
-    text = question.asked(prompt)
+    text = "" if machines.elsewhere else question.asked(prompt)
     options.check(raw)
     asked = form.arguments()
     predicted = _read(prediction) if prediction is not None else None
-    model, tokenizer = source.load(options.tree())
-    run(
-        model, tokenizer, text, options, asked, raw=raw, as_json=as_json, quiet=quiet,
-        verbose=verbose, prediction=predicted,
-    )  # fmt: skip
+    with machines.joined() as there:
+        model, tokenizer = source.load(options.tree(), there)
+        run(
+            model, tokenizer, text, options, asked, raw=raw, as_json=as_json, quiet=quiet,
+            verbose=verbose, prediction=predicted,
+        )  # fmt: skip
 
 
 def _read(file: Path) -> str:

@@ -34,6 +34,7 @@ class Commands(Group):
         "drafters": Entry(USE, "List published drafters, all or those for a model."),
         "train": Entry(PREPARE, "Train a drafter for any model, on this machine."),
         "convert": Entry(PREPARE, "Convert a model or a drafter: PyTorch, GGUF, TensorRT-LLM."),
+        "shard": Entry(PREPARE, "Cut a model into one folder for each of several machines."),
         "doctor": Entry(PREPARE, "Test the installation, and a model on it."),
         "bench": Entry(PREPARE, "Measure speed, drafting and exactness here.", "bench.command"),
     }  # fmt: skip

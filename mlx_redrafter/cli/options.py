@@ -17,6 +17,8 @@ from mlx_redrafter.runtime.paths import BUILTIN, expanded
 from mlx_redrafter.terminal import console
 
 if TYPE_CHECKING:
+    from mlx_redrafter.distributed.cluster import Cluster
+    from mlx_redrafter.distributed.split import Split
     from mlx_redrafter.prefill.config import SparsePrefill
     from mlx_redrafter.tree.shape import TreeShape
 
@@ -116,18 +118,29 @@ class ModelOptions:
     kv_group_size: KVGroupSize = 64
     exact: Exact = False
 
-    def load(self, tree: TreeShape | None = None) -> tuple[Any, Any]:
+    def load(
+        self, tree: TreeShape | None = None, there: tuple[Cluster, Split] | None = None
+    ) -> tuple[Any, Any]:
         """(model, tokenizer) of `mlx_redrafter.load`; raises its errors.
 
-        Without a tree to decode with, what drafting costs here is known afterwards.
+        Without a tree to decode with, what drafting costs here is known afterwards. there: the
+        machines that share the model, and how.
         """
         from mlx_redrafter.api import load
 
         drafter = None if self.no_draft else self.drafter
-        model, tokenizer = load(
-            self.model, drafter, revision=self.revision,
-            kv_bits=self.kv_bits, kv_group_size=self.kv_group_size, exact=self.exact,
-        )  # fmt: skip
+        given: dict[str, Any] = {
+            "revision": self.revision,
+            "kv_bits": self.kv_bits,
+            "kv_group_size": self.kv_group_size,
+            "exact": self.exact,
+        }
+        if there is not None:
+            from mlx_redrafter.distributed import lead
+
+            model, tokenizer = lead.load(there[0], self.model, drafter, there[1], **given)
+        else:
+            model, tokenizer = load(self.model, drafter, **given)
         model.engine.say = console.note
         if drafter is not None and tree is None:
             model.budget.costs()

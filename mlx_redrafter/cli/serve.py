@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mlx_redrafter.cli import options as shared
+from mlx_redrafter.cli.machines import MachineOptions
 from mlx_redrafter.cli.options import ModelOptions
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime import checks
@@ -215,7 +216,7 @@ class ServeOptions:
         return key
 
 
-def command(*, source: ModelOptions, options: ServeOptions) -> None:
+def command(*, source: ModelOptions, options: ServeOptions, machines: MachineOptions) -> None:
     """Serve a model over HTTP, in the dialects of OpenAI and Anthropic.
 
     Every option can also be set by an environment variable: MLX_REDRAFTER_PORT for --port.
@@ -228,13 +229,14 @@ def command(*, source: ModelOptions, options: ServeOptions) -> None:
     if options.show_config is not None:
         _show(options.show_config, source.model, settings)
         return
-    _serve(source, options, settings)
+    with machines.joined() as there:
+        _serve(source, options, settings, there)
 
 
 command.context_settings = {"auto_envvar_prefix": ENVIRONMENT}  # type: ignore[attr-defined]
 
 
-def _serve(source: ModelOptions, options: ServeOptions, settings: Settings) -> None:
+def _serve(source: ModelOptions, options: ServeOptions, settings: Settings, there: Any) -> None:
     from mlx_redrafter.server.engine import Engine, ModelEngine
     from mlx_redrafter.server.running import serve
 
@@ -245,7 +247,7 @@ def _serve(source: ModelOptions, options: ServeOptions, settings: Settings) -> N
             console.note(f"no browser was found: open {address} in one")
 
     def load() -> Engine:
-        model, tokenizer = source.load(settings.tree)
+        model, tokenizer = source.load(settings.tree, there)
         engine = ModelEngine(model, tokenizer, options.context)
         if warning := engine.warning():
             console.warn(warning)

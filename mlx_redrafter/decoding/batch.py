@@ -120,7 +120,7 @@ class Batch:
                 self.remove(row)
                 raise row.failed
         start = time.perf_counter()
-        if self.waiting and (not self.rows or self._decoded_for > self._owed):
+        if self.waiting and (not self.rows or self.reads()):
             self._mark, self._decoded_for = None, 0.0
             self._read_on()
             self._read_for = time.perf_counter() - start
@@ -128,6 +128,10 @@ class Batch:
         found = self._decode()
         self._decoded_for += time.perf_counter() - start
         return found
+
+    def reads(self) -> bool:
+        """Is the next piece of work a part of a prompt, while others decode?"""
+        return self._decoded_for > self._owed
 
     @property
     def _owed(self) -> float:

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_redrafter.cache.layer import capacity_of
 from mlx_redrafter.cache.ring import check_nodes
+from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.decoding.answering import Answering
 from mlx_redrafter.decoding.grammar import Again, again
@@ -180,6 +181,10 @@ class Engine:
             return shape
         return Fixed(shape.only(drafter.part for drafter in self.drafters))
 
+    def keep(self, session: Session, prompt: Sequence[int], tag: str, awake: bool) -> None:
+        """Forget what of a session does not serve a request; see `Session.keep_shared`."""
+        session.keep_shared(prompt, tag, awake)
+
     def opening(self, answer: Answering) -> Iterator[None]:
         """Read what the session lacks of all but the last prompt token, which is the first root,
         in parts, and start the answer. What happens between the parts is not its time."""
@@ -203,7 +208,7 @@ class Engine:
             stats.sparse_prefill = PrefillStats(options.mode)
             sparse = SparseAttention(options, self.target.config, stats.sparse_prefill)
         tag = sparse.options.tag if sparse is not None else ""
-        session.keep_shared(prompt, tag, answer.awake)
+        self.keep(session, prompt, tag, answer.awake)
         stats.prefill_tokens += len(prompt) - len(session.tokens)
         needed = capacity_for(len(prompt) + 2 * answer.widest)
         session.open(self.kinds, needed, self.target.dtype)

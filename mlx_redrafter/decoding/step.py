@@ -154,13 +154,15 @@ class Begun(NamedTuple):
 
 class Opened(NamedTuple):
     """A step before anything is drafted. run, others: its passes over the target's caches and over
-    every drafter's; states: the drafters'. given: drafts that are known to be right."""
+    every drafter's; states: the drafters'; common: see `Target.common`; given: drafts that are
+    known to be right."""
 
     ask: Ask
     run: Pass
     others: list[Pass]
     states: tuple[Any, ...]
     history: mx.array | tuple[()]
+    common: Callable[..., Sequence[mx.array]]
     given: mx.array | None = None
 
 
@@ -173,7 +175,8 @@ def opening(
     text_so_far = None if isinstance(history, tuple) else history
     run, *others = passes([target, *drafters], caches, position, pending)
     ask = Ask(root, position, text_so_far, spec.shape, draw)
-    return Opened(ask, run, others, states, history, arrays["given"] if spec.given else None)
+    given = arrays["given"] if spec.given else None
+    return Opened(ask, run, others, states, history, target.common, given)
 
 
 def drafted(
@@ -185,6 +188,7 @@ def drafted(
     else:
         path = mx.concatenate([opened.ask.root, opened.given, integers([END])])
         tree, of = chain(path), only(path, GRAMMAR)
+    tree = DraftTree(*opened.common(*tree))
     opened.run.ancestors = tree.ancestors
     return Begun(tree, of, opened)
 
@@ -200,7 +204,7 @@ def finish(
 ) -> tuple[mx.array, State, mx.array]:
     """Accept what the target says of a tree's nodes, logits (N, V): as of `make_step`, and the
     slots (N,) where the nodes belong."""
-    tree, proposed, (ask, run, others, states, history, _) = begun
+    tree, proposed, (ask, run, others, states, history, _, _) = begun
     position = ask.position
     windows = {
         name: sampling.recent_tokens(tree, history, position, size)
@@ -208,7 +212,9 @@ def finish(
         if not isinstance(history, tuple)
     }
     near: list[mx.array] = []
-    choices = sampling.sample(logits, tree, windows, arrays, position, near.append)
+    (choices,) = target.common(
+        sampling.sample(logits, tree, windows, arrays, position, near.append)
+    )
     if spec.given:
         choices = mx.concatenate([arrays["given"], choices[-1:]])
     last, count, text = accept(tree, choices)

@@ -116,6 +116,10 @@ class AdaptedModel(nn.Module):
 
     stacks = False
 
+    def common(self, *arrays: mx.array) -> Sequence[mx.array]:
+        """What is given: one machine runs all of it."""
+        return arrays
+
     def together(
         self,
         parts: Sequence[Part],

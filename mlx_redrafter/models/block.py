@@ -10,20 +10,24 @@ from .delta import DeltaNet
 from .experts import Experts
 from .gemma4 import Beside, LayerInput
 from .latent import LatentAttention
-from .layers import MLP, Attention, LayerPass, norm
+from .layers import MLP, Attention, LayerPass, Total, norm
 
 
 class Block(nn.Module):
-    """Attention and feed-forward layer with the family's norms around them."""
+    """Attention and feed-forward layer with the family's norms around them.
 
-    def __init__(self, config: DecoderConfig):
+    total: makes one of the parts of a sum that several machines compute, see `Share.total`.
+    """
+
+    def __init__(self, config: DecoderConfig, total: Total = lambda x: x):
         super().__init__()
+        self._total = total
         self._mixer = "linear_attn" if config.delta is not None else "self_attn"
         self[self._mixer] = _mixer(config)
         dense = config.experts is None or config.experts_beside
         self.mlp = MLP(config) if dense else Experts(config)
         if config.experts is not None and config.experts_beside:
-            self.beside = Beside(config)
+            self.beside = Beside(config, total)
         if config.layer_input:
             self.layer_input = LayerInput(config)
         if config.layer_scalar:
@@ -60,13 +64,14 @@ class Block(nn.Module):
         inputs = x if self._norms == "post" else self.input_layernorm(x)
         r = self[self._mixer](inputs, run)
         if self._norms == "parallel":
-            return self._add(x, r + self._fed(inputs, run))
+            return self._add(x, self._total(r + self._fed(inputs, run)))
+        r = self._total(r)
         # The same checkpoint name is the norm after attention, or (Llama) before the MLP.
         h = self._add(x, r if self._norms == "pre" else self.post_attention_layernorm(r))
         if self._norms == "pre":
-            return self._add(h, self._fed(self.post_attention_layernorm(h), run))
+            return self._add(h, self._total(self._fed(self.post_attention_layernorm(h), run)))
         inputs = h if self._norms == "post" else self.pre_feedforward_layernorm(h)
-        r = self._fed(inputs, run)
+        r = self._total(self._fed(inputs, run))
         if "beside" in self:
             r = self.beside.join(h, r, run)
         h = self._add(h, self.post_feedforward_layernorm(r))

@@ -20,8 +20,9 @@ from .attention import Attend, dense
 from .block import Block
 from .config import DecoderConfig
 from .gemma4 import LayerInputs
-from .layers import Activation, Attention, LayerPass, Memory, Rotate, Routed, norm
+from .layers import Activation, LayerPass, Memory, Rotate, Routed, norm
 from .rope import Rope, Rotation
+from .share import Share, Whole
 from .stacked import StackPass
 
 
@@ -50,10 +51,10 @@ class Part(NamedTuple):
 class Backbone(nn.Module):
     """Embedding, blocks and final norm: the part whose checkpoint names start with `model.`."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, share: Share):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [Block(config.layer(i)) for i in range(config.num_layers)]
+        self.layers = [Block(share.layer(config, i), share.total) for i in share.held]
         self.norm = norm(config)
         if config.layer_input:
             self.layer_inputs = LayerInputs(config)
@@ -65,30 +66,37 @@ class Decoder(nn.Module):
     One call runs N tokens, each with its own position and its own row of the mask, against the
     layers' caches: a prompt chunk, a single token and a draft tree are the same call. All of
     it can be traced by mx.compile.
+
+    Args:
+        config: of the whole model.
+        share: what this machine has of it, if several run it.
     """
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, share: Share | None = None):
         super().__init__()
         self.config = config
-        self.model = Backbone(config)
+        self.share = share = Whole(config.num_layers) if share is None else share
+        self.model = Backbone(config, share)
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, config.head_bias)
         self._ropes = [Rope(rope) for rope in config.ropes]
-        layers = [config.layer(i) for i in range(config.num_layers)]
+        layers = {i: share.layer(config, i) for i in share.held}
         # A shortened model is told of more layers than it has, one that is only sized of none.
-        self.windows = windows = (*config.layer_windows, *[0] * len(layers))[: len(layers)]
+        every = (*config.layer_windows, *[0] * config.num_layers)[: config.num_layers]
+        self.windows = windows = {i: every[i] for i in layers}
         # A layer that reads another's keys within another window needs all of them.
-        sources = [(i, one.kv_source) for i, one in enumerate(layers)]
+        sources = [(i, one.kv_source) for i, one in layers.items()]
         rings = all(source is None or windows[i] == windows[source] for i, source in sources)
         # The first of the caches that each reads: its own, or those of an earlier layer.
         self._caches: list[LayerCache] = []
-        self._slots: list[int] = []
-        for one, window in zip(layers, windows, strict=True):
+        self._slots: dict[int, int] = {}
+        for i, one in layers.items():
             source = one.kv_source
-            self._slots.append(len(self._caches) if source is None else self._slots[source])
+            self._slots[i] = len(self._caches) if source is None else self._slots[source]
             if source is None:
-                self._caches += _kept(one, window if rings else 0)
-        self._routes = sum(one.experts.chosen for one in layers if one.experts is not None)
+                self._caches += _kept(one, windows[i] if rings else 0)
+        routed = [one.experts.chosen for one in layers.values() if one.experts is not None]
+        self._routes = sum(routed) if share.routes else 0
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -159,20 +167,24 @@ class Decoder(nn.Module):
         alone = parts[sum(stack.sequences for stack in stacks) :]
         running: list[_Running | _Stacked] = [_Stacked(self, stack, x.dtype) for stack in stacks]
         running += [_Running(self, part, x.dtype) for part in alone]
-        outputs = []
-        for index, block in enumerate(self.model.layers):
-            common = _Common(
-                self._rotate(self.config.layer_ropes[index], rotations),
-                functions.attend(index),
-                functions.activation,
-                None if given is None else given[:, index],
-                functions.routed,
-            )
-            runs = [sequence.layer(index, common) for sequence in running]
-            run = runs[0] if one else runs[0]._replace(sequences=tuple(runs))
-            x = block(x, run)
-            outputs.append(x)
-        hidden, wanted = self.model.norm(x), [outputs[i] for i in layers]
+
+        def run(x: mx.array) -> tuple[mx.array, dict[int, mx.array]]:
+            outputs = {}
+            for index, block in zip(self.share.held, self.model.layers, strict=True):
+                common = _Common(
+                    self._rotate(self.config.layer_ropes[index], rotations),
+                    functions.attend(index),
+                    functions.activation,
+                    None if given is None else given[:, index],
+                    functions.routed,
+                )
+                runs = [sequence.layer(index, common) for sequence in running]
+                of_layer = runs[0] if one else runs[0]._replace(sequences=tuple(runs))
+                x = outputs[index] = block(x, of_layer)
+            return x, outputs
+
+        x, wanted = self.share.passed(x, run, layers)
+        hidden = self.model.norm(x)
         if one:
             return [(hidden, tuple(wanted))]
         ends = list(itertools.accumulate(p.tokens.shape[0] for p in parts[:-1]))
@@ -182,9 +194,10 @@ class Decoder(nn.Module):
     def masks(self, part: Part) -> dict[int, mx.array]:
         """One mask (N, C) per distinct sliding window, or (N, S) over its layers' rings."""
         _, positions, mask, key_positions, caches = part
-        masks, windows = {0: mask}, self.windows
-        for window in set(windows) - {0}:
-            layer = self._slots[windows.index(window)]
+        masks = {0: mask}
+        # Of every window one layer that sees it.
+        for window, index in {window: i for i, window in self.windows.items() if window}.items():
+            layer = self._slots[index]
             ring = ring_of(self._caches[layer])
             if ring is not None and caches.room(layer, self._caches[layer]) is None:
                 masks[window] = ring.mask(positions, caches)
@@ -213,9 +226,13 @@ class Decoder(nn.Module):
     @property
     def stacks(self) -> bool:
         """Can sequences lie in a stack, as far as layers go?"""
-        return all(
-            "self_attn" in b and isinstance(b.self_attn, Attention) for b in self.model.layers
-        )
+        # Of all layers: machines that share a model put their answers into one order.
+        layers = map(self.config.layer, range(self.config.num_layers))
+        return all(layer.delta is None and layer.latent is None for layer in layers)
+
+    def common(self, *arrays: mx.array) -> Sequence[mx.array]:
+        """See `Share.common`."""
+        return self.share.common(*arrays)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden (M, D) after the final norm -> logits (M, V), scaled and soft-capped."""
@@ -316,7 +333,7 @@ class _Stacked:
 
     def __init__(self, decoder: Decoder, stack: StackPass, dtype: mx.Dtype) -> None:
         self._decoder, self._stack = decoder, stack
-        self._masks = {window: stack.mask(window) for window in {*decoder.windows, 0}}
+        self._masks = {window: stack.mask(window) for window in {*decoder.windows.values(), 0}}
         self._growth = decoder.growth(stack.positions, dtype)
         self._seen: dict[int, Any] = {}
 

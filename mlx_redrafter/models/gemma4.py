@@ -7,7 +7,7 @@ import mlx.nn as nn
 
 from .config import DecoderConfig
 from .experts import Experts
-from .layers import LayerPass
+from .layers import LayerPass, Total
 
 
 class LayerInputs(nn.Module):
@@ -46,8 +46,9 @@ class LayerInput(nn.Module):
 class Beside(Experts):
     """Experts beside a dense layer: both with norms of their own, the router with its scales."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, total: Total = lambda x: x):
         super().__init__(config)
+        self._total = total
         size = config.hidden_size
         self._eps, self._root = config.norm_eps, size**-0.5
         self.scale = mx.ones((size,))
@@ -66,5 +67,5 @@ class Beside(Experts):
         chosen, weights = self.route(x)
         if run.routed is not None:
             run.routed(chosen)
-        mixed = self.mixed(self.norm(x), chosen, weights, run.activation)
+        mixed = self._total(self.mixed(self.norm(x), chosen, weights, run.activation))
         return self.norm_dense(dense) + self.norm_experts(mixed)

@@ -23,6 +23,7 @@ Activation = Callable[[mx.array, mx.array], mx.array]
 LayerWrite = Callable[[mx.array], Seen]
 Rotate = Callable[[mx.array, int], mx.array]
 Routed = Callable[[mx.array], None]
+Total = Callable[[mx.array], mx.array]
 
 
 class Memory(NamedTuple):

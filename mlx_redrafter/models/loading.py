@@ -19,6 +19,7 @@ from .decoder import Decoder
 from .families import decoder_config
 from .files import weight_files
 from .layout import arranged, exact
+from .share import Plan, Share
 from .stored import as_stored, packed_layers
 from .unread import unread
 from .weights import (
@@ -40,22 +41,35 @@ Loaded = Decoder | AdaptedModel
 _FLOAT_MODES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
 
 
-def load_model(folder: Path, dtype: mx.Dtype | None = None, native: bool = True) -> Loaded:
+SHARED = "mlx_redrafter_share"
+"""In the config.json of a folder that holds one machine's share of a model: which."""
+
+
+def load_model(
+    folder: Path, dtype: mx.Dtype | None = None, native: bool = True, plan: Plan | None = None
+) -> Loaded:
     """The target model in `folder` (config.json and *.safetensors, MLX or Hugging Face layout).
 
     A type that our decoder does not have, or any with native=False, is run as mlx_lm's own module.
 
     dtype of all floating arrays: as given; else float32 on a CPU device, where 16-bit arithmetic
-    is several times slower; else as stored. Raises ModelError.
+    is several times slower; else as stored. plan: how several machines share it. Raises ModelError.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder; needed: a folder with config.json and weights")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json; needed: a model in Hugging Face layout")
-    if registry.way(read_json(folder / "config.json"), native) == "adapter":
+    raw = read_json(folder / "config.json")
+    if registry.way(raw, native) == "adapter":
+        if plan is not None:
+            raise ModelError(
+                f"model_type '{raw.get('model_type')}' runs as mlx_lm's own module, which several "
+                "machines cannot share here; needed: one of the types that `mlx-redrafter info` "
+                "calls native, or --hosts left out"
+            )
         return adapted.load(folder, dtype)
-    model, weights = _read_native(folder)
+    model, weights = _read_native(folder, plan)
     if dtype is None and not fused_kernels():
         dtype = mx.float32
     weights = _convert(weights, model.config, dtype)
@@ -93,15 +107,32 @@ def unpacked_like(model: Loaded, folder: Path) -> nn.Module:
     return Decoder(model.config)
 
 
-def _read_native(folder: Path) -> tuple[Decoder, Weights]:
+def stored_weights(folder: Path) -> tuple[DecoderConfig, Weights, dict[str, Any]]:
+    """What a folder holds for our decoder, by the names that it has for the whole model, and
+    config.json as what is stored means it. Nothing is evaluated. Raises ModelError."""
     raw = read_json(folder / "config.json")
     decoder_config(raw)  # an unsupported type is said before gigabytes are read
-    weights = arranged(sanitize(read_weights(weight_files(folder))), raw)
+    weights = read_weights(weight_files(folder))
+    if SHARED not in raw:  # a share is stored as the decoder has it
+        weights = arranged(sanitize(weights), raw)
     raw = as_stored(raw, {name: value.dtype for name, value in weights.items()})
     config = decoder_config(raw, weights.keys())
     if config.tied:
         weights = {k: v for k, v in weights.items() if not k.startswith("lm_head.")}
-    model = Decoder(config)
+    return config, weights, raw
+
+
+def _read_native(folder: Path, plan: Plan | None = None) -> tuple[Decoder, Weights]:
+    config, weights, raw = stored_weights(folder)
+    if SHARED in raw and plan is None:
+        raise ModelError(
+            f"{folder} holds one machine's share of a model: load it with --hosts, on the machines "
+            "that have the other shares"
+        )
+    share: Share | None = None
+    if plan is not None:
+        share, weights = plan.cut(config, weights, raw)
+    model = Decoder(config, share)
     _quantize(model, weights)
     _check_fit(model, weights, folder)
     return model, weights

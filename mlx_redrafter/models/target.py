@@ -67,6 +67,10 @@ class Target(Protocol):
         """Run the tokens of several sequences; see :meth:`Decoder.together`."""
         ...
 
+    def common(self, *arrays: mx.array) -> Sequence[mx.array]:
+        """What has to be the same on all machines that share the model, see `Share.common`."""
+        ...
+
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden (M, D) -> (M, V)."""
         ...

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from mlx_redrafter.runtime.device import fused_kernels
@@ -11,6 +13,9 @@ from mlx_redrafter.runtime.device import fused_kernels
 Run = Callable[[], None]
 Name = TypeVar("Name")
 IN_A_ROW = 4
+Agree = Callable[[list[float]], list[float]]
+
+_agree: contextvars.ContextVar[Agree] = contextvars.ContextVar("agree", default=lambda x: x)
 
 
 def in_a_row() -> int:
@@ -38,6 +43,17 @@ def fastest_pass(runs: Mapping[Name, Run], rounds: int, warm: bool = False) -> d
     return {name: each / in_a_row() for name, each in fastest(runs, rounds, warm).items()}
 
 
+@contextlib.contextmanager
+def agreed(agree: Agree) -> Iterator[None]:
+    """Within, what a clock says is what ``agree`` makes of it: that of one machine for all that do
+    the same, whose numbers of rounds must be equal too."""
+    before = _agree.set(agree)
+    try:
+        yield
+    finally:
+        _agree.reset(before)
+
+
 def fastest(
     runs: Mapping[Name, Run], rounds: int, warm: bool = False, patience: float = 2.0
 ) -> dict[Name, float]:
@@ -51,13 +67,13 @@ def fastest(
     if warm:
         for run in runs.values():
             run()
-    found = {name: float("inf") for name in runs}
+    found, agree = {name: float("inf") for name in runs}, _agree.get()
     begin = time.perf_counter()
     for done in range(rounds):
-        if done >= 2 and time.perf_counter() - begin > patience:
+        if done >= 2 and agree([time.perf_counter() - begin])[0] > patience:
             break
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             found[name] = min(found[name], time.perf_counter() - start)
-    return found
+    return dict(zip(found, agree(list(found.values())), strict=True))

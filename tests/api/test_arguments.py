@@ -257,7 +257,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path, mlx_lm's arguments that say nothing, and a bare tokenizer of transformers."""
-    monkeypatch.setattr(api, "_compiler_present", lambda: False)  # for a few tokens quicker
+    monkeypatch.setattr(api.parts, "_compiler_present", lambda: False)  # for a few tokens quicker
     model, tokenizer = load(str(folder), drafter=None)
     want = generate(model, tokenizer, "da da", max_tokens=6)
     for given, more in (
@@ -304,7 +304,7 @@ def test_load_for_quantised_keys_and_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of rows that divide into groups; a session belongs to the model that was loaded so."""
-    monkeypatch.setattr(api, "_compiler_present", lambda: False)
+    monkeypatch.setattr(api.parts, "_compiler_present", lambda: False)
     given = write_chat_model(tmp_path, head_dim=32)
     with pytest.raises(OptionError, match="give a kv group size of 32"):
         load(given, None, kv_bits=8)
@@ -323,7 +323,7 @@ def test_load_says_which_kernels(
 ) -> None:
     asked = []
     monkeypatch.setattr(small_rows, "switch_on", lambda model, say, by: asked.append((model, by)))
-    monkeypatch.setattr(api, "_compiler_present", lambda: False)
+    monkeypatch.setattr(api.parts, "_compiler_present", lambda: False)
     loaded, _ = load(write_chat_model(tmp_path), None, exact=exact)
     assert asked == [(loaded.target, choice)]
     monkeypatch.setenv("MLX_REDRAFTER_KERNEL", "quick")

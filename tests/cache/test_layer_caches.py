@@ -101,6 +101,9 @@ class Recurrent:
 
     routes, stacks = 0, False
 
+    def common(self, *arrays: mx.array) -> Sequence[mx.array]:
+        return arrays
+
     def together(
         self,
         parts: Sequence[Part],

@@ -135,7 +135,7 @@ def test_a_given_model_is_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(model_checks, "SIZES", range(2, 4))
     monkeypatch.setattr(doctor, "SIZES", range(2, 4))
     # Nothing but the passes over several tokens is of interest here, and compiling takes long.
-    monkeypatch.setattr("mlx_redrafter.api._compiler_present", lambda: False)
+    monkeypatch.setattr("mlx_redrafter.api.parts._compiler_present", lambda: False)
     model = write_chat_model(tmp_path / "tiny")
     code, found = run_doctor("-m", model)
     assert code == 0 and "verify, built-in" not in found

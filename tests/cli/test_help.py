@@ -16,12 +16,12 @@ import mlx_redrafter
 from mlx_redrafter.cli import main as cli
 
 VISIBLE = (
-    "chat", "generate", "serve", "demo", "race", "info", "drafters", "train", "convert", "doctor",
-    "bench",
+    "chat", "generate", "serve", "demo", "race", "info", "drafters", "train", "convert", "shard",
+    "doctor", "bench",
 )  # fmt: skip
 MEASUREMENTS = (
-    "speed", "parallel", "acceptance", "budget", "prefill", "patterns", "needles", "exactness",
-    "counts",
+    "speed", "parallel", "acceptance", "budget", "hosts", "prefill", "patterns", "needles",
+    "exactness", "counts",
 )  # fmt: skip
 
 
@@ -59,8 +59,8 @@ def test_which_commands_there_are() -> None:
 
 
 def test_help_fits_a_screen() -> None:
-    assert len(shown().splitlines()) <= 24
-    assert len(shown("generate").splitlines()) <= 60
+    assert len(shown().splitlines()) <= 25
+    assert len(shown("generate").splitlines()) <= 66
 
 
 def test_help_leads_with_what_is_wanted() -> None:

@@ -31,7 +31,7 @@ LAYERS = [
     {"budget"},
     {"arguments"},
     {"api"},
-    {"evaluation"},
+    {"evaluation", "distributed"},
     {"training", "convert"},
     {"bench", "server"},
     {"cli"},

@@ -20,7 +20,7 @@ import sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from mlx_redrafter import Session, TreeShape, api, generate, load, stream_generate
 
-api._compiler_present = lambda: False
+api.parts._compiler_present = lambda: False
 OPTIONS = {"max_tokens": 8, "logit_bias": {"0": float("-inf")}, "tree": TreeShape.chain(2)}
 texts, wrong = [], []
 

@@ -27,6 +27,8 @@ READS: dict[str, tuple[Breaks, list[str]]] = {
             f"chat -m model -d drafter {FEW}",
             "info model -d drafter",
             "info model --json",
+            "shard model --out new --ranks 2",
+            "bench hosts -m model",
             "convert model --out new",
             "convert model --out new -q --q-bits 8 --q-group-size 32",
             "convert model --out new --dry-run",

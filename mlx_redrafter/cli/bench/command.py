@@ -19,6 +19,7 @@ class Measurements(Group):
         "parallel": Entry(HERE, "Time answers at once, plain and drafted; servers too."),
         "acceptance": Entry(HERE, "Tokens per step by prompt group, tree and temperature."),
         "budget": Entry(HERE, "What steps cost here, and which trees are worth drafting."),
+        "hosts": Entry(HERE, "Predict the speed over several machines, or time it there."),
         "prefill": Entry(PROMPTS, "Compare dense and sparse reading of long prompts."),
         "patterns": Entry(PROMPTS, "Find the sparse pattern of every head."),
         "needles": Entry(PROMPTS, "Ask what sparse reading forgets."),
