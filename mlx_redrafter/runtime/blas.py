@@ -102,7 +102,7 @@ def warn_if_slow() -> None:
     wanted = os.environ.get(VARIABLE) != "reference"
     # Without g++ nothing is compiled at all, which is said elsewhere.
     if sys.platform.startswith("linux") and found.name == "reference" and wanted and _compiler():
-        warnings.warn(f"matrix products are up to eight times slower: {found.detail}", stacklevel=3)
+        warnings.warn(f"matrix products are up to eight times slower: {found.detail}", stacklevel=4)
 
 
 def _compiler() -> str | None:
