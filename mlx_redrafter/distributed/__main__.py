@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
 import threading
+import time
 from typing import Any
 
 from mlx_redrafter.distributed.wire import End, to_first
 from mlx_redrafter.errors import RedrafterError
 from mlx_redrafter.terminal import console
+
+_HELD = 120.0  # seconds that no thread of this process may run
 
 
 def main() -> int:
@@ -29,6 +33,7 @@ def main() -> int:
             end.now("the first machine has ended")
 
     threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=_end_if_held, daemon=True).start()
     try:
         work(settings, end)
         code = 0
@@ -43,6 +48,15 @@ def main() -> int:
     over.set()
     sys.stderr.flush()
     os._exit(code)  # nothing of a collective is left to wait for
+
+
+def _end_if_held() -> None:
+    """MLX holds Python's lock in some calls: where one of these waits for ever, no thread can end
+    the process. This does, without the lock."""
+    with open(os.devnull, "w") as nowhere:
+        while True:
+            faulthandler.dump_traceback_later(_HELD, exit=True, file=nowhere)
+            time.sleep(1)
 
 
 def work(settings: dict[str, Any], end: End) -> None:

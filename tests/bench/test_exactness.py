@@ -25,7 +25,7 @@ def sixteen_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = str(folder / "model.safetensors")
     rounded = {name: value.astype(mx.bfloat16) for name, value in mx.load(file).items()}
     mx.save_safetensors(file, rounded, metadata={"format": "mlx"})
-    monkeypatch.setattr("mlx_redrafter.api._compiler_present", lambda: False)
+    monkeypatch.setattr("mlx_redrafter.api.parts._compiler_present", lambda: False)
     return folder
 
 

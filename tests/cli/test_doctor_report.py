@@ -25,7 +25,7 @@ CHECKS = [Check("versions", "ok", "mlx 1 | 2"), Check("KV cache", "warn", "copie
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_redrafter.api._compiler_present", lambda: False)
+    monkeypatch.setattr("mlx_redrafter.api.parts._compiler_present", lambda: False)
 
 
 @pytest.fixture
