@@ -22,7 +22,7 @@ from mlx_redrafter.errors import RedrafterError
 from mlx_redrafter.terminal import console, modes
 
 Message = dict[str, Any]
-BEAT, SILENCE = 1.0, 8.0  # seconds between signs of life, and without one
+BEAT, SILENCE = 1.0, 12.0  # seconds between signs of life, and without one
 PARTING = 5.0  # seconds between the end and being told so
 _STUCK = 6.0  # seconds that what ends a process may take
 

@@ -77,6 +77,7 @@ def test_what_is_no_shape_is_refused(text: str) -> None:
         ways.parse_shape(text)
 
 
+@pytest.mark.slow
 def test_a_turn_holds_every_way_and_a_pass_of_every_size(turns: list[compare.Turn]) -> None:
     assert [t.timings[0]["turn"] for t in turns] == list(range(2 * 2 * 2))
     greedy = [f"perfect, {n} nodes" for n in (4, 8, 16)]

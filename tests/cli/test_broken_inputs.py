@@ -32,6 +32,7 @@ from broken_world import (
     write_runs,
     write_world,
 )
+from halves import half_slow
 
 from mlx_redrafter.errors import RedrafterError
 
@@ -55,11 +56,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         mx.disable_compile()
         yield
         mx.enable_compile()
-
-
-def half_slow(count: int) -> list[Any]:
-    """Numbers, the second half of which is for the slow tests."""
-    return [pytest.param(n, marks=[pytest.mark.slow] * (2 * n >= count)) for n in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +85,7 @@ def judge(broken: Broken, before: dict[str, bytes], outcome: Any = None) -> None
     )
 
 
-@pytest.mark.parametrize("number", half_slow(FILES))
+@pytest.mark.parametrize("number", half_slow(range(FILES)))
 def test_files(number: int, runs: Path, tmp_path: Path) -> None:
     rng = drawn("files", number)
     kind, line = commands.LINES[number % len(commands.LINES)]
@@ -139,7 +135,7 @@ def judge_lines(broken: Broken, before: dict[str, bytes], starts: bool = True) -
     assert wrong is None, f"{wrong}: {broken}\n{outcome}"
 
 
-@pytest.mark.parametrize("number", half_slow(2 * len(pipes.STREAMS) * TIMES))
+@pytest.mark.parametrize("number", half_slow(range(2 * len(pipes.STREAMS) * TIMES)))
 def test_streams(number: int, world: Path, tmp_path: Path) -> None:
     copy_of(world, tmp_path, ["model"])
     streams = list(pipes.STREAMS)[number % len(pipes.STREAMS)]
@@ -162,7 +158,7 @@ def test_streams(number: int, world: Path, tmp_path: Path) -> None:
         assert outcome.code == 1, f"{broken}\n{outcome}"
 
 
-@pytest.mark.parametrize("number", range(len(pipes.ENVIRONMENTS) * TIMES))
+@pytest.mark.parametrize("number", half_slow(range(len(pipes.ENVIRONMENTS) * TIMES)))
 def test_environments(number: int, world: Path, tmp_path: Path) -> None:
     rng = drawn("environments", number)
     copy_of(world, tmp_path, ["model", "drafter"])

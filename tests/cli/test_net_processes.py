@@ -203,6 +203,7 @@ def test_a_signal_at_the_prompt_gives_the_terminal_back() -> None:
         assert "Traceback" not in screen.text
 
 
+@pytest.mark.slow
 def test_a_stopped_chat_gives_the_terminal_back_and_goes_on() -> None:
     with chatting(job=True) as (screen, before):
         screen.type("Count\r")

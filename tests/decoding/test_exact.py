@@ -25,6 +25,7 @@ from conftest import (
     run,
     write_target,
 )
+from halves import half_slow
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 
@@ -155,7 +156,7 @@ def test_penalties_equal_mlx_lm(
 # --- sampled ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", COMBINATIONS)
+@pytest.mark.parametrize("name", half_slow(COMBINATIONS))
 def test_sampled_with_and_without_drafting(target: Decoder, name: str) -> None:
     """6 combinations x 12 (prompt, temperature, seed) x 3 of 5 shapes: 216 drafted runs, and 72
     with a drafter that only guesses. The first shape is compiled; each has its turn to be."""

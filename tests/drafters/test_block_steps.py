@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from block_calls import at_the_end, knowing, proposed, rows_in, rows_of
 from conftest import V, asked, engine_of, plainly, prompt_of, run
+from halves import half_slow
 from tiny_block import DIALECTS, B, loaded
 from tiny_heads import PARAMS, SHAPES, paths
 from tiny_models import TOLERANCE
@@ -35,7 +36,7 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
-@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize("name", half_slow(DIALECTS))
 def test_no_dialect_changes_a_text(
     target: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, params: Any
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import tiny_eagle
 from conftest import PENALTIES, ByteTokenizer, engine_of, plainly, prompt_of, run, write_target
 from eagle_fitted import plain_head
+from halves import half_slow
 from prefill_cases import TRIANGLEMIX, XATTENTION
 from tiny_eagle import DIALECTS, loaded
 from tiny_heads import PARAMS, SHAPES
@@ -35,7 +36,7 @@ def answers(deep: Decoder) -> dict[str, list[int]]:
     return {name: plainly(deep, PROMPT, 16, params) for name, params in PARAMS.items()}
 
 
-@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize("name", half_slow(DIALECTS))
 def test_every_dialect(
     deep: Decoder, tmp_path: Path, answers: dict[str, list[int]], name: str
 ) -> None:

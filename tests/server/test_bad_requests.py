@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from halves import half_slow
 from scripted_engine import Running, ScriptedEngine, running
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -171,7 +172,7 @@ def test_there_are_enough() -> None:
     assert len(BAD) >= 200
 
 
-@pytest.mark.parametrize("path", FIELDS)
+@pytest.mark.parametrize("path", half_slow(FIELDS))
 def test_fields(path: str, server: Running, client: httpx.Client) -> None:
     """All of one path in one test: they take milliseconds each."""
     for field, values in FIELDS[path].items():

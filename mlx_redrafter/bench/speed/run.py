@@ -90,8 +90,6 @@ def measure(options: BenchOptions) -> bool:
         )
     file = prompt_file(options.prompts)
     prompts = read_prompts(file, count)
-    if options.output is not None:
-        _make(options.output)
     dtype = getattr(mx, options.dtype) if options.dtype is not None else None
     packed: dict[str, Any] = {}
     if options.kv_bits is not None:
@@ -112,6 +110,8 @@ def measure(options: BenchOptions) -> bool:
             "before --sparse-prefill begins: give longer --prompts, or a smaller "
             "--sparse-prefill-min-context"
         )
+    if options.output is not None:
+        _make(options.output)
     result = Document(options.kind, document.conditions(model, file, prompts, facts))
     with _reported(result, options):
         if options.kind == DIVERGENCE:
