@@ -28,6 +28,7 @@ _OTHER = 1.1  # by which other trees have to be faster than those there are
 _WORTH = 1.15  # by which any drafting has to be faster than none
 _USUAL, _MORE = 4, 3  # answers for which trees are made, and how many of these at most
 _RECENT, _ENOUGH = 32, 6  # timed steps that say what such steps cost
+_FAR = 2.0  # no step is believed to be further from the table, or one stall would end company
 _EVERY = 16  # steps of all, after which trees are given anew
 
 
@@ -129,7 +130,7 @@ class Company:
         """A step of answers with these shapes took so long."""
         if len(shapes) > 1:
             ratios = self._ratios[any(s.drafts for s in shapes)]
-            ratios.append(seconds / self._foreseen(shapes))
+            ratios.append(min(max(seconds / self._foreseen(shapes), 1 / _FAR), _FAR))
 
     def _foreseen(self, shapes: Sequence[TreeShape]) -> float:
         return self.check(sum(s.nodes for s in shapes)) + sum(map(self.drafting, shapes))

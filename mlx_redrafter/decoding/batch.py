@@ -75,6 +75,7 @@ class Batch:
         self.waiting: list[Row] = []  # whose prompts are not read yet
         self._stacks = Stacks(engine.target)
         self._read_for = self._decoded_for = 0.0  # seconds: the last part of a prompt, steps since
+        self._traced = False  # was a graph made for the last step?
         self._mark: float | None = None  # when the last step was read; None: something came between
 
     def add(self, request: Request) -> Row:
@@ -189,7 +190,9 @@ class Batch:
             except OptionError as error:
                 row.failed = error  # the others' tokens are handed out first
         now = time.perf_counter()
-        steady = len(reading) == len(running) and traces == self.engine.traces
+        # What was traced is compiled while it runs, and that is read one step later.
+        traced, self._traced = self._traced, traces != self.engine.traces
+        steady = len(reading) == len(running) and not traced and not self._traced
         if self.company is not None and steady and self._mark is not None:
             self.company.learn(shapes, now - self._mark)
         self._mark = now
