@@ -71,9 +71,9 @@ def test_who_gains_more_gets_the_rows() -> None:
 
 
 def test_in_turns_where_rows_cost_as_much_as_steps() -> None:
-    dear = costs_of(n1=10.0, n2=21.0, n4=42.0, n8=84.0, n16=168.0)
+    dear = costs_of(n1=10.0, n2=24.0, n4=48.0, n8=96.0, n16=192.0)
     cheap = {TreeShape.plain(): 10.0, SHAPES[1]: 11.0, SHAPES[2]: 12.0}
-    company = Company(dear, {16: 168.0, 64: 672.0})
+    company = Company(dear, {16: 192.0, 64: 768.0})
     made: Any = [policy(dear), policy(dear)]
     for one in made:
         one._seconds = lambda shape, at: cheap[shape]
