@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -165,8 +165,8 @@ class Decoder(nn.Module):
         inner = self.model.get("layer_inputs")
         given = None if inner is None else inner(tokens, x)
         alone = parts[sum(stack.sequences for stack in stacks) :]
-        running: list[_Running | _Stacked] = [_Stacked(self, stack, x.dtype) for stack in stacks]
-        running += [_Running(self, part, x.dtype) for part in alone]
+        running = [_Running.stacked(self, stack, x.dtype) for stack in stacks]
+        running += [_Running.alone(self, part, x.dtype) for part in alone]
 
         def run(x: mx.array) -> tuple[mx.array, dict[int, mx.array]]:
             outputs = {}
@@ -297,13 +297,44 @@ class _Common(NamedTuple):
 
 
 class _Running:
-    """One sequence while a pass is run."""
+    """One sequence, or those of a stack, while a pass is run.
 
-    def __init__(self, decoder: Decoder, part: Part, dtype: mx.Dtype) -> None:
-        self._decoder, self._caches = decoder, part.caches
-        self._masks = decoder.masks(part)
-        self._growth = decoder.growth(part.positions, dtype)
+    Args:
+        masks: by window.
+        positions: of all nodes.
+        caches: what layers remember, where sequences do not lie in a stack.
+        extend: adds a layer's rows to its cache: what it reads.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        masks: Mapping[int, mx.array],
+        positions: mx.array,
+        dtype: mx.Dtype,
+        caches: Pass,
+        extend: Callable[[int, mx.array], Any],
+        stack: StackPass | None = None,
+    ) -> None:
+        self._decoder, self._masks, self._caches = decoder, masks, caches
+        self._growth = decoder.growth(positions, dtype)
+        self._extend, self._stack = extend, stack
         self._seen: dict[int, Any] = {}
+
+    @classmethod
+    def alone(cls, decoder: Decoder, part: Part, dtype: mx.Dtype) -> _Running:
+        kinds, caches = decoder.caches, part.caches
+
+        def extend(slot: int, rows: mx.array) -> Any:
+            return caches.extend(slot, kinds[slot], rows)
+
+        return cls(decoder, decoder.masks(part), part.positions, dtype, caches, extend)
+
+    @classmethod
+    def stacked(cls, decoder: Decoder, stack: StackPass, dtype: mx.Dtype) -> _Running:
+        masks = {window: stack.mask(window) for window in {*decoder.windows.values(), 0}}
+        nothing = Pass((), stack.positions)
+        return cls(decoder, masks, stack.positions, dtype, nothing, stack.extend, stack)
 
     def layer(self, index: int, common: _Common) -> LayerPass:
         slot, window = self._decoder.place(index)
@@ -317,44 +348,12 @@ class _Running:
             self._growth,
             common.given,
             common.routed,
+            stack=self._stack,
         )
 
     def _write(self, slot: int, rows: mx.array) -> Any:
         """What a layer reads: its cache with these rows, or what the layer whose cache it is
         read in this pass."""
         if slot not in self._seen:
-            kind = self._decoder.caches[slot]
-            self._seen[slot] = self._caches.extend(slot, kind, rows)
-        return self._seen[slot]
-
-
-class _Stacked:
-    """The sequences of a stack, while a pass is run."""
-
-    def __init__(self, decoder: Decoder, stack: StackPass, dtype: mx.Dtype) -> None:
-        self._decoder, self._stack = decoder, stack
-        self._masks = {window: stack.mask(window) for window in {*decoder.windows.values(), 0}}
-        self._growth = decoder.growth(stack.positions, dtype)
-        self._seen: dict[int, Any] = {}
-
-    def layer(self, index: int, common: _Common) -> LayerPass:
-        slot, window = self._decoder.place(index)
-        nothing = Memory(Pass((), self._stack.positions), (), slot)
-        return LayerPass(
-            nothing,
-            self._masks[window],
-            common.rotate,
-            functools.partial(self._write, slot),
-            common.attend,
-            common.activation,
-            self._growth,
-            common.given,
-            common.routed,
-            stack=self._stack,
-        )
-
-    def _write(self, slot: int, rows: mx.array) -> Any:
-        """As of `_Running`."""
-        if slot not in self._seen:
-            self._seen[slot] = self._stack.extend(slot, rows)
+            self._seen[slot] = self._extend(slot, rows)
         return self._seen[slot]

@@ -10,10 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from adapter_cases import TYPES, module_of, native_of
 from conftest import PENALTIES, RANKS, Oracle, asked, engine_of, plainly, prompt_of, run
-from delta_cases import DELTA_CASES
-from tiny_models import CASES, build
+from every_kind import target_of
 
 from mlx_redrafter.cache import stack as stack_module
 from mlx_redrafter.cache.session import Session
@@ -24,8 +22,7 @@ from mlx_redrafter.decoding.batch import Batch, Row
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.models import Decoder, load_model
-from mlx_redrafter.models.adapter import AdaptedModel
+from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.stacked import StackPass
 from mlx_redrafter.tree.shape import TreeShape
 
@@ -124,16 +121,9 @@ def test_every_kind_of_layer_is_its_own(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Recurrences, windows within and beyond a ring, shared keys, latents, growing queries."""
-    target: Any
     mx.disable_compile()
     request.addfinalizer(mx.enable_compile)
-    if kind in CASES:
-        build(tmp_path, kind)
-        target = load_model(tmp_path)
-    elif kind in DELTA_CASES:
-        target = native_of(module_of(DELTA_CASES[kind], lively=True), DELTA_CASES[kind], False)
-    else:
-        target = AdaptedModel(module_of(TYPES[kind], lively=True), TYPES[kind], closed=False)
+    target = target_of(kind, tmp_path)
     prompts = [prompt_of(9 + 11 * i, seed=i, vocab=97) for i in range(3)]
     alone = [plainly(target, prompt, 16, SAMPLING[i]) for i, prompt in enumerate(prompts)]
     texts = [prompt + answer for prompt, answer in zip(prompts, alone, strict=True)]

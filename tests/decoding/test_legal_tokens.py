@@ -12,7 +12,6 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 
 import mlx.core as mx  # isort: skip
 import pytest
-from adapter_cases import TYPES, module_of, native_of
 from conftest import (
     PENALTIES,
     RANKS,
@@ -24,13 +23,11 @@ from conftest import (
     prompt_of,
     run,
 )  # fmt: skip
-from delta_cases import DELTA_CASES
 from eagle_fitted import plain_head
+from every_kind import target_of
 from fake_grammar import END, Drawn
 from fitted_drafters import heads
 from tiny_eagle import loaded as load_eagle
-from tiny_models import CASES as MODELS
-from tiny_models import build
 
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding import grammar as rule
@@ -40,8 +37,7 @@ from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.models import Decoder, load_model
-from mlx_redrafter.models.adapter import AdaptedModel
+from mlx_redrafter.models import Decoder
 from mlx_redrafter.stats import DraftStats
 from mlx_redrafter.tree.nodes import root_only
 from mlx_redrafter.tree.shape import TreeShape
@@ -179,16 +175,9 @@ def refuse(tokens: Any) -> int:
 @pytest.mark.parametrize("kind", ["qwen3_5", "mamba2", "gpt_oss", "glm4_moe_lite"])
 def test_every_kind_of_layer(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Recurrences, rings, experts, latents: what they keep is that of the accepted nodes."""
-    target: Any
     mx.disable_compile()
     request.addfinalizer(mx.enable_compile)
-    if kind in MODELS:
-        build(tmp_path, kind)
-        target = load_model(tmp_path)
-    elif kind in DELTA_CASES:
-        target = native_of(module_of(DELTA_CASES[kind], lively=True), DELTA_CASES[kind], False)
-    else:
-        target = AdaptedModel(module_of(TYPES[kind], lively=True), TYPES[kind], closed=False)
+    target = target_of(kind, tmp_path)
     prompt, grammar = prompt_of(9, vocab=97), Drawn(97, 4, share=0.8)
     for params in SAMPLING[:2]:
         answer = run(engine_of(target, compiled=False), prompt, params, grammar=grammar)
