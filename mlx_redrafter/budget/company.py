@@ -28,7 +28,6 @@ _OTHER = 1.1  # by which other trees have to be faster than those there are
 _WORTH = 1.15  # by which any drafting has to be faster than none
 _USUAL, _MORE = 4, 3  # answers for which trees are made, and how many of these at most
 _RECENT, _ENOUGH = 32, 6  # timed steps that say what such steps cost
-_FAR = 2.0  # no step is believed to be further from the table, or one stall would end company
 _EVERY = 16  # steps of all, after which trees are given anew
 
 
@@ -129,8 +128,8 @@ class Company:
     def learn(self, shapes: Sequence[TreeShape], seconds: float) -> None:
         """A step of answers with these shapes took so long."""
         if len(shapes) > 1:
-            ratios = self._ratios[any(s.drafts for s in shapes)]
-            ratios.append(min(max(seconds / self._foreseen(shapes), 1 / _FAR), _FAR))
+            ratio = seconds / self._foreseen(shapes)
+            self._ratios[any(s.drafts for s in shapes)].append(ratio)
 
     def _foreseen(self, shapes: Sequence[TreeShape]) -> float:
         return self.check(sum(s.nodes for s in shapes)) + sum(map(self.drafting, shapes))
@@ -196,11 +195,7 @@ class Seat:
         """Tokens per second with the best shape, if there were no others."""
         if not isinstance(self._policy, Automatic):
             return 0.0
-        return max(self._alone(self._policy, shape) for shape in self._policy.shapes)
-
-    def _alone(self, policy: Automatic, shape: TreeShape) -> float:
-        likely = policy.foreseen(shape) / self._company.costs.table(shape)
-        return min(policy.speed(shape, self._position), _FAR * likely)
+        return max(self._policy.speed(shape, self._position) for shape in self._policy.shapes)
 
     def foreseen(self, shape: TreeShape) -> float:
         """Tokens of a step."""

@@ -18,6 +18,7 @@ from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.step import State, StepSpec, nothing_pending, waits
 from mlx_redrafter.drafters import Drafter
 from mlx_redrafter.models import Target
+from mlx_redrafter.runtime.clock import Laps
 from mlx_redrafter.runtime.device import release
 from mlx_redrafter.tree import told
 from mlx_redrafter.tree.nodes import END, DraftTree
@@ -58,12 +59,15 @@ class Runner(Protocol):
 
 class InFlight(NamedTuple):
     """A step that was started; counted: behind its text stands a number of experts; grown: its
-    caches are larger than those of the step before."""
+    caches are larger than those of the step before; fresh: its graph was made for it; together:
+    of how many answers it is."""
 
     spec: StepSpec
     text: mx.array
     counted: bool
     grown: bool
+    fresh: bool
+    together: int
 
     @property
     def shape(self) -> TreeShape:
@@ -113,7 +117,7 @@ class Answering:
         self.done = self.ended = False  # ended: by its grammar
         self._grew = False
         self.tree: told.ToldTree | None = None  # of the step that was read last
-        self._mark = self._read = 0.0
+        self._mark, self._laps = 0.0, Laps()
         self._traces = 0
 
     def start(self, state: State) -> None:
@@ -121,7 +125,8 @@ class Answering:
         self.state = state
         if not self.awake:
             self._let_go(self.request.session.covered)
-        self._mark = self._read = time.perf_counter()
+        self._mark = time.perf_counter()
+        self._laps.forget()
         self._traces = self.engine.traces
 
     @property
@@ -158,25 +163,35 @@ class Answering:
             told=request.trees,
         )  # fmt: skip
 
-    def launched(self, spec: StepSpec, text: mx.array, state: State, counted: bool = False) -> None:
-        """A step of the prepared bucket was started. counted: behind the text of one that drafts
-        stands how many experts its nodes chose."""
+    def launched(
+        self,
+        spec: StepSpec,
+        text: mx.array,
+        state: State,
+        counted: bool = False,
+        together: int = 1,
+    ) -> None:
+        """A step of the prepared bucket was started.
+
+        Args:
+            counted: behind the text of one that drafts stands how many experts its nodes chose.
+            together: answers that it is a step of.
+        """
         self.stand = UNKNOWN if self.in_flight else len(self.known) - 1
         if state.held:
             held = Held(*state.held)
             self.held = held._replace(tree=DraftTree(*held.tree))
         self.state = state._replace(held=())
         counted = counted and spec.shape.drafts
-        self.in_flight.append(InFlight(spec, text, counted, self._grew))
-        self._grew = False
+        fresh = self.engine.traces != self._traces
+        self.in_flight.append(InFlight(spec, text, counted, self._grew, fresh, together))
+        self._grew, self._traces = False, self.engine.traces
+        if fresh:
+            self._laps.forget()  # the step in flight ended unseen meanwhile
 
-    def read(self, alone: bool = True) -> list[int]:
-        """Wait for the oldest step: its tokens, accepted drafts and the bonus.
-
-        Args:
-            alone: nothing else ran with it, so that its time tells what such a step takes.
-        """
-        spec, text, counted, grown = self.in_flight.popleft()
+    def read(self) -> list[int]:
+        """Wait for the oldest step: its tokens, accepted drafts and the bonus."""
+        spec, text, counted, grown, fresh, together = self.in_flight.popleft()
         request, known, ahead = self.request, self.known, bool(self.in_flight)
         stats, shape = request.stats, spec.shape
         numbers = cast(list[int], text.tolist())
@@ -201,12 +216,14 @@ class Answering:
             found = _going_on([known[-1], *tokens], self.prediction)
             stats.foretold += found
             stats.predicted += min(found, max(0, len(tokens) - 1))
-        # A step that was traced first, or waited for the reader, tells nothing.
-        traced = self.engine.traces != self._traces or redone
-        timed = alone and not traced and now - self._mark > (now - self._read) / 2
+        behind = self.in_flight[-1].together if ahead else 0
+        seconds = self._laps.ended(self._mark, now, behind)
         if not spec.given:
-            self.policy.record(shape, len(tokens), now - self._read if timed else None, experts)
-        self._read, self._mark, self._traces = now, now, self.engine.traces
+            alone = together == 1 and not fresh
+            self.policy.record(shape, len(tokens), seconds if alone else None, experts)
+        self._mark = now
+        if redone:
+            self._laps.forget()
         known.extend(tokens)
         if ahead or (shape.one_path and not self.behind):
             self.in_place = len(known) - 1

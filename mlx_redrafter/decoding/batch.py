@@ -22,6 +22,7 @@ from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.stacks import Stacks
 from mlx_redrafter.decoding.step import State
 from mlx_redrafter.errors import OptionError
+from mlx_redrafter.runtime.clock import Laps
 from mlx_redrafter.tree.shape import TreeShape
 
 _AT_ONCE = 64  # tokens of prompts between two steps, if no part of one is longer
@@ -75,8 +76,7 @@ class Batch:
         self.waiting: list[Row] = []  # whose prompts are not read yet
         self._stacks = Stacks(engine.target)
         self._read_for = self._decoded_for = 0.0  # seconds: the last part of a prompt, steps since
-        self._traced = False  # was a graph made for the last step?
-        self._mark: float | None = None  # when the last step was read; None: something came between
+        self._laps = Laps()
 
     def add(self, request: Request) -> Row:
         """Take a request in; its prompt is read by the next calls of `step`.
@@ -122,7 +122,8 @@ class Batch:
                 raise row.failed
         start = time.perf_counter()
         if self.waiting and (not self.rows or self.reads()):
-            self._mark, self._decoded_for = None, 0.0
+            self._laps.forget()
+            self._decoded_for = 0.0
             self._read_on()
             self._read_for = time.perf_counter() - start
             return []
@@ -171,7 +172,9 @@ class Batch:
         if turns:
             self.rows.append(self.rows.pop(0))
         running = self.rows[-1:] if turns else list(self.rows)
-        traces, reading = self.engine.traces, [row for row in running if row.answer.in_flight]
+        reading, came = [row for row in running if row.answer.in_flight], time.perf_counter()
+        for row in running:
+            row.answer.resumed()
         if all(row.answer.place is None for row in running):
             self._launch([row for row in running if row not in reading or row.answer.goes_on])
         else:  # what waits for the host would run without the others, if these were a step ahead
@@ -179,27 +182,25 @@ class Batch:
             reading = running
         if not reading:
             return []
+        if any(row.answer.in_flight[-1].fresh for row in reading):
+            self._laps.forget()
+        steps = [row.answer.in_flight[0] for row in reading]
         found = []
-        shapes = [row.answer.in_flight[0].shape for row in reading]
         for row in reading:
             answer = row.answer
-            answer.resumed()
             try:
-                tokens = answer.read(alone=len(reading) == 1)
+                tokens = answer.read()
                 found.append((row, Emitted(tokens, answer.tree)))
             except OptionError as error:
                 row.failed = error  # the others' tokens are handed out first
-        now = time.perf_counter()
-        # What was traced is compiled while it runs, and that is read one step later.
-        traced, self._traced = self._traced, traces != self.engine.traces
-        steady = len(reading) == len(running) and not traced and not self._traced
-        if self.company is not None and steady and self._mark is not None:
-            self.company.learn(shapes, now - self._mark)
-        self._mark = now
+        behind = sum(len(row.answer.in_flight) for row in reading)
+        seconds = self._laps.ended(came, time.perf_counter(), behind)
+        whole = all(step.together == len(steps) and not step.fresh for step in steps)
+        if self.company is not None and whole and seconds is not None:
+            self.company.learn([step.shape for step in steps], seconds)
         for row in reading:
             if row.answer.done:
                 self.remove(row)
-                self._mark = None
         return found
 
     def _launch(self, rows: list[Row]) -> None:
@@ -221,6 +222,6 @@ class Batch:
             put_back(left)
         del states, left, together
         for answer, text, state in zip(answers, texts, after, strict=True):
-            answer.launched(specs[answer], text, State(*state))
+            answer.launched(specs[answer], text, State(*state), together=len(answers))
         del after
         mx.async_eval(texts, [a.state for a in answers], [s.arrays for s in lying])

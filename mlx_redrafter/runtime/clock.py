@@ -43,6 +43,35 @@ def fastest_pass(runs: Mapping[Name, Run], rounds: int, warm: bool = False) -> d
     return {name: each / in_a_row() for name, each in fastest(runs, rounds, warm).items()}
 
 
+class Laps:
+    """Seconds of steps that are started one ahead, by when each was read.
+
+    A step that was there before its reader came tells nothing, and neither does the one behind it:
+    nobody saw the one end and the other begin. A CPU starts a step by doing most of it, so that one
+    is read when the next is nearly done; the last, with none behind it, would seem to take no time.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Something else came between."""
+        self._last = time.perf_counter()  # when one was read
+        self._seen = False  # was somebody waiting for it?
+        self._behind = 0
+
+    def ended(self, came: float, now: float, behind: int) -> float | None:
+        """A step was read: its seconds, if they are known.
+
+        Args:
+            came: when the reader did, to start the next one and to wait.
+            behind: answers whose next step was started before this one was read.
+        """
+        passed, began = now - self._last, self._seen and behind == self._behind
+        self._last, self._seen, self._behind = now, now - came > passed / 2, behind
+        return passed if began and self._seen else None
+
+
 @contextlib.contextmanager
 def agreed(agree: Agree) -> Iterator[None]:
     """Within, what a clock says is what ``agree`` makes of it: that of one machine for all that do

@@ -230,6 +230,21 @@ def test_a_shape_that_was_timed_on_a_busy_machine_is_not_shunned_for_ever() -> N
     assert costs.seconds(TREE) / costs.seconds(PLAIN) == pytest.approx(fair, rel=0.1)
 
 
+def test_neither_the_first_step_nor_the_last_is_timed(target: Decoder, texts: list[Any]) -> None:
+    """The last has none behind it, the first nobody saw begin."""
+    seconds: list[float | None] = []
+
+    class Timed(Dice):
+        def record(self, *args: Any) -> None:
+            seconds.append(args[2])
+
+    engine, prompt = engine_of(target), texts[1][0]
+    run(engine, prompt, None, Timed([PLAIN], 0), 24)
+    assert len(seconds) == 24
+    assert seconds[0] is seconds[-1] is None
+    assert sum(known is not None for known in seconds) > 12
+
+
 def test_shapes_that_stand_otherwise_to_each_other_than_in_the_table() -> None:
     costs = Costs.from_dict(COSTS.as_dict())
     for _ in range(40):
