@@ -185,9 +185,9 @@ class _Batch:
         self.last = tokens
         self.step += 1
         told.tokens(len(going))
-        for row in rows:
+        for row in map(int, rows):
             if self.courses[row].done:
-                told.answer(int(row), self._answer(row))
+                told.answer(row, self._answer(row))
 
     def shrink(self) -> bool:
         """Drop the finished sequences when enough are; False when none is left."""
@@ -220,7 +220,7 @@ class _Batch:
 
     def _going(self) -> np.ndarray:
         """Rows of the batch that are not finished."""
-        return np.flatnonzero([not self.courses[row].done for row in self.rows])
+        return np.flatnonzero([not self.courses[int(row)].done for row in self.rows])
 
 
 def _kinds(kinds: Sequence[LayerCache]) -> list[LayerCache]:

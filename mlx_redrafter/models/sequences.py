@@ -43,8 +43,8 @@ class Thought:
 class Request:
     """A prompt to answer: token ids, temperature (0 is greedy), seed of this answer alone.
 
-    ``top_p`` below 1: of the likeliest tokens that have this mass together. ``thought`` comes before
-    the answer and is not part of its length.
+    ``top_p`` below 1: of the likeliest tokens that have this mass together. A ``thought`` comes
+    before the answer and is not part of its length.
     """
 
     prompt: Sequence[int]
@@ -55,8 +55,10 @@ class Request:
 
     def draws(self, count: int, tries: int = 1) -> np.ndarray:
         """(count,) numbers in [0, 1), one for every token; (count, tries) for some tries."""
-        shape = (count, tries) if tries > 1 else count
-        return np.random.default_rng(self.seed).random(shape)
+        # Without top-p the first is always taken: the others do not matter.
+        own = _TRIES if self.top_p < 1 else 1
+        drawn = np.random.default_rng(self.seed).random((count, own))
+        return drawn[:, 0] if tries == 1 else np.broadcast_to(drawn, (count, tries))
 
     def longest(self, max_tokens: int) -> int:
         """Tokens of an answer of at most ``max_tokens``, with its thought."""
@@ -301,7 +303,7 @@ def nucleus(requests: Sequence[Request]) -> tuple[mx.array, ...]:
     """(B,) top-p of every request, for `sample`; nothing where none restricts its tokens."""
     if all(r.top_p >= 1 for r in requests):
         return ()
-    return (mx.array([r.top_p for r in requests], mx.float32),)
+    return (mx.array([r.top_p if r.top_p < 1 else np.inf for r in requests], mx.float32),)
 
 
 def tries(given: tuple[mx.array, ...]) -> int:
