@@ -38,7 +38,7 @@ from .sequences import (
 from .target import Target
 
 ROWS_PER_PASS = 4096  # bounds the activations of a pass
-_SHRINK = 0.6  # sequences that are left, as a share of the batch, when it is made smaller
+SHRINK = 0.6  # sequences that are left, as a share of the batch, when it is made smaller
 
 
 def takes(target: Target) -> bool:
@@ -194,7 +194,7 @@ class _Batch:
         kept = self._going()
         if not len(kept):
             return False
-        if len(kept) <= _SHRINK * len(self.rows):
+        if len(kept) <= SHRINK * len(self.rows):
             index, kinds = mx.array(kept), _kinds(self.batched.target.caches)
             for layer, slab in enumerate(self.kv):
                 self.kv[layer] = some(kinds[layer], slab, index)

@@ -6,7 +6,12 @@ import re
 
 # A sentence's end: not that of "1." or of "e.g.", and with nothing but space behind it.
 _END = re.compile(r"(?<![\s\d.])(?<!\b\w)[.!?…][\"'”’)\]*]*(?=\s|$)|[。！？؟।]")
+_LINE_OVER = re.compile(r"[ \t]*\n")
 _FENCE = "```"
+_CODE = re.compile(
+    r"\s*(import|from|def|class|return|public|private|package|assert|if|for|#include|//)\b"
+    r"|.*[;{}()\[\],]\s*$|\s*[\w.\[\]]+ = "
+)
 _LETTERS = 4  # in a turn, at least
 _WORDS = 3
 _WINDOW = 8  # characters of the pieces that are counted
@@ -26,14 +31,13 @@ _SPEAKER = re.compile(
 def usable(text: str, whole: bool) -> str | None:
     """The turn; None if nobody would ask that.
 
-    What is not ``whole`` was cut off, and is cut back to its last whole sentence. A fragment is
-    left out: hardly a word or a letter, one thing again and again, the middle of a text, code that
-    is opened and not closed; and what goes on as the assistant.
+    What is not ``whole`` was cut off, and is cut back to whole sentences. A fragment is left out:
+    hardly a word or a letter, one thing again and again, the middle of a text, code that is opened
+    and not closed or was cut off; and what begins as the assistant would.
     """
     text = text.strip()
     if not whole:
-        ends = [m.end() for m in _END.finditer(text)]
-        text = text[: ends[-1]] if ends else ""
+        text = "" if _is_code(text) else _cut(text)
     letters = sum(c.isalpha() for c in text)
     if letters < _LETTERS or letters < _LEAST_LETTERS * len("".join(text.split())):
         return None
@@ -44,6 +48,20 @@ def usable(text: str, whole: bool) -> str | None:
     if _ANSWERS.match(text) or _SPEAKER.search(text):
         return None
     return text
+
+
+def _cut(text: str) -> str:
+    """The first lines that end with a sentence, for a model that does not find an end goes on with
+    the answer; else as many sentences as are whole."""
+    ends = [m.end() for m in _END.finditer(text)]
+    of_lines = [end for end in ends if _LINE_OVER.match(text, end)]
+    return text[: of_lines[0] if of_lines else ends[-1]] if ends else ""
+
+
+def _is_code(text: str) -> bool:
+    """Is it code, most of it, that nobody says anything about?"""
+    lines = [line for line in text.split(_FENCE)[0].splitlines() if line.strip()]
+    return len(lines) > 2 and sum(map(bool, map(_CODE.match, lines))) > len(lines) / 2
 
 
 def _repeats(text: str) -> bool:

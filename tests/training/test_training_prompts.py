@@ -155,6 +155,7 @@ def test_words_that_the_tokenizer_lacks_and_base_models_begin_with_nothing(tmp_p
 # What is of use
 
 SAID = "How do I bake bread at home?"
+CODE = f"import numpy\n\n# {SAID}\nx = numpy.ones(3)\nprint(x)"
 
 
 @pytest.mark.parametrize(
@@ -167,6 +168,10 @@ SAID = "How do I bake bread at home?"
         (f"{SAID} I have tried it with", False, SAID),
         (f"{SAID} I mean e.g. that", False, SAID),
         (f"{SAID}\n1. Take 2.5", False, SAID),
+        (f"{SAID} I am new to it.\n\nYou can. First", False, f"{SAID} I am new to it."),
+        (f"Mend this:\n\nShe go. {SAID} And", False, f"Mend this:\n\nShe go. {SAID}"),
+        (CODE, False, None),
+        (CODE, True, CODE),
         (f'"{SAID}" It', False, f'"{SAID}"'),
         ("怎么做面包？我想在家里", False, "怎么做面包？"),
         ("How do I bake bread at home", False, None),
