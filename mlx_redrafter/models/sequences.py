@@ -19,7 +19,7 @@ from mlx_redrafter.runtime.compiler import keep_memory
 
 _CHUNK = 512  # tokens of a pass over one sequence
 _TRIES = 4  # draws of a token within top-p; the likeliest is taken after so many outside it
-_OPENING = 3  # tokens of an answer in which a thought begins, if it does
+_OPENING = 8  # tokens of an answer in which a thought begins, if it does
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def write(
     folder = place / _key(target, requests, max_tokens, end_tokens)
     for other in place.glob("*"):
         if other != folder:
-            shutil.rmtree(other)
+            forget(other)
     folder.mkdir(parents=True, exist_ok=True)
     found = {i: a for i in range(len(requests)) if (a := _read(folder / f"{i}.npz"))}
     for number, answer in found.items():

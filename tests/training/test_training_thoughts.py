@@ -26,7 +26,7 @@ from mlx_redrafter.training.config import TrainConfig
 from mlx_redrafter.training.shards import read_conversations
 
 OPEN, CLOSE, END, CLOSING = 90, 91, 92, (80, 91, 81)
-THINKING = {"answer_tokens": 500, "max_tokens": 8, "thought_tokens": 12}
+THINKING = {"answer_tokens": 300, "max_tokens": 8, "thought_tokens": 12}
 # The words in it stand for marks: what is a mark is found by the text.
 OPENED, CLOSED = "<think>", "</think>"
 TEMPLATE = (
@@ -78,7 +78,7 @@ def taken(of: Thought | None, chosen: Sequence[int]) -> list[int]:
         (True, [1, 2, END], [1, 2, END]),
         (False, [OPEN, *range(8), 3, 4, 5, 6, 7], [OPEN, *range(5), *CLOSING, 3, 4, 5, 6]),
         (False, [9, OPEN, 1, CLOSE, 3, 4, 5, 6, 7], [9, OPEN, 1, CLOSE, 3, 4, 5, 6]),
-        (False, [1, 2, 3, OPEN, 5], [1, 2, 3, OPEN]),
+        (False, [1, 2, 3, 4, OPEN, 5], [1, 2, 3, 4]),
         (False, [CLOSE, 2, 3, 4, 5], [CLOSE, 2, 3, 4]),
     ],
 )
