@@ -183,3 +183,33 @@ def test_earlier_answers_of_both_modes_are_known_again(
         row["prompt"] for i, row in enumerate(rows) if i not in (2, 3)
     ]
     assert all(f.own is None for f in agreement.findings(run.supply).values())
+
+
+@pytest.mark.parametrize(
+    ("on", "off", "found"),
+    [
+        ("", "<think> </think>", [None, False]),  # the model opens its thought, as Qwen3
+        ("<think>", "<think> </think>", [None, True]),
+        ("<think>", "<think>", [True]),  # no switch
+        ("", "", [False]),
+    ],
+)
+def test_where_a_thought_begins_is_seen_from_the_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: str, off: str, found: list[bool | None]
+) -> None:
+    monkeypatch.setattr(tiny_chat, "WORDS", [*WORDS, OPENED, CLOSED])
+    write_tokenizer(
+        tmp_path,
+        "{% for m in messages %}{{ m['content'] }}{% endfor %} "
+        f"{{{{ '{on}' if enable_thinking | default(true) else '{off}' }}}}",
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = stages.load_tokenizer(tmp_path)
+    thinking = thoughts.Thinking(TrainConfig(), tokenizer)
+    assert thinking.share == (0.5 if len(found) > 1 else 1)
+    given = [thinking.thought(prompt_ids(tokenizer, [{"role": "user", "content": "ba"}], mode))
+             for mode in thinking.modes]  # fmt: skip
+    assert [t and t.begun for t in given] == found
+    closed = tokenizer.convert_tokens_to_ids(CLOSED)
+    assert all(t.closing == (closed,) and t.closes([5, closed]) for t in given if t)
+    assert not any(t.closes([closed, 5]) or t.opens([closed]) for t in given if t)
