@@ -23,11 +23,22 @@ from ..runtime.device import fused_kernels
 from . import vectorised
 from .attention import attend
 from .decoder import Decoder, Functions
-from .sequences import Answer, OneByOne, Request, Sequences, sample, stacked
+from .sequences import (
+    Answer,
+    Course,
+    OneByOne,
+    Request,
+    Sequences,
+    Told,
+    nucleus,
+    sample,
+    stacked,
+    tries,
+)
 from .target import Target
 
 ROWS_PER_PASS = 4096  # bounds the activations of a pass
-_SHRINK = 0.6  # sequences that are left, as a share of the batch, when it is made smaller
+SHRINK = 0.6  # sequences that are left, as a share of the batch, when it is made smaller
 
 
 def takes(target: Target) -> bool:
@@ -73,19 +84,21 @@ class BatchedTarget(Sequences):
         return hidden.reshape(rows, n, -1), features, caches.caches
 
     def write(
-        self, requests: Sequence[Request], max_tokens: int, end_tokens: Collection[int]
+        self,
+        requests: Sequence[Request],
+        max_tokens: int,
+        end_tokens: Collection[int],
+        told: Told | None = None,
     ) -> list[Answer]:
-        batch = _Batch(self, requests, max_tokens)
+        batch = _Batch(self, requests, [Course(r, max_tokens, end_tokens) for r in requests])
         hidden, features = batch.read_prompts()
-        for step in range(max_tokens):
-            logits = self.target.logits(hidden)
-            tokens = self._sample(logits, batch.temps, batch.uniform(step))
+        while True:
+            tokens = self._sample(self.target.logits(hidden), *batch.sampling())
             mx.eval(tokens, features)
-            batch.record(step, np.array(tokens), np.array(features), end_tokens)
-            if not batch.shrink() or step + 1 == max_tokens:
-                break
+            batch.record(np.array(tokens), np.array(features), told or Told())
+            if not batch.shrink():
+                return batch.answers()
             hidden, features = batch.advance()
-        return batch.answers()
 
     def read(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
         """Pairs of like length should come together: all are padded to the longest."""
@@ -136,19 +149,19 @@ class BatchedTarget(Sequences):
 class _Batch:
     """The state of a batch of answers while they are written."""
 
-    def __init__(self, batched: BatchedTarget, requests: Sequence[Request], max_tokens: int):
-        self.batched, self.max_tokens = batched, max_tokens
+    def __init__(
+        self, batched: BatchedTarget, requests: Sequence[Request], courses: Sequence[Course]
+    ) -> None:
+        self.batched, self.courses = batched, courses
         self.tokens, self.pads = _padded([r.prompt for r in requests])
         self.length = self.tokens.shape[1]
         self.rows = np.arange(len(requests))  # which request every row of the batch answers
         self.temps = mx.array([r.temp for r in requests], mx.float32)
-        self.draws = np.stack([r.draws(max_tokens) for r in requests])
-        self.written = np.zeros((len(requests), max_tokens), np.int32)
-        self.lengths = np.zeros(len(requests), np.int32)
-        self.done = np.zeros(len(requests), bool)
-        capacity = self.length + max_tokens
-        self.kv = batched.caches(len(requests), capacity)
-        shape = (len(requests), max_tokens, len(batched.layers), batched.target.config.hidden_size)
+        self.top_p, self.step = nucleus(requests), 0
+        longest = max(r.longest(c.max_tokens) for r, c in zip(requests, courses, strict=True))
+        self.draws = np.stack([r.draws(longest, tries(self.top_p)) for r in requests])
+        self.kv = batched.caches(len(requests), self.length + longest)
+        shape = (len(requests), longest, len(batched.layers), batched.target.config.hidden_size)
         self.features = np.zeros(shape if batched.layers else (*shape[:3], 0), np.float16)
 
     def read_prompts(self) -> tuple[mx.array, mx.array]:
@@ -157,35 +170,39 @@ class _Batch:
             mx.eval(hidden, features)
         return hidden[:, -1], features[:, -1]
 
-    def uniform(self, step: int) -> mx.array:
-        return mx.array(self.draws[self.rows, step], mx.float32)
+    def sampling(self) -> tuple[mx.array, ...]:
+        """What `sample` wants besides logits."""
+        draws = mx.array(self.draws[self.rows, self.step], mx.float32)
+        return self.temps, draws, *self.top_p
 
-    def record(
-        self, step: int, tokens: np.ndarray, features: np.ndarray, end_tokens: Collection[int]
-    ) -> None:
+    def record(self, tokens: np.ndarray, features: np.ndarray, told: Told) -> None:
         """Keep the tokens of the sequences that are not finished."""
-        self.last = tokens
-        going = ~self.done[self.rows]
+        going = self._going()
         rows = self.rows[going]
-        self.written[rows, step] = tokens[going]
-        self.features[rows, step] = features[going]
-        self.lengths[rows] = step + 1
-        self.done[rows] = np.isin(tokens[going], list(end_tokens))
+        self.features[rows, self.step] = features[going]
+        for i, row in zip(going, rows, strict=True):
+            tokens[i] = self.courses[row].take(int(tokens[i]))
+        self.last = tokens
+        self.step += 1
+        told.tokens(len(going))
+        for row in map(int, rows):
+            if self.courses[row].done:
+                told.answer(row, self._answer(row))
 
     def shrink(self) -> bool:
         """Drop the finished sequences when enough are; False when none is left."""
-        going = ~self.done[self.rows]
-        if not going.any():
+        kept = self._going()
+        if not len(kept):
             return False
-        if going.sum() <= _SHRINK * len(going):
-            kept = np.flatnonzero(going)
+        if len(kept) <= SHRINK * len(self.rows):
             index, kinds = mx.array(kept), _kinds(self.batched.target.caches)
             for layer, slab in enumerate(self.kv):
                 self.kv[layer] = some(kinds[layer], slab, index)
                 del slab
                 mx.eval(self.kv[layer])
             self.rows, self.pads, self.last = self.rows[kept], self.pads[kept], self.last[kept]
-            self.temps = self.temps[index]
+            self.temps, *top_p = (x[index] for x in (self.temps, *self.top_p))
+            self.top_p = tuple(top_p)
         return True
 
     def advance(self) -> tuple[mx.array, mx.array]:
@@ -195,10 +212,15 @@ class _Batch:
         return hidden[:, 0], features[:, 0]
 
     def answers(self) -> list[Answer]:
-        return [
-            Answer(self.written[i, :n].tolist(), self.features[i, :n].copy())
-            for i, n in enumerate(self.lengths)
-        ]
+        return [self._answer(row) for row in range(len(self.courses))]
+
+    def _answer(self, row: int) -> Answer:
+        tokens = self.courses[row].tokens
+        return Answer(tokens, self.features[row, : len(tokens)].copy())
+
+    def _going(self) -> np.ndarray:
+        """Rows of the batch that are not finished."""
+        return np.flatnonzero([not self.courses[int(row)].done for row in self.rows])
 
 
 def _kinds(kinds: Sequence[LayerCache]) -> list[LayerCache]:

@@ -26,6 +26,8 @@ _DATE = 8  # tokens by which one date may be longer than another
 # Of whatever a template prints of today, one of these has something else.
 _OTHER_DAYS = (datetime(2001, 9, 3, 4, 5, 6), datetime(2018, 12, 25, 17, 38, 49))
 
+Mode = dict[str, bool]  # variables of the chat template
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -90,19 +92,19 @@ def agreement(target: Sequences, conversations: Sequence[Conversation]) -> float
     return agreed / total
 
 
-def frame_of(supply: Supply) -> tuple[list[int], list[int]]:
+def frame_of(supply: Supply, mode: Mode | None = None) -> tuple[list[int], list[int]]:
     """Token ids that the model's chat template puts before and after a user turn."""
-    probes = [supply.encode({"prompt": text}) for text in ("", "Q")]
+    probes = [supply.encode({"prompt": text}, mode) for text in ("", "Q")]
     head, tail = imports.frame(probes)
     return probes[0][:head], probes[0][len(probes[0]) - tail :]
 
 
-def _undated(supply: Supply, head: list[int]) -> tuple[list[int], list[int]]:
+def _undated(supply: Supply, mode: Mode, head: list[int]) -> tuple[list[int], list[int]]:
     """What is before the date in a template that prints it, and what is after it."""
     heads = [head]
     for moment in _OTHER_DAYS:
         with dates.at(supply.tokenizer, moment):
-            heads.append(frame_of(supply)[0])
+            heads.append(frame_of(supply, mode)[0])
     before, after = imports.frame(heads)
     return (head[:before], head[len(head) - after :]) if before + after else (head, [])
 
@@ -112,10 +114,8 @@ def _of_taken(supply: Supply, files: Sequence[Path]) -> Finding:
     chosen, greedy = _some(files)
     stored = agreement(supply.target, chosen)
     prompts = [c.prompt for file in files[:4] for c in read_conversations(file)]
-    head, tail = frame_of(supply)
-    before, after = _undated(supply, head)
-    room = len(head) + _DATE - len(before) - len(after)
-    alike = sum(_begins_and_ends(prompt, before, room, after, tail) for prompt in prompts)
+    frames = [_frame(supply, mode) for mode in supply.thinking.modes]
+    alike = sum(any(_framed(prompt, *frame) for frame in frames) for prompt in prompts)
     if not supply.tokenizer.has_chat_template or alike >= len(prompts) / 2:
         return Finding(stored, greedy)
     first, last = imports.frame(prompts)
@@ -160,7 +160,14 @@ def _some(files: Sequence[Path]) -> tuple[list[Conversation], bool]:
     return (greedy or [c for part in found for c in part[:each]])[:_COUNT], bool(greedy)
 
 
-def _begins_and_ends(
+def _frame(supply: Supply, mode: Mode) -> tuple[list[int], int, list[int], list[int]]:
+    """What is before a date and behind it, the tokens between, and what is behind the turn."""
+    head, tail = frame_of(supply, mode)
+    before, after = _undated(supply, mode, head)
+    return before, len(head) + _DATE - len(before) - len(after), after, tail
+
+
+def _framed(
     prompt: list[int], before: list[int], room: int, after: list[int], tail: list[int]
 ) -> bool:
     """Is it framed so? A date of at most `room` tokens may stand between `before` and `after`."""

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 import mlx.core as mx
 
-from mlx_redrafter.models.sequences import Request, Sequences
+from mlx_redrafter.models.sequences import Request, Sequences, Told
+from mlx_redrafter.training import waves
 from mlx_redrafter.training.shards import Shard, batched, save_features, write_lines
 
 TEMPERATURES = (0.0, 0.8, 0.6, 0.0, 1.0, 0.8, 0.6, 0.0, 1.0, 0.8)  # 30 % greedy
@@ -31,9 +32,14 @@ def write_shard(
     *,
     max_tokens: int,
     end_tokens: Collection[int],
+    told: Told | None = None,
 ) -> int:
-    """Answer a batch and write its shard; returns the number of answer tokens."""
-    answers = target.write(requests, max_tokens, end_tokens)
+    """Answer a batch and write its shard; returns the number of answer tokens.
+
+    When it is stopped, the answers that are complete are kept beside the shard's place.
+    """
+    place = shard.file.with_suffix(waves.SUFFIX)
+    answers = waves.write(target, requests, max_tokens, end_tokens, place, told or Told())
     if target.layers:
         save_features(shard.features_file, [a.features for a in answers])
     write_lines(
@@ -43,5 +49,6 @@ def write_shard(
             for r, a in zip(requests, answers, strict=True)
         ),
     )
+    waves.forget(place)
     mx.clear_cache()
     return sum(len(a.tokens) for a in answers)

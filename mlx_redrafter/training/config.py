@@ -38,7 +38,9 @@ class TrainConfig:
         prompts: jsonl of prompts; None: the model writes its own.
         answers: jsonl(.gz) of token ids, made by this program, to train on besides.
         answer_tokens: answer tokens to have in all; those of ``answers`` count.
-        max_tokens: at most this many tokens per answer.
+        max_tokens: at most this many tokens per answer, its thought not counted.
+        thinking: share of the answers that think, where the chat template has a switch for it.
+        thought_tokens: a thought is closed after so many tokens.
         batch: answers written at once.
     Drafter:
         kind: one of ``KINDS``.
@@ -67,6 +69,8 @@ class TrainConfig:
     answers: Path | None = None
     answer_tokens: int = 2_000_000
     max_tokens: int = 256
+    thinking: float = 0.5
+    thought_tokens: int = 512
     prompt_tokens: int = 96
     system_prompt: str | None = None
     batch: int = 64
@@ -110,9 +114,9 @@ class TrainConfig:
             raise OptionError(f"kind {self.kind!r} is not possible: use {', '.join(KINDS)}")
         blocks = 1 if self.kind == "medusa" else 0
         least = {
-            "answer_tokens": 1, "max_tokens": 2, "prompt_tokens": 4, "batch": 1, "positions": 1,
-            "batch_positions": 1, "segment": 2, "rollout": 1, "candidates": 4,
-            "num_draft_layers": blocks, "draft_vocab_size": 0, "seed": 0,
+            "answer_tokens": 1, "max_tokens": 2, "thought_tokens": 1, "prompt_tokens": 4,
+            "batch": 1, "positions": 1, "batch_positions": 1, "segment": 2, "rollout": 1,
+            "candidates": 4, "num_draft_layers": blocks, "draft_vocab_size": 0, "seed": 0,
         }  # fmt: skip
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
@@ -125,7 +129,7 @@ class TrainConfig:
                 "the batch_positions"
             )
         checked_text(self.system_prompt or "", "system prompt")
-        for name in ("warmup", "step_decay", "hard", "acceptance_after", "head_rate"):
+        for name in ("thinking", "warmup", "step_decay", "hard", "acceptance_after", "head_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(f"{name} {getattr(self, name)} is not possible: use 0 to 1")
         for name in ("learning_rate", "clip"):

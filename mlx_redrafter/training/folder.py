@@ -25,7 +25,8 @@ FILE = "train.yaml"
 _BEGAN = "began"  # in that file, beside the options: when it was written first
 # What the text in the folder depends on, and what may change at any time.
 DATA = (
-    "model", "seed", "max_tokens", "prompt_tokens", "system_prompt", "prompts", "answers", "batch",
+    "model", "seed", "max_tokens", "thinking", "thought_tokens", "prompt_tokens", "system_prompt",
+    "prompts", "answers", "batch",
 )  # fmt: skip
 FREE = ("out", "answer_tokens", "cache_gb", "bits")
 FIT = tuple(f.name for f in fields(TrainConfig) if f.name not in DATA + FREE)
@@ -116,7 +117,8 @@ def began(folder: Path) -> datetime:
 
 def decided(folder: Path) -> tuple[str, ...]:
     """Options that cannot change any more, as there is text or a fit made with them."""
-    text = any(any((folder / part).glob("*.jsonl")) for part in ("prompts", "answers"))
+    parts = [file for part in ("prompts", "answers") for file in (folder / part).glob("*")]
+    text = any(file.suffix in (".jsonl", ".kept") for file in parts)
     return (DATA if text else ()) + (FIT if fitting(folder) else ())
 
 

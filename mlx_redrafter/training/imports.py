@@ -11,6 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import DecoderConfig
 from mlx_redrafter.terminal import console
+from mlx_redrafter.text.template import thought_ahead
 from mlx_redrafter.training.prompts import KnownPrompts
 from mlx_redrafter.training.shards import (
     Conversation,
@@ -104,7 +105,17 @@ def _check(conversation: Conversation, where: str, target: DecoderConfig) -> Non
 def _without_evaluation(
     found: Sequence[Conversation], tokenizer: TokenizerWrapper
 ) -> list[Conversation]:
-    head, tail = frame([c.prompt for c in found])
+    """Prompts that turn thinking off are framed otherwise than those that do not."""
     evaluation = KnownPrompts()
-    texts = [tokenizer.decode(c.prompt[head : len(c.prompt) - tail]) for c in found]
-    return [c for c, text in zip(found, texts, strict=True) if text not in evaluation]
+    silent = [thought_ahead(tokenizer, c.prompt) is None for c in found]
+    frames = {
+        mode: frame([c.prompt for c, m in zip(found, silent, strict=True) if m == mode])
+        for mode in (True, False)
+    }
+
+    def asked(prompt: list[int], mode: bool) -> str:
+        head, tail = frames[mode]
+        return str(tokenizer.decode(prompt[head : len(prompt) - tail]))
+
+    pairs = zip(found, silent, strict=True)
+    return [c for c, mode in pairs if asked(c.prompt, mode) not in evaluation]

@@ -1,7 +1,8 @@
 """Where training prompts come from: a file, or the model itself.
 
 An instruct model that is given only the opening of a user turn in its chat template writes the user
-turn (Magpie, arXiv 2406.08464). A model without a template continues from its first token.
+turn (Magpie, arXiv 2406.08464), here often behind its first words. A model without a template
+continues from its first token.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.evaluation.prompts import read_prompts
-from mlx_redrafter.models.sequences import Request, Sequences
-from mlx_redrafter.text.template import has_template, render, render_text
+from mlx_redrafter.models.sequences import Answer, Request
+from mlx_redrafter.text.template import has_template, render_text
+from mlx_redrafter.training import turns
+from mlx_redrafter.training.openings import opening
 from mlx_redrafter.training.shards import read_lines
 
 _MARK = "\u2402MARK\u2402"
-_SHORTEST = 3  # tokens of a prompt
+_SHORTEST = 3  # tokens of a prompt, besides its opening
+_TEMP, _TOP_P = 1.0, 0.9
 
 
 class KnownPrompts:
@@ -92,8 +96,8 @@ def _messages(row: Any) -> list[dict[str, str]] | None:
     return [{"role": _ROLES.get(role, role), "content": text} for role, text in pairs]
 
 
-def user_header(tokenizer: TokenizerWrapper) -> tuple[list[int], set[int]]:
-    """Token ids that open a user turn, and the ids that end one.
+def user_header(tokenizer: TokenizerWrapper, words: str = "") -> tuple[list[int], set[int]]:
+    """Token ids that open a user turn, with its first words, and the ids that end one.
 
     Raises OptionError: a template in which a user turn cannot be found.
     """
@@ -102,8 +106,8 @@ def user_header(tokenizer: TokenizerWrapper) -> tuple[list[int], set[int]]:
     bare = [first if first is not None else min(ends, default=0)]
     if not has_template(tokenizer):
         return bare, ends
-    opening = [{"role": "user", "content": _MARK}]
-    text = render_text(tokenizer, opening, {"add_generation_prompt": False})
+    turn = [{"role": "user", "content": _MARK}]
+    text = render_text(tokenizer, turn, {"add_generation_prompt": False})
     head, found, tail = text.partition(_MARK)
     if not found:
         raise OptionError(
@@ -111,7 +115,7 @@ def user_header(tokenizer: TokenizerWrapper) -> tuple[list[int], set[int]]:
             "write prompts: give some with --prompts FILE"
         )
     closing = tokenizer.encode(tail.strip(), add_special_tokens=False)
-    ids = list(tokenizer.encode(head, add_special_tokens=False))
+    ids = list(tokenizer.encode(head + words, add_special_tokens=False))
     return ids or bare, ends | set(closing[:1])
 
 
@@ -128,39 +132,41 @@ def control_tokens(tokenizer: TokenizerWrapper) -> tuple[set[int], set[int]]:
     return framing, framing | special | set(getattr(tokenizer, "all_special_ids", ()))
 
 
-def encode(tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids with the opening of the answer, in the template if there is one."""
-    if has_template(tokenizer):
-        return render(tokenizer, messages)
-    return list(tokenizer.encode(messages[-1]["content"]))
+class OwnTurns:
+    """User turns in the model's own words: how they are asked for, and which of them are of use.
 
-
-def write_own(
-    target: Sequences,
-    tokenizer: TokenizerWrapper,
-    *,
-    count: int,
-    batch: int,
-    max_tokens: int,
-    temp: float,
-    seed: int,
-) -> list[str]:
-    """``count`` user turns in the model's own words; those cut off or too short are left out.
-
-    Where the model goes on with a token of its chat template, the turn is over. A turn with any
-    other control token in it is left out, spelled out in plain letters too.
+    Raises OptionError: a template in which a user turn cannot be found.
     """
-    head, ends = user_header(tokenizer)
-    framing, control = control_tokens(tokenizer)
-    ends |= framing
-    requests = [Request(head, temp, seed + i) for i in range(batch)]
-    texts, bare = [], not tokenizer.has_chat_template
-    for answer in target.write(requests, max_tokens, ends):
-        whole = answer.tokens[-1] in ends
+
+    def __init__(self, tokenizer: TokenizerWrapper) -> None:
+        self.tokenizer, self.chats = tokenizer, has_template(tokenizer)
+        framing, self.control = control_tokens(tokenizer)
+        self.ends = user_header(tokenizer)[1] | framing
+
+    def request(self, seed: int) -> Request:
+        head, _ = user_header(self.tokenizer, self._words(seed))
+        return Request(head, _TEMP, seed, _TOP_P)
+
+    def text(self, seed: int, answer: Answer) -> str | None:
+        """What the model wrote for this request, with its opening; None if it is of no use.
+
+        Where the model goes on with a token of its chat template, the turn is over. A turn with any
+        other control token in it is left out, spelled out in plain letters too. A model without a
+        template writes no turns: what it writes is cut off anywhere.
+        """
+        whole = answer.tokens[-1] in self.ends
         tokens = answer.tokens[:-1] if whole else answer.tokens
-        if len(tokens) < _SHORTEST or not (whole or bare):
-            continue
-        text = tokenizer.decode(tokens).strip()
-        if control.isdisjoint(tokenizer.encode(text, add_special_tokens=False)):
-            texts.append(text)
-    return texts[:count]
+        if len(tokens) < _SHORTEST:
+            return None
+        words = self.tokenizer.encode(self._words(seed), add_special_tokens=False)
+        found = turns.usable(self.tokenizer.decode([*words, *tokens]), whole or not self.chats)
+        if found is None:
+            return None
+        ids = self.tokenizer.encode(found, add_special_tokens=False)
+        return found if self.control.isdisjoint(ids) else None
+
+    def _words(self, seed: int) -> str:
+        """What the turn with this seed begins with, if this model's tokenizer can write it."""
+        words = opening(seed) if self.chats else ""
+        ids = self.tokenizer.encode(words, add_special_tokens=False)
+        return words if self.control.isdisjoint(ids) else ""

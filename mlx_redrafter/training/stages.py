@@ -21,11 +21,20 @@ from mlx_redrafter.errors import HubError, ModelError, OptionError
 from mlx_redrafter.hub import kept, resolve
 from mlx_redrafter.models import Loaded, Target, load_model
 from mlx_redrafter.models.batched import over, takes
-from mlx_redrafter.models.sequences import Request, Sequences
+from mlx_redrafter.models.sequences import Request, Sequences, Told
 from mlx_redrafter.runtime.device import device
 from mlx_redrafter.terminal import console
 from mlx_redrafter.text.tokenizer import load_tokenizer
-from mlx_redrafter.training import agreement, dates, folder, imports, kinds, lines, memory
+from mlx_redrafter.training import (
+    agreement,
+    dates,
+    folder,
+    imports,
+    kinds,
+    lines,
+    memory,
+    thoughts,
+)
 from mlx_redrafter.training.answers import write_shard
 from mlx_redrafter.training.config import Evaluating, TrainConfig
 from mlx_redrafter.training.data import compute_features
@@ -60,10 +69,12 @@ class Run:
 
     def __post_init__(self) -> None:
         config, context = self.config, self.target.config.max_positions
-        if memory.longest_prompt(replace(config, prompts=None)) + config.max_tokens > context:
+        self.lengths = thoughts.lengths(config, self.tokenizer)
+        if memory.longest_prompt(replace(config, prompts=None)) + self.lengths.most > context:
             raise OptionError(
-                f"prompts of {config.prompt_tokens} and answers of {config.max_tokens} tokens do "
-                f"not fit in this model's context of {context}: lower max_tokens or prompt_tokens"
+                f"prompts of {config.prompt_tokens} and answers of {self.lengths.most} tokens do "
+                f"not fit in this model's context of {context}: lower max_tokens, prompt_tokens, "
+                "or the thought_tokens of a model that thinks"
             )
         self.trainee = kinds.of(config)(self.target, config)
         if config.warm_start is not None and not folder.fitting(config.out):
@@ -96,7 +107,8 @@ def open_run(
     """Load the model, lower the batch to what fits in memory, and write the configuration down."""
     place = resolve(config.model)
     target, tokenizer = load_model(place), load_tokenizer(place)
-    config = replace(config, batch=_batch(config, before, target))
+    longest = thoughts.lengths(config, tokenizer).most
+    config = replace(config, batch=_batch(config, longest, before, target))
     run = Run(config, target, tokenizer, evaluating or Evaluating(), place)
     if before != config:
         folder.write(config)
@@ -104,8 +116,9 @@ def open_run(
     return run
 
 
-def _batch(config: TrainConfig, before: TrainConfig | None, target: Loaded) -> int:
-    """The batch as given, or as low as the memory needs; once there is text, as it was.
+def _batch(config: TrainConfig, longest: int, before: TrainConfig | None, target: Loaded) -> int:
+    """The batch as given, or as low as the memory for answers of at most ``longest`` tokens needs;
+    once there is text, as it was.
 
     Warns of a drafter that is too large.
     """
@@ -114,7 +127,8 @@ def _batch(config: TrainConfig, before: TrainConfig | None, target: Loaded) -> i
     shape, on_gpu = kinds.of(config).shape_of(config, target.config), device() == "gpu"
     available, weights = memory.usable_bytes(), memory.weights_of(target)
     here: dict[str, Any] = {"weights": weights, "on_gpu": on_gpu, "together": takes(target)}
-    fitting = memory.fitting_batch(config, target.config, shape, available, **here)
+    with_thoughts = replace(config, max_tokens=longest)
+    fitting = memory.fitting_batch(with_thoughts, target.config, shape, available, **here)
     parts = memory.memory(config, target.config, shape, **here)
     if memory.of_stage(parts, memory.FITTING) > available:
         console.warn(
@@ -139,7 +153,7 @@ def prompts(run: Run) -> None:
     missing = config.answer_tokens - imports.tokens(config.out)[0]
     if missing <= 0:
         return
-    _extend(run, math.ceil(missing / (_EXPECTED * config.max_tokens)))
+    _extend(run, math.ceil(missing / (_EXPECTED * run.lengths.mean)))
 
 
 def _take_in(run: Run) -> None:
@@ -155,7 +169,7 @@ def _extend(run: Run, count: int) -> None:
         run.supply.extend(count)
     elif have < count:
         with Bar("prompts", count, "prompts", have) as bar:
-            run.supply.extend(count, bar.to)
+            run.supply.extend(count, lambda n, tokens: bar.to(n, _of_next(tokens)))
 
 
 def _whole(run: Run, count: int) -> int:
@@ -186,8 +200,22 @@ def answers(run: Run) -> None:
             run.supply.extend(_whole(run, max(count, done + 1)), partial(_wrote, bar))
 
 
-def _wrote(bar: Bar, prompts: int) -> None:
-    bar.to(bar.done, f"{prompts} prompts")
+def _wrote(bar: Bar, prompts: int, tokens: int) -> None:
+    bar.to(bar.done, f"{prompts} prompts, {_of_next(tokens)}")
+
+
+def _of_next(tokens: int) -> str:
+    return f"{tokens:,} tokens of the next"
+
+
+class _Written(Told):
+    """Moves a bar by tokens."""
+
+    def __init__(self, bar: Bar) -> None:
+        self.bar = bar
+
+    def tokens(self, count: int) -> None:
+        self.bar.add(count)
 
 
 def _answer_pool(run: Run, target: Sequences, pool: tuple[int, int], tokens: int, bar: Bar) -> int:
@@ -204,7 +232,7 @@ def _answer_pool(run: Run, target: Sequences, pool: tuple[int, int], tokens: int
         batches = batches or run.supply.requests(*pool, size)
         tokens += write_shard(
             target, batches[number], shard, max_tokens=config.max_tokens,
-            end_tokens=run.tokenizer.eos_token_ids,
+            end_tokens=run.tokenizer.eos_token_ids, told=_Written(bar),
         )  # fmt: skip
         bar.to(tokens)
     return tokens

@@ -13,8 +13,11 @@ import pytest
 from tiny_chat import refusal, write_chat_model
 
 from mlx_redrafter.models.sequences import Answer
+from mlx_redrafter.text.template import prompt_ids
 from mlx_redrafter.text.tokenizer import load_tokenizer
-from mlx_redrafter.training import prompts
+from mlx_redrafter.training import openings, prompts
+from mlx_redrafter.training.openings import opening
+from mlx_redrafter.training.turns import usable
 
 SPECIAL = ["<|user|>", "<|end|>", "<|fim|>"]
 PLAIN = ["<User>", "<table>", "\n\n\n"]  # added tokens that are not declared special
@@ -43,22 +46,15 @@ def tokenizer_in(folder: Path, template: str | None) -> Any:
     return load_tokenizer(folder)
 
 
-class Writer:
-    """A target that says this, up to the first token that ends an answer."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        self.tokens = tokens
-
-    def write(self, requests: Any, max_tokens: int, ends: set[int]) -> list[Answer]:
-        stop = next((i + 1 for i, t in enumerate(self.tokens) if t in ends), max_tokens)
-        return [Answer(self.tokens[: min(stop, max_tokens)], np.zeros((1, 0, 0)))] * len(requests)
+BARE = next(seed for seed in range(99) if not opening(seed))  # a turn without given first words
 
 
-def written(tokenizer: Any, tokens: list[int]) -> list[str]:
-    writer: Any = Writer(tokens)
-    return prompts.write_own(
-        writer, tokenizer, count=1, batch=1, max_tokens=40, temp=1.0, seed=0
-    )  # fmt: skip
+def written(tokenizer: Any, tokens: list[int], seed: int = BARE) -> list[str]:
+    """What is made of these tokens, up to the first that ends an answer, and 40 at most."""
+    own = prompts.OwnTurns(tokenizer)
+    stop = next((i + 1 for i, t in enumerate(tokens) if t in own.ends), 40)
+    text = own.text(seed, Answer(tokens[: min(stop, 40)], np.zeros((1, 0, 0))))
+    return [] if text is None else [text]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +78,7 @@ def test_a_turn_ends_at_a_token_of_the_template_and_holds_no_other_control_token
     tokens = tokenizer.encode(text, add_special_tokens=False)
     assert written(tokenizer, tokens) == found
     for prompt in found if template else []:
-        ids = prompts.encode(tokenizer, [{"role": "user", "content": prompt}])
+        ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}])
         assert [ids.count(tokenizer.convert_tokens_to_ids(t)) for t in ("<User>", "<|user|>")] == [
             1, 1,
         ]  # fmt: skip
@@ -121,3 +117,76 @@ def test_a_template_without_user_turns_is_one_line(
 ) -> None:
     tokenizer = load_tokenizer(write_chat_model(tmp_path, template))
     assert says in refusal(lambda: prompts.user_header(tokenizer))
+
+
+# Openings
+
+
+def test_openings_are_of_every_kind_in_their_shares_and_the_seeds() -> None:
+    found = [opening(seed) for seed in range(5_000_000, 5_004_000)]
+    assert found == [opening(seed) for seed in range(5_000_000, 5_004_000)]
+    assert abs(found.count("") / 4000 - (1 - openings.SHARE)) < 0.03
+    assert sum(share for share, _ in openings.KINDS.values()) == pytest.approx(1)
+    for share, texts in openings.KINDS.values():
+        assert set(texts) <= set(found)
+        some = sum(text in texts for text in found) / 4000
+        assert abs(some - openings.SHARE * share) < 0.03
+
+
+def test_a_prompt_begins_with_the_words_that_were_given(tmp_path: Path) -> None:
+    tokenizer = tokenizer_in(tmp_path, TEMPLATE)
+    own = prompts.OwnTurns(tokenizer)
+    seed = next(seed for seed in range(99) if opening(seed) == "Explain")
+    assert tokenizer.decode(own.request(seed).prompt) == "<User>Explain"
+    assert tokenizer.decode(own.request(BARE).prompt) == "<User>"
+    tokens = tokenizer.encode(" why it rains.<|end|>", add_special_tokens=False)
+    assert written(tokenizer, tokens, seed) == ["Explain why it rains."]
+    assert written(tokenizer, tokens[-3:], seed) == []  # nothing of its own
+    assert own.request(seed).top_p < 1
+
+
+def test_words_that_the_tokenizer_lacks_and_base_models_begin_with_nothing(tmp_path: Path) -> None:
+    own = prompts.OwnTurns(load_tokenizer(write_chat_model(tmp_path / "few")))
+    assert {tuple(own.request(seed).prompt) for seed in range(20)} == {(0, 3)}
+    own = prompts.OwnTurns(tokenizer_in(tmp_path, None))
+    assert {len(own.request(seed).prompt) for seed in range(20)} == {1}
+
+
+# What is of use
+
+SAID = "How do I bake bread at home?"
+CODE = f"import numpy\n\n# {SAID}\nx = numpy.ones(3)\nprint(x)"
+
+
+@pytest.mark.parametrize(
+    ("text", "whole", "found"),
+    [
+        (SAID, True, SAID),
+        ("what is it, and why", True, "what is it, and why"),
+        ("什么是人工智能技术？", True, "什么是人工智能技术？"),
+        (f"```\nx = 1\n```\n{SAID}", True, f"```\nx = 1\n```\n{SAID}"),
+        (f"{SAID} I have tried it with", False, SAID),
+        (f"{SAID} I mean e.g. that", False, SAID),
+        (f"{SAID}\n1. Take 2.5", False, SAID),
+        (f"{SAID} I am new to it.\n\nYou can. First", False, f"{SAID} I am new to it."),
+        (f"Mend this:\n\nShe go. {SAID} And", False, f"Mend this:\n\nShe go. {SAID}"),
+        (CODE, False, None),
+        (CODE, True, CODE),
+        (f'"{SAID}" It', False, f'"{SAID}"'),
+        ("怎么做面包？我想在家里", False, "怎么做面包？"),
+        ("How do I bake bread at home", False, None),
+        (f"{SAID} ```\nx = 1. Then", False, SAID),
+        (f"```\nx = 1. {SAID} And", False, None),
+        ("bread", True, None),
+        ("12 + 34 = 46, 46 + 1 = 47 x y", True, None),
+        ("the same again " * 6, True, None),
+        (", and so it was done by them.", True, None),
+        ("Sure, here is a recipe for bread.", True, None),
+        ("Here's how to bake bread at home.", True, None),
+        (f"{SAID}\n\nAssistant: Take some flour.", True, None),
+        ("Surely there is a way to bake it?", True, "Surely there is a way to bake it?"),
+        ("", True, None),
+    ],
+)
+def test_only_what_a_user_might_ask_is_of_use(text: str, whole: bool, found: str | None) -> None:
+    assert usable(text, whole) == found

@@ -96,7 +96,7 @@ def test_own_prompts_are_new_and_none_is_of_the_evaluation(
 def test_a_model_without_new_prompts_is_said(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompts, "write_own", lambda *_, **__: ["ba"])
+    monkeypatch.setattr(prompts.OwnTurns, "text", lambda *_: "ba")
     text = refusal(lambda: stages.prompts(begin(tmp_path / "run", model)))
     assert "writes no new prompts by itself" in text and "--prompts" in text
 
