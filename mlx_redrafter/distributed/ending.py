@@ -82,6 +82,7 @@ class End:
             modes.set_modes(self._modes)
             console.error(text)
             sys.stderr.flush()
+        sys.stdout = sys.stderr = self._nowhere  # other threads have nothing to add either
         self._put_off(_STUCK, "", last=True)
         with contextlib.suppress(Exception):
             helper = threading.Thread(target=self.before, daemon=True)

@@ -1,7 +1,10 @@
-"""The first of three machines, all of them here: runs many cases and prints what came of them.
+"""The first of three machines, all of them here: runs many cases and prints what came of them;
+then the second one is killed in the middle of an answer.
 
-    python cluster_program.py FOLDER    with folders `tensor` and `pipeline` in it, of models that
-                                        have a drafter beside them
+    python cluster_program.py FOLDER HOSTFILE PID
+
+with folders `tensor` and `pipeline` in it, of models that have a drafter beside them; PID: a file
+with the second one's.
 
 What takes the time is how often machines meet: the threads that wait for others do not sleep.
 """
@@ -9,6 +12,8 @@ What takes the time is how often machines meet: the threads that wait for others
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -29,6 +34,7 @@ from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.distributed import cluster, launch, lead
 from mlx_redrafter.distributed.cluster import Cluster
+from mlx_redrafter.distributed.noise import without_noise
 from mlx_redrafter.distributed.split import Split
 from mlx_redrafter.tree.shape import TreeShape
 
@@ -162,8 +168,16 @@ def batch(model: Model) -> list[list[int]]:
     return [found[row] for row in rows[:2]]
 
 
-def main(folder: Path) -> None:
-    with cluster.start(launch.named("localhost,localhost,localhost")) as there:
+def lose(model: Model, pid: Path) -> None:
+    """An answer without an end, in which a machine is killed."""
+    for number, _ in enumerate(model.engine.generate(request(n=2000))):
+        if number == 2:
+            os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+def main(folder: Path, hostfile: Path, pid: Path) -> None:
+    without_noise()
+    with cluster.start(launch.from_file(hostfile)) as there:
         cases: dict[str, Callable[[], Any]] = {}
         model = loaded(there, folder, Split("tensor"))
         cases["tensor"] = lambda: texts(model, {"greedy": ["lookup"], "sampled": ["tree", "chain"]})
@@ -191,8 +205,9 @@ def main(folder: Path) -> None:
         before = there.link.collectives
         results["unlike"] = texts(unlike, {"sampled": ["tree"]})
         results["unlike more"] = there.link.collectives > before
-    print(json.dumps(results))
+        print(json.dumps(results), flush=True)
+        lose(unlike, pid)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))
