@@ -16,12 +16,10 @@ from mlx_redrafter.distributed import ending
 ending.SILENCE, ending._STUCK, ending._OFTEN = 0.4, 0.4, 0.1
 ending._HELD = "nothing was heard"
 end = ending.End()
-for_ever = ctypes.PyDLL(None).sleep  # with Python's lock, as mx.distributed.init
+wait = ctypes.PyDLL(None).sleep  # with Python's lock, as mx.distributed.init
 """
 HELD = {
-    "locked": ("for_ever(60)", "nothing was heard", 1),
-    "joining": ("with end.within(0.4, 'nobody came'):\n  for_ever(60)", "nobody came", 1),
-    "unheard": ("time.sleep(60)", "nothing was heard", 1),
+    "joining": ("with end.within(0.4, 'nobody came'):\n  wait(60)", "nobody came", 1),
     "ending": (
         "ending.console.error = lambda text: time.sleep(60)\n"
         "threading.Thread(target=end.now, args=('two is lost',)).start()\n"
