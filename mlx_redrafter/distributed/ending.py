@@ -79,6 +79,7 @@ class End:
         self._lock.acquire()  # whoever comes second has nothing to add
         with contextlib.suppress(Exception):
             sys.stdout.flush()
+        with contextlib.suppress(Exception):
             modes.set_modes(self._modes)
             console.error(text)
             sys.stderr.flush()

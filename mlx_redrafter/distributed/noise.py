@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import os
 import re
@@ -17,12 +18,17 @@ _NOISE = re.compile(
 
 def without_noise() -> None:
     """From now on what MLX itself writes about lost connections is left out: one line of ours says
-    it. Our own stderr stays what it was."""
+    it. Our own stderr stays what it was.
+
+    What C++ says before it aborts a process is lost with the thread that copies; Python's stack is
+    said there instead.
+    """
     sys.stderr.flush()
     kept = os.dup(2)
     source, sink = os.pipe()
     os.dup2(sink, 2)
     os.close(sink)
+    faulthandler.enable(kept)
     raw = type(sys.stderr.buffer.raw) if hasattr(sys.stderr.buffer, "raw") else io.FileIO  # type: ignore[attr-defined]
     sys.stderr = io.TextIOWrapper(
         io.BufferedWriter(raw(kept, "w", closefd=False)), sys.stderr.encoding, errors="replace",

@@ -74,3 +74,14 @@ def test_what_cannot_end_itself_is_ended(case: str, ended: dict[str, tuple[int, 
 def test_who_hears_of_others_goes_on(ended: dict[str, tuple[int, str]]) -> None:
     """Seen to fail: `never` leaves the timer."""
     assert ended["alive"] == (0, "")
+
+
+def test_an_abort_is_not_mute() -> None:
+    """What C++ says is left out with MLX's noise. Seen to fail: nothing is said at all."""
+    code = "from mlx_redrafter.distributed.noise import without_noise\nwithout_noise()\n"
+    found = subprocess.run(
+        [sys.executable, "-c", f"{code}import os\nos.abort()"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert found.returncode == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in found.stderr
