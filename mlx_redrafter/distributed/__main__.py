@@ -12,17 +12,16 @@ from mlx_redrafter.distributed.ending import End
 from mlx_redrafter.distributed.noise import without_noise
 from mlx_redrafter.distributed.wire import to_first
 from mlx_redrafter.errors import RedrafterError
-from mlx_redrafter.terminal import console
 
 
-def main() -> int:
-    """An exit code, where there is nothing to do; otherwise the process ends in here."""
-    settings = json.loads(sys.stdin.buffer.readline() or b"{}")
-    if not settings:
-        console.error("nothing was said of what to do: use mlx-redrafter generate --hosts")
-        return 1
+def main() -> None:
+    """This process ends in here."""
     end, over = End(), threading.Event()
     without_noise()
+    try:
+        settings = json.loads(sys.stdin.buffer.readline())
+    except ValueError:
+        end.now("nothing was said of what to do: use mlx-redrafter generate --hosts")
 
     def watch() -> None:
         """Whoever started this one has ended when the input does."""
@@ -58,4 +57,4 @@ def work(settings: dict[str, Any], end: End) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
