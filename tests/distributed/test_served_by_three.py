@@ -60,6 +60,9 @@ def test_two_answers_at_once(model: Path, split: str) -> None:
                 pool.submit(asked, url, text, temperature=temp, seed=4) for text, temp in questions
             ]
             assert [run.result() for run in runs] == alone
+        words = alone[1].split()
+        cut = asked(url, questions[1][0], temperature=0.8, seed=4, stop=[words[2]])
+        assert len(words) > 3 and cut.split() == words[: words.index(words[2])]
     finally:
         program.send_signal(signal.SIGTERM)
     assert "error" not in program.communicate(timeout=60)[1]
