@@ -25,9 +25,10 @@ from mlx_redrafter.distributed.wire import ClusterError, Message, Wire
 from mlx_redrafter.runtime.device import machine
 from mlx_redrafter.runtime.paths import cache_dir
 
-STARTED, READY = 14.0, 60.0  # seconds until a machine has answered, and until it has MLX ready
+STARTED, READY = 11.0, 60.0  # seconds until a machine has answered, and until it has MLX ready
 JOINED, LAUNCHED = 10.0, 30.0  # seconds that joining the ring may take: started here, by mlx.launch
 LOST = 3.0  # seconds until the wire has said who is gone
+LET_GO = 3.0  # seconds that others have to end, before the ssh to them, or they, are killed
 PATIENCE = 120.0  # seconds that a step, or a part of a prompt, may take
 SIZES = (1, 3, 64, 4096, 65536)  # of the exchanges that are tested
 
@@ -129,7 +130,7 @@ class Cluster:
             peer.wire.leave()
             peer.wire.send({"op": "end", "error": error})
         self.end.never()
-        launch.end_all(self.processes, 3.0)
+        launch.end_all(self.processes, LET_GO)
         for peer in self.peers:
             peer.wire.close()
 
@@ -177,18 +178,25 @@ def start(hosts: launch.Hosts, patience: float = PATIENCE) -> Cluster:
         alike = checked(facts(), peers)
         for peer in peers:
             peer.wire.send({"op": "go", "alike": alike})
-        end.before = partial(launch.end_all, processes, 5.0)
+        end.before = partial(_left, peers, processes)
         link = join_ring(environment, hosts.backend, 0, end)
         link.alike = alike
         test(link)
     except BaseException as error:
         _let_go(peers, str(error))
         end.never()
-        launch.end_all(processes, 5.0)
+        launch.end_all(processes, LET_GO)
         raise
     finally:
         listener.close()
     return Cluster(link, peers, end, hosts.backend == "jaccl", processes, patience)
+
+
+def _left(peers: list[Peer], processes: list[launch.Process]) -> None:
+    """The first machine ends: the others see it at once."""
+    for peer in peers:
+        peer.wire.close()
+    launch.end_all(processes, LET_GO)
 
 
 def greeted(wire: Wire) -> bool:

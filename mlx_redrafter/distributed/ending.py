@@ -29,9 +29,7 @@ from mlx_redrafter.terminal import console, modes
 SILENCE = 12.0  # seconds without a sign of life
 _OFTEN = 0.5  # seconds within which the end is not put off again
 _STUCK = 6.0  # seconds that what ends a process may take
-_HELD = (
-    f"nothing was heard of the other machines for {SILENCE:g} s, or MLX has held this process up"
-)
+_HELD = f"held up for {SILENCE:g} s, or cut off from the other machines"
 
 
 class End:

@@ -18,6 +18,7 @@ from mlx_redrafter.distributed.launch import from_file, named
 from mlx_redrafter.distributed.wire import ClusterError
 
 SOON = 15.0  # seconds
+START = 30.0  # seconds that a program may take to begin, where two cores are shared with others
 LONG = ("--max-tokens", "-1", "--seed", "3", "--temp", "1", "--logit-bias", "1=-inf")
 
 
@@ -38,8 +39,9 @@ def begun(machines: Machines, model: Path, *more: str) -> subprocess.Popen[str]:
     return first
 
 
-def first_ended(first: subprocess.Popen[str]) -> tuple[int, list[str]]:
-    out = first.communicate(timeout=SOON)
+def first_ended(first: subprocess.Popen[str], start: float = 0) -> tuple[int, list[str]]:
+    """Soon; start: seconds that come before."""
+    out = first.communicate(timeout=SOON + start)
     # What the ssh of these tests says of a process that was killed is not ours.
     return first.returncode, [line for line in out[1].splitlines() if "/bin/ssh: line" not in line]
 
@@ -95,10 +97,10 @@ def test_a_machine_is_killed_before_the_first_answer(
     code = where.format("lead" if name == "one" else "follow")
     machines.patched(name, f"{code} = lambda *_, **__: os.kill(os.getpid(), 9)\nimport os\n")
     first = machines.run(*QUESTION, model, "--hostfile", machines.hostfile)
-    code, lines = first.wait(60), first.communicate()[1].splitlines()
+    code, lines = first_ended(first, START)
     if name != "one":
         assert code == 1
-        one_error([line for line in lines if "/bin/ssh: line" not in line])
+        one_error(lines)
     for other in {*Machines.names[1:]} - {name}:
         code, lines = machines.ended(other, SOON)
         assert code == 1
@@ -110,8 +112,8 @@ def test_a_machine_that_hangs_is_lost(model: Path, tmp_path: Path) -> None:
     machines = Machines(tmp_path)
     first = begun(machines, model)
     machines.kill("two", signal.SIGSTOP)
-    code, lines = first_ended(first)
-    assert code == 1 and "two, rank 1 is lost: it has not been heard of" in one_error(lines)
+    code, lines = first_ended(first, 5)  # which begins when it is missed
+    assert code == 1 and "two, rank 1 is lost" in one_error(lines)
     code, lines = machines.ended("three", SOON)
     assert code == 1
     one_error(lines)
@@ -122,7 +124,9 @@ def test_a_machine_that_hangs_is_lost(model: Path, tmp_path: Path) -> None:
 def test_a_machine_that_does_not_start(model: Path, tmp_path: Path) -> None:
     machines = Machines(tmp_path)
     machines.patched("three", "import os; os.write(2, b'error: no such program\\n'); os._exit(127)")
-    code, lines = first_ended(machines.run(*QUESTION, model, "--hostfile", machines.hostfile))
+    code, lines = first_ended(
+        machines.run(*QUESTION, model, "--hostfile", machines.hostfile), START
+    )
     assert code == 1
     assert "three, rank 2 ended before it was connected (no such program)" in one_error(lines)
     assert machines.ended("two", SOON)[0] == 1
@@ -133,8 +137,8 @@ def test_a_machine_that_never_answers(model: Path, tmp_path: Path) -> None:
     machines = Machines(tmp_path)
     machines.patched("three", "import time; time.sleep(60)")
     first = machines.run(*QUESTION, model, "--hostfile", machines.hostfile)
-    code, lines = first.wait(2 * SOON), first.communicate()[1].splitlines()
-    assert code == 1 and "three, rank 2 was not there after 14 s" in one_error(lines)
+    code, lines = first_ended(first, START)
+    assert code == 1 and "three, rank 2 was not there after 11 s" in one_error(lines)
     machines.kill("three")
 
 
@@ -150,7 +154,9 @@ def test_other_versions_and_weights_are_refused(model: Path, tmp_path: Path) -> 
         "import importlib.metadata as m\nold = m.version\n"
         "m.version = lambda name: '0.1' if name == 'mlx' else old(name)\n",
     )
-    code, lines = first_ended(machines.run(*QUESTION, model, "--hostfile", machines.hostfile))
+    code, lines = first_ended(
+        machines.run(*QUESTION, model, "--hostfile", machines.hostfile), START
+    )
     assert code == 1 and "two, rank 1 has mlx 0.1 and this machine" in one_error(lines)
     for name in ("two", "three"):
         assert machines.ended(name, SOON)[0] == 1
@@ -167,7 +173,9 @@ def test_other_versions_and_weights_are_refused(model: Path, tmp_path: Path) -> 
         f"w.json.loads = lambda text: old(text.replace({str(model)!r}.encode(), "
         f"{str(other)!r}.encode()) if isinstance(text, bytes) else text)\n",
     )
-    code, lines = first_ended(machines.run(*QUESTION, model, "--hostfile", machines.hostfile))
+    code, lines = first_ended(
+        machines.run(*QUESTION, model, "--hostfile", machines.hostfile), START
+    )
     assert code == 1 and "three, rank 2 has other weights" in one_error(lines)
     for name in ("two", "three"):
         code, lines = machines.ended(name, SOON)
