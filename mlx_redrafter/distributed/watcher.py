@@ -15,28 +15,35 @@ import select
 import signal
 import sys
 import threading
+import time
 
 GRACE = 2.0  # seconds between the line that says why, and the end
 
 
 def main(pid: int) -> None:
-    limit, why, rest = 60.0, b"", b""
-    while select.select([0], [], [], limit)[0]:
+    end, why, rest, ended = time.monotonic() + 60.0, b"", b"", False
+    while not ended and select.select([0], [], [], max(0.0, end - time.monotonic()))[0]:
         data = os.read(0, 1 << 16)
-        if not data:
-            return
         *lines, rest = (rest + data).split(b"\n")
         if lines:
             seconds, _, why = lines[-1].partition(b" ")
-            limit = float(seconds)
-    if why:  # in a thread: whoever should read it may have stopped reading
-        line = b"error: " + why + b"\n"
-        threading.Thread(target=os.write, args=(2, line), daemon=True).start()
-    while select.select([0], [], [], GRACE)[0]:
-        if not os.read(0, 1 << 16):
-            return
-    with contextlib.suppress(OSError):
+            end = time.monotonic() + float(seconds)
+        ended = not data
+    if ended and time.monotonic() < end:
+        return
+    words = threading.Thread(target=say, args=(why,), daemon=True)  # nobody may be reading them
+    words.start()
+    while not ended and select.select([0], [], [], GRACE)[0]:
+        ended = not os.read(0, 1 << 16)
+    if not ended:
         os.kill(pid, signal.SIGKILL)
+    words.join(GRACE)
+
+
+def say(why: bytes) -> None:
+    with contextlib.suppress(OSError):
+        if why:
+            os.write(2, b"error: " + why + b"\n")
 
 
 if __name__ == "__main__":
