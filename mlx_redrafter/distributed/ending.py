@@ -107,7 +107,8 @@ class End:
             self._set = time.monotonic()
             late = seconds + GRACE / 2
             faulthandler.dump_traceback_later(late, exit=True, file=self._nowhere)
-            os.write(self._watcher, f"{seconds} {' '.join(why.split())}\n".encode())
+            told = f"{self._set + seconds} {' '.join(why.split())}\n"
+            os.write(self._watcher, told.encode())
 
 
 def _own_stderr() -> int | None:

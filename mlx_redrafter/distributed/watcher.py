@@ -2,9 +2,9 @@
 
     python watcher.py PID
 
-Lines of "SECONDS WHY" on its input put the end off by so many seconds; once the input is closed
-there is nobody left to end. It imports nothing of this package: what it was told last is all it
-knows.
+Lines of "TIME WHY" on its input put the end off until then, by the machine's monotonic clock; once
+the input is closed there is nobody left to end. It imports nothing of this package: what it was
+told last is all it knows.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def main(pid: int) -> None:
         data = os.read(0, 1 << 16)
         *lines, rest = (rest + data).split(b"\n")
         if lines:
-            seconds, _, why = lines[-1].partition(b" ")
-            end = time.monotonic() + float(seconds)
+            at, _, why = lines[-1].partition(b" ")
+            end = float(at)
         ended = not data
     if ended and time.monotonic() < end:
         return

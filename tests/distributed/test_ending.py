@@ -72,7 +72,8 @@ def ended() -> dict[str, tuple[int, str]]:
 @pytest.mark.parametrize("case", HELD)
 def test_what_cannot_end_itself_is_ended(case: str, ended: dict[str, tuple[int, str]]) -> None:
     """Seen to fail: without the timer the lock is held for 60 s; without the process beside it a
-    stopped one stays; where that one is late, nothing is said; while signs of life put the end off in `End.now`, that one stays."""
+    stopped one stays; where that one is late, nothing is said; while signs of life put the end off
+    in `End.now`, that one stays."""
     _, why, code = HELD[case]
     assert ended[case] == (code, f"error: {why}\n")
 
