@@ -13,7 +13,7 @@ import pytest
 BEGIN = """
 import ctypes, os, signal, subprocess, threading, time
 from mlx_redrafter.distributed import ending
-ending.SILENCE, ending._STUCK, ending._OFTEN = 0.4, 0.4, 0.1
+ending.SILENCE, ending._STUCK, ending._OFTEN = 1.0, 0.4, 0.1
 ending._HELD = "nothing was heard"
 end = ending.End()
 wait = ctypes.PyDLL(None).sleep  # with Python's lock, as mx.distributed.init
@@ -27,16 +27,17 @@ HELD = {
         "two is lost", 1,
     ),
     "late": (
-        "os.kill(end._beside.pid, signal.SIGSTOP)\n"
-        "subprocess.Popen(['sh', '-c', f'sleep 2; kill -CONT {end._beside.pid}'], stderr=-3)\n"
+        "watcher, nowhere = end._beside.pid, subprocess.DEVNULL\n"
+        "subprocess.Popen(['sh', '-c', f'sleep 3; kill -CONT {watcher}'], stderr=nowhere)\n"
+        "os.kill(watcher, signal.SIGSTOP)\n"
         "wait(60)",
         "nothing was heard", 1,
     ),
     "stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", "nothing was heard", -signal.SIGKILL),
 }  # fmt: skip
 ALIVE = """
-ending.SILENCE = 1.5
-for _ in range(22):
+ending.SILENCE = 2.5
+for _ in range(31):
     end.heard()
     time.sleep(0.1)
 short = end.within(0.5, "too late")
