@@ -103,7 +103,7 @@ def test_rows_do_not_change_how_often_machines_meet(found: dict[str, Any]) -> No
 
 
 def test_one_is_killed_and_all_end_with_one_line(found: dict[str, Any]) -> None:
-    """Seen to fail: the end of a connection is not noticed."""
+    """Seen to fail: what a wire notices is told to nobody."""
     for name, (code, lines) in found["ends"].items():
         assert code == 1
         assert name != "one" or "two, rank 1 is lost" in one_error(lines)

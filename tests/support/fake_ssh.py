@@ -86,5 +86,5 @@ class Machines:
 def one_error(lines: list[str]) -> str:
     """The line with which a process ended; notes may stand before it."""
     *notes, error = lines or [""]
-    assert error.startswith("error: ") and not any("error" in note for note in notes), lines
+    assert error.startswith("error: ") and not any(n.startswith("error: ") for n in notes), lines
     return error
