@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from mlx_redrafter.cli.machines import Backend, HostFile, HostNames, given_hosts, without_noise
+from mlx_redrafter.cli.machines import Backend, HostFile, HostNames, given_hosts
 from mlx_redrafter.cli.options import DrafterName, Json
 from mlx_redrafter.errors import RedrafterError
 from mlx_redrafter.evaluation import model_checks
@@ -79,6 +79,7 @@ def command(
     shown = None if as_json else show
     if (machines := given_hosts(hosts, hostfile, backend)) is not None:
         from mlx_redrafter.cli import doctor_hosts
+        from mlx_redrafter.distributed.noise import without_noise
 
         without_noise()
         checks = one_by_one(doctor_hosts.machines(machines, model), shown)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
-import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +96,7 @@ class MachineOptions:
             yield None
             return
         from mlx_redrafter.distributed import cluster, launched
+        from mlx_redrafter.distributed.noise import without_noise
         from mlx_redrafter.distributed.split import Split, shares_of
 
         split = Split(self.split, shares_of(self.shares))
@@ -125,28 +123,3 @@ def given_hosts(names: str | None, file: Path | None, backend: Any = None) -> Ho
             "mlx.distributed_config --backend jaccl writes it"
         )
     return launch.named(names or "")
-
-
-def without_noise() -> None:
-    """From now on what MLX itself writes about lost connections is left out: one line of ours says
-    it. Our own stderr stays what it was."""
-    from mlx_redrafter.distributed.launch import NOISE
-
-    sys.stderr.flush()
-    kept = os.dup(2)
-    source, sink = os.pipe()
-    os.dup2(sink, 2)
-    os.close(sink)
-    raw = type(sys.stderr.buffer.raw) if hasattr(sys.stderr.buffer, "raw") else io.FileIO  # type: ignore[attr-defined]
-    sys.stderr = io.TextIOWrapper(
-        io.BufferedWriter(raw(kept, "w", closefd=False)), sys.stderr.encoding, errors="replace",
-        line_buffering=True,
-    )  # fmt: skip
-
-    def copy() -> None:
-        with open(source, "rb") as lines:
-            for line in lines:
-                if not line.startswith(NOISE):
-                    os.write(kept, line)
-
-    threading.Thread(target=copy, daemon=True).start()

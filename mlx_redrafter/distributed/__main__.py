@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import sys
 import threading
-import time
 from typing import Any
 
-from mlx_redrafter.distributed.wire import End, to_first
+from mlx_redrafter.distributed.ending import End
+from mlx_redrafter.distributed.noise import without_noise
+from mlx_redrafter.distributed.wire import to_first
 from mlx_redrafter.errors import RedrafterError
-from mlx_redrafter.terminal import console
-
-_HELD = 120.0  # seconds that no thread of this process may run
 
 
-def main() -> int:
-    """The exit code."""
-    end = End()
-    settings = json.loads(sys.stdin.buffer.readline() or b"{}")
-    if not settings:
-        console.error("nothing was said of what to do: use mlx-redrafter generate --hosts")
-        return 1
-    over = threading.Event()
+def main() -> None:
+    """This process ends in here."""
+    end, over = End(), threading.Event()
+    without_noise()
+    try:
+        settings = json.loads(sys.stdin.buffer.readline())
+    except ValueError:
+        end.now("nothing was said of what to do: use mlx-redrafter generate --hosts")
 
     def watch() -> None:
         """Whoever started this one has ended when the input does."""
@@ -33,30 +30,16 @@ def main() -> int:
             end.now("the first machine has ended")
 
     threading.Thread(target=watch, daemon=True).start()
-    threading.Thread(target=_end_if_held, daemon=True).start()
     try:
         work(settings, end)
-        code = 0
     except RedrafterError as error:
-        console.error(str(error))
-        code = 1
+        end.now(str(error))
     except Exception as error:
         from mlx_redrafter.cli.net import describe
 
-        console.error(describe(error))
-        code = 1
+        end.now(describe(error))
     over.set()
-    sys.stderr.flush()
-    os._exit(code)  # nothing of a collective is left to wait for
-
-
-def _end_if_held() -> None:
-    """MLX holds Python's lock in some calls: where one of these waits for ever, no thread can end
-    the process. This does, without the lock."""
-    with open(os.devnull, "w") as nowhere:
-        while True:
-            faulthandler.dump_traceback_later(_HELD, exit=True, file=nowhere)
-            time.sleep(1)
+    os._exit(0)  # nothing of a collective is left to wait for
 
 
 def work(settings: dict[str, Any], end: End) -> None:
@@ -74,4 +57,4 @@ def work(settings: dict[str, Any], end: End) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

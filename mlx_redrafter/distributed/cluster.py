@@ -19,14 +19,16 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_redrafter.distributed import launch
+from mlx_redrafter.distributed.ending import End
 from mlx_redrafter.distributed.link import Link
-from mlx_redrafter.distributed.wire import ClusterError, End, Message, Wire
+from mlx_redrafter.distributed.wire import ClusterError, Message, Wire
 from mlx_redrafter.runtime.device import machine
 from mlx_redrafter.runtime.paths import cache_dir
 
-STARTED, READY = 14.0, 60.0  # seconds until a machine has answered, and until it has MLX ready
-JOINED = 30.0  # seconds that joining the ring may take
+STARTED, READY = 11.0, 60.0  # seconds until a machine has answered, and until it has MLX ready
+JOINED, LAUNCHED = 10.0, 30.0  # seconds that joining the ring may take: started here, by mlx.launch
 LOST = 3.0  # seconds until the wire has said who is gone
+LET_GO = 3.0  # seconds that others have to end, before the ssh to them, or they, are killed
 PATIENCE = 120.0  # seconds that a step, or a part of a prompt, may take
 SIZES = (1, 3, 64, 4096, 65536)  # of the exchanges that are tested
 
@@ -125,10 +127,10 @@ class Cluster:
             return
         self.closed = True
         for peer in self.peers:
-            with contextlib.suppress(OSError, ClusterError):
-                peer.wire.send({"op": "end", "error": error})
             peer.wire.leave()
-        launch.end_all(self.processes, 3.0)
+            peer.wire.send({"op": "end", "error": error})
+        self.end.never()
+        launch.end_all(self.processes, LET_GO)
         for peer in self.peers:
             peer.wire.close()
 
@@ -152,7 +154,6 @@ def is_lost(error: BaseException) -> bool:
 
 def start(hosts: launch.Hosts, patience: float = PATIENCE) -> Cluster:
     """Start the others and join them. This is the first machine. Raises ClusterError."""
-    end, token = End(), secrets.token_hex(16)
     if hosts.hosts[0].local and not all(host.local for host in hosts.hosts):
         raise ClusterError(
             "this machine is called localhost, where others cannot reach it: give its name first"
@@ -165,9 +166,10 @@ def start(hosts: launch.Hosts, patience: float = PATIENCE) -> Cluster:
         raise ClusterError(
             f"{here} is not an address of this machine ({error.strerror}): name this machine first"
         ) from None
-    environment = hosts.environment()
+    environment, token = hosts.environment(), secrets.token_hex(16)
     settings = {"token": token, "at": listener.getsockname()[:2], "environment": environment,
                 "backend": hosts.backend, "size": len(hosts.hosts)}  # fmt: skip
+    end, peers = End(), list[Peer]()
     try:
         for rank, host in enumerate(hosts.hosts[1:], 1):
             processes.append(launch.start(host, rank, settings))
@@ -176,16 +178,25 @@ def start(hosts: launch.Hosts, patience: float = PATIENCE) -> Cluster:
         alike = checked(facts(), peers)
         for peer in peers:
             peer.wire.send({"op": "go", "alike": alike})
-        end.before = partial(launch.end_all, processes, 5.0)
+        end.before = partial(_left, peers, processes)
         link = join_ring(environment, hosts.backend, 0, end)
-    except BaseException:
-        launch.end_all(processes, 5.0)
+        link.alike = alike
+        test(link)
+    except BaseException as error:
+        _let_go(peers, str(error))
+        end.never()
+        launch.end_all(processes, LET_GO)
         raise
     finally:
         listener.close()
-    link.alike = alike
-    test(link)
     return Cluster(link, peers, end, hosts.backend == "jaccl", processes, patience)
+
+
+def _left(peers: list[Peer], processes: list[launch.Process]) -> None:
+    """The first machine ends: the others see it at once."""
+    for peer in peers:
+        peer.wire.close()
+    launch.end_all(processes, LET_GO)
 
 
 def greeted(wire: Wire) -> bool:
@@ -202,13 +213,8 @@ def join_ring(environment: dict[str, str], backend: str | None, rank: int | None
     this process's own environment. Raises ClusterError."""
     given = environment if rank is None else {"MLX_RANK": str(rank), **environment}
     _own_kernels(int(os.environ.get("MLX_RANK", "0")) if rank is None else rank)
-    timer = threading.Timer(
-        JOINED,
-        end.now,
-        [f"the other machines did not join within {JOINED:g} s: can they reach each other?"],
-    )
-    timer.daemon = True
-    timer.start()
+    seconds = LAUNCHED if rank is None else JOINED
+    why = f"the other machines did not join within {seconds:g} s: can they reach each other?"
     with contextlib.ExitStack() as stack:
         for name, value in given.items():
             if value.startswith("["):
@@ -218,13 +224,13 @@ def join_ring(environment: dict[str, str], backend: str | None, rank: int | None
                 value = file.name
             os.environ[name] = value
         try:
-            return Link(mx.distributed.init(strict=True, backend=backend or "any"))
+            with end.within(seconds, why):
+                return Link(mx.distributed.init(strict=True, backend=backend or "any"))
         except RuntimeError as error:
             raise ClusterError(
                 f"the machines cannot be joined ({' '.join(str(error).split())})"
             ) from None
         finally:
-            timer.cancel()
             for name in given:
                 os.environ.pop(name, None)
 
@@ -274,8 +280,8 @@ def accepted(
 def _let_go(peers: list[Peer], error: str) -> None:
     """What the others do from now on is no loss."""
     for peer in peers:
-        peer.wire.send({"op": "end", "error": error})
         peer.wire.leave()
+        peer.wire.send({"op": "end", "error": error})
 
 
 def _gather(
@@ -289,6 +295,7 @@ def _gather(
     listener.settimeout(0.2)
     begin = time.monotonic()
     while len(found) < len(names):
+        end.heard()
         missing = [i for i in range(len(names)) if i not in found]
         for i in missing:
             if processes and processes[i].popen.poll() is not None:
@@ -305,7 +312,7 @@ def _gather(
         except TimeoutError:
             continue
         lost = _Lost(end)
-        wire = Wire(connection, lost)
+        wire = Wire(connection, lost, end.heard)
         hello = wire.receive(READY)
         if not secrets.compare_digest(str(hello.get("token")), token):
             wire.close()

@@ -17,12 +17,13 @@ from mlx_redrafter.decoding.engine import Emitted
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.distributed import messages
 from mlx_redrafter.distributed.cluster import LOST, is_lost
+from mlx_redrafter.distributed.ending import End
 from mlx_redrafter.distributed.forms import ToldGrammar
 from mlx_redrafter.distributed.lead import Sharing, own_folder
 from mlx_redrafter.distributed.link import Link
 from mlx_redrafter.distributed.probing import probe
 from mlx_redrafter.distributed.split import Planned, Split
-from mlx_redrafter.distributed.wire import ClusterError, End, Message, Wire
+from mlx_redrafter.distributed.wire import ClusterError, Message, Wire
 from mlx_redrafter.errors import OptionError, RedrafterError
 from mlx_redrafter.runtime import clock, threads
 from mlx_redrafter.tree.shape import TreeShape

@@ -21,8 +21,6 @@ from mlx_redrafter.terminal import console
 Backend = Literal["ring", "jaccl"]
 LOCAL = ("localhost", "127.0.0.1")
 FIRST_PORT = 32323  # of the ring, on other machines; as mlx.launch
-NOISE = (b"[ring]", b"[jaccl]")
-"""How lines begin in which MLX tells of connections that are lost."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ class Process:
             text = line.decode(errors="replace").rstrip()
             if text.startswith("error: "):
                 self.said = text.removeprefix("error: ")
-            elif text and not line.startswith(NOISE):
+            elif text:
                 console.note(f"[{self.name}] {text}")
 
     def last_words(self, seconds: float = 1.0) -> str:

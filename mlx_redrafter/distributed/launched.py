@@ -18,14 +18,15 @@ from mlx_redrafter.distributed.cluster import (
     join_ring,
     test,
 )
+from mlx_redrafter.distributed.ending import End
 from mlx_redrafter.distributed.follow import follow
 from mlx_redrafter.distributed.link import Link
-from mlx_redrafter.distributed.wire import End, Wire, to_first
+from mlx_redrafter.distributed.wire import Wire, to_first
 
 
-def first_of_launched(link: Link, patience: float = PATIENCE) -> Cluster:
+def first_of_launched(link: Link, end: End, patience: float = PATIENCE) -> Cluster:
     """The same on the first machine, where mlx.launch has started all; see `second_of_launched`."""
-    end, token = End(), secrets.token_hex(16)
+    token = secrets.token_hex(16)
     everybody = json.loads(_content(os.environ.get("MLX_HOSTFILE", "")) or "[]")
     address = everybody[0][0].rpartition(":")[0] if everybody else _own_address()
     listener = socket.create_server((address, 0))
@@ -55,7 +56,7 @@ def of_launched(patience: float = PATIENCE) -> Cluster:
     end = End()
     link = join_ring({}, None, None, end)
     if link.rank == 0:
-        return first_of_launched(link, patience)
+        return first_of_launched(link, end, patience)
     follow(link, second_of_launched(link, end), end)
     raise SystemExit(0)
 

@@ -8,56 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
-import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
+from mlx_redrafter.distributed.ending import SILENCE, End
 from mlx_redrafter.errors import RedrafterError
-from mlx_redrafter.terminal import console, modes
 
 Message = dict[str, Any]
-BEAT, SILENCE = 1.0, 12.0  # seconds between signs of life, and without one
+BEAT = 1.0  # seconds between signs of life
 PARTING = 5.0  # seconds between the end and being told so
-_STUCK = 6.0  # seconds that what ends a process may take
-
-
 _CLOSED = "it closed the connection"
 
 
 class ClusterError(RedrafterError):
     """Machines that cannot be started, do not fit together, or are lost."""
-
-
-class End:
-    """The end of this process from any thread, with one line and exit code 1.
-
-    ``before`` is called first: it ends processes that were started here.
-    """
-
-    def __init__(self) -> None:
-        self.before: Callable[[], None] = lambda: None
-        self._lock, self._modes = threading.Lock(), modes.modes()
-
-    def now(self, text: str) -> NoReturn:
-        """Nothing can interrupt a collective that waits: the process goes as it is."""
-        with contextlib.suppress(Exception):  # whatever waits for ever below: the system ends it
-            signal.setitimer(signal.ITIMER_REAL, 2 * _STUCK)
-        self._lock.acquire()  # whoever comes second has nothing to add
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            modes.set_modes(self._modes)
-            console.error(text)
-            sys.stderr.flush()
-        helper = threading.Thread(target=self.before, daemon=True)
-        helper.start()
-        helper.join(_STUCK)
-        os._exit(1)
 
 
 class Wire:
@@ -66,12 +34,19 @@ class Wire:
     Args:
         lost: called in a thread, once, with what happened: it closed, or it is silent. Not after
             `close`.
+        heard: called in a thread at every sign of life.
     """
 
-    def __init__(self, connection: socket.socket, lost: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        lost: Callable[[str], None],
+        heard: Callable[[], None] = lambda: None,
+    ) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(SILENCE)
-        self._socket, self._lost, self._closed = connection, lost, False
+        self._socket, self._lost, self._heard = connection, lost, heard
+        self._closed = False
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._lock = threading.Lock()
         for work in (self._read, self._beat):
@@ -102,6 +77,7 @@ class Wire:
         rest = b""
         try:
             while data := self._socket.recv(1 << 16):
+                self._heard()
                 *lines, rest = (rest + data).split(b"\n")
                 for line in filter(None, lines):
                     message = json.loads(line)
@@ -156,7 +132,9 @@ def to_first(settings: dict[str, Any], end: End) -> Wire:
             f"the first machine is not reached at {host}:{port} ({error.strerror or error})"
         ) from None
     wire = Wire(
-        connection, lambda why: end.now(f"the connection to the first machine is lost: {why}")
+        connection,
+        lambda why: end.now(f"the connection to the first machine is lost: {why}"),
+        end.heard,
     )
     wire.send({"op": "hello", "rank": settings["rank"], "token": settings["token"]})
     return wire

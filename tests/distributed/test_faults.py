@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_ssh import Machines
+from fake_ssh import Machines, one_error
 from tiny_chat import write_chat_model
 
 from mlx_redrafter.distributed.launch import from_file, named
 from mlx_redrafter.distributed.wire import ClusterError
 
 SOON = 15.0  # seconds
+START = 30.0  # seconds that a program may take to begin, where two cores are shared with others
 LONG = ("--max-tokens", "-1", "--seed", "3", "--temp", "1", "--logit-bias", "1=-inf")
 
 
@@ -38,13 +39,9 @@ def begun(machines: Machines, model: Path, *more: str) -> subprocess.Popen[str]:
     return first
 
 
-def one_error(lines: list[str]) -> str:
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
-
-
-def first_ended(first: subprocess.Popen[str]) -> tuple[int, list[str]]:
-    out = first.communicate(timeout=SOON)
+def first_ended(first: subprocess.Popen[str], start: float = 0) -> tuple[int, list[str]]:
+    """Soon; start: seconds that come before."""
+    out = first.communicate(timeout=SOON + start)
     # What the ssh of these tests says of a process that was killed is not ours.
     return first.returncode, [line for line in out[1].splitlines() if "/bin/ssh: line" not in line]
 
@@ -69,12 +66,10 @@ def killed(folder: Path, model: Path, rank: int, wait: float, *more: str) -> Non
 SPLITS = (("--split", "tensor", "--shares", "2,1,1"), ("--split", "pipeline"))
 
 
-OTHERS = [pytest.param(rank, marks=pytest.mark.slow) for rank in (0, 2)]
-
-
-@pytest.mark.parametrize("rank", [1, *OTHERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1, 2])
 def test_whichever_machine_is_killed(model: Path, tmp_path: Path, rank: int) -> None:
-    """Seen to fail: the end of a connection is not noticed."""
+    """Of the command's; seen to fail: the end of a connection is not noticed."""
     killed(tmp_path, model, rank, random.Random(rank).random(), *SPLITS[rank % 2])
 
 
@@ -85,24 +80,53 @@ def test_machines_killed_at_random(number: int, model: Path, tmp_path: Path) -> 
     killed(tmp_path, model, number % 3, wait, *SPLITS[number // 3 % 2])
 
 
+JOINING = "import mlx_redrafter.distributed.cluster as m\nm.join_ring"
+TESTING = "import mlx_redrafter.distributed.cluster as m\nm.test"
+LOADING = "import mlx_redrafter.distributed.{} as m\nm.parts_of"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", Machines.names)
+@pytest.mark.parametrize("where", [JOINING, TESTING, LOADING])
+def test_a_machine_is_killed_before_the_first_answer(
+    name: str, where: str, model: Path, tmp_path: Path
+) -> None:
+    """While the others join, MLX holds Python's lock there. Seen to fail: without the timer of
+    `End` they wait for ever."""
+    machines = Machines(tmp_path)
+    code = where.format("lead" if name == "one" else "follow")
+    machines.patched(name, f"{code} = lambda *_, **__: os.kill(os.getpid(), 9)\nimport os\n")
+    first = machines.run(*QUESTION, model, "--hostfile", machines.hostfile)
+    code, lines = first_ended(first, START)
+    if name != "one":
+        assert code == 1
+        one_error(lines)
+    for other in {*Machines.names[1:]} - {name}:
+        code, lines = machines.ended(other, SOON)
+        assert code == 1
+        one_error(lines)
+
+
 @pytest.mark.slow
 def test_a_machine_that_hangs_is_lost(model: Path, tmp_path: Path) -> None:
     machines = Machines(tmp_path)
     first = begun(machines, model)
     machines.kill("two", signal.SIGSTOP)
-    code, lines = first_ended(first)
-    assert code == 1 and "two, rank 1 is lost: it has not been heard of" in one_error(lines)
+    code, lines = first_ended(first, 5)  # which begins when it is missed
+    assert code == 1 and "two, rank 1 is lost" in one_error(lines)
     code, lines = machines.ended("three", SOON)
     assert code == 1
     one_error(lines)
-    machines.kill("two")
+    assert machines.ended("two", SOON)[0] == 128 + signal.SIGKILL  # stopped, and ended all the same
 
 
 @pytest.mark.slow
 def test_a_machine_that_does_not_start(model: Path, tmp_path: Path) -> None:
     machines = Machines(tmp_path)
     machines.patched("three", "import os; os.write(2, b'error: no such program\\n'); os._exit(127)")
-    code, lines = first_ended(machines.run(*QUESTION, model, "--hostfile", machines.hostfile))
+    code, lines = first_ended(
+        machines.run(*QUESTION, model, "--hostfile", machines.hostfile), START
+    )
     assert code == 1
     assert "three, rank 2 ended before it was connected (no such program)" in one_error(lines)
     assert machines.ended("two", SOON)[0] == 1
@@ -113,8 +137,8 @@ def test_a_machine_that_never_answers(model: Path, tmp_path: Path) -> None:
     machines = Machines(tmp_path)
     machines.patched("three", "import time; time.sleep(60)")
     first = machines.run(*QUESTION, model, "--hostfile", machines.hostfile)
-    code, lines = first.wait(2 * SOON), first.communicate()[1].splitlines()
-    assert code == 1 and "three, rank 2 was not there after 14 s" in one_error(lines)
+    code, lines = first_ended(first, START)
+    assert code == 1 and "three, rank 2 was not there after 11 s" in one_error(lines)
     machines.kill("three")
 
 
@@ -130,7 +154,9 @@ def test_other_versions_and_weights_are_refused(model: Path, tmp_path: Path) -> 
         "import importlib.metadata as m\nold = m.version\n"
         "m.version = lambda name: '0.1' if name == 'mlx' else old(name)\n",
     )
-    code, lines = first_ended(machines.run(*QUESTION, model, "--hostfile", machines.hostfile))
+    code, lines = first_ended(
+        machines.run(*QUESTION, model, "--hostfile", machines.hostfile), START
+    )
     assert code == 1 and "two, rank 1 has mlx 0.1 and this machine" in one_error(lines)
     for name in ("two", "three"):
         assert machines.ended(name, SOON)[0] == 1
@@ -147,7 +173,9 @@ def test_other_versions_and_weights_are_refused(model: Path, tmp_path: Path) -> 
         f"w.json.loads = lambda text: old(text.replace({str(model)!r}.encode(), "
         f"{str(other)!r}.encode()) if isinstance(text, bytes) else text)\n",
     )
-    code, lines = first_ended(machines.run(*QUESTION, model, "--hostfile", machines.hostfile))
+    code, lines = first_ended(
+        machines.run(*QUESTION, model, "--hostfile", machines.hostfile), START
+    )
     assert code == 1 and "three, rank 2 has other weights" in one_error(lines)
     for name in ("two", "three"):
         code, lines = machines.ended(name, SOON)

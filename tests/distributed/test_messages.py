@@ -24,6 +24,9 @@ class Told:
     def now(self, text: str) -> None:
         self.texts.put(text)
 
+    def never(self) -> None:
+        pass
+
 
 def pair() -> tuple[Wire, Wire, Told, Told]:
     one, other = socket.socketpair(socket.AF_UNIX)

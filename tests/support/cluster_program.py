@@ -1,7 +1,10 @@
-"""The first of three machines, all of them here: runs many cases and prints what came of them.
+"""The first of three machines, all of them here: runs many cases and prints what came of them;
+then the second one is killed in the middle of an answer.
 
-    python cluster_program.py FOLDER    with folders `tensor` and `pipeline` in it, of models that
-                                        have a drafter beside them
+    python cluster_program.py FOLDER HOSTFILE PID [full]
+
+with folders `tensor` and `pipeline` in it, of models that have a drafter beside them; PID: a file
+with the second one's. Without `full` the costliest cases are left out.
 
 What takes the time is how often machines meet: the threads that wait for others do not sleep.
 """
@@ -9,9 +12,11 @@ What takes the time is how often machines meet: the threads that wait for others
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.distributed import cluster, launch, lead
 from mlx_redrafter.distributed.cluster import Cluster
+from mlx_redrafter.distributed.noise import without_noise
 from mlx_redrafter.distributed.split import Split
 from mlx_redrafter.tree.shape import TreeShape
 
@@ -150,7 +156,7 @@ def batch(model: Model) -> list[list[int]]:
     running = model.batch(model.engine, None) if model.batch else Batch(model.engine)
     rows = [
         running.add(request(shape=TREE, n=4)),
-        running.add(request(PROMPT[:6], PARAMS["sampled"], n=3)),
+        running.add(request(params=PARAMS["sampled"], n=3)),
         running.add(request(PROMPT[:4], n=20)),
     ]
     found: dict[Any, list[int]] = {row: [] for row in rows}
@@ -162,37 +168,49 @@ def batch(model: Model) -> list[list[int]]:
     return [found[row] for row in rows[:2]]
 
 
-def main(folder: Path) -> None:
-    with cluster.start(launch.named("localhost,localhost,localhost")) as there:
-        cases: dict[str, Callable[[], Any]] = {}
+def lose(model: Model, pid: Path) -> None:
+    """An answer without an end, in which a machine is killed."""
+    for number, _ in enumerate(model.engine.generate(request(n=2000))):
+        if number == 2:
+            os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+def main(folder: Path, hostfile: Path, pid: Path, full: bool) -> None:
+    without_noise()
+    with cluster.start(launch.from_file(hostfile)) as there:
         model = loaded(there, folder, Split("tensor"))
-        cases["tensor"] = lambda: texts(model, {"greedy": ["lookup"], "sampled": ["tree", "chain"]})
-        cases["sessions"] = lambda: sessions(model)
-        cases["stopped"] = lambda: stopped(model)
-        cases["grammar"] = lambda: [
-            text(model, request(shape=shape, n=4, grammar=Even())) for shape in (PLAIN, TREE)
-        ]
-        cases["batch"] = lambda: batch(model)
-        cases["batch alone"] = lambda: [
-            text(model, request(n=4)), text(model, request(PROMPT[:6], PARAMS["sampled"], n=3))
-        ]  # fmt: skip
-        cases["collectives"] = lambda: [collectives(there, model, rows) for rows in (1, 8)]
-        results = {name: case() for name, case in cases.items()}
-        for name, split in (
-            ("unequal", Split("tensor", (3, 2, 1))),
-            ("pipeline", Split("pipeline")),
+        results: dict[str, Any] = {
+            "tensor": texts(model, {"greedy": ["lookup"], "sampled": ["tree"]}),
+            "sessions": sessions(model),
+            "stopped": stopped(model),
+            "batch": batch(model),
+            "collectives": [collectives(there, model, rows) for rows in (1, 8)],
+        }
+        for name, split, shape in (
+            ("unequal", Split("tensor", (3, 2, 1)), "chain"),
+            ("pipeline", Split("pipeline"), "tree"),
         ):
             other = loaded(there, folder, split)
-            results[name] = texts(other, {"sampled": ["tree"]})
+            results[name] = texts(other, {"sampled": [shape]})
             results[f"{name} collectives"] = [collectives(there, other, rows) for rows in (1, 8)]
-        there.link.alike = False
-        there.tell("alike", alike=False)
-        unlike = loaded(there, folder, Split("tensor"))
-        before = there.link.collectives
-        results["unlike"] = texts(unlike, {"sampled": ["tree"]})
-        results["unlike more"] = there.link.collectives > before
-    print(json.dumps(results))
+        if full:
+            results |= costly(there, folder, model)
+        print(json.dumps(results), flush=True)
+        lose(model, pid)
+
+
+def costly(there: Cluster, folder: Path, model: Model) -> dict[str, Any]:
+    """A grammar; machines that round differently."""
+    grammar = [text(model, request(shape=shape, n=4, grammar=Even())) for shape in (PLAIN, TREE)]
+    there.link.alike = False
+    there.tell("alike", alike=False)
+    unlike = loaded(there, folder, Split("tensor"))
+    before = there.link.collectives
+    found = texts(unlike, {"sampled": ["tree"]})
+    more = there.link.collectives > before
+    return {"grammar": grammar, "unlike": found, "unlike more": more}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    places = [Path(argument) for argument in sys.argv[1:4]]
+    main(places[0], places[1], places[2], "full" in sys.argv[4:])

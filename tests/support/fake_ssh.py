@@ -15,7 +15,7 @@ from mlx_redrafter.distributed.launch import free_ports
 
 SSH = """#!/bin/bash
 # -T -o BatchMode=yes NAME COMMAND
-export PYTHONPATH="{folder}/$4:$PYTHONPATH"
+export PYTHONPATH="{folder}/$4:{path}"
 bash -c "echo \\$\\$ > {folder}/$4.pid; $5" 2> >(tee -p {folder}/$4.err >&2)
 code=$?
 echo $code > {folder}/$4.code
@@ -32,7 +32,7 @@ class Machines:
         self.folder = folder
         (folder / "bin").mkdir()
         ssh = folder / "bin" / "ssh"
-        ssh.write_text(SSH.format(folder=folder))
+        ssh.write_text(SSH.format(folder=folder, path=os.environ.get("PYTHONPATH", "")))
         ssh.chmod(0o755)
         ports = free_ports(len(self.names))
         self.hostfile = folder / "hosts.json"
@@ -41,13 +41,20 @@ class Machines:
             json.dumps([{"ssh": name, "ips": [f"127.0.0.1:{port}"]} for name, port in pairs])
         )
 
-    def run(self, *arguments: Any) -> subprocess.Popen[str]:
+    def run(self, *arguments: Any, compiled: bool = False) -> subprocess.Popen[str]:
         """The first machine's command."""
-        path = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        return self.start("-m", "mlx_redrafter", *arguments, compiled=compiled)
+
+    def start(self, *program: Any, compiled: bool = False) -> subprocess.Popen[str]:
+        """Python's on the first machine. compiled: not by default, which takes three compilers."""
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MLX_DISABLE_COMPILE": "1"}
+        if compiled:
+            del env["MLX_DISABLE_COMPILE"]
+        env["PATH"] = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        env["PYTHONPATH"] = f"{self.folder / 'one'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         return subprocess.Popen(
-            [sys.executable, "-m", "mlx_redrafter", *map(str, arguments)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
-            env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MLX_DISABLE_COMPILE": "1"},
+            [sys.executable, *map(str, program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL, text=True, env=env,
         )  # fmt: skip
 
     def patched(self, name: str, code: str) -> None:
@@ -74,3 +81,10 @@ class Machines:
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid(name), number)
+
+
+def one_error(lines: list[str]) -> str:
+    """The line with which a process ended; notes may stand before it."""
+    *notes, error = lines or [""]
+    assert error.startswith("error: ") and not any(n.startswith("error: ") for n in notes), lines
+    return error
