@@ -6,9 +6,9 @@ is
 
     share * softmax(sharpness * (d + noise * T g))
 
-sharpness: how sure it may be; noise: how much of the draw it follows; share: how often the choice
-is among the tokens that can be drafted. docs/decisions.md has the measurements. Nothing here
-decides a text, only what is proposed, and which of it is checked.
+sharpness: how sure it may be; noise: how much of the draw it follows; share: what is left for it by
+tokens that cannot be drafted. docs/decisions.md has the measurements. Nothing here decides a text,
+only what is proposed, and which of it is checked.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Fits a drafter's calibration: what it says of the next token under sampling, and what came.
 
-Before every token of sampled answers the drafter proposes its likeliest few tokens under every
-setting of a grid. The setting under which the answers are likeliest is kept: the fit is by maximum
-likelihood over one draft position, as the deeper ones were found to want the same numbers
+Before every token of sampled answers the drafter is asked for its first choice, and how likely the
+token is that came, under every setting of a grid. The setting under which the answers are likeliest
+is kept. One draft position is enough: the deeper ones were found to want the same numbers
 (docs/decisions.md).
 """
 
@@ -22,7 +22,7 @@ from mlx_redrafter.api import Model, stream_generate
 from mlx_redrafter.decoding import sampling
 from mlx_redrafter.decoding.sampling import SamplingParams
 from mlx_redrafter.decoding.step import State
-from mlx_redrafter.drafters import UNFITTED
+from mlx_redrafter.drafters import UNFITTED, Draw
 from mlx_redrafter.drafters.calibration import Calibration
 from mlx_redrafter.evaluation.agreement import Calibration as Table
 from mlx_redrafter.evaluation.agreement import Tally
@@ -30,22 +30,20 @@ from mlx_redrafter.evaluation.prompts import Prompt
 from mlx_redrafter.evaluation.walk import Watched, proposing, trusted
 from mlx_redrafter.tree.shape import TreeShape
 
-TEMP = 0.8
+TEMP, PROMPTS = 0.8, 48  # half of them for the fit
 SHARPNESS = (0.5, 0.65, 0.8, 1.0, 1.25, 1.6, 2.2)
 NOISE = (0.4, 0.55, 0.7, 0.85, 1.0)
-SHARES = tuple(i / 100 for i in range(100, 59, -1))
 GRID = [Calibration(u, r) for u, r in product(SHARPNESS, NOISE)]
-_LIKELIEST = TreeShape(4, 1, 5)
-_LEAST = 1e-4  # probability of what nothing was said of
+_RAISE = 8.0  # added to the logit of the token that came, to be told how likely it was without
+_LEAST = 1e-5  # probability of what is not drafted at all
 
 
 class Seen(NamedTuple):
-    """Along n tokens, by setting of the grid: probabilities (n, S) of the first choice, of the
-    answer's token (0: not among the likeliest) and of all of these, and was the first one right."""
+    """Along n tokens, by setting of the grid (n, S): probabilities of the first choice and of the
+    answer's token (0: hardly any, or it cannot be drafted), and was the first choice right."""
 
     first: np.ndarray
     right: np.ndarray
-    total: np.ndarray
     hit: np.ndarray
 
 
@@ -85,15 +83,12 @@ def fit(
 
 
 def best(seen: Seen) -> Calibration:
-    """The setting, and the share of tokens that can be drafted, of the greatest likelihood."""
-    known = seen.right > 0
-    found, most = UNFITTED, -math.inf
-    for share in SHARES:
-        likely = np.where(known, share * seen.right, 1 - share * seen.total)
-        scores = np.log(np.maximum(likely, _LEAST)).mean(axis=0)  # (S,)
-        if scores.max() > most:
-            most, found = scores.max(), replace(GRID[int(scores.argmax())], share=share)
-    return found
+    """The setting of the greatest likelihood; with it, the share of first choices that were right
+    over what was said of them."""
+    scores = np.log(np.maximum(seen.right, _LEAST)).mean(axis=0)  # (S,)
+    at = int(scores.argmax())
+    share = float(seen.hit[:, at].sum() / seen.first[:, at].sum())
+    return replace(GRID[at], share=round(min(max(share, 0.1), 1.0), 2))
 
 
 def _along(
@@ -103,39 +98,61 @@ def _along(
     engine, says = Watched(model.engine), _saying(model)
     given = mx.array([seed], mx.uint32)
     for prompt in prompts:
-        ids, rows = list(prompt.encode(tokenizer)), list[tuple[np.ndarray, np.ndarray]]()
+        ids, rows = list(prompt.encode(tokenizer)), list[list[np.ndarray]]()
         written = stream_generate(
             model, tokenizer, ids, max_tokens, temp=TEMP, seed=seed, draft=False
         )
         tokens = [response.token for response in written]
+        right = mx.array([*tokens, tokens[-1]], mx.int32)
 
-        def add(state: State, rows: list[tuple[np.ndarray, np.ndarray]] = rows) -> None:
-            found = says(state, given)
+        def add(state: State, rows: list[list[np.ndarray]] = rows, right: mx.array = right) -> None:
+            at = min(len(rows), right.size - 1)
+            found = says(state, right[at : at + 1], given)
             mx.eval(found)
-            rows.append((np.array(found[0]), np.exp(-np.array(found[1]))))
+            rows.append([np.array(part) for part in found])
 
         engine.on_state = add
         tokens = engine.along(ids, tokens, SamplingParams(temp=TEMP, seed=seed))
-        picks, probability = (np.stack(part) for part in zip(*rows[: len(tokens)], strict=True))
-        same = picks == np.array(tokens)[:, None, None]  # (n, S, 4)
-        right, total = (probability * same).sum(-1), probability.sum(-1)
-        yield Seen(probability[..., 0], right, total, same[..., 0])
+        picks, costs, raised, raised_costs = (
+            np.stack(part) for part in zip(*rows[: len(tokens)], strict=True)
+        )
+        wanted = np.array(tokens)[:, None]
+        right_ones = np.where(raised == wanted, _lowered(np.exp(-raised_costs)), 0.0)
+        yield Seen(np.exp(-costs), right_ones, picks == wanted)
 
 
-def _saying(model: Model) -> Callable[[State, mx.array], tuple[mx.array, mx.array]]:
-    """What is likeliest in a state under every setting: tokens (S, 4) and costs (S, 4)."""
+def _lowered(probability: np.ndarray) -> np.ndarray:
+    """Of a token whose logit was raised: what it is without."""
+    return probability / (math.exp(_RAISE) * (1 - probability) + probability)
+
+
+class _Raised:
+    """A draw in which one token (1,) is likelier; a `drafters.Draw`. by: in units of its noise."""
+
+    def __init__(self, draw: Draw, token: mx.array, by: float) -> None:
+        self.temperature, self._draw, self._token, self._by = draw.temperature, draw, token, by
+
+    def noise(self, ahead: int, tokens: mx.array) -> mx.array:
+        """(M,) -> (1, M)."""
+        return self._draw.noise(ahead, tokens) + mx.where(tokens == self._token, self._by, 0.0)
+
+
+def _saying(model: Model) -> Callable[..., list[mx.array]]:
+    """What is said in a state under every setting (S,): the first choice and its cost, and the same
+    where the token that came, (1,), is raised."""
     drafter = model.drafter
     assert drafter is not None, "whoever fits has one"
 
-    def says(state: State, seed: mx.array) -> tuple[mx.array, mx.array]:
-        propose, tokens, costs = proposing(model, state, None), [], []
+    def says(state: State, right: mx.array, seed: mx.array) -> list[mx.array]:
+        propose, found = proposing(model, state, None), []
         draw = sampling.draw({"seed": seed, "temp": mx.array(TEMP)}, state.position + 1, 1)
+        assert draw is not None
         for setting in GRID:
+            raised = _Raised(draw, right, _RAISE / (setting.sharpness * setting.noise * TEMP))
             with trusted(drafter, setting):
-                found = propose(_LIKELIEST, draw)[-1]  # the first level, behind the root
-            tokens.append(found.paths[:, 1])
-            costs.append(found.costs)
-        return mx.stack(tokens), mx.stack(costs)
+                chains = [propose(TreeShape.chain(1), one)[0] for one in (draw, raised)]
+            found.append([part for c in chains for part in (c.paths[0, 1], c.costs[0])])
+        return [mx.stack(list(column)) for column in zip(*found, strict=True)]
 
     return mx.compile(says) if model.engine.compiled else says
 

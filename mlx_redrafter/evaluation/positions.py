@@ -93,7 +93,8 @@ def evaluate(
     if not prompts:
         raise OptionError("there are no prompts to evaluate with: give at least one")
     some, recorded = prompts[:RECORDED], []
-    fitted = calibrating.fit(model, tokenizer, some, max_tokens, seed, on_answer)
+    tried = prompts[: calibrating.PROMPTS]
+    fitted = calibrating.fit(model, tokenizer, tried, max_tokens, seed, on_answer)
     model.drafter.calibration = fitted.calibration
     live = acceptance.measure(
         model, tokenizer, prompts, shapes=shapes, temperatures=TEMPERATURES,
@@ -112,8 +113,8 @@ def evaluate(
 
 def answers(prompts: int, shapes: Sequence[TreeShape] = SHAPES) -> int:
     """How many answers ``evaluate`` writes: for a progress bar."""
-    some = min(prompts, RECORDED)
-    return len(TEMPERATURES) * (prompts * len(shapes) + some) + some
+    recorded = len(TEMPERATURES) * (prompts * len(shapes) + min(prompts, RECORDED))
+    return recorded + min(prompts, calibrating.PROMPTS)
 
 
 def conditions(model: Model) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Led:
         return mx.zeros((1, 1)) if self._own is None else self._own.noise(ahead, tokens)
 
 
-Propose = Callable[[TreeShape, Draw], Sequence[Candidates]]
+Propose = Callable[[TreeShape, Draw | None], Sequence[Candidates]]
 
 
 def proposing(model: Model, state: State, history: mx.array | None) -> Propose:

@@ -43,7 +43,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 )
 def test_known_numbers_are_found(truth: Calibration) -> None:
     """Choices drawn by what the drafter says under them. (A fit that takes no notice of tokens that
-    cannot be drafted says a share of 1, and one that maximises what was right alone is sure.)"""
+    cannot be drafted, or of all but the first choice, fails.)"""
     random = np.random.default_rng(3)
     logits, noise = random.normal(0, 2.5, (6000, 1, 12)), random.gumbel(0, 1, (6000, 1, 12))
     sharpness, weight = (
@@ -54,10 +54,10 @@ def test_known_numbers_are_found(truth: Calibration) -> None:
     rest = 1 - truth.share * drawn[:, 0].sum(-1, keepdims=True)
     sums = np.concatenate([truth.share * drawn[:, 0], np.maximum(rest, 0)], axis=-1).cumsum(-1)
     chosen = (sums < random.random((6000, 1))).sum(-1)  # 12: nothing that it drafts
-    order = np.argsort(-says, axis=-1)[..., :4]
-    likeliest = np.take_along_axis(says, order, axis=-1)
-    same = order == chosen[:, None, None]
-    seen = Seen(likeliest[..., 0], (likeliest * same).sum(-1), likeliest.sum(-1), same[..., 0])
+    right = np.take_along_axis(says, np.minimum(chosen, 11)[:, None, None], axis=-1)[..., 0]
+    there = (chosen < 12)[:, None]
+    hit = (says.argmax(-1) == chosen[:, None]) & there
+    seen = Seen(says.max(-1), right * there, hit)
     found = calibrating.best(seen)
     assert (found.sharpness, found.noise) == (truth.sharpness, truth.noise)
     assert found.share == pytest.approx(truth.share, abs=0.03)
@@ -66,7 +66,8 @@ def test_known_numbers_are_found(truth: Calibration) -> None:
 
 
 def test_every_setting_is_asked_with_the_answers_own_noise(target: Decoder) -> None:
-    """(Noise of another position, or a setting that is traced as another, fails.)"""
+    """(Noise of another position, a setting that is traced as another, or a raised
+    token that is taken for what it seems, fails.)"""
     drafter, prompt = random_drafter(target, cell="gru"), Prompt("a few words", "chat")
     model = Model.of("tiny", Path(), target, drafter, compiled=False)
     tokenizer: Any = Tokenizer()
@@ -84,12 +85,10 @@ def test_every_setting_is_asked_with_the_answers_own_noise(target: Decoder) -> N
         noise = np.array(draw.noise(0, mx.arange(V)))[0]
         for s, setting in enumerate(GRID):
             says = softmax(setting.sharpness * (logits + setting.noise * TEMP * noise))
-            likeliest = np.argsort(-says)[:4]
+            expected = says[token] if says[token] > says.max() * np.exp(-8.0) else 0.0
             assert seen.first[i, s] == pytest.approx(says.max(), abs=1e-4)
-            assert seen.total[i, s] == pytest.approx(says[likeliest].sum(), abs=1e-4)
-            expected = says[token] if token in likeliest else 0.0
-            assert seen.right[i, s] == pytest.approx(expected, abs=1e-4)
-            assert seen.hit[i, s] == (token == likeliest[0])
+            assert seen.right[i, s] == pytest.approx(expected, rel=0.02)
+            assert seen.hit[i, s] == (token == says.argmax())
 
 
 def test_a_drafter_is_loaded_with_its_numbers(target: Decoder, tmp_path: Path) -> None:
