@@ -188,9 +188,7 @@ def _drawn(
     logits: mx.array, draws: Sequence[Draw], level: int, vocabulary: mx.array, trust: Calibration
 ) -> mx.array:
     """Logits (R, Vd) as they are drawn from, and as sure as they may be."""
-    if trust.sharpness != 1:
-        logits = logits * trust.sharpness
-    weight = trust.sharpness * trust.noise
+    logits, weight = logits * trust.sharpness, trust.sharpness * trust.noise
     if len(draws) == 1:
         return logits + (draws[0].temperature * weight) * draws[0].noise(level, vocabulary)
     noise = mx.concatenate([draw.noise(level, vocabulary) for draw in draws])[:, None]

@@ -17,22 +17,24 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlx_redrafter.errors import DrafterError
 
 FILE = "calibration.json"
 
 
+Number = float | mx.array
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """As it stands here the logits are taken as they are. Raises ValueError: impossible numbers."""
+    """As it stands here the logits are taken as they are. Arrays (1,): while many are tried in one
+    graph, whose kernels are then the same for all."""
 
-    sharpness: float = 1.0
-    noise: float = 1.0
+    sharpness: Number = 1.0
+    noise: Number = 1.0
     share: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (0 < self.sharpness < 1e3 and 0 < self.noise < 1e3 and 0 < self.share <= 1):
-            raise ValueError(f"{self} is impossible")
 
 
 def read(folder: Path) -> Calibration:
@@ -43,7 +45,10 @@ def read(folder: Path) -> Calibration:
     """
     file = folder / FILE
     try:
-        return Calibration(**json.loads(file.read_text(encoding="utf-8")))
+        found = Calibration(**json.loads(file.read_text(encoding="utf-8")))
+        if 0 < found.sharpness < 1e3 and 0 < found.noise < 1e3 and 0 < found.share <= 1:
+            return found
+        raise ValueError(f"{found} is impossible")
     except FileNotFoundError:
         return Calibration()
     except (OSError, ValueError, TypeError) as error:

@@ -57,6 +57,13 @@ class Fitted:
     before: Table
     after: Table
 
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{name} {value:g}" for name, value in asdict(self.calibration).items())
+        return (
+            f"sampled drafts, fitted to {self.prompts} answers: {numbers}; ECE on others "
+            f"{self.before.error:.3f} before, {self.after.error:.3f} after"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         tables = {"before": self.before.as_dict(), "after": self.after.as_dict()}
         return {**asdict(self.calibration), "fitted_to": self.prompts, "temp": TEMP, **tables}
@@ -96,7 +103,7 @@ def _along(
 ) -> Iterator[Seen]:
     """Write every answer without drafts, and see what would have been drafted along it."""
     engine, says = Watched(model.engine), _saying(model)
-    given = mx.array([seed], mx.uint32)
+    given, grid = mx.array([seed], mx.uint32), mx.array(list(product(SHARPNESS, NOISE)))
     for prompt in prompts:
         ids, rows = list(prompt.encode(tokenizer)), list[list[np.ndarray]]()
         written = stream_generate(
@@ -107,7 +114,7 @@ def _along(
 
         def add(state: State, rows: list[list[np.ndarray]] = rows, right: mx.array = right) -> None:
             at = min(len(rows), right.size - 1)
-            found = says(state, right[at : at + 1], given)
+            found = says(state, right[at : at + 1], given, grid)
             mx.eval(found)
             rows.append([np.array(part) for part in found])
 
@@ -129,7 +136,7 @@ def _lowered(probability: np.ndarray) -> np.ndarray:
 class _Raised:
     """A draw in which one token (1,) is likelier; a `drafters.Draw`. by: in units of its noise."""
 
-    def __init__(self, draw: Draw, token: mx.array, by: float) -> None:
+    def __init__(self, draw: Draw, token: mx.array, by: mx.array) -> None:
         self.temperature, self._draw, self._token, self._by = draw.temperature, draw, token, by
 
     def noise(self, ahead: int, tokens: mx.array) -> mx.array:
@@ -138,18 +145,19 @@ class _Raised:
 
 
 def _saying(model: Model) -> Callable[..., list[mx.array]]:
-    """What is said in a state under every setting (S,): the first choice and its cost, and the same
-    where the token that came, (1,), is raised."""
+    """What is said in a state under every setting (S,) of a grid (S, 2): the first choice and its
+    cost, and the same where the token that came, (1,), is raised."""
     drafter = model.drafter
     assert drafter is not None, "whoever fits has one"
 
-    def says(state: State, right: mx.array, seed: mx.array) -> list[mx.array]:
+    def says(state: State, right: mx.array, seed: mx.array, grid: mx.array) -> list[mx.array]:
         propose, found = proposing(model, state, None), []
         draw = sampling.draw({"seed": seed, "temp": mx.array(TEMP)}, state.position + 1, 1)
         assert draw is not None
-        for setting in GRID:
-            raised = _Raised(draw, right, _RAISE / (setting.sharpness * setting.noise * TEMP))
-            with trusted(drafter, setting):
+        for row in range(len(GRID)):
+            sharpness, noise = grid[row, :1], grid[row, 1:]
+            raised = _Raised(draw, right, _RAISE / (sharpness * noise * TEMP))
+            with trusted(drafter, Calibration(sharpness, noise)):
                 chains = [propose(TreeShape.chain(1), one)[0] for one in (draw, raised)]
             found.append([part for c in chains for part in (c.paths[0, 1], c.costs[0])])
         return [mx.stack(list(column)) for column in zip(*found, strict=True)]

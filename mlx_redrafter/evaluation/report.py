@@ -11,6 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.api import Model, load
 from mlx_redrafter.budget import yields
+from mlx_redrafter.drafters import calibration
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.evaluation import acceptance, conditions, positions, sharing
 from mlx_redrafter.evaluation.agreement import Agreement
@@ -45,20 +46,24 @@ def run(
                 loaded, tokenizer, chosen, shapes=shapes, max_tokens=max_tokens, on_answer=step
             )
         positions.write(place, found)
-        rows, agreement = list(found.live), found.agreement
+        rows, agreement, fitted = list(found.live), found.agreement, found.fitted
     else:
         with tables.progress(len(chosen) * len(shapes) * len(acceptance.TEMPERATURES)) as step:
             rows = acceptance.measure(
                 loaded, tokenizer, chosen, max_tokens=max_tokens, on_answer=step
             )
     if as_json:
-        along = {"teacher_forced": [row.as_dict() for row in agreement]} if record else {}
+        along: dict[str, object] = {}
+        if record:
+            along = {"teacher_forced": [r.as_dict() for r in agreement], "fitted": fitted.as_dict()}
         print(json.dumps({"rows": [row.as_dict() for row in rows], **along, **facts}))
         return
     _live(rows, facts)
     if record:
         _along(agreement)
-        console.note(f"wrote {positions.FILE} and {yields.FILE} into {place}")
+        console.note(str(fitted))
+        names = f"{positions.FILE}, {yields.FILE} and {calibration.FILE}"
+        console.note(f"wrote {names} into {place}")
 
 
 def share(

@@ -37,7 +37,7 @@ from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.cli import main as cli
 from mlx_redrafter.decoding import sampling
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.drafters import Drafter
+from mlx_redrafter.drafters import Drafter, calibration
 from mlx_redrafter.drafters.calibration import Calibration
 from mlx_redrafter.drafters.eagle import Branches, Eagle, EagleConfig
 from mlx_redrafter.drafters.model import DraftModel
@@ -261,12 +261,15 @@ def test_the_command_records(tmp_path: Path, kind: str) -> None:
     assert {row["temp"] for row in found["teacher_forced"]} == {0.0, 0.8}
     written = positions.read(place)
     assert written["teacher_forced"] == found["teacher_forced"]
+    assert written["calibration"]["fitted"] == found["fitted"]
+    assert calibration.read(place).share == found["fitted"]["share"]
     assert yields.load(place).table.keys() == {False, True}
     assert json.loads((place / yields.FILE).read_text())["greedy"].keys() == {
         f"{width}x{depth}" for width, depth in yields.BEAMS
     }
     shown = invoke("-d", str(place), "--record")
     assert "First choices that are right" in shown.stdout and yields.FILE in shown.stderr
+    assert "fitted to 1 answers: sharpness" in " ".join(shown.stderr.split())
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(
