@@ -11,9 +11,12 @@ from typing import Any, NamedTuple, Protocol
 import mlx.core as mx
 
 from mlx_redrafter.cache.layer import LayerCache, Pass
+from mlx_redrafter.drafters.calibration import Calibration
 from mlx_redrafter.models.features import Chunk, Features
 from mlx_redrafter.tree.nodes import Candidates, DraftTree
 from mlx_redrafter.tree.shape import TreeShape
+
+UNFITTED = Calibration()
 
 
 class Draw(Protocol):
@@ -61,6 +64,9 @@ class Drafter(Protocol):
     """What the decode step needs of a drafter. Its state is arrays, one or a tuple of them; every
     method is traced into the step's graph."""
 
+    calibration: Calibration
+    """What it proposes under a draw depends on it; set before anything is traced."""
+
     @property
     def part(self) -> str:
         """Which part of a tree it drafts: ``tree.shape.BEAMS`` or ``TEXT``."""
@@ -97,6 +103,7 @@ class Drafter(Protocol):
 class Forgetful:
     """A drafter that keeps nothing by position."""
 
+    calibration = UNFITTED
     caches: Sequence[LayerCache] = ()
 
     def absorb(self, chunk: Chunk, own: Pass) -> None:

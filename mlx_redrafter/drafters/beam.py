@@ -13,7 +13,8 @@ from typing import Any, Protocol, cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_redrafter.drafters import Ask, Cell, Draw, Forgetful, Verified
+from mlx_redrafter.drafters import UNFITTED, Ask, Cell, Draw, Forgetful, Verified
+from mlx_redrafter.drafters.calibration import Calibration
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models.features import Features
 from mlx_redrafter.runtime.device import fused_kernels
@@ -73,12 +74,17 @@ def k_smallest(x: mx.array, k: int) -> tuple[mx.array, mx.array]:
 
 
 def search(
-    cell: Cell, context: mx.array, root: mx.array, shape: TreeShape, draw: Draw | None = None
+    cell: Cell,
+    context: mx.array,
+    root: mx.array,
+    shape: TreeShape,
+    draw: Draw | None = None,
+    trust: Calibration = UNFITTED,
 ) -> list[Candidates]:
     """Propose ``W * L`` candidates.
 
-    With a draw the drafter searches for the very tokens that the target will draw: its logits, at
-    the target's temperature, get the noise that the target's will get at the same position. A
+    With a draw the drafter searches for the very tokens that the target will draw: its logits get
+    the noise that the target's will get at the same position, as far as it is to be trusted. A
     cost is minus the log-softmax of these perturbed values, summed along the path.
 
     Args:
@@ -87,13 +93,14 @@ def search(
         root: (1,) int32.
         shape: width ``W``, depth ``L`` and candidate mode.
         draw: of the positions after the root, None for greedy.
+        trust: counts under a draw only.
 
     Returns:
         The root, then W candidates per level.
     """
     state, fixed = cell.start(context)
     draws = None if draw is None else [draw]
-    return _searched(cell, state, fixed, root, shape, draws)[0]
+    return _searched(cell, state, fixed, root, shape, draws, trust)[0]
 
 
 def search_all(
@@ -102,11 +109,12 @@ def search_all(
     roots: mx.array,
     shape: TreeShape,
     draws: Sequence[Draw] | None = None,
+    trust: Calibration = UNFITTED,
 ) -> list[list[Candidates]]:
     """The same for several sequences, whose beams are asked together: contexts (B, Dc), roots (B,),
     a draw for each or none at all."""
     state, fixed = cell.starts(contexts)
-    return _searched(cell, state, fixed, roots, shape, draws)
+    return _searched(cell, state, fixed, roots, shape, draws, trust)
 
 
 def _searched(
@@ -116,12 +124,14 @@ def _searched(
     roots: mx.array,
     shape: TreeShape,
     draws: Sequence[Draw] | None,
+    trust: Calibration,
 ) -> list[list[Candidates]]:
     """The candidates of every sequence. Rows are beams, those of a sequence next to each other."""
     width, columns, count = shape.width, shape.longest + 2, roots.shape[0]
     place = integers(range(columns)).reshape(1, -1)
     costs, picks, parents = mx.array([0.0] * count), roots, integers([0])
     paths = mx.where(place == integers([0]), roots.reshape(-1, 1), END)
+    lost = 0.0 if draws is None else -math.log(trust.share)  # what no draft is worth more than
     parts, above = [(paths, costs)], list[mx.array]()  # the beam that each beam goes on from
     for level in range(shape.depth):
         if level == 1 and width > 1 and count > 1:
@@ -134,11 +144,11 @@ def _searched(
                 "use a smaller width"
             )
         if draws is not None:
-            logits = _drawn(logits, draws, level, cell.vocabulary)
+            logits = _drawn(logits, draws, level, cell.vocabulary, trust)
         if width == 1:
-            costs, picks = _likeliest(logits, costs)
+            costs, picks = _likeliest(logits, costs, lost)
         else:
-            costs, parents, picks = _cheapest(logits, costs, width, count)
+            costs, parents, picks = _cheapest(logits, costs, width, count, lost)
             rows = parents
             if count > 1:
                 first = np.arange(count * width) // width * (paths.shape[0] // count)
@@ -174,13 +184,16 @@ def _of_one(
     return _alive(levels, above if len(above[0]) == shape.width else [rows[mine] for rows in above])
 
 
-def _drawn(logits: mx.array, draws: Sequence[Draw], level: int, vocabulary: mx.array) -> mx.array:
-    """Logits (R, Vd) as they are drawn from."""
+def _drawn(
+    logits: mx.array, draws: Sequence[Draw], level: int, vocabulary: mx.array, trust: Calibration
+) -> mx.array:
+    """Logits (R, Vd) as they are drawn from, and as sure as they may be."""
+    logits, weight = logits * trust.sharpness, trust.sharpness * trust.noise
     if len(draws) == 1:
-        return logits / draws[0].temperature + draws[0].noise(level, vocabulary)
+        return logits + (draws[0].temperature * weight) * draws[0].noise(level, vocabulary)
     noise = mx.concatenate([draw.noise(level, vocabulary) for draw in draws])[:, None]
-    temperatures = mx.stack([draw.temperature for draw in draws]).reshape(-1, 1, 1)
-    return (logits.reshape(len(draws), -1, logits.shape[-1]) / temperatures + noise).reshape(
+    weights = mx.stack([draw.temperature for draw in draws]).reshape(-1, 1, 1) * weight
+    return (logits.reshape(len(draws), -1, logits.shape[-1]) + weights * noise).reshape(
         logits.shape
     )
 
@@ -206,19 +219,24 @@ def lineage(above: mx.array | None, beams: int) -> mx.array:
     return mx.concatenate([mx.broadcast_to(above, (beams, above.shape[1])), itself], axis=1)
 
 
-def _likeliest(logits: mx.array, costs: mx.array) -> tuple[mx.array, mx.array]:
+def _likeliest(logits: mx.array, costs: mx.array, lost: float) -> tuple[mx.array, mx.array]:
     """The one beam's new cost and token."""
     # Rounding must not make a longer path cheaper than its prefix.
     best = mx.max(logits, axis=-1, keepdims=True)
-    costs = costs + mx.maximum(logsumexp(logits) - best, 0.0).reshape(-1)
+    costs = costs + mx.maximum(_total(logits, lost) - best, 0.0).reshape(-1)
     return costs, mx.argmax(logits, axis=-1).view(mx.int32)
 
 
+def _total(logits: mx.array, lost: float) -> mx.array:
+    """What costs are counted from: (R, Vd) -> (R, 1)."""
+    return logsumexp(logits) + lost if lost else logsumexp(logits)
+
+
 def _cheapest(
-    logits: mx.array, costs: mx.array, width: int, count: int
+    logits: mx.array, costs: mx.array, width: int, count: int, lost: float
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Costs, parents and tokens of the W beams of every sequence that go on."""
-    joint = mx.maximum(logsumexp(logits) - (logits - costs[:, None]), costs[:, None])
+    joint = mx.maximum(_total(logits, lost) - (logits - costs[:, None]), costs[:, None])
     best, index = k_smallest(joint.reshape(count, -1), width)
     costs, size, index = best.reshape(-1), logits.shape[-1], index.reshape(1, -1)
     pairs = mx.where(mx.array([[True], [False]]), index // size, index % size)  # (2, W)
@@ -242,9 +260,10 @@ def _row(x: mx.array, i: int) -> mx.array:
 
 
 class SearchingCell(Cell, Protocol):
-    """A cell, and which layers its context is made of."""
+    """A cell, which layers its context is made of, and how far it is trusted."""
 
     features: tuple[int, ...]
+    calibration: Calibration
 
     def searched(self, depth: int) -> Cell: ...
 
@@ -277,7 +296,7 @@ class BeamDrafter(Forgetful):
     def propose(self: SearchingCell, state: mx.array, ask: Ask) -> list[Candidates]:
         context = self.context(state)[0]
         cell = self.searched(ask.shape.depth)
-        levels = search(cell, context, ask.root, ask.shape, ask.draw)
+        levels = search(cell, context, ask.root, ask.shape, ask.draw, self.calibration)
         return levels[-1:] if ask.shape.one_path else levels
 
     def propose_all(
@@ -288,7 +307,7 @@ class BeamDrafter(Forgetful):
         roots = mx.concatenate([ask.root for ask in asks])
         draws = [ask.draw for ask in asks if ask.draw is not None]
         cell = cast(JoiningCell, self.searched(shape.depth))
-        found = search_all(cell, contexts, roots, shape, draws or None)
+        found = search_all(cell, contexts, roots, shape, draws or None, self.calibration)
         return [levels[-1:] if shape.one_path else levels for levels in found]
 
     def commit(self: SearchingCell, state: mx.array, done: Verified) -> mx.array:

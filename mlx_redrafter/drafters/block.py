@@ -33,7 +33,7 @@ import numpy as np
 
 from mlx_redrafter.cache.layer import LayerCache, Pass
 from mlx_redrafter.cache.slabs import Slab
-from mlx_redrafter.drafters import Ask, Verified, eagle, files
+from mlx_redrafter.drafters import UNFITTED, Ask, Verified, eagle, files
 from mlx_redrafter.drafters.beam import search
 from mlx_redrafter.drafters.eagle import EagleConfig
 from mlx_redrafter.drafters.levels import LevelDrafter, Levels
@@ -166,6 +166,7 @@ class Block(nn.Module):
     """A block drafter of any kind; a ``drafters.Drafter`` with rows per position."""
 
     part = BEAMS
+    calibration = UNFITTED
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
@@ -269,7 +270,7 @@ class Block(nn.Module):
         count = min(ask.shape.depth, self.config.levels)
         hidden = self.hidden(ask.root, ask.position, slabs)[first : first + count]
         cell = Levels(Places(self, hidden), ask.shape.depth)
-        levels = search(cell, hidden[0], ask.root, ask.shape, ask.draw)
+        levels = search(cell, hidden[0], ask.root, ask.shape, ask.draw, self.calibration)
         return levels[-1:] if ask.shape.one_path else levels
 
     def commit(self, state: tuple[()], done: Verified) -> tuple[()]:

@@ -24,7 +24,7 @@ import mlx.nn as nn
 
 from mlx_redrafter.cache.layer import LayerCache, Pass
 from mlx_redrafter.cache.slabs import Slab
-from mlx_redrafter.drafters import Ask, Verified, files
+from mlx_redrafter.drafters import UNFITTED, Ask, Verified, files
 from mlx_redrafter.drafters.beam import lineage, search
 from mlx_redrafter.models import Target
 from mlx_redrafter.models.attention import attend, attend_branches
@@ -176,6 +176,7 @@ class Eagle(nn.Module):
     """A head of either kind; a ``drafters.Drafter`` with rows per position."""
 
     part = BEAMS
+    calibration = UNFITTED
 
     def __init__(self, config: EagleConfig) -> None:
         super().__init__()
@@ -277,7 +278,7 @@ class Eagle(nn.Module):
     def propose(self, state: mx.array, ask: Ask) -> list[Candidates]:
         assert ask.own is not None
         cell = Branches(self, ask.own.settled(0, self._kind), ask.position)
-        levels = search(cell, state[0], ask.root, ask.shape, ask.draw)
+        levels = search(cell, state[0], ask.root, ask.shape, ask.draw, self.calibration)
         return levels[-1:] if ask.shape.one_path else levels
 
     def commit(self, state: mx.array, done: Verified) -> mx.array:

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx_redrafter.drafters import (
     Drafter,
     block_files,
+    calibration,
     eagle_files,
     files,
     medusa,
@@ -50,7 +51,9 @@ def load_drafter(folder: Path, target: Target) -> Drafter:
     Raises:
         DrafterError: missing, broken or unknown files, or a drafter for another model.
     """
-    return kind_of(folder).load(folder, target)
+    drafter = kind_of(folder).load(folder, target)
+    drafter.calibration = calibration.read(folder)
+    return drafter
 
 
 def check_folder(folder: Path, target: Target) -> None:

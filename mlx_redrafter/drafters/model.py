@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from mlx_redrafter.cache.layer import Kept, LayerCache, Pass
 from mlx_redrafter.cache.slabs import Slab
-from mlx_redrafter.drafters import Ask, Verified, files
+from mlx_redrafter.drafters import UNFITTED, Ask, Verified, files
 from mlx_redrafter.drafters.beam import lineage, search
 from mlx_redrafter.errors import DrafterError, ModelError
 from mlx_redrafter.models import AdaptedModel, Loaded, Target, load_model, registry
@@ -50,6 +50,7 @@ class DraftModel:
     """
 
     part = BEAMS
+    calibration = UNFITTED
     features = None
 
     def __init__(self, model: Loaded, vocab_size: int) -> None:
@@ -81,7 +82,7 @@ class DraftModel:
         last = mx.take(hidden, count - 1, axis=0) if hidden.shape[0] > 1 else hidden
         slabs = [ask.own.settled(i, kind) for i, kind in enumerate(self._kinds)]
         cell = Branches(self, slabs, ask.position)
-        levels = search(cell, last[0], ask.root, ask.shape, ask.draw)
+        levels = search(cell, last[0], ask.root, ask.shape, ask.draw, self.calibration)
         return levels[-1:] if ask.shape.one_path else levels
 
     def commit(self, state: Text, done: Verified) -> Text:

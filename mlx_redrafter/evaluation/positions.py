@@ -21,8 +21,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_redrafter.api import Model
 from mlx_redrafter.budget import yields
 from mlx_redrafter.budget.yields import Yields
+from mlx_redrafter.drafters import calibration
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.evaluation import acceptance
+from mlx_redrafter.evaluation import acceptance, calibrating
 from mlx_redrafter.evaluation.agreement import BINS, Agreement, of_answers
 from mlx_redrafter.evaluation.prompts import Prompt
 from mlx_redrafter.evaluation.walk import DEPTH
@@ -43,6 +44,7 @@ class Evaluation:
     live: tuple[acceptance.Row, ...]
     agreement: tuple[Agreement, ...]
     yields: Yields
+    fitted: calibrating.Fitted
     conditions: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
@@ -60,7 +62,7 @@ class Evaluation:
             "conditions": self.conditions,
             "live": [row.as_dict() for row in self.live],
             "teacher_forced": [row.as_dict() for row in self.agreement],
-            "calibration": {"edges": edges, "tables": tables},
+            "calibration": {"edges": edges, "tables": tables, "fitted": self.fitted.as_dict()},
         }
 
 
@@ -90,11 +92,14 @@ def evaluate(
         raise OptionError(f"there is no drafter to evaluate for {model.name}: train one")
     if not prompts:
         raise OptionError("there are no prompts to evaluate with: give at least one")
+    some, recorded = prompts[:RECORDED], []
+    tried = prompts[: calibrating.PROMPTS]
+    fitted = calibrating.fit(model, tokenizer, tried, max_tokens, seed, on_answer)
+    model.drafter.calibration = fitted.calibration
     live = acceptance.measure(
         model, tokenizer, prompts, shapes=shapes, temperatures=TEMPERATURES,
         max_tokens=max_tokens, seed=seed, on_answer=on_answer,
     )  # fmt: skip
-    some, recorded = prompts[:RECORDED], []
     for answer in record(model, tokenizer, some, max_tokens, seed, depth):
         recorded.append(answer)
         on_answer()
@@ -102,12 +107,14 @@ def evaluate(
         **conditions(model), "prompts": dict(Counter(p.group for p in prompts)),
         "recorded": len(some), "max_tokens": max_tokens, "seed": seed,
     }  # fmt: skip
-    return Evaluation(tuple(live), tuple(of_answers(recorded)), tabulate(recorded), facts)
+    agreement = tuple(of_answers(recorded))
+    return Evaluation(tuple(live), agreement, tabulate(recorded), fitted, facts)
 
 
 def answers(prompts: int, shapes: Sequence[TreeShape] = SHAPES) -> int:
     """How many answers ``evaluate`` writes: for a progress bar."""
-    return len(TEMPERATURES) * (prompts * len(shapes) + min(prompts, RECORDED))
+    recorded = len(TEMPERATURES) * (prompts * len(shapes) + min(prompts, RECORDED))
+    return recorded + min(prompts, calibrating.PROMPTS)
 
 
 def conditions(model: Model) -> dict[str, Any]:
@@ -136,6 +143,7 @@ def write(folder: Path, evaluation: Evaluation) -> None:
     partial.write_text(json.dumps(evaluation.as_dict(), indent=1, allow_nan=False) + "\n")
     partial.replace(file)
     yields.save(folder / yields.FILE, evaluation.yields)
+    calibration.save(folder, evaluation.fitted.calibration)
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -7,10 +7,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_redrafter.api import load
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_redrafter.api import Model, load
 from mlx_redrafter.budget import yields
+from mlx_redrafter.drafters import calibration
 from mlx_redrafter.errors import OptionError
-from mlx_redrafter.evaluation import acceptance, conditions, positions
+from mlx_redrafter.evaluation import acceptance, conditions, positions, sharing
 from mlx_redrafter.evaluation.agreement import Agreement
 from mlx_redrafter.evaluation.prompts import DEV, read_prompts
 from mlx_redrafter.runtime.checks import at_least
@@ -31,10 +34,8 @@ def run(
     at_least(1, count=count, max_tokens=max_tokens)
     if record and drafter == "auto":
         raise OptionError("--record writes into the drafter's folder: name it with --drafter DIR")
-    loaded, tokenizer = load(model, drafter)
-    if loaded.drafter is None or loaded.drafter_folder is None:
-        raise OptionError(f"there is no drafter for {model}: give one with --drafter")
-    place, chosen = loaded.drafter_folder, read_prompts(prompts or DEV, count)
+    loaded, tokenizer, place = _loaded(model, drafter)
+    chosen = read_prompts(prompts or DEV, count)
     if record and not os.access(place, os.W_OK):
         raise OptionError(f"nothing can be written into {place}: give a copy of it to --drafter")
     shapes, agreement = acceptance.SHAPES, tuple[Agreement, ...]()
@@ -45,20 +46,60 @@ def run(
                 loaded, tokenizer, chosen, shapes=shapes, max_tokens=max_tokens, on_answer=step
             )
         positions.write(place, found)
-        rows, agreement = list(found.live), found.agreement
+        rows, agreement, fitted = list(found.live), found.agreement, found.fitted
     else:
         with tables.progress(len(chosen) * len(shapes) * len(acceptance.TEMPERATURES)) as step:
             rows = acceptance.measure(
                 loaded, tokenizer, chosen, max_tokens=max_tokens, on_answer=step
             )
     if as_json:
-        along = {"teacher_forced": [row.as_dict() for row in agreement]} if record else {}
+        along: dict[str, object] = {}
+        if record:
+            along = {"teacher_forced": [r.as_dict() for r in agreement], "fitted": fitted.as_dict()}
         print(json.dumps({"rows": [row.as_dict() for row in rows], **along, **facts}))
         return
     _live(rows, facts)
     if record:
         _along(agreement)
-        console.note(f"wrote {positions.FILE} and {yields.FILE} into {place}")
+        console.note(str(fitted))
+        names = f"{positions.FILE}, {yields.FILE} and {calibration.FILE}"
+        console.note(f"wrote {names} into {place}")
+
+
+def share(
+    model: str,
+    drafter: str,
+    prompts: Path | None,
+    count: int | None,
+    max_tokens: int,
+    as_json: bool,
+) -> None:
+    """Show what beams that begin alike save, by width and depth. Raises OptionError."""
+    at_least(1, count=count, max_tokens=max_tokens)
+    loaded, tokenizer, _ = _loaded(model, drafter)
+    chosen = read_prompts(prompts or DEV, count)
+    facts = {**conditions.of(loaded, chosen), "max_tokens": max_tokens}
+    answers = len(chosen) * len(sharing.WIDTHS) * len(acceptance.TEMPERATURES)
+    with tables.progress(answers) as step:
+        rows = sharing.measure(loaded, tokenizer, chosen, max_tokens=max_tokens, on_answer=step)
+    if as_json:
+        print(json.dumps({"rows": [row.as_dict() for row in rows], **facts}))
+        return
+    depths = list(dict.fromkeys(row.depth for row in rows))
+    shown = tables.table("beam width", "temperature", *(f"depth {depth}" for depth in depths))
+    for i in range(0, len(rows), len(depths)):
+        part = rows[i : i + len(depths)]
+        cells = [f"{row.saved:.0%}" for row in part]
+        shown.add_row(str(part[0].width), f"{part[0].temp:g}", *cells)
+    tables.show("Drafted tokens that need no node of their own", shown, facts)
+
+
+def _loaded(model: str, drafter: str) -> tuple[Model, TokenizerWrapper, Path]:
+    """The model with a drafter, and the drafter's folder."""
+    loaded, tokenizer = load(model, drafter)
+    if loaded.drafter is None or loaded.drafter_folder is None:
+        raise OptionError(f"there is no drafter for {model}: give one with --drafter")
+    return loaded, tokenizer, loaded.drafter_folder
 
 
 def _live(rows: Sequence[acceptance.Row], facts: dict[str, object]) -> None:

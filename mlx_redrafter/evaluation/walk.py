@@ -7,17 +7,20 @@ earlier tokens are true, a chain tells that is led along the answer by its draw.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_redrafter.api import Model
 from mlx_redrafter.decoding.engine import Engine
 from mlx_redrafter.decoding.request import Request
 from mlx_redrafter.decoding.sampling import Arrays, SamplingParams
-from mlx_redrafter.decoding.step import State, StepFunction, StepSpec
+from mlx_redrafter.decoding.step import State, StepFunction, StepSpec, passes
 from mlx_redrafter.drafters import Ask, Drafter, Draw
+from mlx_redrafter.drafters.calibration import Calibration
 from mlx_redrafter.tree.nodes import END, FILLER, Candidates, integers
 from mlx_redrafter.tree.shape import TreeShape
 
@@ -29,8 +32,8 @@ class Said(NamedTuple):
     """The first choices of n chains at their positions 1..K: token ids, their probabilities, and
     whether all earlier tokens were the answer's; (n, K) each.
 
-    The probability is among the tokens that can be drafted, at the answer's temperature, without
-    the noise that sampled drafts share with the target.
+    Both are those of decoding: with the noise that sampled drafts share with the target, and as
+    the drafter is calibrated.
     """
 
     picks: np.ndarray
@@ -56,31 +59,58 @@ def windows(answer: Sequence[int], depth: int) -> np.ndarray:
 
 
 class Led:
-    """The draw of a chain that goes along a text (K,) and is free at one position; a
-    `drafters.Draw`."""
+    """The draw of a chain that goes along a text (K,) and is free at one position, where it is an
+    answer's own; a `drafters.Draw`. own: None for a greedy answer."""
 
-    def __init__(self, text: mx.array, free: int, temp: float) -> None:
-        self.temperature = mx.array(temp or 1.0)
-        self._text, self._free = text, free
+    def __init__(self, text: mx.array, free: int, own: Draw | None) -> None:
+        self.temperature = mx.array(1.0) if own is None else own.temperature
+        self._text, self._free, self._own = text, free, own
 
     def noise(self, ahead: int, tokens: mx.array) -> mx.array:
         """(M,) -> (1, M)."""
-        wanted = tokens == self._text[ahead : ahead + 1]
-        return mx.where(wanted, 0.0 if ahead == self._free else _FAR, 0.0)[None]
+        if ahead < self._free:
+            return mx.where(tokens == self._text[ahead : ahead + 1], _FAR, 0.0)[None]
+        return mx.zeros((1, 1)) if self._own is None else self._own.noise(ahead, tokens)
 
 
-Propose = Callable[[TreeShape, Draw], Sequence[Candidates]]
+Propose = Callable[[TreeShape, Draw | None], Sequence[Candidates]]
 
 
-def led_choices(propose: Propose, text: mx.array, temp: float) -> tuple[mx.array, ...]:
-    """A drafter's choice at every position of a chain along text (K,), in one graph.
+def proposing(model: Model, state: State, history: mx.array | None) -> Propose:
+    """What a model's drafter proposes from a state."""
+    drafter, (root, position, caches, states, _, pending, _) = model.drafter, state
+    assert drafter is not None, "whoever asks has one"
+    which = model.engine.drafters.index(drafter)
+
+    def propose(shape: TreeShape, draw: Draw | None) -> Sequence[Candidates]:
+        # A pass is used up by whoever drafts with it.
+        runs = passes([model.target, *model.engine.drafters], caches, position, pending)
+        ask = Ask(root, position, history, shape, draw, runs[1 + which])
+        return drafter.propose(states[which], ask)
+
+    return propose
+
+
+@contextlib.contextmanager
+def trusted(drafter: Drafter, calibration: Calibration) -> Iterator[None]:
+    """What is traced meanwhile, is traced with this calibration."""
+    own, drafter.calibration = drafter.calibration, calibration
+    try:
+        yield
+    finally:
+        drafter.calibration = own
+
+
+def led_choices(propose: Propose, text: mx.array, draw: Draw | None) -> tuple[mx.array, ...]:
+    """A drafter's choice at every position of a chain along text (K,), in one graph. draw: of the
+    answer, None if it is greedy.
 
     Returns:
         token ids, negative log-probabilities, led or not: (K,) each.
     """
     tokens, surprises, led = [], [], []
     for k in range(text.shape[0]):
-        chain = propose(TreeShape.chain(k + 1), Led(text, k, temp))[0]
+        chain = propose(TreeShape.chain(k + 1), Led(text, k, draw))[0]
         path = chain.paths.reshape(-1)
         tokens.append(path[k + 1 : k + 2])
         # What it is led along is certain: the cost is the last token's alone.

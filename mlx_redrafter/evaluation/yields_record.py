@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -14,11 +15,19 @@ from mlx_redrafter.budget import yields
 from mlx_redrafter.budget.yields import KINDS, LOOKUP, Yields, beam_of
 from mlx_redrafter.decoding import sampling
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.decoding.step import State, passes
-from mlx_redrafter.drafters import Ask, Draw, lookup
+from mlx_redrafter.decoding.step import State
+from mlx_redrafter.drafters import UNFITTED, lookup
 from mlx_redrafter.drafters.levels import LevelDrafter
 from mlx_redrafter.evaluation.prompts import Prompt
-from mlx_redrafter.evaluation.walk import DEPTH, Said, Watched, led_choices, windows
+from mlx_redrafter.evaluation.walk import (
+    DEPTH,
+    Said,
+    Watched,
+    led_choices,
+    proposing,
+    trusted,
+    windows,
+)
 from mlx_redrafter.tree.nodes import END, Candidates, joined, rising
 from mlx_redrafter.tree.shape import TreeShape
 
@@ -131,26 +140,22 @@ def _draft_function(model: Model, temp: float) -> DraftFunction:
     """What is drafted from a state in all widths and from the text, and the first choices."""
     drafter = model.drafter
     assert drafter is not None, "whoever records has one"
-    which = model.engine.drafters.index(drafter)
 
     def drafts(state: State, history: mx.array, seed: mx.array, text: mx.array) -> Drafted:
-        root, position, caches, states, _, pending, _ = state
-
-        def propose(shape: TreeShape, draw: Draw | None) -> Sequence[Candidates]:
-            # A pass is used up by whoever drafts with it.
-            runs = passes([model.target, *model.engine.drafters], caches, position, pending)
-            ask = Ask(root, position, history, shape, draw, runs[1 + which])
-            return drafter.propose(states[which], ask)
-
+        propose, position = proposing(model, state, history), state.position
         draw = None
         if temp:
             known = {"seed": seed, "temp": mx.array(temp)}
-            draw = sampling.draw(known, position + 1, max(WIDTHS.values()))
+            draw = sampling.draw(known, position + 1, max(*WIDTHS.values(), text.shape[0]))
         found = [lookup.search(history, position, LOOKUP, LOOKUP + 2)]
         for width, depth in WIDTHS.items():
             shape = TreeShape(width, depth, 1 + width * depth, lookup=1)  # of more than one path
             found.append(joined(propose(shape, draw)))
-        return found, led_choices(propose, text, temp)
+        # What a chain is led along is certain; a greedy one has a draw only to be led by.
+        own = drafter.calibration if temp else UNFITTED
+        with trusted(drafter, replace(own, share=1.0)):
+            picks, surprise, led = led_choices(propose, text, draw)
+        return found, (picks, surprise - math.log(own.share), led)
 
     return mx.compile(drafts) if model.engine.compiled else drafts
 

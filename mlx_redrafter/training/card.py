@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_redrafter.drafters import calibration
 from mlx_redrafter.evaluation import positions
 from mlx_redrafter.hub.builtin import REPO
 from mlx_redrafter.models.files import weight_files
@@ -157,14 +158,40 @@ def _by_position(found: Mapping[str, Any], folder: Path) -> str:
     parts = [
         f"Along the model's own answers to {found['conditions']['recorded']} of these prompts: the "
         "share of the drafter's first choices that are the answer's token, all earlier tokens "
-        "being true; conditional: where its earlier choices were right too. ECE is the expected "
-        "calibration error of the first choice's probability (10 bins, weighted over the "
-        f"positions). The tables behind it are in `{positions.FILE}`.",
+        "being true; conditional: where its earlier choices were right too. Sampled drafts know "
+        "the noise of the draw, as in decoding. ECE is the expected calibration error of the first "
+        "choice's probability (10 bins, weighted over the positions). The tables behind it are in "
+        f"`{positions.FILE}`.",
         _table(titles, body),
         f"ECE by draft position, {'; '.join(ece)}.",
+        *_fitted(found["calibration"].get("fitted")),
         *_pictures(folder, {"Calibration": plots.CALIBRATION}),
     ]
     return "\n\n".join(parts)
+
+
+def _fitted(fit: Mapping[str, Any] | None) -> list[str]:
+    """How far sampled drafts can be trusted, before and after the fit. None: an evaluation from
+    before there was one."""
+    if fit is None:
+        return []
+    body = []
+    for name in ("before", "after"):
+        table = fit[name]
+        count = sum(table["count"])
+        means = [
+            sum(n * (p or 0.0) for n, p in zip(table["count"], table[column], strict=True)) / count
+            for column in ("probability", "agreed")
+        ]
+        body.append([name, str(count), *map(_number, means), _number(table["ece"], 3)])
+    return [
+        "Under sampling a draft's probability is taken to be `share x softmax(sharpness x (logits "
+        "+ noise x what the draw adds))`. Fitted to the answers to "
+        f"{fit['fitted_to']} prompts at temperature {fit['temp']:g}: sharpness "
+        f"{fit['sharpness']:g}, noise {fit['noise']:g}, share {fit['share']:g} "
+        f"(`{calibration.FILE}`). First choices along the other answers:",
+        _table(["", "positions", "mean probability", "right", "ECE"], body),
+    ]
 
 
 def _drafter(folder: Path, kind: type[Trainee]) -> str:
@@ -230,8 +257,7 @@ def _limits(model: str, config: TrainConfig, facts: Mapping[str, Any], chats: bo
         "the prompts, are not measured.",
         "Tokens per step is not speed: a step that drafts takes longer than a plain one, by how "
         "much depends on the machine (`mlx-redrafter bench speed`).",
-        "Agreement along given answers is not acceptance, and its probabilities are without the "
-        "noise of sampled drafting: the live table is what decoding gets.",
+        "Agreement along given answers is not acceptance: the live table is what decoding gets.",
     ]
     return "\n".join(f"- {line}" for line in lines)
 

@@ -20,8 +20,10 @@ from tiny_block import DIALECTS, MASK, B, Case, Reference, loaded
 from tiny_heads import paths, quantise
 
 from mlx_redrafter.cli import info
+from mlx_redrafter.decoding import sampling
 from mlx_redrafter.drafters import block, block_files, files, rollout
 from mlx_redrafter.drafters.block import Block, Domino, Markov
+from mlx_redrafter.drafters.calibration import Calibration
 from mlx_redrafter.drafters.eagle import Attention
 from mlx_redrafter.drafters.loading import load_drafter
 from mlx_redrafter.errors import DrafterError
@@ -93,6 +95,21 @@ def test_first_choices_at_every_position(target: Decoder, tmp_path: Path, name: 
     found = rollout.first_choices(drafter, features, mx.array(TEXT, mx.int32)).tolist()
     meant = reference(case, target)
     assert found == [meant.chain(TEXT[p + 1], rows[: p + 1], 1)[0] for p in range(len(TEXT) - 1)]
+
+
+def test_sampled_drafts_are_calibrated(target: Decoder, tmp_path: Path) -> None:
+    """At half the share the same drafts are worth half as much a level; greedy ones know of none.
+    (A search that is not told of it fails.)"""
+    drafter = loaded(tmp_path, DIALECTS["deepspec-dspark"], target)
+    place, shape = at_the_end(drafter, target, TEXT), TreeShape.chain(2)
+    known = {"seed": mx.array([5], mx.uint32), "temp": mx.array(0.7)}
+    for draw, lost in [(sampling.draw(known, place.position + 1, 2), 2 * np.log(2)), (None, 0.0)]:
+        costs = []
+        for share in (1.0, 0.5):
+            drafter.calibration = Calibration(share=share)
+            (chain,) = proposed(drafter, place, shape, draw)
+            costs.append(chain.costs.item())
+        assert costs[1] - costs[0] == pytest.approx(lost, abs=1e-5)
 
 
 def test_half_precision_stays_it(target_folder: Path, tmp_path: Path) -> None:

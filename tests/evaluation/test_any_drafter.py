@@ -35,8 +35,10 @@ from mlx_redrafter.budget import yields
 from mlx_redrafter.cache.layer import Pass, new_caches
 from mlx_redrafter.cache.slabs import capacity_for
 from mlx_redrafter.cli import main as cli
+from mlx_redrafter.decoding import sampling
 from mlx_redrafter.decoding.sampling import SamplingParams
-from mlx_redrafter.drafters import Drafter
+from mlx_redrafter.drafters import Drafter, calibration
+from mlx_redrafter.drafters.calibration import Calibration
 from mlx_redrafter.drafters.eagle import Branches, Eagle, EagleConfig
 from mlx_redrafter.drafters.model import DraftModel
 from mlx_redrafter.evaluation import positions, walk
@@ -141,6 +143,14 @@ def said_by(drafter: Any, target: Decoder, text: list[int], root: int) -> np.nda
     return np.stack(rows)
 
 
+def noise_at(position: int, temp: float) -> np.ndarray:
+    """The draw's at this position and the following ones: (DEPTH, V)."""
+    known = {"seed": mx.array([0], mx.uint32), "temp": mx.array(temp)}
+    draw = sampling.draw(known, mx.array([position], mx.int32), DEPTH)
+    assert draw is not None
+    return np.concatenate([np.array(draw.noise(k, mx.arange(V))) for k in range(DEPTH)])
+
+
 def model_of(target: Decoder, drafter: Drafter, folder: Path | None = None) -> Model:
     folder = folder or Path("somewhere")
     return Model.of("tiny", folder, target, drafter, folder, compiled=False)
@@ -157,16 +167,22 @@ def answers_of(target: Decoder, drafter: Drafter, depth: int = DEPTH) -> list[An
 def test_first_choices_are_those_over_true_tokens(
     target: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
+    """As they are drawn, and as every kind is calibrated; a greedy one is not."""
     drafter = KINDS[kind](target, tmp_path)
+    drafter.calibration = trust = Calibration(sharpness=1.5, noise=0.6, share=0.8)
 
     def right(answer: Answer) -> bool:
         text = [*IDS, *answer.tokens]
         for i in range(LENGTH - DEPTH):
             logits = said_by(drafter, target, text, len(IDS) - 1 + i)
-            scaled = logits.astype(np.float64) / (answer.temp or 1.0)
+            scaled, share = logits.astype(np.float64), 1.0
+            if answer.temp:
+                noise = noise_at(len(IDS) + i, answer.temp)
+                scaled = trust.sharpness * (scaled + trust.noise * answer.temp * noise)
+                share = trust.share
             likely = np.exp(scaled - scaled.max(-1, keepdims=True))
-            best = (likely / likely.sum(-1, keepdims=True)).max(-1)
-            if answer.said.picks[i].tolist() != logits.argmax(-1).tolist():
+            best = share * (likely / likely.sum(-1, keepdims=True)).max(-1)
+            if answer.said.picks[i].tolist() != scaled.argmax(-1).tolist():
                 return False
             if not np.allclose(answer.said.probability[i], best, atol=1e-4):
                 return False
@@ -245,12 +261,15 @@ def test_the_command_records(tmp_path: Path, kind: str) -> None:
     assert {row["temp"] for row in found["teacher_forced"]} == {0.0, 0.8}
     written = positions.read(place)
     assert written["teacher_forced"] == found["teacher_forced"]
+    assert written["calibration"]["fitted"] == found["fitted"]
+    assert calibration.read(place).share == found["fitted"]["share"]
     assert yields.load(place).table.keys() == {False, True}
     assert json.loads((place / yields.FILE).read_text())["greedy"].keys() == {
         f"{width}x{depth}" for width, depth in yields.BEAMS
     }
     shown = invoke("-d", str(place), "--record")
     assert "First choices that are right" in shown.stdout and yields.FILE in shown.stderr
+    assert "fitted to 1 answers: sharpness" in " ".join(shown.stderr.split())
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(

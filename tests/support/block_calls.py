@@ -16,7 +16,7 @@ from tiny_heads import followed
 from mlx_redrafter.cache.layer import Pass, new_caches
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.cache.slabs import capacity_for
-from mlx_redrafter.drafters import Ask
+from mlx_redrafter.drafters import Ask, Draw
 from mlx_redrafter.drafters.block import Block, Places
 from mlx_redrafter.drafters.levels import Levels
 from mlx_redrafter.models import Decoder
@@ -55,9 +55,11 @@ def at_the_end(drafter: Block, target: Decoder, text: Sequence[int]) -> Place:
     return Place(rows, own.caches, text[-1], mx.array([n], mx.int32))
 
 
-def proposed(drafter: Block, place: Place, shape: TreeShape) -> list[Candidates]:
+def proposed(
+    drafter: Block, place: Place, shape: TreeShape, draw: Draw | None = None
+) -> list[Candidates]:
     own = Pass(list(place.caches), place.position)
-    ask = Ask(mx.array([place.root], mx.int32), place.position, None, shape, None, own)
+    ask = Ask(mx.array([place.root], mx.int32), place.position, None, shape, draw, own)
     return drafter.propose((), ask)
 
 

@@ -15,6 +15,7 @@ from conftest import ByteTokenizer, write_target
 
 from mlx_redrafter.api import Model
 from mlx_redrafter.budget import yields
+from mlx_redrafter.drafters import calibration
 from mlx_redrafter.drafters.loading import save_drafter
 from mlx_redrafter.drafters.recurrent import ReDrafter, ReDrafterConfig
 from mlx_redrafter.errors import OptionError
@@ -255,6 +256,10 @@ def test_the_live_result_of_a_perfect_drafter(evaluated: Path) -> None:
     assert found["conditions"]["prompts"] == {"chat": 2, "code": 1}
     assert {"dtype", "blas", "mlx", "max_tokens"} <= found["conditions"].keys()
     assert found["conditions"]["recorded"] == 3
+    fit = found["calibration"]["fitted"]
+    assert calibration.read(evaluated) == calibration.Calibration(
+        fit["sharpness"], fit["noise"], fit["share"]
+    )
     for sampled in (False, True):
         assert yields.load(evaluated).tokens(TreeShape(1, 3, 4, lookup=yields.LOOKUP), sampled) == 4
 
@@ -288,7 +293,9 @@ def test_the_card_has_all_its_parts(evaluated: Path) -> None:
     weights = 2 * V * V + V + V * 2 * V  # two matrices of the cell and a bias, and the output
     for part in (
         "\n# ReDrafter for org/model\n", "| chain of 4 | 0.8 |", "| beam 3x4, 8 nodes | 0 |",
-        "depth 4", "| chat | 0 | 24 | 1.00 |", "ECE by draft position", f"{size:,} bytes",
+        "depth 4", "| chat | 0 | 24 | 1.00 |", "Fitted to the answers to 1 prompts",
+        "| before | 24 | 1.00 | 1.00 | 0.000 |", "| after | 24 |", "ECE by draft position",
+        f"{size:,} bytes",
         f"| read per draft step | {weights:,} parameters |", "12,345,678", "0.8 (67%)",
         "learning_rate: 0.001", 'out: "my-drafter"', f"```\n{made}\n```", f"```\n{measured}\n```",
         "## Limits", "chat template", "| dtype | float32 |", "3 prompts (2 chat, 1 code)",

@@ -115,7 +115,7 @@ def production(logits: Floats, table: Floats, seeds: Ints) -> tuple[Ints, Ints]:
     noise, choices = drawn(logits, seeds)
 
     def candidates(tokens: Ints, at: Ints) -> Floats:
-        perturbed = table[tokens] / TEMP + noise[np.arange(len(seeds)), at]
+        perturbed = table[tokens] + TEMP * noise[np.arange(len(seeds)), at]
         return np.log(softmax(perturbed))
 
     def best(scores: Floats) -> Ints:

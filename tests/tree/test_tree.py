@@ -11,7 +11,8 @@ import pytest
 from conftest import Constant, random_drafter
 
 from mlx_redrafter.decoding import sampling
-from mlx_redrafter.drafters import Drafter, beam
+from mlx_redrafter.drafters import UNFITTED, Drafter, beam
+from mlx_redrafter.drafters.calibration import Calibration
 from mlx_redrafter.errors import OptionError
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.tree.accept import accept
@@ -237,6 +238,7 @@ def naive_search(
     depth: int,
     temperature: float = 1.0,
     noise: list[np.ndarray] | None = None,
+    trust: Calibration = UNFITTED,
 ) -> tuple[list[Path], list[float], list[bool]]:
     """Beam search one beam at a time in float64: paths with the root, scores, on a survivor."""
     state, fixed = drafter.start(context)
@@ -250,9 +252,11 @@ def naive_search(
             row = np.array(logits[0]).astype(np.float64)
             ids = np.array(drafter.token_ids(mx.arange(row.size))).tolist()
             if noise is not None:
-                row = row / temperature + noise[level]
+                row = trust.sharpness * (row + trust.noise * temperature * noise[level])
             row = row - row.max()
             row = row - np.log(np.exp(row).sum())
+            if noise is not None:
+                row = row + np.log(trust.share)
             grown += [(score + s, (*path, t), after) for s, t in zip(row, ids, strict=True)]
         beams = sorted(grown, key=lambda b: -b[0])[:width]
         paths += [path for _, path, _ in beams]
@@ -269,12 +273,21 @@ SEARCHED = {
 }
 
 
+FITTED = Calibration(sharpness=1.5, noise=0.6, share=0.8)
+
+
 @pytest.mark.parametrize("mode", ["trellis", "beams"])
-@pytest.mark.parametrize("noisy", [False, True], ids=["greedy", "noise"])
+@pytest.mark.parametrize(
+    ("noisy", "trust"),
+    [(False, UNFITTED), (False, FITTED), (True, UNFITTED), (True, FITTED)],
+    ids=["greedy", "greedy-fitted", "noise", "noise-fitted"],
+)
 @pytest.mark.parametrize("config", SEARCHED.values(), ids=SEARCHED)
 def test_search_against_one_beam_at_a_time(
-    target: Decoder, config: dict[str, object], noisy: bool, mode: str
+    target: Decoder, config: dict[str, object], noisy: bool, trust: Calibration, mode: str
 ) -> None:
+    """Greedy drafts take no notice of what was fitted. (A search that applies it to them, that
+    forgets a number of it, or that draws at the temperature, fails.)"""
     drafter = random_drafter(target, **config)
     died = 0
     for i, (width, depth) in enumerate([(1, 3), (2, 2), (3, 4), (4, 5), (16, 2), (2, 1)]):
@@ -284,11 +297,13 @@ def test_search_against_one_beam_at_a_time(
             known = {"seed": mx.array([5], mx.uint32), "temp": mx.array(0.7)}
             draw = sampling.draw(known, mx.array([i], mx.int32), depth)
         shape = TreeShape(width, depth, 1 + width * depth, mode)
-        found = beam.search(drafter, context, mx.array([i], mx.int32), shape, draw)
+        found = beam.search(drafter, context, mx.array([i], mx.int32), shape, draw, trust)
         drawn = None
         if draw is not None:
             drawn = [np.array(draw.noise(n, drafter.vocabulary)[0]) for n in range(depth)]
-        paths, scores, surviving = naive_search(drafter, context, i, width, depth, 0.7, drawn)
+        paths, scores, surviving = naive_search(
+            drafter, context, i, width, depth, 0.7, drawn, trust
+        )
         assert [part.depths for part in found[1:]] == [(d,) * width for d in range(1, depth + 1)]
         rows = [row for part in found[1:] for row in part.paths.tolist()]
         assert rows == [[*path, *[END] * (depth + 2 - len(path))] for path in paths]
@@ -318,10 +333,10 @@ def test_searches_together_are_those_alone(
                 {"seed": mx.array([i], mx.uint32), "temp": mx.array(0.7 + i)} for i in (1, 2, 3)
             ]
             draws = [d for k in known if (d := sampling.draw(k, mx.array([9], mx.int32), depth))]
-        found = beam.search_all(drafter, contexts, roots, shape, draws)
+        found = beam.search_all(drafter, contexts, roots, shape, draws, FITTED)
         for i, levels in enumerate(found):
             draw = None if draws is None else draws[i]
-            alone = beam.search(drafter, contexts[i], roots[i : i + 1], shape, draw)
+            alone = beam.search(drafter, contexts[i], roots[i : i + 1], shape, draw, FITTED)
             for mine, its in zip(levels, alone, strict=True):
                 assert mine.depths == its.depths and mx.array_equal(mine.paths, its.paths)
                 assert mx.allclose(mine.costs, its.costs, atol=1e-5)

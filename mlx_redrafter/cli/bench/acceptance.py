@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mlx_redrafter.cli.options import DrafterName, Json, ModelName, PromptFile
+from mlx_redrafter.errors import OptionError
 from mlx_redrafter.runtime.paths import BUILTIN
 
 
@@ -29,9 +30,21 @@ def command(
             "how much is drafted is chosen by that.",
         ),
     ] = False,
+    sharing: Annotated[
+        bool,
+        typer.Option(
+            "--sharing",
+            help="Measure instead what beams that begin alike save, by beam width and length.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure a drafter's tokens per step, by prompt group, tree and temperature."""
     from mlx_redrafter.evaluation import report
 
+    if sharing and record:
+        raise OptionError("--sharing measures something else: give it without --record")
+    if sharing:
+        report.share(model, drafter, prompts, count, max_tokens, as_json)
+        return
     report.run(model, drafter, prompts, count, max_tokens, record, as_json)
