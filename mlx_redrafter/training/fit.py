@@ -55,7 +55,7 @@ class Fit:
         self.runs = max(1, config.batch_positions // config.segment)
         self.data = (Conversations if self.trainee.whole else Positions)(
             folder, over(target, layers), config.segment, config.rollout,
-            config.cache_gb * 1e9,
+            config.cache_gb * 1e9, config.positions,
         )  # fmt: skip
         self.step, self.seconds = 0, 0.0
         saved = checkpoint(folder)
