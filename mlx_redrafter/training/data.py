@@ -26,7 +26,7 @@ from mlx_redrafter.training.shards import (
 
 READ_TOKENS = 4096  # tokens of one pass that computes features
 Place = tuple[int, int]  # a shard, and where in it
-_HELD_OUT = 32  # one conversation of so many is kept out of training
+HELD_OUT = 32  # one conversation of so many is kept out of training
 KEPT = 0.75  # of a cache that is too small: features that stay; the rest goes from group to group
 VISITS = 3  # passes over a group before the next is computed
 
@@ -96,7 +96,7 @@ class Rows:
         self.tokens = np.concatenate([np.array(c.answer, np.int32) for c in conversations])
         lengths = [len(c.answer) for c in conversations]
         self.owner = np.repeat(np.arange(len(lengths)), lengths)
-        held_out = -(-len(lengths) // _HELD_OUT) if len(lengths) > 1 else 0
+        held_out = -(-len(lengths) // HELD_OUT) if len(lengths) > 1 else 0
         self.trained = len(lengths) - held_out
         self.cut = int(sum(lengths[: self.trained]))
         self.features: np.ndarray | None = None

@@ -6,6 +6,7 @@ and be stopped at any time, and goes on with what is missing. The result is the 
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Callable
@@ -50,8 +51,8 @@ from mlx_redrafter.training.shards import (
 )
 from mlx_redrafter.training.supply import Supply
 
-_EXPECTED = 0.75  # length of an answer, as a share of the longest, before any is known
-_FROM_MEASURED = 1.02  # prompts more than the answers so far say are needed
+EXPECTED = 0.75  # length of an answer, as a share of the longest, before any is known
+FROM_MEASURED = 1.02  # prompts more than the answers so far say are needed
 
 
 @dataclass
@@ -101,6 +102,7 @@ class Run:
         """Give the memory of the model back; the run can do nothing more with it."""
         del self.target, self.writer, self.trainee
         self._supply = self._feature_writer = None
+        gc.collect()  # compiled functions and what they are of refer to each other
         mx.clear_cache()
 
     @property
@@ -161,7 +163,7 @@ def prompts(run: Run) -> None:
     missing = config.answer_tokens - imports.tokens(config.out)[0]
     if missing <= 0:
         return
-    _extend(run, math.ceil(missing / (_EXPECTED * run.lengths.mean)))
+    _extend(run, math.ceil(missing / (EXPECTED * run.lengths.mean)))
 
 
 def _take_in(run: Run) -> None:
@@ -203,7 +205,7 @@ def answers(run: Run) -> None:
                     return
             # The answers are shorter than was expected.
             each = max(1.0, (tokens - imported) / max(done, 1))
-            count = math.ceil((config.answer_tokens - imported) / each * _FROM_MEASURED)
+            count = math.ceil((config.answer_tokens - imported) / each * FROM_MEASURED)
             run.supply.extend(_whole(run, max(count, done + 1)), partial(_wrote, bar))
 
 
@@ -340,10 +342,9 @@ def evaluate(run: Run) -> None:
     from mlx_redrafter.api import load
     from mlx_redrafter.evaluation import positions
     from mlx_redrafter.evaluation.prompts import read_prompts
-    from mlx_redrafter.training import card, plots
+    from mlx_redrafter.training import card, pace, plots
 
-    config, asked = run.config, run.evaluating
-    place = config.out / "drafter"
+    config, place = run.config, run.config.out / "drafter"
     if not (place / "config.json").is_file():
         needed = "fit" if shards(config.out) else None
         raise OptionError(
@@ -353,11 +354,10 @@ def evaluate(run: Run) -> None:
     run.forget()
     model, tokenizer = load(config.model, str(place))
     dates.settle(tokenizer, folder.began(config.out))
-    chosen = read_prompts(count=asked.prompts)
+    count, tokens = pace.extent(config.out, run.evaluating, model, tokenizer)
+    chosen = read_prompts(count=count)
     with Bar("evaluation", positions.answers(len(chosen)), "answers") as bar:
-        result = positions.evaluate(
-            model, tokenizer, chosen, max_tokens=asked.max_tokens, on_answer=bar.add
-        )
+        result = positions.evaluate(model, tokenizer, chosen, max_tokens=tokens, on_answer=bar.add)
     positions.write(place, result)
     plots.write_all(place, config.out / "fit" / "log.jsonl")
     conversations = [c for s in shards(config.out) for c in s.conversations()]
@@ -365,7 +365,7 @@ def evaluate(run: Run) -> None:
     shown = lines.Shown(config)
     text = card.render(
         place, config, card.Recipe.of(conversations, seen),
-        made_by=shown.made_by(), measured_by=shown.measured_by(asked.prompts, asked.max_tokens),
+        made_by=shown.made_by(), measured_by=shown.measured_by(len(chosen), tokens),
         chats=run.chats,
     )  # fmt: skip
     (place / card.FILE).write_text(text, encoding="utf-8")

@@ -1,0 +1,290 @@
+"""A trial of training, in a folder of its own: its own functions on a few prompts and answers,
+with what they took, and how long what they wrote was."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_redrafter.models import Target
+from mlx_redrafter.models.batched import SHRINK, over
+from mlx_redrafter.models.sequences import Answer, Request, Sequences
+from mlx_redrafter.training import agreement, memory
+from mlx_redrafter.training.answers import write_shard
+from mlx_redrafter.training.config import TrainConfig
+from mlx_redrafter.training.data import compute_features
+from mlx_redrafter.training.fit import Fit
+from mlx_redrafter.training.folder import checkpoint_file
+from mlx_redrafter.training.shards import (
+    Shard,
+    features_folder,
+    record_layers,
+)
+from mlx_redrafter.training.supply import Supply
+
+SECONDS = 6.0  # of a measurement, about
+_WRITING = 20.0  # of the prompts, and of the answers
+_SOME = 48  # prompts that are tried, at most, and answers
+_SHORT = 16  # tokens before a step
+_UNTIMED, _TIMED = 2, 5  # steps that compile, and the fewest that count
+
+
+class _EnoughError(Exception):
+    """Ends what is only measured."""
+
+
+class Stopwatch(Collection[int]):
+    """Stands for the tokens that end an answer, which a writer asks after every step: no token
+    does, but after so many seconds all is over."""
+
+    def __init__(self, seconds: float) -> None:
+        self.times: list[float] = []
+        self.seconds = seconds
+
+    def _ask(self) -> None:
+        self.times.append(time.perf_counter())
+        timed = self.times[_UNTIMED:]
+        if len(timed) > _TIMED and timed[-1] - timed[0] > self.seconds:
+            raise _EnoughError
+
+    def __iter__(self) -> Iterator[int]:
+        self._ask()
+        return iter(())
+
+    def __contains__(self, token: object) -> bool:
+        self._ask()
+        return False
+
+    def __len__(self) -> int:
+        return 0
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step, the median."""
+        spent = [b - a for a, b in itertools.pairwise(self.times)]
+        return float(np.median(spent[_UNTIMED:] or spent))
+
+
+class Watched:
+    """A target whose answers are noted, ``waves``: the lengths of each, and seconds."""
+
+    def __init__(self, target: Sequences) -> None:
+        self._target = target
+        self.waves: list[tuple[list[int], float]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    def write(self, requests: Sequence[Request], *rest: Any, **more: Any) -> list[Answer]:
+        started = time.perf_counter()
+        answers = self._target.write(requests, *rest, **more)
+        self.waves.append(([len(a.tokens) for a in answers], time.perf_counter() - started))
+        return answers
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Seconds of a step of writing: once, for each of the sequences, and for each token that one of
+    them has before it; and of a token of a prompt. A target that runs one sequence at a time has
+    steps of one only."""
+
+    once: float
+    each: float
+    back: float
+    read: float = 0.0
+    together: bool = True
+
+    @classmethod
+    def of(
+        cls, points: Sequence[tuple[int, int, float]], read: float = 0.0, together: bool = True
+    ) -> Steps:
+        """From (sequences, tokens before, seconds), all errors relative. Never less than nothing:
+        what would be is taken to be 0."""
+        rows, before, seconds = np.array(points, float).T
+        parts = np.stack([np.ones(len(points)), rows, rows * before], axis=1) / seconds[:, None]
+        for some in ([0, 1, 2], [0, 1], [1, 2], [1]):
+            found = np.linalg.lstsq(parts[:, some], np.ones(len(points)), rcond=None)[0]
+            if (found >= 0).all():
+                break
+        every = dict(zip(some, found.tolist(), strict=True))
+        return cls(*(every.get(i, 0.0) for i in range(3)), read, together)
+
+    def seconds(self, rows: float, before: float) -> float:
+        return self.once + self.each * rows + self.back * rows * before
+
+    def wave(self, lengths: Sequence[int], rows: int, before: float) -> float:
+        """Seconds of ``rows`` answers whose lengths are spread as those given, after prompts of so
+        many tokens; those that ended are dropped as `batched` does it."""
+        ends = np.sort(np.quantile(lengths, (np.arange(rows) + 0.5) / rows))
+        total, held = rows * before * self.read, rows
+        if not self.together:
+            return total + float(sum(n * self.seconds(1, before + n / 2) for n in ends))
+        for step in range(int(np.ceil(ends[-1]))):
+            going = rows - int(np.searchsorted(ends, step, side="right"))
+            held = going if going <= SHRINK * held else held
+            total += self.seconds(held, before + step)
+        return total
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote: its lengths, and the seconds of a wave as a multiple of what its steps
+    say."""
+
+    lengths: list[int]
+    slower: float = 1.0
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.lengths))
+
+
+def seconds_of(work: Callable[[], object], most: float = SECONDS) -> float:
+    """The median of at least three runs behind one that compiles."""
+    times: list[float] = []
+    while len(times) < 4 or (sum(times[1:]) < most and len(times) < 50):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return float(np.median(times[1:]))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Seconds of an optimiser step, of what is done once, and of a batch that is not trained on;
+    bytes of a checkpoint."""
+
+    step: float
+    once: float
+    scored: float
+    checkpoint: int
+
+
+def completed(lengths: Sequence[int], cut: int, longest: int) -> list[int]:
+    """Lengths of answers of which some were cut off after so many tokens: these go on, and end as
+    often as the others did until then."""
+    rate = max(0.5, sum(n < cut for n in lengths)) / sum(lengths)
+    going = sum(n >= cut for n in lengths)
+    more = np.log(1 - (np.arange(going) + 0.5) / going) / np.log(1 - rate) if going else []
+    done = [n for n in lengths if n < cut]
+    return done + [min(longest, round(cut + n)) for n in more]
+
+
+class Trial:
+    """All but the evaluation.
+
+    Args:
+        place: an empty folder.
+        layers: whose outputs the fit reads.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        tokenizer: TokenizerWrapper,
+        config: TrainConfig,
+        place: Path,
+        layers: Sequence[int],
+        whole: bool,
+    ) -> None:
+        self.target, self.tokenizer, self.config, self.place = target, tokenizer, config, place
+        self.layers, self.whole = tuple(layers), whole
+        self.writer = over(target, () if whole else layers)
+        file = features_folder(place, whole) / "00000.npy"
+        self.shard = Shard(place / "answers" / "00000.jsonl", file, whole)
+        record_layers(place, self.layers, whole)
+
+    def steps(self, read: float) -> Steps:
+        """Of batches of several sizes, and of one that has long texts before it."""
+        config, together = self.config, self.writer.together
+        sizes = {1, max(1, config.batch // 4), config.batch}
+        sizes |= {memory.wave(config)} if config.prompts is None else set()
+        points = [(rows, _SHORT) for rows in sorted(sizes)] if together else [(1, _SHORT)]
+        points.append((max(1, config.batch // 8) if together else 1, config.max_tokens))
+        found = [(*point, self._step(*point)) for point in points]
+        return Steps.of([(rows, before + 8, s) for rows, before, s in found], read, together)
+
+    def _step(self, rows: int, before: int) -> float:
+        random = np.random.default_rng(0)
+        tokens = random.integers(self.target.config.vocab_size, size=(rows, before)).tolist()
+        watch = Stopwatch(SECONDS / 2)
+        with contextlib.suppress(_EnoughError):
+            self.writer.write([Request(t, 0.8, i) for i, t in enumerate(tokens)], 64, watch)
+        return watch.step
+
+    def prompts(self, steps: Steps) -> tuple[Supply, Written, float]:
+        """Prompts of the model, or of the file; what was written, and the share of it that can be
+        used."""
+        config, longest = self.config, self.config.prompt_tokens
+        counts = [_SOME, _SOME // 2, _SOME // 4, 6]
+        fitting = [n for n in counts if steps.wave([longest], n, _SHORT) <= _WRITING]
+        small = replace(config, out=self.place, batch=max(1, (fitting or counts)[0] // 3))
+        watched: Any = Watched(over(self.target, ()))
+        supply = Supply(small, watched, self.tokenizer)
+        supply.extend(1)
+        if not watched.waves:
+            return supply, Written([longest]), 1.0
+        lengths = [n for wave, _ in watched.waves for n in wave]
+        told = sum(steps.wave(wave, len(wave), _SHORT) for wave, _ in watched.waves)
+        slower = sum(seconds for _, seconds in watched.waves) / told
+        return supply, Written(lengths, slower), len(supply.rows) / len(lengths)
+
+    def answers(self, supply: Supply, steps: Steps) -> tuple[Written, float]:
+        """Answers to those prompts, cut off where they would take too long; and the mean length of
+        the prompts in their template."""
+        config = self.config
+        count = min(len(supply.rows), config.batch, _SOME if self.writer.together else 6)
+        [requests, *_] = supply.requests(0, count, count)
+        before = float(np.mean([len(r.prompt) for r in requests]))
+        at_once = count if steps.together else 1
+        each = count / at_once * steps.seconds(at_once, before + config.max_tokens / 2)
+        cut = int(np.clip(_WRITING / each, min(_SHORT, config.max_tokens), config.max_tokens))
+        watched: Any = Watched(self.writer)
+        write_shard(
+            watched, requests, self.shard, max_tokens=cut, end_tokens=self.tokenizer.eos_token_ids
+        )
+        [(lengths, seconds)] = watched.waves
+        slower = seconds / steps.wave(lengths, count, before)
+        return Written(completed(lengths, cut, config.max_tokens), slower), before
+
+    def reading(self) -> float:
+        """Seconds of a token whose features are computed: the median of several times."""
+        reader, random = over(self.target, self.layers), np.random.default_rng(0)
+        length = min(self.config.max_tokens, 256)
+        shape = (max(1, 1024 // length) if reader.together else 1, length + 32)
+        tokens = random.integers(self.target.config.vocab_size, size=shape).tolist()
+        return seconds_of(lambda: reader.read([(t[:32], t[32:]) for t in tokens])) / np.prod(shape)
+
+    def fit(self, supply: Supply) -> Fitted:
+        """A few steps on those answers, and what is done once before and after."""
+        if self.whole:
+            compute_features(over(self.target, self.layers), self.layers, self.shard)
+        times = [time.perf_counter()]
+
+        def on_step(row: dict[str, Any]) -> None:
+            times.append(time.perf_counter())
+            if len(times) > 4 and times[-1] - times[2] > SECONDS:
+                raise _EnoughError
+
+        agreement.findings(supply)
+        many = replace(self.config, positions=64 * self.config.batch_positions, cache_gb=1e9)
+        run = Fit(self.target, many, self.place)
+        with contextlib.suppress(_EnoughError):
+            run.run(on_step)
+        spent = [b - a for a, b in itertools.pairwise(times)]
+        step = float(np.median(spent[2:] or spent))
+        held_out = run.data.held_out(run.runs, 2)
+        scored = seconds_of(lambda: run.score(held_out[:1]), SECONDS / 4)
+        before = time.perf_counter()
+        run.export(self.place / "drafter")
+        once = spent[0] - step + spent[1] - step + time.perf_counter() - before
+        size = checkpoint_file(self.place).stat().st_size
+        return Fitted(step, max(0.0, once), scored, size)
