@@ -6,7 +6,9 @@ import gc
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,15 +104,14 @@ def measure(config: TrainConfig, evaluating: Evaluating | None = None) -> Estima
             model, tokenizer = load(config.model, f"{name}/drafter")
             loading = time.perf_counter() - started
             dates.settle(tokenizer, folder.began(config.out))
-            measured = Measured(*found, loading, pace.measure(model, tokenizer))
+            measured = found(loading, pace.measure(model, tokenizer))
     each = feature_bytes(1, layers, model.target.config.hidden_size)
     stages = _stages(config, evaluating or Evaluating(), parts, each, measured)
     return Estimate(stages, parts, config.batch, asked)
 
 
-Tried = tuple[TrainConfig, dict[str, int], int, tuple[Any, ...]]
-"""The configuration with the batch that fits, memory by part, layers that are kept, and what
-`Measured` begins with."""
+Tried = tuple[TrainConfig, dict[str, int], int, Callable[[float, Pace], Measured]]
+"""The configuration with the batch that fits, memory by part, layers kept, and what was found."""
 
 
 def _tried(config: TrainConfig, place: Path) -> Tried:
@@ -142,7 +143,8 @@ def _tried(config: TrainConfig, place: Path) -> Tried:
         usable = sum(waves) / (len(waves) * memory.wave(config))
     with Console(stderr=True).status("measuring: fitting"):
         fitted = trial.fit(supply)
-    return config, parts, len(layers), (steps, prompts, usable, answers, before, fitted)
+    tried = partial(Measured, steps, prompts, usable, answers, before, fitted)
+    return config, parts, len(layers), tried
 
 
 def _prompts(config: TrainConfig) -> list[int]:

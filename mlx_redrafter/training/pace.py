@@ -33,7 +33,7 @@ class Pace:
     per_step: float
     trial: float = 0.0
 
-    def seconds(self, prompts: int, tokens: int) -> float:
+    def seconds(self, prompts: int, tokens: float) -> float:
         """Of so many prompts, with answers of so many tokens."""
         live = prompts * len(SHAPES) * self.step / self.per_step
         recorded = min(RECORDED, prompts) * self.recorded

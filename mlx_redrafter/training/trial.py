@@ -115,7 +115,8 @@ class Steps:
             if (found >= 0).all():
                 break
         every = dict(zip(some, found.tolist(), strict=True))
-        return cls(*(every.get(i, 0.0) for i in range(3)), read, together)
+        once, each, back = (every.get(i, 0.0) for i in range(3))
+        return cls(once, each, back, read, together)
 
     def seconds(self, rows: float, before: float) -> float:
         return self.once + self.each * rows + self.back * rows * before
