@@ -176,7 +176,7 @@ def _stages(
     whole = kinds.of(config).whole
     return (
         Stage("prompts", text.asking, write, lines[0],
-              f"about {text.prompts:,} prompts, {found.usable:.0%} of what is written can be used"),
+              f"about {text.prompts:,}, {found.usable:.0%} of those written can be used"),
         Stage("answers", text.answering + text.more, write, lines[1] + (0 if whole else kept),
               f"{speed:,.0f} tokens/s, batch {config.batch}, {mean:.0f} tokens each"),
         Stage("fit", fit, train, 2 * found.fitted.checkpoint + (kept if whole else 0),

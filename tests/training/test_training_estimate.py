@@ -181,7 +181,7 @@ def test_text_is_written_in_whole_waves_and_batches(tmp_path: Path) -> None:
     # 5 batches of 25 x 128: 125 answers and 2 % need 15 prompts more than those, which is a wave
     answering = 5 * (25 * 128 * 0.01 + 25 * 40 * 0.001)
     assert found["answers"].seconds == pytest.approx(answering + 75 * 32 * 0.01)
-    assert "50% of what is written" in found["prompts"].detail
+    assert "50% of those written" in found["prompts"].detail
     slower = FOUND._replace(prompts=Written([32], 2.0), answers=Written([128], 3.0))
     again = rows(config, slower)
     assert again["prompts"].seconds == 2 * found["prompts"].seconds
