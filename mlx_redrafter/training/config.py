@@ -58,8 +58,8 @@ class TrainConfig:
         step_decay: weight of draft step k is step_decay**k.
         hard: share of cross-entropy on the tokens themselves; the rest on the distribution.
         acceptance: weight of the acceptance loss, after the share ``acceptance_after`` of steps.
-        cache_gb: disk for hidden states; where it is too small, three quarters are kept for good, and
-            the others are computed again, group by group, for a few passes each.
+        cache_gb: disk for hidden states; where it is too small, some are kept, and the others are
+            computed again, group by group, for a few passes each.
     Result:
         bits: of the written drafter's weights: 4, 5, 6, 8 or 16.
     """

@@ -33,6 +33,7 @@ from mlx_redrafter.training.supply import Supply
 SECONDS = 6.0  # of a measurement, about
 _WRITING = 20.0  # of the prompts, and of the answers
 _SOME = 48  # prompts that are tried, at most, and answers
+_USABLE = 24  # of them, or there are more waves while there is time
 _SHORT = 16  # tokens before a step
 _UNTIMED, _TIMED = 2, 5  # steps that compile, and the fewest that count
 
@@ -230,7 +231,8 @@ class Trial:
         small = replace(config, out=self.place, batch=max(1, (fitting or counts)[0] // 3))
         watched: Any = Watched(over(self.target, ()))
         supply = Supply(small, watched, self.tokenizer)
-        supply.extend(1)
+        while len(supply.rows) < _USABLE and sum(s for _, s in watched.waves) < 2 * _WRITING:
+            supply.extend(len(supply.rows) + 1)
         if not watched.waves:
             return supply, Written([longest]), 1.0
         lengths = [n for wave, _ in watched.waves for n in wave]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny_chat
 from conftest import prompt_of
+from test_training_adapted import chat_model
 from tiny_chat import SMALL, begin, contents, lines_of
 from typer.testing import CliRunner
 
@@ -245,14 +246,19 @@ def test_the_evaluation_is_the_one_that_will_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "of, kind", [("llama", "redrafter"), ("llama", "eagle3"), ("lfm2", "medusa")]
+)
 def test_estimate_measures_every_stage_and_writes_nothing(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, of: str, kind: str
 ) -> None:
     for name in ("SECONDS", "_WRITING"):
         monkeypatch.setattr(trial, name, 0.02)
+    if of != "llama":  # one sequence at a time
+        model = chat_model(tmp_path / "model", of)
     out = tmp_path / "run"
     options = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
-    options += ["--eval-prompts", "3", "--eval-tokens", "8"]
+    options += ["--eval-prompts", "3", "--eval-tokens", "8", "--kind", kind]
     arguments = ["train", "--estimate", "-m", str(model), "-o", str(out), *options]
     result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "140"})
     assert result.exit_code == 0, result.stderr
