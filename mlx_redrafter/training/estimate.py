@@ -24,7 +24,7 @@ from mlx_redrafter.models.batched import takes
 from mlx_redrafter.runtime.device import device
 from mlx_redrafter.terminal import console
 from mlx_redrafter.text.tokenizer import load_tokenizer
-from mlx_redrafter.training import dates, folder, imports, kinds, memory, pace
+from mlx_redrafter.training import dates, folder, imports, kinds, memory, pace, thoughts
 from mlx_redrafter.training.config import Evaluating, TrainConfig
 from mlx_redrafter.training.data import HELD_OUT, Cache
 from mlx_redrafter.training.fit import HELD_OUT_BATCHES, HELD_OUT_CHECKS, LOG_EVERY
@@ -48,8 +48,10 @@ _YIELD, _PER_DECADE, _AT = 1.26, 0.31, 30_000
 class Measured(NamedTuple):
     """What the trial says: of writing, of prompts (with the share that can be used) and answers, of
     prompts in their template (tokens), of the fit; seconds to load a model, and of the evaluation.
+    ``expected``: tokens of an answer before any is known.
     """
 
+    expected: float
     steps: Steps
     prompts: Written
     usable: float
@@ -125,9 +127,11 @@ def _tried(config: TrainConfig, place: Path) -> Tried:
         "weights": memory.weights_of(target), "on_gpu": device() == "gpu",
         "together": takes(target),
     }  # fmt: skip
-    batch = memory.fitting_batch(config, target.config, shape, memory.usable_bytes(), **here)
+    lengths = thoughts.lengths(config, tokenizer)
+    sized = replace(config, max_tokens=lengths.most)
+    batch = memory.fitting_batch(sized, target.config, shape, memory.usable_bytes(), **here)
     config = replace(config, batch=batch)
-    parts = memory.memory(config, target.config, shape, **here)
+    parts = memory.memory(replace(sized, batch=batch), target.config, shape, **here)
     layers = kind.layers_of(shape, target.config)
     trial = Trial(target, tokenizer, config, place, layers, kind.whole)
     with Console(stderr=True).status("measuring: writing"):
@@ -143,7 +147,8 @@ def _tried(config: TrainConfig, place: Path) -> Tried:
         usable = sum(waves) / (len(waves) * memory.wave(config))
     with Console(stderr=True).status("measuring: fitting"):
         fitted = trial.fit(supply)
-    tried = partial(Measured, steps, prompts, usable, answers, before, fitted)
+    expected = EXPECTED * lengths.mean
+    tried = partial(Measured, expected, steps, prompts, usable, answers, before, fitted)
     return config, parts, len(layers), tried
 
 
@@ -197,7 +202,7 @@ def _text(config: TrainConfig, found: Measured, taken: int, written: int) -> Tex
     rows, before = memory.wave(config), found.steps
     have = sum(_prompts(config))
     answered = len(imports.split(config.out)[1]) * size
-    first = math.ceil((config.answer_tokens - taken) / (EXPECTED * config.max_tokens) / size) * size
+    first = math.ceil((config.answer_tokens - taken) / found.expected / size) * size
     needed = answered + batches * size
     a_wave = found.prompts.slower * before.wave(found.prompts.lengths, rows, 0)
     an_answer = found.answers.slower * before.wave(found.answers.lengths, size, found.before)

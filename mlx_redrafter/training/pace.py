@@ -24,20 +24,25 @@ MOST, _ENOUGH, _LEAST = (92, 128), (RECORDED, 32), (6, 32)  # prompts and tokens
 
 @dataclass(frozen=True)
 class Pace:
-    """What an evaluation takes: seconds before it has its pace, of a live step, and of a token of
-    an answer along which drafts are recorded; tokens of a live step; seconds that telling took."""
+    """What an evaluation takes: seconds before it has its pace, of a live step, of a token of an
+    answer along which drafts are recorded, and of one of an answer before the live ones; tokens of
+    a live step; seconds that telling took."""
 
     once: float
     step: float
     recorded: float
     per_step: float
+    first: float = 0.0
     trial: float = 0.0
 
     def seconds(self, prompts: int, tokens: float) -> float:
         """Of so many prompts, with answers of so many tokens."""
         live = prompts * len(SHAPES) * self.step / self.per_step
         recorded = min(RECORDED, prompts) * self.recorded
-        return self.once + (live + recorded) * len(TEMPERATURES) * tokens
+        return (
+            self.once
+            + ((live + recorded) * len(TEMPERATURES) + _before(prompts) * self.first) * tokens
+        )
 
     def chosen(self, asked: Evaluating, room: float) -> tuple[int, int]:
         """Prompts and tokens: those asked for, and of what was left open as much as takes so many
@@ -52,6 +57,12 @@ class Pace:
         return found
 
 
+def _before(prompts: int) -> int:
+    """Answers before the live ones."""
+    live, recorded = prompts * len(SHAPES), min(RECORDED, prompts)
+    return positions.answers(prompts) - len(TEMPERATURES) * (live + recorded)
+
+
 def measure(model: Model, tokenizer: TokenizerWrapper) -> Pace:
     """From an evaluation of two short answers a kind, the second of which has been compiled for."""
     times = [time.perf_counter()]
@@ -62,12 +73,14 @@ def measure(model: Model, tokenizer: TokenizerWrapper) -> Pace:
     )  # fmt: skip
     spent = [b - a for a, b in itertools.pairwise(times)]
     live = len(SHAPES) * len(TEMPERATURES)
+    before, spent = spent[: _before(count)], spent[_before(count) :]
     first, second = spent[:live], spent[live : 2 * live]
     begun, warm = spent[2 * live :: 2], spent[2 * live + 1 :: 2]
     stats = [row.stats for row in found.live if row.group == "all"]
     steps, made = sum(s.steps for s in stats), sum(s.tokens for s in stats)
     return Pace(
         once=max(0.0, sum(first) + sum(begun) - sum(second) - sum(warm)),
+        first=before[-1] / tokens if before else 0.0,
         step=sum(second) / (steps / count),
         recorded=sum(warm) / len(TEMPERATURES) / tokens,
         per_step=made / steps,

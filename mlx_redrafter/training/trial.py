@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.models import Target
 from mlx_redrafter.models.batched import SHRINK, over
-from mlx_redrafter.models.sequences import Answer, Request, Sequences
+from mlx_redrafter.models.sequences import Answer, Request, Sequences, Told
 from mlx_redrafter.training import agreement, memory
 from mlx_redrafter.training.answers import write_shard
 from mlx_redrafter.training.config import TrainConfig
@@ -42,30 +42,18 @@ class _EnoughError(Exception):
     """Ends what is only measured."""
 
 
-class Stopwatch(Collection[int]):
-    """Stands for the tokens that end an answer, which a writer asks after every step: no token
-    does, but after so many seconds all is over."""
+class Stopwatch(Told):
+    """Hears of every step of writing, and ends it after so many seconds."""
 
     def __init__(self, seconds: float) -> None:
         self.times: list[float] = []
         self.seconds = seconds
 
-    def _ask(self) -> None:
+    def tokens(self, count: int) -> None:
         self.times.append(time.perf_counter())
         timed = self.times[_UNTIMED:]
         if len(timed) > _TIMED and timed[-1] - timed[0] > self.seconds:
             raise _EnoughError
-
-    def __iter__(self) -> Iterator[int]:
-        self._ask()
-        return iter(())
-
-    def __contains__(self, token: object) -> bool:
-        self._ask()
-        return False
-
-    def __len__(self) -> int:
-        return 0
 
     @property
     def step(self) -> float:
@@ -75,19 +63,23 @@ class Stopwatch(Collection[int]):
 
 
 class Watched:
-    """A target whose answers are noted, ``waves``: the lengths of each, and seconds."""
+    """A target whose answers are noted, ``waves``: the lengths, which have ended, and seconds."""
 
     def __init__(self, target: Sequences) -> None:
         self._target = target
-        self.waves: list[tuple[list[int], float]] = []
+        self.waves: list[tuple[list[int], list[bool], float]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._target, name)
 
-    def write(self, requests: Sequence[Request], *rest: Any, **more: Any) -> list[Answer]:
+    def write(
+        self, requests: Sequence[Request], most: int, ends: Collection[int], told: Told
+    ) -> list[Answer]:
         started = time.perf_counter()
-        answers = self._target.write(requests, *rest, **more)
-        self.waves.append(([len(a.tokens) for a in answers], time.perf_counter() - started))
+        answers = self._target.write(requests, most, ends, told)
+        spent = time.perf_counter() - started
+        ended = [a.tokens[-1] in ends for a in answers]
+        self.waves.append(([len(a.tokens) for a in answers], ended, spent))
         return answers
 
 
@@ -170,14 +162,15 @@ class Fitted:
     checkpoint: int
 
 
-def completed(lengths: Sequence[int], cut: int, longest: int) -> list[int]:
-    """Lengths of answers of which some were cut off after so many tokens: these go on, and end as
-    often as the others did until then."""
-    rate = max(0.5, sum(n < cut for n in lengths)) / sum(lengths)
-    going = sum(n >= cut for n in lengths)
-    more = np.log(1 - (np.arange(going) + 0.5) / going) / np.log(1 - rate) if going else []
-    done = [n for n in lengths if n < cut]
-    return done + [min(longest, round(cut + n)) for n in more]
+def completed(lengths: Sequence[int], ended: Sequence[bool], room: int) -> list[int]:
+    """Lengths of answers of which some were cut off with room for so many tokens: these go on, and
+    end as often as the others did until then."""
+    rate = max(0.5, sum(ended)) / sum(lengths)
+    cut = [n for n, whole in zip(lengths, ended, strict=True) if not whole]
+    places = (np.arange(len(cut)) + 0.5) / max(1, len(cut))
+    more = np.minimum(room, np.log(1 - places) / np.log(1 - rate)).round().astype(int)
+    whole = [n for n, whole in zip(lengths, ended, strict=True) if whole]
+    return whole + [n + int(m) for n, m in zip(cut, more, strict=True)]
 
 
 class Trial:
@@ -219,7 +212,7 @@ class Trial:
         tokens = random.integers(self.target.config.vocab_size, size=(rows, before)).tolist()
         watch = Stopwatch(SECONDS / 2)
         with contextlib.suppress(_EnoughError):
-            self.writer.write([Request(t, 0.8, i) for i, t in enumerate(tokens)], 64, watch)
+            self.writer.write([Request(t, 0.8, i) for i, t in enumerate(tokens)], 64, (), watch)
         return watch.step
 
     def prompts(self, steps: Steps) -> tuple[Supply, Written, float]:
@@ -231,13 +224,13 @@ class Trial:
         small = replace(config, out=self.place, batch=max(1, (fitting or counts)[0] // 3))
         watched: Any = Watched(over(self.target, ()))
         supply = Supply(small, watched, self.tokenizer)
-        while len(supply.rows) < _USABLE and sum(s for _, s in watched.waves) < 2 * _WRITING:
+        while len(supply.rows) < _USABLE and sum(s for *_, s in watched.waves) < 2 * _WRITING:
             supply.extend(len(supply.rows) + 1)
         if not watched.waves:
             return supply, Written([longest]), 1.0
-        lengths = [n for wave, _ in watched.waves for n in wave]
-        told = sum(steps.wave(wave, len(wave), _SHORT) for wave, _ in watched.waves)
-        slower = sum(seconds for _, seconds in watched.waves) / told
+        lengths = [n for wave, *_ in watched.waves for n in wave]
+        told = sum(steps.wave(wave, len(wave), _SHORT) for wave, *_ in watched.waves)
+        slower = sum(s for *_, s in watched.waves) / told
         return supply, Written(lengths, slower), len(supply.rows) / len(lengths)
 
     def answers(self, supply: Supply, steps: Steps) -> tuple[Written, float]:
@@ -254,9 +247,9 @@ class Trial:
         write_shard(
             watched, requests, self.shard, max_tokens=cut, end_tokens=self.tokenizer.eos_token_ids
         )
-        [(lengths, seconds)] = watched.waves
+        [(lengths, ended, seconds)] = watched.waves
         slower = seconds / steps.wave(lengths, count, before)
-        return Written(completed(lengths, cut, config.max_tokens), slower), before
+        return Written(completed(lengths, ended, config.max_tokens - cut), slower), before
 
     def reading(self) -> float:
         """Seconds of a token whose features are computed: the median of several times."""

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from mlx_redrafter.cli import main as cli
 from mlx_redrafter.models import Decoder
 from mlx_redrafter.models.batched import BatchedTarget
-from mlx_redrafter.models.sequences import Answer, Request
+from mlx_redrafter.models.sequences import Answer, Request, Told
 from mlx_redrafter.training import estimate, memory, pace, stages, trial
 from mlx_redrafter.training.config import Evaluating, TrainConfig
 from mlx_redrafter.training.pace import Pace
@@ -44,15 +44,15 @@ def test_a_step_is_timed_without_the_prompt_and_what_interrupts_it(
     now[0] += 100.0  # the prompts
     with pytest.raises(trial._EnoughError):
         for i in range(1000):
-            assert list(watch) == [] and len(watch) == 0
+            watch.tokens(8)
             now[0] += 5.0 if i < 2 else waver[i % len(waver)]  # graphs are made first
     assert watch.step == pytest.approx(0.1)
     assert np.mean(np.diff(watch.times)) > 0.15  # the test can fail
 
 
-def test_a_writer_asks_its_end_tokens_after_every_step(target: Decoder) -> None:
+def test_a_writer_tells_of_every_step_of_all_answers(target: Decoder) -> None:
     watch = Stopwatch(60.0)
-    BatchedTarget(target, ()).write([Request([1, 2, 3], 0.0, 0)] * 3, 6, watch)
+    BatchedTarget(target, ()).write([Request([1, 2, 3], 0.0, 0)] * 3, 6, (), watch)
     assert len(watch.times) == 6
 
 
@@ -108,15 +108,15 @@ def test_a_wave_shrinks_as_its_answers_end(
 
 
 def test_answers_that_were_cut_off_go_on() -> None:
-    assert completed([5, 9, 20], 100, 100) == [5, 9, 20]
+    assert completed([5, 9, 20], [True, True, False], 0) == [5, 9, 20]  # none was cut off
     random = np.random.default_rng(0)
     true = np.minimum(random.geometric(1 / 150, size=2000), 256)
     for cut in (32, 100):
-        found = completed(np.minimum(true, cut).tolist(), cut, 256)
+        found = completed(np.minimum(true, cut).tolist(), (true < cut).tolist(), 256 - cut)
         assert len(found) == 2000 and max(found) <= 256
         assert np.mean(found) == pytest.approx(true.mean(), rel=0.05)
         assert np.minimum(true, cut).mean() < 0.7 * true.mean()  # the test can fail
-    assert completed([16] * 8, 16, 256)[-1] == 256  # none has ended
+    assert completed([16] * 8, [False] * 8, 240)[-1] == 256  # none has ended
 
 
 class Half:
@@ -127,14 +127,17 @@ class Half:
     def __init__(self, of: Decoder) -> None:
         self.target = of
 
-    def write(self, requests: Sequence[Request], most: int, ends: Any) -> list[Answer]:
+    def write(self, requests: Sequence[Request], most: int, ends: Any, told: Told) -> list[Answer]:
         random = np.random.default_rng(requests[0].seed)
         tokens = random.integers(6, len(tiny_chat.WORDS), size=(len(requests), most)).tolist()
         none = np.zeros((most, 0, 0))
-        return [
+        answers = [
             Answer([*t[: most - 1], tiny_chat.END] if i % 2 else t, none)
             for i, t in enumerate(tokens)
         ]
+        for i, answer in enumerate(answers):
+            told.answer(i, answer)
+        return answers
 
 
 def test_the_share_of_usable_prompts_is_measured(
@@ -152,7 +155,7 @@ def test_the_share_of_usable_prompts_is_measured(
 
 
 FOUND = estimate.Measured(
-    steps=Steps(0.0, 0.01, 0.0, read=0.001), prompts=Written([32]), usable=0.5,
+    expected=192.0, steps=Steps(0.0, 0.01, 0.0, read=0.001), prompts=Written([32]), usable=0.5,
     answers=Written([128] * 4), before=40.0, fitted=Fitted(2.0, 3.0, 0.25, 10), loading=1.0,
     pace=Pace(once=2.0, step=0.1, recorded=0.3, per_step=1.0, trial=7.0),
 )  # fmt: skip
