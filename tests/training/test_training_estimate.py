@@ -17,6 +17,7 @@ import pytest
 import tiny_chat
 from conftest import prompt_of
 from test_training_adapted import chat_model
+from test_training_thoughts import thinker  # noqa: F401
 from tiny_chat import SMALL, begin, contents, lines_of
 from typer.testing import CliRunner
 
@@ -250,14 +251,22 @@ def test_the_evaluation_is_the_one_that_will_be(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "of, kind", [("llama", "redrafter"), ("llama", "eagle3"), ("lfm2", "medusa")]
+    "of, kind",
+    [("llama", "redrafter"), ("llama", "eagle3"), ("lfm2", "medusa"), ("thinker", "redrafter")],
 )
 def test_estimate_measures_every_stage_and_writes_nothing(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, of: str, kind: str
+    tmp_path: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    of: str,
+    kind: str,
+    request: pytest.FixtureRequest,
 ) -> None:
     for name in ("SECONDS", "_WRITING"):
         monkeypatch.setattr(trial, name, 0.02)
-    if of != "llama":  # one sequence at a time
+    if of == "thinker":
+        model = request.getfixturevalue(of)
+    elif of != "llama":  # one sequence at a time
         model = chat_model(tmp_path / "model", of)
     out = tmp_path / "run"
     options = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
@@ -310,6 +319,30 @@ def test_the_pace_is_that_of_the_second_prompt(monkeypatch: pytest.MonkeyPatch) 
     assert found.once == pytest.approx(54 - 4.8 + 9 - 3.2)
 
 
+@pytest.mark.parametrize(
+    "asked, wanted", [((None, None), (6, 32)), ((3, None), (3, 32)), ((3, 9), (3, 9))]
+)
+def test_how_much_is_evaluated_depends_on_the_time_of_the_fit(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: tuple[int | None, ...],
+    wanted: tuple[int, int],
+) -> None:
+    slow = Pace(once=0.0, step=1.0, recorded=1.0, per_step=1.0)
+    monkeypatch.setattr(pace, "measure", lambda *_: slow)
+    nothing: Any = None
+
+    def extent(*asked: int | None) -> tuple[int, int]:
+        return pace.extent(tmp_path, Evaluating(*asked), nothing, nothing)
+
+    assert extent(None, None) == (92, 128)  # there was no fit here
+    monkeypatch.setattr(pace, "checkpoint", lambda _: ({}, {"seconds": "30.0"}))
+    assert extent(*asked) == wanted
+    monkeypatch.setattr(pace, "checkpoint", lambda _: ({}, {"seconds": "1e9"}))
+    assert extent(None, None) == (92, 128)
+
+
+@pytest.mark.slow
 def test_the_card_says_how_many_prompts_there_was_time_for(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
