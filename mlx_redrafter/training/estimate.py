@@ -38,7 +38,7 @@ from mlx_redrafter.training.shards import (
     shards,
 )
 from mlx_redrafter.training.stages import EXPECTED, FROM_MEASURED, fitted_steps
-from mlx_redrafter.training.trial import Fitted, Steps, Trial, Written
+from mlx_redrafter.training.trial import Fitted, Trial, Written
 
 # Tokens of a live step of the evaluation by the positions trained on, built-in model: 1.26 after
 # 30,000, 2.05 after 12 million (docs/decisions.md).
@@ -46,13 +46,13 @@ _YIELD, _PER_DECADE, _AT = 1.26, 0.31, 30_000
 
 
 class Measured(NamedTuple):
-    """What the trial says: of writing, of prompts (with the share that can be used) and answers, of
-    prompts in their template (tokens), of the fit; seconds to load a model, and of the evaluation.
-    ``expected``: tokens of an answer before any is known.
+    """What the trial says: of prompts (with the share that can be used) and answers, of prompts in
+    their template (tokens), of the fit; seconds to load a model, and of the evaluation.
+    ``expected``: tokens of an answer before any is known; ``read``: seconds of a token.
     """
 
     expected: float
-    steps: Steps
+    read: float
     prompts: Written
     usable: float
     answers: Written
@@ -135,7 +135,7 @@ def _tried(config: TrainConfig, place: Path) -> Tried:
     layers = kind.layers_of(shape, target.config)
     trial = Trial(target, tokenizer, config, place, layers, kind.whole)
     with Console(stderr=True).status("measuring: writing"):
-        steps = trial.steps(trial.reading())
+        steps = trial.steps(read := trial.reading())
         supply, prompts, usable = trial.prompts(steps)
         answers, before = trial.answers(supply, steps)
     _, files = imports.split(config.out)
@@ -148,7 +148,7 @@ def _tried(config: TrainConfig, place: Path) -> Tried:
     with Console(stderr=True).status("measuring: fitting"):
         fitted = trial.fit(supply)
     expected = EXPECTED * lengths.mean
-    tried = partial(Measured, expected, steps, prompts, usable, answers, before, fitted)
+    tried = partial(Measured, expected, read, prompts, usable, answers, before, fitted)
     return config, parts, len(layers), tried
 
 
@@ -177,7 +177,7 @@ def _stages(
     tried = 0.0 if asked.prompts and asked.max_tokens else found.pace.trial
     write, train, measure_ = (memory.of_stage(parts, names) for names in memory.STAGES)
     lines = round(text.prompts * 250), round(tokens * 7 + text.batches * config.batch * 360)
-    speed = text.batches * config.batch * mean / text.answering if text.batches else 0.0
+    speed = config.batch * mean / found.answers.seconds(config.batch, found.before)
     whole = kinds.of(config).whole
     return (
         Stage("prompts", text.asking, write, lines[0],
@@ -186,7 +186,7 @@ def _stages(
               f"{speed:,.0f} tokens/s, batch {config.batch}, {mean:.0f} tokens each"),
         Stage("fit", fit, train, 2 * found.fitted.checkpoint + (kept if whole else 0),
               f"{config.batch_positions / found.fitted.step:,.0f} positions/s"
-              + (f", reading {again:,.0f} tokens again at {1 / found.steps.read:,.0f}/s"
+              + (f", reading {again:,.0f} tokens again at {1 / found.read:,.0f}/s"
                  if again else "")),
         Stage("evaluate", tried + found.loading + evaluation.seconds(questions, length), measure_,
               2_000_000, f"{questions} prompts of {longest} tokens, "
@@ -199,13 +199,15 @@ def _text(config: TrainConfig, found: Measured, taken: int, written: int) -> Tex
     wanted = max(0, config.answer_tokens - taken - written)
     size, mean = config.batch, found.answers.mean
     batches = math.ceil(wanted / (mean * size))
-    rows, before = memory.wave(config), found.steps
+    # The mean is not known so well as to tell whether the last of them is still needed.
+    likely = max(1.0, wanted / (mean * size) + 0.5) if wanted else 0.0
+    rows = memory.wave(config)
     have = sum(_prompts(config))
     answered = len(imports.split(config.out)[1]) * size
     first = math.ceil((config.answer_tokens - taken) / found.expected / size) * size
     needed = answered + batches * size
-    a_wave = found.prompts.slower * before.wave(found.prompts.lengths, rows, 0)
-    an_answer = found.answers.slower * before.wave(found.answers.lengths, size, found.before)
+    a_wave = found.prompts.seconds(rows, 0)
+    an_answer = found.answers.seconds(size, found.before)
     counts = [0, 0]
     if config.prompts is None and wanted:
         each = max(found.usable, 1 / rows) * rows
@@ -215,7 +217,7 @@ def _text(config: TrainConfig, found: Measured, taken: int, written: int) -> Tex
             counts[1] = math.ceil((missing + (FROM_MEASURED - 1) * needed) / each)
     return Text(
         max(0, max(first, needed) - have) if wanted else 0,
-        counts[0] * a_wave, batches, batches * an_answer, counts[1] * a_wave,
+        counts[0] * a_wave, batches, likely * an_answer, counts[1] * a_wave,
     )  # fmt: skip
 
 
@@ -250,7 +252,7 @@ def _fit(config: TrainConfig, found: Measured, tokens: int, again: float) -> flo
     batches = min(HELD_OUT_BATCHES, 1 + tokens / HELD_OUT / config.batch_positions)
     scoring = (left / every + 1) * batches * found.fitted.scored
     fitting = left * found.fitted.step + (scoring if left else 0.0)
-    return found.fitted.once + fitting + again * found.steps.read
+    return found.fitted.once + fitting + again * found.read
 
 
 def _answer_tokens(config: TrainConfig) -> tuple[int, int]:

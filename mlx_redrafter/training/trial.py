@@ -23,6 +23,7 @@ from mlx_redrafter.training.config import TrainConfig
 from mlx_redrafter.training.data import compute_features
 from mlx_redrafter.training.fit import Fit
 from mlx_redrafter.training.folder import checkpoint_file
+from mlx_redrafter.training.prompts import OwnTurns
 from mlx_redrafter.training.shards import (
     Shard,
     features_folder,
@@ -130,11 +131,16 @@ class Steps:
 
 @dataclass(frozen=True)
 class Written:
-    """What a model wrote: its lengths, and the seconds of a wave as a multiple of what its steps
-    say."""
+    """What a model wrote: its lengths, its steps, and the seconds of a wave as a multiple of what
+    these say."""
 
     lengths: list[int]
+    steps: Steps
     slower: float = 1.0
+
+    def seconds(self, rows: int, before: float) -> float:
+        """Of a wave of so many, after prompts of so many tokens."""
+        return self.slower * self.steps.wave(self.lengths, rows, before)
 
     @property
     def mean(self) -> float:
@@ -173,6 +179,15 @@ def completed(lengths: Sequence[int], ended: Sequence[bool], room: int) -> list[
     return whole + [n + int(m) for n, m in zip(cut, more, strict=True)]
 
 
+def _step(writer: Sequences, requests: Sequence[Request]) -> tuple[int, int, float]:
+    """Sequences, tokens before a step, and its seconds."""
+    watch = Stopwatch(SECONDS / 2)
+    with contextlib.suppress(_EnoughError):
+        writer.write(requests, 64, (), watch)
+    before = max(len(r.prompt) for r in requests) + len(watch.times) // 2
+    return len(requests), before, watch.step
+
+
 class Trial:
     """All but the evaluation.
 
@@ -199,26 +214,30 @@ class Trial:
 
     def steps(self, read: float) -> Steps:
         """Of batches of several sizes, and of one that has long texts before it."""
-        config, together = self.config, self.writer.together
-        sizes = {1, max(1, config.batch // 4), config.batch}
-        sizes |= {memory.wave(config)} if config.prompts is None else set()
-        points = [(rows, _SHORT) for rows in sorted(sizes)] if together else [(1, _SHORT)]
-        points.append((max(1, config.batch // 8) if together else 1, config.max_tokens))
-        found = [(*point, self._step(*point)) for point in points]
-        return Steps.of([(rows, before + 8, s) for rows, before, s in found], read, together)
+        config, size, random = self.config, self.config.batch, np.random.default_rng(0)
+        points = [(rows, _SHORT) for rows in sorted({1, max(1, size // 4), size})]
+        points.append((max(1, size // 8), config.max_tokens))
+        if not self.writer.together:
+            points = [(1, _SHORT), (1, config.max_tokens)]
+        found = []
+        for shape in points:
+            tokens = random.integers(self.target.config.vocab_size, size=shape).tolist()
+            found.append(_step(self.writer, [Request(t, 0.8, i) for i, t in enumerate(tokens)]))
+        return Steps.of(found, read, self.writer.together)
 
-    def _step(self, rows: int, before: int) -> float:
-        random = np.random.default_rng(0)
-        tokens = random.integers(self.target.config.vocab_size, size=(rows, before)).tolist()
-        watch = Stopwatch(SECONDS / 2)
-        with contextlib.suppress(_EnoughError):
-            self.writer.write([Request(t, 0.8, i) for i, t in enumerate(tokens)], 64, (), watch)
-        return watch.step
+    def _asking(self, steps: Steps) -> Steps:
+        """Of prompts: they are more at once, and their tokens are drawn in another way."""
+        writer, own = over(self.target, ()), OwnTurns(self.tokenizer)
+        wave = memory.wave(self.config) if steps.together else 1
+        sizes = sorted({max(1, wave // 4), wave})
+        found = [_step(writer, [own.request(i) for i in range(rows)]) for rows in sizes]
+        return replace(Steps.of(found, steps.read, steps.together), back=steps.back)
 
     def prompts(self, steps: Steps) -> tuple[Supply, Written, float]:
         """Prompts of the model, or of the file; what was written, and the share of it that can be
         used."""
         config, longest = self.config, self.config.prompt_tokens
+        steps = steps if config.prompts is not None else self._asking(steps)
         counts = [_SOME, _SOME // 2, _SOME // 4, 6]
         fitting = [n for n in counts if steps.wave([longest], n, _SHORT) <= _WRITING]
         small = replace(config, out=self.place, batch=max(1, (fitting or counts)[0] // 3))
@@ -227,11 +246,11 @@ class Trial:
         while len(supply.rows) < _USABLE and sum(s for *_, s in watched.waves) < 2 * _WRITING:
             supply.extend(len(supply.rows) + 1)
         if not watched.waves:
-            return supply, Written([longest]), 1.0
+            return supply, Written([longest], steps), 1.0
         lengths = [n for wave, *_ in watched.waves for n in wave]
         told = sum(steps.wave(wave, len(wave), _SHORT) for wave, *_ in watched.waves)
         slower = sum(s for *_, s in watched.waves) / told
-        return supply, Written(lengths, slower), len(supply.rows) / len(lengths)
+        return supply, Written(lengths, steps, slower), len(supply.rows) / len(lengths)
 
     def answers(self, supply: Supply, steps: Steps) -> tuple[Written, float]:
         """Answers to those prompts, cut off where they would take too long; and the mean length of
@@ -249,7 +268,8 @@ class Trial:
         )
         [(lengths, ended, seconds)] = watched.waves
         slower = seconds / steps.wave(lengths, count, before)
-        return Written(completed(lengths, ended, config.max_tokens - cut), slower), before
+        lengths = completed(lengths, ended, config.max_tokens - cut)
+        return Written(lengths, steps, slower), before
 
     def reading(self) -> float:
         """Seconds of a token whose features are computed: the median of several times."""

@@ -147,17 +147,35 @@ def test_the_share_of_usable_prompts_is_measured(
     run = begin(tmp_path / "run", model)
     trials = Trial(run.target, run.tokenizer, run.config, tmp_path / "trial", (2,), False)
     monkeypatch.setattr(trial, "over", lambda *_: Half(cast(Decoder, run.target)))
+    monkeypatch.setattr(trials, "_asking", lambda steps: steps)
     supply, written, usable = trials.prompts(Steps(1e-9, 0.0, 0.0))
     assert usable == 0.5 and len(supply.rows) == len(written.lengths) / 2
     assert set(written.lengths) == {run.config.prompt_tokens}  # what cannot be used takes time too
 
 
+def test_prompts_are_timed_as_many_and_as_they_are_drawn(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = begin(tmp_path / "run", model), []
+    trials = Trial(run.target, run.tokenizer, run.config, tmp_path / "trial", (2,), False)
+
+    def step(writer: Any, requests: Sequence[Request]) -> tuple[int, int, float]:
+        seen.append((len(requests), {r.top_p for r in requests}, writer.layers))
+        return len(requests), 24, 0.05 + 0.01 * len(requests)
+
+    monkeypatch.setattr(trial, "_step", step)
+    found = trials._asking(Steps(9.0, 9.0, 0.0, read=0.5))
+    assert seen == [(3, {0.9}, ()), (12, {0.9}, ())]
+    assert found.seconds(12, 0) == pytest.approx(0.17) and found.read == 0.5
+
+
 # Arithmetic
 
 
+STEPS = Steps(0.0, 0.01, 0.0, read=0.001)
 FOUND = estimate.Measured(
-    expected=192.0, steps=Steps(0.0, 0.01, 0.0, read=0.001), prompts=Written([32]), usable=0.5,
-    answers=Written([128] * 4), before=40.0, fitted=Fitted(2.0, 3.0, 0.25, 10), loading=1.0,
+    expected=192.0, read=0.001, prompts=Written([32], STEPS), usable=0.5,
+    answers=Written([128] * 4, STEPS), before=40.0, fitted=Fitted(2.0, 3.0, 0.25, 10), loading=1.0,
     pace=Pace(once=2.0, step=0.1, recorded=0.3, per_step=1.0, trial=7.0),
 )  # fmt: skip
 
@@ -184,10 +202,10 @@ def test_text_is_written_in_whole_waves_and_batches(tmp_path: Path) -> None:
     # 16,000 tokens / (0.75 x 256) = 84, in whole batches 100; waves of 75, half of them usable
     assert found["prompts"].seconds == pytest.approx(3 * 75 * 32 * 0.01)
     # 5 batches of 25 x 128: 125 answers and 2 % need 15 prompts more than those, which is a wave
-    answering = 5 * (25 * 128 * 0.01 + 25 * 40 * 0.001)
+    answering = 5.5 * (25 * 128 * 0.01 + 25 * 40 * 0.001)
     assert found["answers"].seconds == pytest.approx(answering + 75 * 32 * 0.01)
     assert "50% of those written" in found["prompts"].detail
-    slower = FOUND._replace(prompts=Written([32], 2.0), answers=Written([128], 3.0))
+    slower = FOUND._replace(prompts=Written([32], STEPS, 2.0), answers=Written([128], STEPS, 3.0))
     again = rows(config, slower)
     assert again["prompts"].seconds == 2 * found["prompts"].seconds
     assert again["answers"].seconds == pytest.approx(3 * answering + 2 * 75 * 32 * 0.01)
@@ -202,7 +220,7 @@ def test_what_is_there_is_not_done_again(tmp_path: Path) -> None:
     file = tmp_path / "old.jsonl"
     file.write_text(lines_of(*[{"prompt": [1], "answer": [2] * 1600}] * 4))
     some = rows(small(out, answers=file))
-    assert some["answers"].seconds == pytest.approx(3 / 5 * 165, rel=0.01)  # and enough prompts
+    assert some["answers"].seconds == pytest.approx(3.5 * 33)  # and enough prompts
     assert usual["fit"].seconds == pytest.approx(3 + 5 * 2 + 1.2 * 0.25 * 1.5128, rel=0.01)
     # their features are computed, with their prompts
     read = 6400 * (1 + 40 / 128) * 0.001
@@ -213,7 +231,7 @@ def test_what_is_there_is_not_done_again(tmp_path: Path) -> None:
     (out / "prompts").mkdir()
     (out / "prompts" / "00000.jsonl").write_text(lines_of(*[{"prompt": "a"}] * 200))
     going = rows(small(out))
-    assert going["answers"].seconds == pytest.approx(3 / 5 * 165, rel=0.01)
+    assert going["answers"].seconds == pytest.approx(3.5 * 33)
     assert going["prompts"].seconds == 0
 
 
@@ -237,7 +255,7 @@ def test_the_evaluation_is_the_one_that_will_be(tmp_path: Path) -> None:
     assert "30 prompts of 64 tokens" in given.detail
     live, recorded = 30 * 3 * 0.1 / estimate._YIELD, 24 * 0.3
     assert given.seconds == pytest.approx(1 + 2 + (live + recorded) * 2 * 64)
-    short = FOUND._replace(answers=Written([16]))  # shorter than they may be
+    short = FOUND._replace(answers=Written([16], STEPS))  # shorter than they may be
     assert rows(config, short, prompts=30, max_tokens=64)["evaluate"].seconds == pytest.approx(
         1 + 2 + (live + recorded) * 2 * 16
     )
