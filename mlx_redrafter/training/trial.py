@@ -231,6 +231,7 @@ class Trial:
         wave = memory.wave(self.config) if steps.together else 1
         sizes = sorted({max(1, wave // 4), wave})
         found = [_step(writer, [own.request(i) for i in range(rows)]) for rows in sizes]
+        found = [(n, 0, max(s - steps.back * n * before, s / 2)) for n, before, s in found]
         return replace(Steps.of(found, steps.read, steps.together), back=steps.back)
 
     def prompts(self, steps: Steps) -> tuple[Supply, Written, float]:

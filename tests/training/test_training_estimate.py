@@ -161,12 +161,13 @@ def test_prompts_are_timed_as_many_and_as_they_are_drawn(
 
     def step(writer: Any, requests: Sequence[Request]) -> tuple[int, int, float]:
         seen.append((len(requests), {r.top_p for r in requests}, writer.layers))
-        return len(requests), 24, 0.05 + 0.01 * len(requests)
+        return len(requests), 24, 0.05 + (0.01 + 24 * 1e-4) * len(requests)
 
     monkeypatch.setattr(trial, "_step", step)
-    found = trials._asking(Steps(9.0, 9.0, 0.0, read=0.5))
+    found = trials._asking(Steps(9.0, 9.0, 1e-4, read=0.5))
     assert seen == [(3, {0.9}, ()), (12, {0.9}, ())]
     assert found.seconds(12, 0) == pytest.approx(0.17) and found.read == 0.5
+    assert found.seconds(12, 50) == pytest.approx(0.17 + 12 * 50 * 1e-4)
 
 
 # Arithmetic
