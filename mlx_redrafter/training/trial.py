@@ -33,8 +33,8 @@ from mlx_redrafter.training.supply import Supply
 
 SECONDS = 6.0  # of a measurement, about
 _WRITING = 20.0  # of the prompts, and of the answers
-_SOME = 48  # prompts that are tried, at most, and answers
-_USABLE = 24  # of them, or there are more waves while there is time
+_SOME = 48  # prompts that are tried at once
+_USABLE = 64  # of them, or there are more waves while there is time; so many are answered
 _SHORT = 16  # tokens before a step
 _UNTIMED, _TIMED = 2, 5  # steps that compile, and the fewest that count
 
@@ -257,7 +257,7 @@ class Trial:
         """Answers to those prompts, cut off where they would take too long; and the mean length of
         the prompts in their template."""
         config = self.config
-        count = min(len(supply.rows), config.batch, _SOME if self.writer.together else 6)
+        count = min(len(supply.rows), _USABLE if self.writer.together else 6)
         [requests, *_] = supply.requests(0, count, count)
         before = float(np.mean([len(r.prompt) for r in requests]))
         at_once = count if steps.together else 1
