@@ -61,7 +61,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "hard": "Share of the loss on the tokens alone, not on their distribution.",
         "acceptance": "Weight of the acceptance loss.",
         "acceptance_after": "Share of the steps before the acceptance loss begins.",
-        "cache_gb": "GB of disk for hidden states; what does not fit is computed again.",
+        "cache_gb": "GB of disk for hidden states; of what does not fit a part is kept.",
     },
     "Result": {"bits": "Bits of the drafter's weights: 4, 5, 6, 8 or 16."},
 }
@@ -78,7 +78,7 @@ File = Annotated[
 Estimate = Annotated[
     bool,
     typer.Option(
-        "--estimate", help="Only measure, for half a minute, how long everything will take."
+        "--estimate", help="Only try, for a minute or more, how long everything will take."
     ),
 ]
 EvalPrompts = Annotated[
@@ -86,13 +86,15 @@ EvalPrompts = Annotated[
     typer.Option(
         rich_help_panel=_RESULT,
         help="Number of prompts in the evaluation.",
-        show_default="92 built-in",
+        show_default="as many of the built-in ones as the time allows",
     ),
 ]
 EvalTokens = Annotated[
     int | None,
     typer.Option(
-        rich_help_panel=_RESULT, help="Longest answer in the evaluation.", show_default="128"
+        rich_help_panel=_RESULT,
+        help="Longest answer in the evaluation.",
+        show_default="128 or fewer",
     ),
 ]
 

@@ -58,7 +58,8 @@ class TrainConfig:
         step_decay: weight of draft step k is step_decay**k.
         hard: share of cross-entropy on the tokens themselves; the rest on the distribution.
         acceptance: weight of the acceptance loss, after the share ``acceptance_after`` of steps.
-        cache_gb: disk for hidden states; beyond it they are computed again in every epoch.
+        cache_gb: disk for hidden states; where it is too small, some are kept, and the others are
+            computed again, group by group, for a few passes each.
     Result:
         bits: of the written drafter's weights: 4, 5, 6, 8 or 16.
     """
@@ -141,17 +142,17 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Evaluating:
-    """How much the evaluation measures: prompts (None: all) and tokens of an answer."""
+    """How much the evaluation measures: prompts, and tokens of an answer; None: as much as takes a
+    part of the time of the fit."""
 
     prompts: int | None = None
-    max_tokens: int = 128
+    max_tokens: int | None = None
 
     @classmethod
     def of(cls, given: dict[str, int | None]) -> Evaluating:
         """With what was given; None is not. Raises OptionError."""
-        values: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         at_least(1, eval_prompts=given.get("prompts"), eval_tokens=given.get("max_tokens"))
-        return cls(**values)
+        return cls(**given)
 
 
 def defaults(kind: str) -> TrainConfig:

@@ -62,14 +62,12 @@ class Conversations(Positions):
         """Up to ``count`` batches of conversations that are never trained on."""
         places = [
             (i, c)
-            for i, row in enumerate(self.rows[: self.group])
+            for i, row in enumerate(self.rows[: self._first])
             for c in range(row.trained, len(row.answers))
         ]
         parts = self._parts(places, size)
         every = max(1, -(-len(parts) // count))
-        result = [self._batch(part, held_out=True) for part in parts[::every]]
-        self._forget(range(self.group))
-        return result
+        return [self._batch(part, held_out=True) for part in parts[::every]]
 
     def _parts(self, places: Sequence[Place], size: int) -> list[list[Place]]:
         """In batches of answers of like length, as many as have about ``size`` segments."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,9 @@ from mlx_redrafter.training.shards import (
 
 READ_TOKENS = 4096  # tokens of one pass that computes features
 Place = tuple[int, int]  # a shard, and where in it
-_HELD_OUT = 32  # one conversation of so many is kept out of training
+HELD_OUT = 32  # one conversation of so many is kept out of training
+KEPT = 0.75  # of a cache that is too small: features that stay; the rest goes from group to group
+VISITS = 3  # passes over a group before the next is computed
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,33 @@ class Batch:
     before: Before | None = None
 
 
+class Cache(NamedTuple):
+    """Which shards have their features on disk when.
+
+    Args:
+        kept: the first so many always do; the others take turns.
+        group: so many of the others at a time.
+        visits: passes over a group, and meanwhile over its share of what is kept, before the next.
+    """
+
+    kept: int
+    group: int
+    visits: int
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], room: float, passes: float) -> Cache:
+        """For shards of so many bytes, a cache of ``room`` bytes, and a fit that makes so many
+        passes over the answers: none of them is left out for another's sake.
+
+        What is kept depends on the shards before it alone, and stays when more are written.
+        """
+        if sum(sizes) <= room:
+            return cls(len(sizes), 0, 1)
+        kept = int(np.searchsorted(np.cumsum(sizes), KEPT * room, side="right"))
+        group = max(1, int((1 - KEPT) * room / max(sizes[kept:])))
+        return cls(kept, min(group, len(sizes) - kept), int(min(VISITS, max(1, passes))))
+
+
 class Rows:
     """A shard's answer tokens one after the other, and which answer each belongs to."""
 
@@ -67,7 +96,7 @@ class Rows:
         self.tokens = np.concatenate([np.array(c.answer, np.int32) for c in conversations])
         lengths = [len(c.answer) for c in conversations]
         self.owner = np.repeat(np.arange(len(lengths)), lengths)
-        held_out = -(-len(lengths) // _HELD_OUT) if len(lengths) > 1 else 0
+        held_out = -(-len(lengths) // HELD_OUT) if len(lengths) > 1 else 0
         self.trained = len(lengths) - held_out
         self.cut = int(sum(lengths[: self.trained]))
         self.features: np.ndarray | None = None
@@ -92,7 +121,10 @@ class Positions:
     """All positions of a training folder.
 
     Features that are missing are computed when they are first needed. What does not fit in
-    ``cache_bytes`` is thrown away after use and computed again in the next epoch.
+    ``cache_bytes`` is thrown away after a few passes, and computed again when its turn comes.
+
+    Args:
+        positions: that the fit processes in all.
     """
 
     whole: ClassVar[bool] = False
@@ -101,7 +133,13 @@ class Positions:
     rows: list[Any]
 
     def __init__(
-        self, folder: Path, target: Sequences, segment: int, rollout: int, cache_bytes: float
+        self,
+        folder: Path,
+        target: Sequences,
+        segment: int,
+        rollout: int,
+        cache_bytes: float,
+        positions: int,
     ) -> None:
         self.target, self.segment, self.rollout = target, segment, rollout
         self.rows = [self.rows_of(shard) for shard in shards(folder, self.whole)]
@@ -116,9 +154,8 @@ class Positions:
         self._pick = [stored.index(layer) for layer in target.layers]
         self._stored = stored
         size = target.target.config.hidden_size
-        total = feature_bytes(sum(r.size for r in self.rows), len(stored), size)
-        share = min(1.0, cache_bytes / max(total, 1))
-        self.group = len(self.rows) if share == 1 else max(1, int(len(self.rows) * share))
+        sizes = [feature_bytes(r.size, len(stored), size) for r in self.rows]
+        self.cache = Cache.of(sizes, cache_bytes, positions / max(1, self.count))
 
     @property
     def count(self) -> int:
@@ -134,17 +171,31 @@ class Positions:
 
     def batches(self, size: int, seed: int, start: int) -> Iterator[Batch]:
         """Endless batches of ``size`` runs, from the ``start``-th on; the order is the seed's."""
-        number, epoch = 0, 0
+        number, cycle = 0, 0
         while True:
-            random = np.random.default_rng((seed, epoch))
-            order = random.permutation(len(self.rows)).tolist()
-            for group in batched(order, self.group):
-                for chosen in self._planned(group, size, random):
-                    if number >= start:
-                        yield self._batch(chosen, held_out=False)
-                    number += 1
-                self._forget(group)
-            epoch += 1
+            random = np.random.default_rng((seed, cycle))
+            for group in self._groups(random):
+                planned = list(self._planned(group, size, random))
+                rest = planned[max(0, start - number) :]
+                number += len(planned)
+                if rest:
+                    self._forget(group)
+                yield from (self._batch(chosen, held_out=False) for chosen in rest)
+            cycle += 1
+
+    def _groups(self, random: np.random.Generator) -> Iterator[Sequence[int]]:
+        """The shards that are gone through together, one group after the other, until all were
+        gone through equally often."""
+        order = random.permutation(len(self.rows)).tolist()
+        kept, group, visits = self.cache
+        if kept == len(self.rows):
+            yield order
+            return
+        turns = list(batched([i for i in order if i >= kept], group))
+        parts = [random.permutation(kept).tolist() for _ in range(visits)]
+        for number, turn in enumerate(turns):
+            for part in parts:
+                yield [*turn, *part[number :: len(turns)]]
 
     def _planned(
         self, group: Sequence[int], size: int, random: np.random.Generator
@@ -165,16 +216,19 @@ class Positions:
         """Up to ``count`` batches of conversations that are never trained on."""
         blocks = [
             (i, first)
-            for i, row in enumerate(self.rows[: self.group])  # those that are in the cache at once
+            for i, row in enumerate(self.rows[: self._first])
             for first in range(row.cut, len(row.tokens) - 1, self.segment)
         ]
         every = max(1, len(blocks) // max(1, size * count))
         chosen = blocks[::every][: size * count]
         parts = [p for p in batched(chosen, size) if len(p) == size or len(chosen) < size]
         parts = [[p[i % len(p)] for i in range(size)] for p in parts]
-        result = [self._batch(part, held_out=True) for part in parts]
-        self._forget(range(self.group))
-        return result
+        return [self._batch(part, held_out=True) for part in parts]
+
+    @property
+    def _first(self) -> int:
+        """Shards that are in the cache at once, the same in every fit."""
+        return self.cache.kept or self.cache.group
 
     def sample(self, count: int) -> np.ndarray:
         """Features (<= count, L, D) of the first shard, to take scales from."""
@@ -211,9 +265,8 @@ class Positions:
                 compute_features(self.target, self._stored, shard)
 
     def _forget(self, group: Sequence[int]) -> None:
-        if self.group == len(self.rows):
-            return
-        for i in group:
+        """Whose turn it is not has no features."""
+        for i in {*range(self.cache.kept, len(self.rows))}.difference(group):
             self.rows[i].features = None
             self.rows[i].shard.features_file.unlink(missing_ok=True)
 

@@ -1,53 +1,76 @@
-"""How long training will take here, from half a minute of measuring, and what it will need."""
+"""How long training will take here, and what it will need: by arithmetic, from a trial."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
+import gc
+import math
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import mlx.core as mx
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mlx_redrafter.evaluation.positions import RECORDED, SHAPES, TEMPERATURES
-from mlx_redrafter.evaluation.prompts import read_prompts
+from mlx_redrafter.api import load
 from mlx_redrafter.hub import resolve
-from mlx_redrafter.models import Target, load_model
-from mlx_redrafter.models.batched import over, takes
-from mlx_redrafter.models.sequences import Request, Sequences
+from mlx_redrafter.models import load_model
+from mlx_redrafter.models.batched import takes
 from mlx_redrafter.runtime.device import device
 from mlx_redrafter.terminal import console
-from mlx_redrafter.training import imports, kinds, memory
+from mlx_redrafter.text.tokenizer import load_tokenizer
+from mlx_redrafter.training import dates, folder, imports, kinds, memory, pace, thoughts
 from mlx_redrafter.training.config import Evaluating, TrainConfig
-from mlx_redrafter.training.fit import Fit
-from mlx_redrafter.training.folder import checkpoint_file
+from mlx_redrafter.training.data import HELD_OUT, Cache
+from mlx_redrafter.training.fit import HELD_OUT_BATCHES, HELD_OUT_CHECKS, LOG_EVERY
+from mlx_redrafter.training.pace import Pace
 from mlx_redrafter.training.progress import duration
 from mlx_redrafter.training.shards import (
     answer_tokens,
     feature_bytes,
-    features_folder,
-    record_layers,
-    save_features,
+    read_conversations,
+    read_lines,
     shards,
-    write_lines,
 )
-from mlx_redrafter.training.stages import fitted_steps
+from mlx_redrafter.training.stages import EXPECTED, FROM_MEASURED, fitted_steps
+from mlx_redrafter.training.trial import Fitted, Trial, Written
 
-_SECONDS = 6.0  # of each measurement, about
-_PROMPT_SHARE = 0.5  # length of a prompt of the model's, as a share of the longest
-_ANSWER_SHARE = 0.75
-_USABLE_PROMPTS = 0.85  # the others are cut off or were there before
-_TAIL = 1.15  # batches get smaller while their last answers are written
-_TOKENS_PER_STEP = 1.6
-_NODES = 8
-_REPEATS = 3  # timings
-_ABOVE = 3  # times that of reading the prompts must steps take together
+# Tokens of a live step of the evaluation by the positions trained on, built-in model: 1.26 after
+# 30,000, 2.05 after 12 million (docs/decisions.md).
+_YIELD, _PER_DECADE, _AT = 1.26, 0.31, 30_000
+
+
+class Measured(NamedTuple):
+    """What the trial says: of prompts (with the share that can be used) and answers, of prompts in
+    their template (tokens), of the fit; seconds to load a model, and of the evaluation.
+    ``expected``: tokens of an answer before any is known; ``read``: seconds of a token.
+    """
+
+    expected: float
+    read: float
+    prompts: Written
+    usable: float
+    answers: Written
+    before: float
+    fitted: Fitted
+    loading: float
+    pace: Pace
+
+
+class Text(NamedTuple):
+    """What writing takes: prompts and their seconds, batches of answers and theirs, and the seconds
+    of prompts that turn out to be missing meanwhile."""
+
+    prompts: int
+    asking: float
+    batches: int
+    answering: float
+    more: float
 
 
 @dataclass(frozen=True)
@@ -71,91 +94,165 @@ class Estimate:
     asked: int
 
 
-@dataclass(frozen=True)
-class Speeds:
-    """What was measured: tokens/s of writing and of reading answers again, seconds of a step of the
-    fit and of decoding, and bytes of a checkpoint."""
-
-    writing: float
-    reading: float
-    fitting: float
-    decoding: float
-    checkpoint: int
-
-
 def measure(config: TrainConfig, evaluating: Evaluating | None = None) -> Estimate:
-    """Load the model and measure; nothing is written to the folder of the run."""
-    target = load_model(resolve(config.model))
+    """Load the model and try everything; nothing is written to the folder of the run."""
+    asked = config.batch
+    with tempfile.TemporaryDirectory(prefix="redrafter-estimate-") as name:
+        config, parts, layers, found = _tried(config, Path(name))
+        gc.collect()  # the model is loaded anew with its drafter, as the evaluation does it
+        mx.clear_cache()
+        with Console(stderr=True).status("measuring: evaluation"):
+            started = time.perf_counter()
+            model, tokenizer = load(config.model, f"{name}/drafter")
+            loading = time.perf_counter() - started
+            dates.settle(tokenizer, folder.began(config.out))
+            measured = found(loading, pace.measure(model, tokenizer))
+    each = feature_bytes(1, layers, model.target.config.hidden_size)
+    stages = _stages(config, evaluating or Evaluating(), parts, each, measured)
+    return Estimate(stages, parts, config.batch, asked)
+
+
+Tried = tuple[TrainConfig, dict[str, int], int, Callable[[float, Pace], Measured]]
+"""The configuration with the batch that fits, memory by part, layers kept, and what was found."""
+
+
+def _tried(config: TrainConfig, place: Path) -> Tried:
+    """All but the evaluation."""
+    folder_of = resolve(config.model)
+    target, tokenizer = load_model(folder_of), load_tokenizer(folder_of)
+    dates.settle(tokenizer, folder.began(config.out))
     kind = kinds.of(config)
     shape = kind.shape_of(config, target.config)
-    weights, on_gpu = memory.weights_of(target), device() == "gpu"
-    here: dict[str, Any] = {"weights": weights, "on_gpu": on_gpu, "together": takes(target)}
-    batch = memory.fitting_batch(config, target.config, shape, memory.usable_bytes(), **here)
-    asked, config = config.batch, replace(config, batch=batch)
-    parts = memory.memory(config, target.config, shape, **here)
+    here: dict[str, Any] = {
+        "weights": memory.weights_of(target), "on_gpu": device() == "gpu",
+        "together": takes(target),
+    }  # fmt: skip
+    lengths = thoughts.lengths(config, tokenizer)
+    sized = replace(config, max_tokens=lengths.most)
+    batch = memory.fitting_batch(sized, target.config, shape, memory.usable_bytes(), **here)
+    config = replace(config, batch=batch)
+    parts = memory.memory(replace(sized, batch=batch), target.config, shape, **here)
     layers = kind.layers_of(shape, target.config)
-    with Console(stderr=True).status("measuring: evaluation"):
-        decoding = _decoding(target, config)
+    trial = Trial(target, tokenizer, config, place, layers, kind.whole)
     with Console(stderr=True).status("measuring: writing"):
-        writing = _writing(over(target, () if kind.whole else layers), config)
-    with Console(stderr=True).status("measuring: reading"):
-        reading = _reading(over(target, layers), config)
+        steps = trial.steps(read := trial.reading())
+        supply, prompts, usable = trial.prompts(steps)
+        answers, before = trial.answers(supply, steps)
+    _, files = imports.split(config.out)
+    if files:  # these are what is to be known
+        found = [c for file in files for c in read_conversations(file)]
+        answers = replace(answers, lengths=[len(c.answer) for c in found])
+        before = float(np.mean([len(c.prompt) for c in found]))
+    if (waves := _prompts(config)) and config.prompts is None:
+        usable = sum(waves) / (len(waves) * memory.wave(config))
     with Console(stderr=True).status("measuring: fitting"):
-        step, checkpoint = _fitting(target, config, layers)
-    speeds = Speeds(writing, reading, step, decoding, checkpoint)
-    token_bytes = round(_rows(config) * feature_bytes(1, len(layers), target.config.hidden_size))
-    stages = _stages(config, evaluating or Evaluating(), parts, token_bytes, speeds)
-    return Estimate(stages, parts, batch, asked)
+        fitted = trial.fit(supply)
+    expected = EXPECTED * lengths.mean
+    tried = partial(Measured, expected, read, prompts, usable, answers, before, fitted)
+    return config, parts, len(layers), tried
+
+
+def _prompts(config: TrainConfig) -> list[int]:
+    """Prompts in the folder, by file."""
+    return [len(read_lines(file)) for file in sorted((config.out / "prompts").glob("*.jsonl"))]
 
 
 def _stages(
-    config: TrainConfig,
-    evaluating: Evaluating,
-    parts: dict[str, int],
-    token_bytes: int,
-    speeds: Speeds,
+    config: TrainConfig, asked: Evaluating, parts: dict[str, int], each: int, found: Measured
 ) -> tuple[Stage, ...]:
-    """What is still to be done, from speeds; `token_bytes`: features per answer token."""
+    """What is still to be done; `each`: bytes of a token's features."""
     taken, written = _answer_tokens(config)
-    wanted = max(0, config.answer_tokens - taken - written)
-    count = wanted / (_ANSWER_SHARE * config.max_tokens)
-    prompt_tokens = count / _USABLE_PROMPTS * _PROMPT_SHARE * config.prompt_tokens
-    own = config.prompts is None
-    tokens = taken + written + wanted
-    cached = tokens * token_bytes <= config.cache_gb * 1e9
-    steps = config.steps - fitted_steps(config.out)
+    text = _text(config, found, taken, written)
+    mean = found.answers.mean
+    tokens = round(taken + written + text.batches * config.batch * mean)
+    again, kept = _features(config, found, text.batches, each)
+    fit = _fit(config, found, tokens, again)
+    done = folder.checkpoint(config.out)
+    room = pace.room(fit + (float(done[1]["seconds"]) if done else 0.0))
+    evaluation = found.pace
+    decades = math.log10(max(config.positions, _AT) / _AT)
+    evaluation = replace(evaluation, per_step=_YIELD + _PER_DECADE * decades)
+    questions, longest = evaluation.chosen(asked, room)
+    length = float(np.mean(np.minimum(found.answers.lengths, longest)))
+    tried = 0.0 if asked.prompts and asked.max_tokens else found.pace.trial
+    write, train, measure_ = (memory.of_stage(parts, names) for names in memory.STAGES)
+    lines = round(text.prompts * 250), round(tokens * 7 + text.batches * config.batch * 360)
+    speed = config.batch * mean / found.answers.seconds(config.batch, found.before)
     whole = kinds.of(config).whole
-    read = features_folder(config.out, whole).glob("*.npy" if whole else f"{imports.PREFIX}*")
-    unread = 0 if any(read) else tokens if whole else taken
-    kept = tokens * token_bytes if cached else 0
-    again = unread if cached else max(0, steps) * config.batch_positions
-    questions = len(read_prompts(count=evaluating.prompts))
-    live = questions * len(SHAPES) / _TOKENS_PER_STEP
-    # An answer along which drafts are recorded is written, and then decoded again token by token.
-    recorded = (1 + 1 / _TOKENS_PER_STEP) * min(RECORDED, questions)
-    decoded = (live + recorded) * len(TEMPERATURES) * evaluating.max_tokens
-    write, fit = (memory.of_stage(parts, names) for names in (memory.WRITING, memory.FITTING))
-    text = round(tokens * 7 + count * 60 * 6)  # JSON takes about so much of a token
     return (
-        Stage("prompts", _TAIL * prompt_tokens / speeds.writing if own else 0.0, write,
-              round(count * 250), f"about {count:,.0f} prompts"),
-        Stage("answers", _TAIL * wanted / speeds.writing, write,
-              text + (0 if whole else kept),
-              f"{speeds.writing:,.0f} tokens/s, batch {config.batch}"),
-        Stage("fit", max(0, steps) * speeds.fitting + again / speeds.reading, fit,
-              2 * speeds.checkpoint + (kept * whole if cached else round(config.cache_gb * 1e9)),
-              f"{config.batch_positions / speeds.fitting:,.0f} positions/s"
-              + (f", reading again at {speeds.reading:,.0f} tokens/s" if again else "")),
-        Stage("evaluate", decoded * speeds.decoding, parts["target"] + parts["drafter"], 2_000_000,
-              f"{questions} prompts of {evaluating.max_tokens} tokens, "
-              f"{1000 * speeds.decoding:.0f} ms per step"),
+        Stage("prompts", text.asking, write, lines[0],
+              f"about {text.prompts:,}, {found.usable:.0%} of those written can be used"),
+        Stage("answers", text.answering + text.more, write, lines[1] + (0 if whole else kept),
+              f"{speed:,.0f} tokens/s, batch {config.batch}, {mean:.0f} tokens each"),
+        Stage("fit", fit, train, 2 * found.fitted.checkpoint + (kept if whole else 0),
+              f"{config.batch_positions / found.fitted.step:,.0f} positions/s"
+              + (f", reading {again:,.0f} tokens again at {1 / found.read:,.0f}/s"
+                 if again else "")),
+        Stage("evaluate", tried + found.loading + evaluation.seconds(questions, length), measure_,
+              2_000_000, f"{questions} prompts of {longest} tokens, "
+              f"{1000 * evaluation.step:.0f} ms per step"),
     )  # fmt: skip
 
 
-def _rows(config: TrainConfig) -> float:
-    """Tokens whose features are kept, per answer token."""
-    prompt = _PROMPT_SHARE * config.prompt_tokens / (_ANSWER_SHARE * config.max_tokens)
-    return 1 + (prompt if kinds.of(config).whole else 0)
+def _text(config: TrainConfig, found: Measured, taken: int, written: int) -> Text:
+    """As `stages.prompts` and `stages.answers` go about it."""
+    wanted = max(0, config.answer_tokens - taken - written)
+    size, mean = config.batch, found.answers.mean
+    batches = math.ceil(wanted / (mean * size))
+    # The mean is not known so well as to tell whether the last of them is still needed.
+    likely = max(1.0, wanted / (mean * size) + 0.5) if wanted else 0.0
+    rows = memory.wave(config)
+    have = sum(_prompts(config))
+    answered = len(imports.split(config.out)[1]) * size
+    first = math.ceil((config.answer_tokens - taken) / found.expected / size) * size
+    needed = answered + batches * size
+    a_wave = found.prompts.seconds(rows, 0)
+    an_answer = found.answers.seconds(size, found.before)
+    counts = [0, 0]
+    if config.prompts is None and wanted:
+        each = max(found.usable, 1 / rows) * rows
+        counts[0] = math.ceil(max(0, first - have) / each)
+        missing = needed - have - counts[0] * each
+        if missing > 0:
+            counts[1] = math.ceil((missing + (FROM_MEASURED - 1) * needed) / each)
+    return Text(
+        max(0, max(first, needed) - have) if wanted else 0,
+        counts[0] * a_wave, batches, likely * an_answer, counts[1] * a_wave,
+    )  # fmt: skip
+
+
+def _features(config: TrainConfig, found: Measured, batches: int, each: int) -> tuple[float, int]:
+    """Tokens to be read again for features that are not kept, and bytes on disk."""
+    whole = kinds.of(config).whole
+    prompt = found.before if whole else 0.0
+    every = [(s.count(), s.features_file.is_file()) for s in shards(config.out, whole)]
+    ours = len(imports.split(config.out)[1])
+    new = round(config.batch * (found.answers.mean + prompt))
+    every[ours:ours] = [(new, not whole)] * batches
+    if config.answers is not None and len(every) == ours + batches:
+        every += [(answer_tokens(config.answers), False)]
+    trained = sum(n for n, _ in every) * (1 - 1 / HELD_OUT) or 1
+    answers = trained * found.answers.mean / (found.answers.mean + prompt)
+    passes = config.positions / answers
+    cache = Cache.of([each * n for n, _ in every], config.cache_gb * 1e9, passes)
+    kept, rest = every[: cache.kept], every[cache.kept :]
+    left = 1 - fitted_steps(config.out) / config.steps
+    turns = left * passes / cache.visits if rest else 0.0
+    again = sum(n for n, there in kept if not there) + turns * sum(n for n, _ in rest)
+    if not whole:
+        again *= 1 + found.before / found.answers.mean
+    stays = each * sum(n for n, _ in kept)
+    return again, stays if not rest else round(config.cache_gb * 1e9)
+
+
+def _fit(config: TrainConfig, found: Measured, tokens: int, again: float) -> float:
+    """Seconds of what is left of the fit."""
+    left = max(0, config.steps - fitted_steps(config.out))
+    every = max(LOG_EVERY, config.steps // HELD_OUT_CHECKS // LOG_EVERY * LOG_EVERY)
+    batches = min(HELD_OUT_BATCHES, 1 + tokens / HELD_OUT / config.batch_positions)
+    scoring = (left / every + 1) * batches * found.fitted.scored
+    fitting = left * found.fitted.step + (scoring if left else 0.0)
+    return found.fitted.once + fitting + again * found.read
 
 
 def _answer_tokens(config: TrainConfig) -> tuple[int, int]:
@@ -164,129 +261,6 @@ def _answer_tokens(config: TrainConfig) -> tuple[int, int]:
     if not taken and config.answers is not None:
         taken = answer_tokens(config.answers)
     return taken, written
-
-
-def _timed(work: Callable[[int], int], first: int) -> float:
-    """Units per second of ``work(n)``, which does n units and returns how many it did."""
-    work(1)  # compiles
-    started = time.perf_counter()
-    done = work(first)
-    passed = time.perf_counter() - started
-    more = int(done * _SECONDS / max(passed, 1e-6)) - done
-    if more > done:
-        more = min(more, 64 * done)
-        started = time.perf_counter()
-        done = work(more)
-        passed = time.perf_counter() - started
-    return done / passed
-
-
-def _requests(config: TrainConfig, target: Target, rows: int, length: int) -> list[Request]:
-    random = np.random.default_rng(0)
-    tokens = random.integers(target.config.vocab_size, size=(rows, length))
-    return [Request(row.tolist(), 0.8, i) for i, row in enumerate(tokens)]
-
-
-def _writing(target: Sequences, config: TrainConfig) -> float:
-    """Tokens per second with a full batch, prompts not counted."""
-    rows = config.batch if target.together else 1
-    requests = _requests(config, target.target, rows, 4)
-    return rows / _step_seconds(target, requests, config.max_tokens)
-
-
-def _step_seconds(target: Sequences, requests: list[Request], most: int) -> float:
-    """Seconds of a step of writing answers of at most so many tokens.
-
-    Reading the prompts can take much longer than a few steps, and never takes the same time: so
-    there are steps until they take longer than that, and of several timings the shortest count.
-    """
-
-    def timed(tokens: int, times: int) -> float:
-        found = []
-        for _ in range(times):
-            started = time.perf_counter()
-            target.write(requests, tokens, ())
-            found.append(time.perf_counter() - started)
-        return min(found)
-
-    timed(2, 1)  # compiles
-    once, tokens = timed(1, _REPEATS), min(4, most)
-    while True:
-        steps = timed(tokens, 1) - once
-        if tokens == most or steps > max(_ABOVE * once, _SECONDS / 4):
-            break
-        tokens = min(4 * tokens, most)
-    if steps < max(_ABOVE * once, 4 * _SECONDS):  # else it is slow, and long enough to trust
-        steps = timed(tokens, _REPEATS) - once
-    return max(steps, 1e-9) / (tokens - 1)
-
-
-def _reading(target: Sequences, config: TrainConfig) -> float:
-    """Answer tokens per second whose features are computed again."""
-    length = min(config.max_tokens, 256)
-    rows = max(1, 1024 // length)
-    random = np.random.default_rng(0)
-    tokens = random.integers(target.target.config.vocab_size, size=(rows, length + 32)).tolist()
-
-    def passes(n: int) -> int:
-        for _ in range(n):
-            target.read([(row[:32], row[32:]) for row in tokens])
-        return n
-
-    return _timed(passes, 1) * rows * length
-
-
-def _fitting(target: Target, config: TrainConfig, layers: tuple[int, ...]) -> tuple[float, int]:
-    """Seconds of an optimiser step on random data, and bytes of a checkpoint."""
-    with tempfile.TemporaryDirectory(prefix="redrafter-estimate-") as name:
-        place = Path(name)
-        _random_answers(place, target, config, layers)
-        times: list[float] = []
-
-        def on_step(row: dict[str, object]) -> None:
-            times.append(time.perf_counter())
-            enough = len(times) > 2 and times[-1] - times[1] > _SECONDS
-            if enough:
-                raise _EnoughError
-
-        many = replace(config, positions=64 * config.batch_positions)
-        with contextlib.suppress(_EnoughError):
-            Fit(target, many, place).run(on_step)
-        size = checkpoint_file(place).stat().st_size
-    spent = [b - a for a, b in itertools.pairwise(times[1:])]
-    return float(np.median(spent)), size
-
-
-class _EnoughError(Exception):
-    """Ends a fit that is only measured."""
-
-
-def _random_answers(
-    place: Path, target: Target, config: TrainConfig, layers: tuple[int, ...]
-) -> None:
-    random = np.random.default_rng(0)
-    length = max(config.segment + config.rollout + 1, min(config.max_tokens, 128))
-    rows = max(8, -(-2 * config.batch_positions // length))
-    before = max(1, round(_PROMPT_SHARE * config.prompt_tokens))
-    tokens = random.integers(target.config.vocab_size, size=(rows, before + length)).tolist()
-    write_lines(
-        place / "answers" / "00000.jsonl",
-        ({"prompt": row[:before], "answer": row[before:], "temp": 0.0} for row in tokens),
-    )
-    whole = kinds.of(config).whole
-    record_layers(place, layers, whole)
-    [shard] = shards(place, whole)
-    shape = (shard.count(), len(layers), target.config.hidden_size)
-    features = random.standard_normal(shape, np.float32).astype(np.float16)
-    save_features(shard.features_file, [features])
-
-
-def _decoding(target: Target, config: TrainConfig) -> float:
-    """Seconds of a decoding step that checks a small tree: as many tokens in one pass, or one
-    where sequences do not share any."""
-    sequences = over(target, ())
-    requests = _requests(config, target, _NODES if sequences.together else 1, 64)
-    return _step_seconds(sequences, requests, config.max_tokens)
 
 
 def show(estimate: Estimate) -> None:

@@ -31,7 +31,7 @@ from mlx_redrafter.training.shards import read_lines, reading
 
 SUPPORT = 8192  # tokens that soft targets are computed on where the draft vocabulary is larger
 LOG_EVERY = 25
-HELD_OUT_CHECKS = 20
+HELD_OUT_CHECKS, HELD_OUT_BATCHES = 20, 8
 CHECKPOINT_SECONDS = 120.0
 
 Triple = tuple[mx.array, mx.array, mx.array]
@@ -55,7 +55,7 @@ class Fit:
         self.runs = max(1, config.batch_positions // config.segment)
         self.data = (Conversations if self.trainee.whole else Positions)(
             folder, over(target, layers), config.segment, config.rollout,
-            config.cache_gb * 1e9,
+            config.cache_gb * 1e9, config.positions,
         )  # fmt: skip
         self.step, self.seconds = 0, 0.0
         saved = checkpoint(folder)
@@ -225,7 +225,7 @@ class Fit:
     def run(self, on_step: OnStep) -> None:
         """Train to the end. Whatever interrupts it, a checkpoint of the last step is left."""
         batches = self.data.batches(self.runs, self.config.seed, self.step)
-        held_out = self.data.held_out(self.runs, 8)
+        held_out = self.data.held_out(self.runs, HELD_OUT_BATCHES)
         window: list[Triple] = []
         started = saved = time.perf_counter()
         before = self.seconds

@@ -21,9 +21,15 @@ from mlx_redrafter.training.fit import SUPPORT
 LONGEST = 1024  # tokens of a prompt from a file, at most
 USABLE = 0.75  # share of a machine's memory that a run may fill
 _WAVE, _WAVE_BATCHES = 192, 3
+_CHUNK, _TEXT = 512, 1024  # tokens of a prompt that decoding reads at once, and of a text
 _TEMPLATE = 64  # tokens that a chat template puts around a prompt, at most
-WRITING = ("keys and values", "pass over prompts", "sampling", "features of a batch")
-FITTING = ("drafter", "gradients and Adam", "optimiser step", "target rows", "reading features")
+# Parts that are there all the time; then those that come in turn.
+WRITING = (("keys and values", "pass over prompts", "sampling", "features of a batch"),)
+FITTING = (
+    ("drafter", "Adam"), ("update", "optimiser step", "target rows"), ("reading features",),
+)  # fmt: skip
+EVALUATING = (("drafter as written", "decoding"),)
+STAGES = (WRITING, FITTING, EVALUATING)
 
 
 def usable_bytes() -> float:
@@ -63,7 +69,7 @@ def memory(
     on_gpu: bool = True,
     together: bool = True,
 ) -> dict[str, int]:
-    """Bytes by part: the target's weights, then the parts of WRITING and those of FITTING.
+    """Bytes by part: the target's weights, then the parts of STAGES.
 
     Args:
         shape: of the drafter.
@@ -98,24 +104,32 @@ def memory(
         # float16; once while written and once in one piece for the file.
         "features of a batch": batch * max(prompt, 2 * config.max_tokens) * written * size * 2,
         "drafter": 4 * drafter,
-        "gradients and Adam": 3 * 4 * drafter,
+        "Adam": 2 * 4 * drafter,
+        # Gradients and clipped ones; weights and moments are made anew beside the old.
+        "update": 5 * 4 * drafter,
         # Per draft step: the drafter; logits, both distributions, two gradients.
         "optimiser step": rows * 4 * (kind.row_floats(shape) + 5 * config.candidates)
         + 2 * config.batch_positions * 4 * support
         + round(seen * config.batch_positions) * layers * size * (2 + 4) * 2,
         "target rows": support * size * item,
         "reading features": reading,
+        "drafter as written": round(drafter * (config.bits / 8 if on_gpu else 4)),
+        # A part of a prompt, what is remembered of a text, and logits of a tree, a few times.
+        "decoding": _pass(target, layers, _TEXT, on_gpu) * _CHUNK // ROWS_PER_PASS
+        + _TEXT * per_token
+        + 64 * target.vocab_size * 4,
     }
 
 
-def of_stage(parts: dict[str, int], names: tuple[str, ...]) -> int:
-    """Bytes of writing (WRITING) or of fitting (FITTING), with the target."""
-    return parts["target"] + sum(parts[name] for name in names)
+def of_stage(parts: dict[str, int], stage: tuple[tuple[str, ...], ...]) -> int:
+    """Bytes of one of the STAGES, with the target."""
+    always, *turns = (sum(parts[name] for name in names) for names in stage)
+    return parts["target"] + always + max(turns, default=0)
 
 
 def peak(parts: dict[str, int]) -> int:
     """Bytes of the stage that needs most."""
-    return max(of_stage(parts, names) for names in (WRITING, FITTING))
+    return max(of_stage(parts, stage) for stage in STAGES)
 
 
 def fitting_batch(

@@ -6,6 +6,7 @@ and be stopped at any time, and goes on with what is missing. The result is the 
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Callable
@@ -37,7 +38,7 @@ from mlx_redrafter.training import (
 )
 from mlx_redrafter.training.answers import write_shard
 from mlx_redrafter.training.config import Evaluating, TrainConfig
-from mlx_redrafter.training.data import compute_features
+from mlx_redrafter.training.data import KEPT, Cache, compute_features
 from mlx_redrafter.training.progress import Bar
 from mlx_redrafter.training.shards import (
     Shard,
@@ -50,8 +51,8 @@ from mlx_redrafter.training.shards import (
 )
 from mlx_redrafter.training.supply import Supply
 
-_EXPECTED = 0.75  # length of an answer, as a share of the longest, before any is known
-_FROM_MEASURED = 1.02  # prompts more than the answers so far say are needed
+EXPECTED = 0.75  # length of an answer, as a share of the longest, before any is known
+FROM_MEASURED = 1.02  # prompts more than the answers so far say are needed
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Run:
             self.trainee.warm()
         self.chats: bool = self.tokenizer.has_chat_template
         self.writer = over(self.target, ())
+        self._feature_writer: Sequences | None = None
         self._supply: Supply | None = None
 
     @property
@@ -89,10 +91,18 @@ class Run:
             self._supply = Supply(self.config, self.writer, self.tokenizer)
         return self._supply
 
+    @property
+    def feature_writer(self) -> Sequences:
+        """A writer that keeps the features of its answers."""
+        if self._feature_writer is None:
+            self._feature_writer = over(self.target, _settled_layers(self))
+        return self._feature_writer
+
     def forget(self) -> None:
         """Give the memory of the model back; the run can do nothing more with it."""
         del self.target, self.writer, self.trainee
-        self._supply = None
+        self._supply = self._feature_writer = None
+        gc.collect()  # compiled functions and what they are of refer to each other
         mx.clear_cache()
 
     @property
@@ -153,7 +163,7 @@ def prompts(run: Run) -> None:
     missing = config.answer_tokens - imports.tokens(config.out)[0]
     if missing <= 0:
         return
-    _extend(run, math.ceil(missing / (_EXPECTED * run.lengths.mean)))
+    _extend(run, math.ceil(missing / (EXPECTED * run.lengths.mean)))
 
 
 def _take_in(run: Run) -> None:
@@ -183,20 +193,19 @@ def answers(run: Run) -> None:
     imported, written = imports.tokens(config.out)
     if imported >= config.answer_tokens:
         return
-    target = _feature_writer(run, imported + written)
-    tokens, done = imported, 0
+    tokens, done, room = imported, 0, _room(run, imported, written)
     with Bar("answers", config.answer_tokens, "tokens", imported + written) as bar:
         while True:
             for start, stop in run.supply.batches(config.batch):
                 if stop <= done:
                     continue
-                tokens = _answer_pool(run, target, (start, stop), tokens, bar)
+                tokens = _answer_pool(run, room, (start, stop), tokens, bar)
                 done = stop
                 if tokens >= config.answer_tokens:
                     return
             # The answers are shorter than was expected.
             each = max(1.0, (tokens - imported) / max(done, 1))
-            count = math.ceil((config.answer_tokens - imported) / each * _FROM_MEASURED)
+            count = math.ceil((config.answer_tokens - imported) / each * FROM_MEASURED)
             run.supply.extend(_whole(run, max(count, done + 1)), partial(_wrote, bar))
 
 
@@ -218,8 +227,9 @@ class _Written(Told):
         self.bar.add(count)
 
 
-def _answer_pool(run: Run, target: Sequences, pool: tuple[int, int], tokens: int, bar: Bar) -> int:
-    """Answer what is not answered in a pool of prompts; answer tokens so far, ``tokens`` before."""
+def _answer_pool(run: Run, room: float, pool: tuple[int, int], tokens: int, bar: Bar) -> int:
+    """Answer what is not answered in a pool of prompts, and keep its features until there are so
+    many tokens; answer tokens so far, ``tokens`` before."""
     config, size = run.config, run.config.batch
     files = [_shard(config.out, i) for i in range(pool[0] // size, pool[1] // size)]
     batches: list[list[Request]] = []
@@ -230,19 +240,14 @@ def _answer_pool(run: Run, target: Sequences, pool: tuple[int, int], tokens: int
             tokens += answer_tokens(shard.file)
             continue
         batches = batches or run.supply.requests(*pool, size)
+        keep = tokens + sum(r.longest(config.max_tokens) for r in batches[number]) <= room
         tokens += write_shard(
-            target, batches[number], shard, max_tokens=config.max_tokens,
+            run.feature_writer if keep else run.writer,
+            batches[number], shard, max_tokens=config.max_tokens,
             end_tokens=run.tokenizer.eos_token_ids, told=_Written(bar),
         )  # fmt: skip
         bar.to(tokens)
     return tokens
-
-
-def _feature_writer(run: Run, tokens: int) -> Sequences:
-    """A target that keeps the features of its answers, if there is room for all of them."""
-    if run.trainee.whole or not _cached(run, tokens):
-        return run.writer
-    return over(run.target, _settled_layers(run))
 
 
 def _settled_layers(run: Run) -> tuple[int, ...]:
@@ -257,11 +262,15 @@ def _settled_layers(run: Run) -> tuple[int, ...]:
     return run.layers
 
 
-def _cached(run: Run, tokens: int) -> bool:
-    """Do the features of all answers, so many tokens so far, fit on the disk that may be used?"""
-    tokens = max(run.config.answer_tokens, tokens)
-    size = feature_bytes(tokens, len(run.layers), run.target.config.hidden_size)
-    return size <= run.config.cache_gb * 1e9
+def _room(run: Run, imported: int, written: int) -> float:
+    """Up to how many answer tokens their features are kept while they are written."""
+    if run.trainee.whole:
+        return 0.0
+    each = feature_bytes(1, len(run.layers), run.target.config.hidden_size)
+    room = run.config.cache_gb * 1e9 / each
+    if max(run.config.answer_tokens, imported + written) <= room:
+        return math.inf
+    return imported + KEPT * room
 
 
 def fit(run: Run) -> None:
@@ -276,20 +285,19 @@ def fit(run: Run) -> None:
     from mlx_redrafter.training.fit import fit as fit_drafter
 
     agreement.warn(run.supply)
-    tokens = sum(imports.tokens(config.out))
-    every = shards(config.out, run.trainee.whole)
-    if _cached(run, sum(s.count() for s in every) if run.trainee.whole else tokens):
-        _read_features(run)
-    _note_new_answers(config.out, tokens)
+    _read_features(run)
+    _note_new_answers(config.out, sum(imports.tokens(config.out)))
     with Bar("fit", config.steps, "steps", fitted_steps(config.out)) as bar:
         fit_drafter(run.target, config, config.out, lambda row: bar.to(row["step"], _state(row)))
 
 
 def _read_features(run: Run) -> None:
-    """Compute the features of answers that were taken in, where the progress can be seen."""
-    layers = _settled_layers(run)
-    every = shards(run.config.out, run.trainee.whole)
-    missing = [(s, s.count()) for s in every if not s.features_file.is_file()]
+    """Compute the features that will be kept and are missing, where the progress can be seen."""
+    config, layers = run.config, _settled_layers(run)
+    every = [(s, s.count()) for s in shards(config.out, run.trainee.whole)]
+    each = feature_bytes(1, len(layers), run.target.config.hidden_size)
+    kept = Cache.of([each * n for _, n in every], config.cache_gb * 1e9, 1).kept
+    missing = [(s, tokens) for s, tokens in every[:kept] if not s.features_file.is_file()]
     if not missing:
         return
     reader = over(run.target, layers)
@@ -334,10 +342,9 @@ def evaluate(run: Run) -> None:
     from mlx_redrafter.api import load
     from mlx_redrafter.evaluation import positions
     from mlx_redrafter.evaluation.prompts import read_prompts
-    from mlx_redrafter.training import card, plots
+    from mlx_redrafter.training import card, pace, plots
 
-    config, asked = run.config, run.evaluating
-    place = config.out / "drafter"
+    config, place = run.config, run.config.out / "drafter"
     if not (place / "config.json").is_file():
         needed = "fit" if shards(config.out) else None
         raise OptionError(
@@ -347,11 +354,10 @@ def evaluate(run: Run) -> None:
     run.forget()
     model, tokenizer = load(config.model, str(place))
     dates.settle(tokenizer, folder.began(config.out))
-    chosen = read_prompts(count=asked.prompts)
+    count, tokens = pace.extent(config.out, run.evaluating, model, tokenizer)
+    chosen = read_prompts(count=count)
     with Bar("evaluation", positions.answers(len(chosen)), "answers") as bar:
-        result = positions.evaluate(
-            model, tokenizer, chosen, max_tokens=asked.max_tokens, on_answer=bar.add
-        )
+        result = positions.evaluate(model, tokenizer, chosen, max_tokens=tokens, on_answer=bar.add)
     positions.write(place, result)
     plots.write_all(place, config.out / "fit" / "log.jsonl")
     conversations = [c for s in shards(config.out) for c in s.conversations()]
@@ -359,7 +365,7 @@ def evaluate(run: Run) -> None:
     shown = lines.Shown(config)
     text = card.render(
         place, config, card.Recipe.of(conversations, seen),
-        made_by=shown.made_by(), measured_by=shown.measured_by(asked.prompts, asked.max_tokens),
+        made_by=shown.made_by(), measured_by=shown.measured_by(len(chosen), tokens),
         chats=run.chats,
     )  # fmt: skip
     (place / card.FILE).write_text(text, encoding="utf-8")

@@ -177,7 +177,7 @@ def test_answers_reach_the_budget_and_not_a_batch_more(finished: Path) -> None:
 def test_shorter_answers_than_expected_take_more_prompts(
     tmp_path: Path, model: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "_EXPECTED", 3.0)
+    monkeypatch.setattr(stages, "EXPECTED", 3.0)
     run = begin(tmp_path / "run", model)
     stages.prompts(run)
     few = len(run.supply.rows)
