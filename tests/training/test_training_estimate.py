@@ -324,8 +324,9 @@ def test_the_pace_is_that_of_the_second_prompt(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
 
     def evaluate(*_: Any, max_tokens: int, on_answer: Any) -> Any:
-        # Live: six answers a prompt, of which the first has graphs to make; then the recorded ones.
-        for seconds in [9.0] * 6 + [0.8] * 6 + [5.0, 1.6, 4.0, 1.6]:
+        # An answer each to fit the calibration to; live: six a prompt, of which the first has
+        # graphs to make; then the recorded ones.
+        for seconds in [7.0, 3.2] + [9.0] * 6 + [0.8] * 6 + [5.0, 1.6, 4.0, 1.6]:
             now[0] += seconds
             on_answer()
         stats = SimpleNamespace(steps=24, tokens=32)
@@ -334,8 +335,8 @@ def test_the_pace_is_that_of_the_second_prompt(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(pace.positions, "evaluate", evaluate)
     found = pace.measure(cast(Any, None), cast(Any, None))
     assert found.step == pytest.approx(0.8 / 12) and found.recorded == pytest.approx(0.1)
-    assert found.per_step == pytest.approx(4 / 3) and found.trial == pytest.approx(71.0)
-    assert found.once == pytest.approx(54 - 4.8 + 9 - 3.2)
+    assert found.per_step == pytest.approx(4 / 3) and found.trial == pytest.approx(81.2)
+    assert found.once == pytest.approx(54 - 4.8 + 9 - 3.2) and found.first == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(
