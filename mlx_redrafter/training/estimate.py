@@ -38,7 +38,7 @@ from mlx_redrafter.training.shards import (
     shards,
 )
 from mlx_redrafter.training.stages import EXPECTED, FROM_MEASURED, fitted_steps
-from mlx_redrafter.training.trial import Fitted, Trial, Written
+from mlx_redrafter.training.trial import SHORT, Fitted, Trial, Written
 
 # Tokens of a live step of the evaluation by the positions trained on, built-in model: 1.26 after
 # 30,000, 2.05 after 12 million (docs/decisions.md).
@@ -206,7 +206,7 @@ def _text(config: TrainConfig, found: Measured, taken: int, written: int) -> Tex
     answered = len(imports.split(config.out)[1]) * size
     first = math.ceil((config.answer_tokens - taken) / found.expected / size) * size
     needed = answered + batches * size
-    a_wave = found.prompts.seconds(rows, 0)
+    a_wave = found.prompts.seconds(rows, SHORT)
     an_answer = found.answers.seconds(size, found.before)
     counts = [0, 0]
     if config.prompts is None and wanted:

@@ -74,13 +74,16 @@ def measure(model: Model, tokenizer: TokenizerWrapper) -> Pace:
     spent = [b - a for a, b in itertools.pairwise(times)]
     live = len(SHAPES) * len(TEMPERATURES)
     before, spent = spent[: _before(count)], spent[_before(count) :]
+    last = before[-1] if before else 0.0
     first, second = spent[:live], spent[live : 2 * live]
     begun, warm = spent[2 * live :: 2], spent[2 * live + 1 :: 2]
     stats = [row.stats for row in found.live if row.group == "all"]
     steps, made = sum(s.steps for s in stats), sum(s.tokens for s in stats)
     return Pace(
-        once=max(0.0, sum(first) + sum(begun) - sum(second) - sum(warm)),
-        first=before[-1] / tokens if before else 0.0,
+        once=max(0.0, sum(first) + sum(begun) - sum(second) - sum(warm))
+        + sum(before)
+        - count * last,
+        first=last / tokens,
         step=sum(second) / (steps / count),
         recorded=sum(warm) / len(TEMPERATURES) / tokens,
         per_step=made / steps,

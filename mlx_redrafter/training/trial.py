@@ -35,7 +35,7 @@ SECONDS = 6.0  # of a measurement, about
 _WRITING = 20.0  # of the prompts, and of the answers
 _SOME = 48  # prompts that are tried at once
 _USABLE = 64  # of them, or there are more waves while there is time; so many are answered
-_SHORT = 16  # tokens before a step
+SHORT = 16  # tokens before a step
 _UNTIMED, _TIMED = 2, 5  # steps that compile, and the fewest that count
 
 
@@ -215,10 +215,10 @@ class Trial:
     def steps(self, read: float) -> Steps:
         """Of batches of several sizes, and of one that has long texts before it."""
         config, size, random = self.config, self.config.batch, np.random.default_rng(0)
-        points = [(rows, _SHORT) for rows in sorted({1, max(1, size // 4), size})]
+        points = [(rows, SHORT) for rows in sorted({1, max(1, size // 4), size})]
         points.append((max(1, size // 8), config.max_tokens))
         if not self.writer.together:
-            points = [(1, _SHORT), (1, config.max_tokens)]
+            points = [(1, SHORT), (1, config.max_tokens)]
         found = []
         for shape in points:
             tokens = random.integers(self.target.config.vocab_size, size=shape).tolist()
@@ -240,7 +240,7 @@ class Trial:
         config, longest = self.config, self.config.prompt_tokens
         steps = steps if config.prompts is not None else self._asking(steps)
         counts = [_SOME, _SOME // 2, _SOME // 4, 6]
-        fitting = [n for n in counts if steps.wave([longest], n, _SHORT) <= _WRITING]
+        fitting = [n for n in counts if steps.wave([longest], n, SHORT) <= _WRITING]
         small = replace(config, out=self.place, batch=max(1, (fitting or counts)[0] // 3))
         watched: Any = Watched(over(self.target, ()))
         supply = Supply(small, watched, self.tokenizer)
@@ -249,7 +249,7 @@ class Trial:
         if not watched.waves:
             return supply, Written([longest], steps), 1.0
         lengths = [n for wave, *_ in watched.waves for n in wave]
-        told = sum(steps.wave(wave, len(wave), _SHORT) for wave, *_ in watched.waves)
+        told = sum(steps.wave(wave, len(wave), SHORT) for wave, *_ in watched.waves)
         slower = sum(s for *_, s in watched.waves) / told
         return supply, Written(lengths, steps, slower), len(supply.rows) / len(lengths)
 
@@ -262,7 +262,7 @@ class Trial:
         before = float(np.mean([len(r.prompt) for r in requests]))
         at_once = count if steps.together else 1
         each = count / at_once * steps.seconds(at_once, before + config.max_tokens / 2)
-        cut = int(np.clip(_WRITING / each, min(_SHORT, config.max_tokens), config.max_tokens))
+        cut = int(np.clip(_WRITING / each, min(SHORT, config.max_tokens), config.max_tokens))
         watched: Any = Watched(self.writer)
         write_shard(
             watched, requests, self.shard, max_tokens=cut, end_tokens=self.tokenizer.eos_token_ids

@@ -199,19 +199,19 @@ def small(out: Path, **changes: Any) -> TrainConfig:
 
 def test_text_is_written_in_whole_waves_and_batches(tmp_path: Path) -> None:
     config = small(tmp_path / "run")
-    found = rows(config)
+    found, wave = rows(config), 75 * 32 * 0.01 + 75 * 16 * 0.001  # what opens a turn is read
     # 16,000 tokens / (0.75 x 256) = 84, in whole batches 100; waves of 75, half of them usable
-    assert found["prompts"].seconds == pytest.approx(3 * 75 * 32 * 0.01)
+    assert found["prompts"].seconds == pytest.approx(3 * wave)
     # 5 batches of 25 x 128: 125 answers and 2 % need 15 prompts more than those, which is a wave
     answering = 5.5 * (25 * 128 * 0.01 + 25 * 40 * 0.001)
-    assert found["answers"].seconds == pytest.approx(answering + 75 * 32 * 0.01)
+    assert found["answers"].seconds == pytest.approx(answering + wave)
     assert "50% of those written" in found["prompts"].detail
     slower = FOUND._replace(prompts=Written([32], STEPS, 2.0), answers=Written([128], STEPS, 3.0))
     again = rows(config, slower)
     assert again["prompts"].seconds == 2 * found["prompts"].seconds
-    assert again["answers"].seconds == pytest.approx(3 * answering + 2 * 75 * 32 * 0.01)
+    assert again["answers"].seconds == pytest.approx(3 * answering + 2 * wave)
     few = rows(config, FOUND._replace(usable=0.25))
-    assert few["prompts"].seconds == pytest.approx(6 * 75 * 32 * 0.01)
+    assert few["prompts"].seconds == pytest.approx(6 * wave)
     file = tmp_path / "prompts.jsonl"
     assert rows(small(tmp_path / "run", prompts=file))["prompts"].seconds == 0
 
@@ -324,9 +324,8 @@ def test_the_pace_is_that_of_the_second_prompt(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
 
     def evaluate(*_: Any, max_tokens: int, on_answer: Any) -> Any:
-        # An answer each to fit the calibration to; live: six a prompt, of which the first has
-        # graphs to make; then the recorded ones.
-        for seconds in [7.0, 3.2] + [9.0] * 6 + [0.8] * 6 + [5.0, 1.6, 4.0, 1.6]:
+        # Before; live, six answers a prompt, of which the first has graphs to make; then recorded.
+        for seconds in [6.0, 3.2] + [9.0] * 6 + [0.8] * 6 + [5.0, 1.6, 4.0, 1.6]:
             now[0] += seconds
             on_answer()
         stats = SimpleNamespace(steps=24, tokens=32)
@@ -335,8 +334,9 @@ def test_the_pace_is_that_of_the_second_prompt(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(pace.positions, "evaluate", evaluate)
     found = pace.measure(cast(Any, None), cast(Any, None))
     assert found.step == pytest.approx(0.8 / 12) and found.recorded == pytest.approx(0.1)
-    assert found.per_step == pytest.approx(4 / 3) and found.trial == pytest.approx(81.2)
-    assert found.once == pytest.approx(54 - 4.8 + 9 - 3.2) and found.first == pytest.approx(0.2)
+    assert found.per_step == pytest.approx(4 / 3) and found.trial == pytest.approx(80.2)
+    assert found.once == pytest.approx(54 - 4.8 + 9 - 3.2 + 2.8)
+    assert found.first == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(
