@@ -25,7 +25,8 @@ ROUNDS = 7
 _BETTER = 1.05  # by which answering in turns has to be faster than together
 # Another combination of trees is another graph, which takes as long as two steps.
 _OTHER = 1.1  # by which other trees have to be faster than those there are
-_WORTH = 1.15  # by which any drafting has to be faster than none
+# Answers that draft end at different times, and fewer together are slower.
+_WORTH = 1.15  # by which any drafting has to be faster than none, or it ends
 _USUAL, _MORE = 4, 3  # answers for which trees are made, and how many of these at most
 _RECENT, _ENOUGH = 32, 6  # timed steps that say what such steps cost
 _EVERY = 16  # steps of all, after which trees are given anew
@@ -158,7 +159,7 @@ class Company:
         self._due = _EVERY * len(self._seats)
         now = [seat.planned for seat in self._seats]
         best, found = self._best()
-        if best > _OTHER * self.rate(now):
+        if best > _OTHER * self.rate(now) or not any(shape.drafts for shape in found):
             for seat, shape in zip(self._seats, found, strict=True):
                 seat.planned = shape
         self._turns = max(seat.alone() for seat in self._seats) > _BETTER * best
