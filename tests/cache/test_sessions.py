@@ -20,6 +20,7 @@ from conftest import (
     random_drafter,
     run,
 )
+from halves import half_slow
 
 from mlx_redrafter.cache.session import Session
 from mlx_redrafter.decoding.sampling import SamplingParams
@@ -27,7 +28,9 @@ from mlx_redrafter.models import Decoder
 from mlx_redrafter.tree.shape import TreeShape
 
 
-@pytest.mark.parametrize("shape", [TreeShape.plain(), *SHAPES.values()], ids=["plain", *SHAPES])
+@pytest.mark.parametrize(
+    "shape", half_slow([TreeShape.plain(), *SHAPES.values()]), ids=["plain", *SHAPES]
+)
 def test_second_turn_equals_a_fresh_run(
     target: Decoder, texts: list[Any], oracle: Oracle, shape: TreeShape
 ) -> None:
@@ -59,7 +62,7 @@ def test_second_turn_equals_a_fresh_run(
             assert_holds(session, target, (turn + expected)[: len(turn) + 11])
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", half_slow(SHAPES.values()), ids=SHAPES)
 def test_session_after_leaving_early(target: Decoder, texts: list[Any], shape: TreeShape) -> None:
     """Closed between steps, or thrown at: only tokens that were yielded are in the session."""
     prompt, answer = texts[2]

@@ -93,7 +93,7 @@ def test_files(number: int, runs: Path, tmp_path: Path) -> None:
     judge_lines(broken, content(tmp_path), starts=kind == "talk.json")
 
 
-@pytest.mark.parametrize("number", range(len(options.every_option()) * TIMES))
+@pytest.mark.parametrize("number", half_slow(range(len(options.every_option()) * TIMES)))
 def test_options(number: int, world: Path, tmp_path: Path) -> None:
     every = options.every_option()
     broken = options.broken_option(
@@ -168,7 +168,7 @@ def test_environments(number: int, world: Path, tmp_path: Path) -> None:
     judge(broken, content(tmp_path), pipes.process(broken, "{}", pipes.ENVIRONMENTS[name]))
 
 
-@pytest.mark.parametrize("number", range(60 * TIMES))
+@pytest.mark.parametrize("number", half_slow(range(60 * TIMES)))
 def test_calls(number: int, world: Path, tmp_path: Path) -> None:
     """From the Python API nothing but an error of our own may come."""
     rng = drawn("calls", number)

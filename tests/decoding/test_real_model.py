@@ -70,6 +70,7 @@ print(blas.status().name, digest.hexdigest())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS has one BLAS only")
 def test_the_fast_blas_gives_the_logits_of_the_reference() -> None:
     """Prompt, single step and tree-sized passes: the same bits, so the same text."""

@@ -15,6 +15,7 @@ import pytest
 from conftest import asked, engine_of, plainly, prompt_of, run
 from eagle_calls import rows_in, rows_of
 from eagle_fitted import DEPTH, fitted, plain_head
+from halves import half_slow
 from tiny_eagle import loaded
 
 from mlx_redrafter.cache.session import Session
@@ -110,7 +111,7 @@ def test_a_prompt_in_chunks_of_any_size(world: World) -> None:
 
 
 @pytest.mark.bits
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", half_slow(SHAPES.values()), ids=SHAPES)
 def test_steps_leave_the_rows_of_a_prompt(world: World, shape: TreeShape) -> None:
     """What is checked first: such a text is really drafted, and beyond a slab's first capacity."""
     session = Session()

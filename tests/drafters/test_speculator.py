@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import V, engine_of, plainly, prompt_of, run
 from edits import Edit, edit_config, edit_entry, edit_file, edit_weights
+from halves import half_slow
 from tiny_heads import HIDDEN, IDS, PARAMS, SHAPES, Weights, drafted, noise, quantise, said, write
 from tiny_speculators import (
     DIALECTS,
@@ -158,7 +159,7 @@ def test_packed_weights(
 
 
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", half_slow(SHAPES), ids=[str(shape) for shape in SHAPES])
 @pytest.mark.parametrize("name", ["ibm", "arctic-lstm"])
 def test_the_text_is_the_same(
     target: Decoder, tmp_path: Path, name: str, shape: TreeShape, params: Any

@@ -12,6 +12,7 @@ import mlx_redrafter  # noqa: F401  (chooses the BLAS before MLX is loaded)
 import httpx  # isort: skip
 import openai
 import pytest
+from halves import half_slow
 from jsonschema import Draft202012Validator
 from mlx_lm.tool_parsers import json_tools, mistral, qwen3_coder
 from pydantic import BaseModel
@@ -235,7 +236,7 @@ def texts_of(how: ToolFormat, text: str) -> Sequence[str]:
     return [part.split(how.end)[0] if how.end else part for part in parts]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", half_slow(range(2)))
 @pytest.mark.parametrize("name", FORMAT_CASES)
 def test_every_way_of_writing_calls(pair: tuple[Model, Any], name: str, seed: int) -> None:
     """What the grammar lets through, the format reads."""
