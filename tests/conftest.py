@@ -16,6 +16,7 @@ import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import numpy as np
 import pytest
+from browsing import browser
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model as load_mlx_lm
 from tiny_gguf import write_gguf
@@ -387,3 +388,9 @@ def tiny(tmp_path):
     path = tmp_path / "tiny.gguf"
     write_gguf(path)
     return path
+
+
+@pytest.fixture(scope="module", name="chromium")
+def running_chromium() -> Iterator[Any]:
+    with browser() as found:
+        yield found

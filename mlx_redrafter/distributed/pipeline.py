@@ -14,10 +14,10 @@ from mlx_redrafter.distributed.link import Link
 from mlx_redrafter.distributed.tensor import Shares, borders
 from mlx_redrafter.errors import ModelError
 from mlx_redrafter.models.config import DecoderConfig
-from mlx_redrafter.models.share import Layers
+from mlx_redrafter.models.share import Layers, Whole
 
 
-class Pipeline:
+class Pipeline(Whole):
     """One machine's layers.
 
     Args:
@@ -39,7 +39,6 @@ class Pipeline:
         self._link = link
         self._ends = borders(config.num_layers, shares)
         self.held = range(self._ends[link.rank], self._ends[link.rank + 1])
-        self.common = link.common
         for i in range(config.num_layers):
             source = config.layer(i).kv_source
             if source is not None and self._owner(source) != self._owner(i):
@@ -49,11 +48,8 @@ class Pipeline:
                     "other --shares"
                 )
 
-    def layer(self, config: DecoderConfig, index: int) -> DecoderConfig:
-        return config.layer(index)
-
-    def total(self, x: mx.array) -> mx.array:
-        return x
+    def common(self, *arrays: mx.array) -> Sequence[mx.array]:
+        return self._link.common(*arrays)
 
     def passed(
         self, x: mx.array, run: Layers, layers: Sequence[int]

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.xdist_group("three machines")
 FULL = pytest.param(
     True, marks=pytest.mark.slow, id="full"
 )  # compiled, which takes three compilers
+ONLY_FULL = pytest.mark.parametrize("found", [FULL], indirect=True)
 
 
 @pytest.fixture(scope="module", params=[pytest.param(False, id="quick"), FULL])
@@ -54,15 +55,19 @@ def found(
     return {**json.loads(out), "ends": ends}
 
 
-def only_when_full(found: dict[str, Any], case: str) -> None:
-    if case not in found:
-        pytest.skip("with the slow tests")
+@pytest.mark.bits
+@pytest.mark.parametrize("split", ["tensor", "unequal", "pipeline"])
+def test_drafted_text_is_plain_text(found: dict[str, Any], split: str) -> None:
+    all_alike(found, split)
 
 
 @pytest.mark.bits
-@pytest.mark.parametrize("split", ["tensor", "unequal", "pipeline", "unlike"])
-def test_drafted_text_is_plain_text(found: dict[str, Any], split: str) -> None:
-    only_when_full(found, split)
+@ONLY_FULL
+def test_drafted_text_is_plain_text_on_unlike_machines(found: dict[str, Any]) -> None:
+    all_alike(found, "unlike")
+
+
+def all_alike(found: dict[str, Any], split: str) -> None:
     for texts in found[split].values():
         plain = texts["plain"]
         assert len(plain) == 5 and all(0 <= token < V for token in plain)
@@ -82,8 +87,8 @@ def test_a_prompt_is_left_on_all_machines(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.bits
+@ONLY_FULL
 def test_a_grammar_is_read_by_the_first(found: dict[str, Any]) -> None:
-    only_when_full(found, "grammar")
     plain, drafted = found["grammar"]
     assert plain == drafted and len(plain) == 4
     assert plain[2] == 8 and not any(token % 2 for token in plain)

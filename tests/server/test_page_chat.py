@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import browser, visit
+from browsing import visit
 from scripted_engine import Running, ScriptedEngine, running
 
 EVIL = """<img src="http://evil.example/x.png" onerror="document.title='stolen'"> stays.
@@ -24,12 +24,6 @@ print("<b>hi</b>")
 
 **bold** and `code`
 """
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with browser() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

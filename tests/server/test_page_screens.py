@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from browsing import browser, visit
+from browsing import visit
 from conftest import random_drafter
 from scripted_engine import Running, ScriptedEngine, running
 from tiny_chat import write_chat_model
@@ -19,12 +19,6 @@ from mlx_redrafter.server import pages
 from mlx_redrafter.server.engine import ModelEngine
 
 SCREENS = ("chat", "tree", "race", "long", "server")
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with browser() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
