@@ -59,7 +59,7 @@ class Company:
         ratios: Ratios | None = None,
         shapes: Sequence[TreeShape] = (),
     ) -> None:
-        self.costs, self._seats = costs, list[Seat]()
+        self._costs, self._seats = costs, list[Seat]()
         self._due, self._turns, self._all = 0, False, shapes
         self._ratios = new_ratios() if ratios is None else ratios
         # The machine may have been busier then or now: sizes that both have stand for one another.
@@ -109,7 +109,7 @@ class Company:
         if not shape.depth:
             return 0.0
         bare = TreeShape(shape.width, shape.depth, 1 + shape.depth)
-        return self.costs.table(bare) - self.costs.checking(bare.nodes)
+        return self._costs.table(bare) - self._costs.checking(bare.nodes)
 
     def in_turns(self) -> bool:
         """Are all served faster one after the other, each with the trees that it wants alone?"""
